@@ -1,0 +1,54 @@
+//! The kernel hook: every ioctl, mmap and SCM_RIGHTS of uhmm, behind functions that are safe to call.
+//!
+//! This is the one crate of the project with `unsafe`; each block says why it is sound. What leaves it is either plain data or
+//! an owner (descriptor, mapping) that releases itself. Three things cannot be proved by types and hold by contract instead:
+//!
+//! * **Shared memory may change under us.** Another process (a driver, a client) may write to a mapped page at any time. The
+//!   accessors of [`MappedBytes`] therefore never form a `&[u8]` over mapped memory: they go through atomics and raw copies.
+//! * **Addresses of a userfaultfd belong to the process that made it.** Calls of [`Userfaultfd`] take plain numbers. A number
+//!   outside a registered range is refused by the kernel, and a fill never replaces a page that is there; only
+//!   [`Userfaultfd::move_pages`] takes pages away, so its caller must own the source range (the SDK's agent does).
+//! * **The pager is trusted with client memory.** It brings the same bytes home, so a typed value in a [`ManagedMapping`] may
+//!   leave and return between two instructions of its owner.
+//!
+//! ```text
+//!   range, error     words everybody uses: AddrRange, PAGE_SIZE, HookError
+//!   abi, sys         kernel structs and ioctl numbers (the build machine's headers are older than the kernel)
+//!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
+//!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
+//!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
+//!   probe            what this kernel and account offer (for `uhmm doctor`)
+//! ```
+#![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("uhmm needs 64-bit Linux");
+
+mod abi;
+pub mod bump;
+pub mod bytes;
+pub mod error;
+pub mod event;
+pub mod managed;
+pub mod memfd;
+pub mod pagemap;
+pub mod probe;
+pub mod process;
+pub mod procmap;
+pub mod range;
+pub mod socket;
+mod sys;
+pub mod uffd;
+pub mod window;
+
+pub use bump::{Bump, Full};
+pub use bytes::{Advice, MappedBytes};
+pub use error::HookError;
+pub use event::EventFd;
+pub use managed::ManagedMapping;
+pub use probe::Probe;
+pub use process::{PidFd, random_bytes};
+pub use range::{AddrRange, PAGE_SIZE};
+pub use socket::{RecvStatus, SendStatus, SeqListener, SeqPacket};
+pub use uffd::{CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, Userfaultfd, WpOutcome};
+pub use window::{Prot, Window};

@@ -1,0 +1,123 @@
+//! What the pages of a process are, without touching them: present, zero page, huge, written, swapped, of a file.
+
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use crate::abi;
+use crate::error::HookError;
+use crate::range::AddrRange;
+
+bitflags::bitflags! {
+    /// Kinds of a page; the names are the kernel's (`PAGE_IS_*`).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Categories: u64 {
+        /// Its range is registered for asynchronous write protection.
+        const WPALLOWED = 1 << 0;
+        /// Written since it was last protected.
+        const WRITTEN = 1 << 1;
+        /// Of a file or shared memory.
+        const FILE = 1 << 2;
+        /// In memory and mapped.
+        const PRESENT = 1 << 3;
+        /// In swap.
+        const SWAPPED = 1 << 4;
+        /// The kernel's shared page of zeros.
+        const PFNZERO = 1 << 5;
+        /// Part of a huge page that is mapped as one.
+        const HUGE = 1 << 6;
+        /// Marked by the soft-dirty mechanism.
+        const SOFT_DIRTY = 1 << 7;
+    }
+}
+
+/// Neighbouring pages of the same kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// First byte.
+    pub start: u64,
+    /// Byte after the last.
+    pub end: u64,
+    /// What they are.
+    pub categories: Categories,
+}
+
+/// How many runs one call of the kernel returns.
+const RUN_BATCH: usize = 256;
+
+/// Opens /proc/PID/pagemap for [`scan`].
+///
+/// # Errors
+/// `Call`: ENOENT when the process is gone, EACCES without the right to look at it.
+pub fn open_pagemap(pid: u32) -> Result<OwnedFd, HookError> {
+    let hint = "Run as the client's user, or as root";
+    let file = File::open(format!("/proc/{pid}/pagemap"))
+        .map_err(|error| HookError::hinted("open(/proc/PID/pagemap)", error, hint))?;
+    Ok(file.into())
+}
+
+/// The pages of `range` that have any of the kinds `any_of`, as runs in order; each run tells all kinds asked for.
+///
+/// # Errors
+/// `Call`: ESRCH when the process is gone, ENOTTY on kernels before 6.7.
+pub fn scan(pagemap: BorrowedFd<'_>, range: AddrRange, any_of: Categories) -> Result<Vec<PageRun>, HookError> {
+    let range = AddrRange::new(range.start, range.len)?;
+    let mut runs = Vec::new();
+    let mut batch = [abi::PageRegion::default(); RUN_BATCH];
+    let mut start = range.start;
+    while start < range.end() {
+        let mut request = abi::PmScanArg {
+            size: size_of::<abi::PmScanArg>() as u64,
+            start,
+            end: range.end(),
+            vec: batch.as_mut_ptr().expose_provenance() as u64,
+            vec_len: RUN_BATCH as u64,
+            category_anyof_mask: any_of.bits(),
+            return_mask: any_of.bits(),
+            ..Default::default()
+        };
+        // SAFETY: the kernel writes at most `vec_len` regions to `batch`, which lives through the call.
+        let found = unsafe { abi::PAGEMAP_SCAN.call(pagemap, &mut request) }
+            .map_err(|source| HookError::on("PAGEMAP_SCAN", range, source, ""))?;
+        for region in &batch[..(found as usize).min(RUN_BATCH)] {
+            let categories = Categories::from_bits_truncate(region.categories);
+            push_run(&mut runs, PageRun { start: region.start, end: region.end, categories });
+        }
+        if request.walk_end <= start {
+            return Err(HookError::Strange { call: "PAGEMAP_SCAN", detail: format!("no progress at {start:#x}") });
+        }
+        start = request.walk_end;
+    }
+    Ok(runs)
+}
+
+/// Joins a run that a batch boundary has cut.
+fn push_run(runs: &mut Vec<PageRun>, run: PageRun) {
+    match runs.last_mut() {
+        Some(last) if last.end == run.start && last.categories == run.categories => last.end = run.end,
+        _ => runs.push(run),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::window::Window;
+
+    #[test]
+    fn scan_finds_touched_pages_only_and_joins_batches() {
+        let pagemap = open_pagemap(std::process::id()).unwrap();
+        let window = Window::anonymous(2048 * 4096).unwrap();
+        window.advise(0, window.len(), crate::bytes::Advice::NoHugePage).unwrap();
+        for page in (0..1400).step_by(2) {
+            window.store_u8(page * 4096, 1).unwrap();
+        }
+        window.fill(1500 * 4096, 500 * 4096, 1).unwrap();
+        let runs = scan(pagemap.as_fd(), window.range(), Categories::PRESENT | Categories::PFNZERO).unwrap();
+        assert_eq!(runs.len(), 701, "700 single pages and one run");
+        let last = runs.last().unwrap();
+        assert_eq!((last.start, last.end), (window.addr() + 1500 * 4096, window.addr() + 2000 * 4096));
+        assert_eq!(last.categories, Categories::PRESENT);
+    }
+}

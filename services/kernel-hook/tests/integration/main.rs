@@ -1,0 +1,7 @@
+//! The kernel hook against the real kernel: second processes, userfaultfds that travel over sockets, other accounts.
+//! Needs Linux 6.11 and root (or the rights that `uhmm doctor` names); each test runs in milliseconds and leaves nothing behind.
+#![allow(unsafe_code)] // Reason: fork, waitpid and setuid have no safe wrapper, and a test of two processes needs them.
+
+mod common;
+mod process;
+mod uffd;
