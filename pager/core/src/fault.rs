@@ -1,0 +1,161 @@
+//! CPU faults: the hot path. One decision, no request, no waiting.
+//!
+//! ```text
+//!   entry            what the kernel saw     answer
+//!   Absent, System   nothing in the backing  ZeroFill (System is published first: a crash in between leaves a hole, which is zero)
+//!   System           backing has the page    Continue
+//!   System           write-protected         unprotect
+//!   Device           anything                start the way home, with the neighbours that policy lets ride along
+//!   Moving*          anything                nothing: the end of the transfer wakes, and the fault is raised again
+//!   Poisoned         anything                Poison: SIGBUS
+//! ```
+
+use crate::core::Core;
+use crate::entry::PageState;
+use crate::event::{Action, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
+use crate::policy::Policy;
+
+/// How often one fault changes its mind between zero fill and continue before it is simply raised again.
+const TURNS_MAX: u8 = 4;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Zero,
+    Continue,
+    Unprotect,
+}
+
+/// An answer to a CPU fault that is under way.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpuOp {
+    pub region: RegionId,
+    pages: Pages,
+    kind: Kind,
+    turns: u8,
+}
+
+impl<P: Policy> Core<P> {
+    pub(crate) fn cpu_fault(
+        &mut self,
+        dir: &impl Directory,
+        region: RegionId,
+        page: u64,
+        wp: bool,
+        minor: bool,
+        out: &mut Vec<Action>,
+    ) {
+        self.stats.cpu_faults += 1;
+        let Some(info) = self.regions.get(&region).filter(|info| page < info.page_count).copied() else { return };
+        let rest = Pages { first: page, count: info.page_count - page };
+        let entry = Self::entry(dir, region, page);
+        match entry.state() {
+            PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
+            PageState::Device | PageState::Exclusive => {
+                let window = self.policy.fault_around_home(region, page).clamp(1, rest.count);
+                let (run, first, mask) = Self::device_run(dir, region, Pages { count: window, ..rest });
+                let (run, first) = if run.count == 0 { (Pages::one(page), entry) } else { (run, first) };
+                self.start_home(region, run, first, mask | entry.mapped_mask(), None, out);
+            }
+            PageState::Poisoned => out.push(Action::Poison { region, pages: Pages::one(page) }),
+            PageState::Absent | PageState::System | PageState::Duplicated if wp => {
+                self.unprotect(region, Pages::one(page), out);
+            }
+            PageState::System | PageState::Duplicated if minor => {
+                let window = self.policy.fault_around_zero(region, page).clamp(1, rest.count);
+                let run = Self::run_while(dir, region, Pages { count: window, ..rest }, |_, entry| {
+                    entry.state() == PageState::System
+                });
+                self.start_cpu_op(region, run, Kind::Continue, out);
+            }
+            PageState::Absent | PageState::System | PageState::Duplicated => {
+                let window = self.policy.fault_around_zero(region, page).clamp(1, rest.count);
+                let run = Self::run_while(dir, region, Pages { count: window, ..rest }, |_, other| other == entry);
+                let run = if run.count == 0 { Pages::one(page) } else { run };
+                if entry.state() == PageState::Absent {
+                    Self::publish_same(region, run, entry.with_state(PageState::System), out);
+                }
+                self.start_cpu_op(region, run, if minor { Kind::Continue } else { Kind::Zero }, out);
+            }
+        }
+    }
+
+    fn start_cpu_op(&mut self, region: RegionId, pages: Pages, kind: Kind, out: &mut Vec<Action>) {
+        if pages.count == 0 {
+            return;
+        }
+        let ticket = self.ticket();
+        self.cpu_ops.insert(ticket, CpuOp { region, pages, kind, turns: 0 });
+        self.repeat_cpu_op(ticket, out);
+    }
+
+    /// Lets the CPU write again, and wakes.
+    pub(crate) fn unprotect(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        self.start_cpu_op(region, pages, Kind::Unprotect, out);
+    }
+
+    pub(crate) fn repeat_cpu_op(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(op) = self.cpu_ops.get(&ticket) else { return };
+        let CpuOp { region, pages, .. } = *op;
+        out.push(match op.kind {
+            Kind::Zero => Action::ZeroFill { ticket, region, pages },
+            Kind::Continue => Action::Continue { ticket, region, pages },
+            Kind::Unprotect => Action::WriteProtect { ticket, region, pages, on: false },
+        });
+    }
+
+    pub(crate) fn unprotect_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
+        if result == StepResult::Again {
+            self.again.push(ticket);
+            return;
+        }
+        if let Some(op) = self.cpu_ops.remove(&ticket) {
+            out.push(Action::Wake { region: op.region, pages: op.pages });
+        }
+    }
+
+    pub(crate) fn cpu_fill_done(
+        &mut self,
+        ticket: Ticket,
+        done_pages: u64,
+        stop: Option<FillStop>,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(op) = self.cpu_ops.get_mut(&ticket) else { return };
+        let first_was_done = done_pages > 0;
+        op.pages = op.pages.after(done_pages);
+        let (region, page) = (op.region, Pages::one(op.pages.first));
+        let counter = if op.kind == Kind::Zero { &mut self.stats.zero_filled } else { &mut self.stats.continues };
+        *counter += done_pages;
+        if op.pages.count == 0 || first_was_done && stop != Some(FillStop::Again) {
+            // The page that faulted is served; neighbours are a courtesy.
+            self.cpu_ops.remove(&ticket);
+            return;
+        }
+        op.turns += 1;
+        let turn = op.turns < TURNS_MAX;
+        match (stop, op.kind) {
+            (Some(FillStop::Again), _) if first_was_done => {
+                self.cpu_ops.remove(&ticket);
+            }
+            (Some(FillStop::Again), _) => {
+                op.turns = 0;
+                self.again.push(ticket);
+            }
+            // The backing has the page, only the mapping is missing.
+            (Some(FillStop::Exists), Kind::Zero) if turn => {
+                (op.kind, op.pages) = (Kind::Continue, page);
+                self.repeat_cpu_op(ticket, out);
+            }
+            (Some(FillStop::NoPage), Kind::Continue) if turn => {
+                (op.kind, op.pages) = (Kind::Zero, page);
+                self.repeat_cpu_op(ticket, out);
+            }
+            // Mapped already: somebody was faster.
+            _ => {
+                self.cpu_ops.remove(&ticket);
+                out.push(Action::Wake { region, pages: page });
+            }
+        }
+    }
+}
+

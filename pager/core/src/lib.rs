@@ -1,0 +1,40 @@
+//! The pure state machine of page states: `event, now -> actions`, no I/O, no clock, no threads.
+//!
+//! The same code runs in the pager service, in the simulator of this crate's tests and under a model checker.
+//!
+//! ```text
+//!         +---------------- rollback (copy failed) ----------------+
+//!         v                                                        |
+//!   Absent / System --Migrate, Resolve--> MovingOut --CopyDone--> Device --CpuFault, Migrate home, eviction--> MovingHome --FillDone--> System
+//!                                                                    \--device memory lost--> Poisoned
+//! ```
+//!
+//! Order of the steps, which is what makes a crash after any of them harmless:
+//!
+//! * out: publish MovingOut, write-protect, revoke, copy, publish Device, punch, wake
+//! * home: publish MovingHome, revoke, fill (visible to the CPU at once), publish System, free the frames
+//!
+//! What the shell promises: actions of one call run in order; an action with a ticket is answered by exactly one event;
+//! publishes are applied before the next event is handled. What it may not assume: anything about what is in flight, which is
+//! all in here and all lost in a crash. [`Event::RecoverRegion`] rebuilds it from the directories.
+
+mod core;
+mod entry;
+mod event;
+mod fault;
+mod frames;
+mod policy;
+mod recovery;
+mod request;
+mod stats;
+mod transfer;
+
+pub use core::{CHUNK_PAGES, Core};
+pub use entry::{BadEntry, DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
+pub use event::{
+    Action, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind, MapRun, Outcome, PageStatus, Pages,
+    RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket,
+};
+pub use frames::{FrameTable, Owner};
+pub use policy::{DefaultPolicy, DeviceFaultAction, Policy};
+pub use stats::Stats;
