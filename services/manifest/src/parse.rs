@@ -1,0 +1,257 @@
+//! The manifest as it is written.
+
+use serde::{Deserialize, Deserializer, Serialize, de};
+
+use crate::ManifestError;
+
+/// A size in bytes; written as a number or with a suffix: `"64MiB"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct ByteSize(pub u64);
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Number(bytes) => Ok(Self(bytes)),
+            Written::Text(text) => parse_size(&text).map(Self).map_err(de::Error::custom),
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].trim() {
+        "" | "B" => 1u64,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        other => return Err(format!("size {text:?} has unknown unit {other:?}: use KiB, MiB, GiB or TiB")),
+    };
+    let number: u64 = digits.trim().parse().map_err(|_| format!("size {text:?} does not begin with a whole number"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("size {text:?} is too large"))
+}
+
+/// What kind of service it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Exactly one.
+    Pager,
+    /// Exactly one.
+    Mirror,
+    /// Any number, one device each.
+    Driver,
+}
+
+/// `[supervisor]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Supervisor {
+    /// Period of the pings.
+    pub heartbeat_ms: u64,
+    /// Unanswered pings in a row after which a service is killed.
+    pub missed_limit: u32,
+    /// Time from start to ready.
+    pub start_timeout_ms: u64,
+    /// Time from Stop to SIGKILL.
+    pub stop_timeout_ms: u64,
+}
+
+impl Default for Supervisor {
+    fn default() -> Self {
+        Self { heartbeat_ms: 500, missed_limit: 4, start_timeout_ms: 20_000, stop_timeout_ms: 2_000 }
+    }
+}
+
+/// `[service.restart]`: the first restart is immediate, later ones wait twice as long each time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Restart {
+    /// Wait before the second restart.
+    pub backoff_min_ms: u64,
+    /// Longest wait.
+    pub backoff_max_ms: u64,
+    /// More deaths than this within the window: held.
+    pub max_deaths: u32,
+    /// The window; a service that lives this long starts with a clean slate.
+    pub window_s: u64,
+}
+
+impl Default for Restart {
+    fn default() -> Self {
+        Self { backoff_min_ms: 20, backoff_max_ms: 2_000, max_deaths: 30, window_s: 60 }
+    }
+}
+
+/// `[service.sandbox]`: limits that the supervisor sets on the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sandbox {
+    /// Most open descriptors (RLIMIT_NOFILE).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nofile: Option<u64>,
+    /// Largest address space (RLIMIT_AS). Device memory and windows count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address_space_bytes: Option<ByteSize>,
+}
+
+/// `[[service]]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Unique; part of the socket's path.
+    pub name: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Built-in driver (`"soft"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// A third party's driver: program and arguments; the usual service arguments are appended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<Vec<String>>,
+    /// Services that must be ready before this one starts, beside what its kind needs anyway.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<String>,
+    /// Restart policy.
+    #[serde(default)]
+    pub restart: Restart,
+    /// Limits.
+    #[serde(default)]
+    pub sandbox: Sandbox,
+}
+
+/// `[[device]]`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Unique. Applications ask for it by this name.
+    pub name: String,
+    /// The service that drives it.
+    pub service: String,
+    /// Device memory.
+    #[serde(default = "default_memory")]
+    pub memory_bytes: ByteSize,
+    /// Touch all of device memory at start, as hardware has it from the beginning.
+    #[serde(default)]
+    pub populate: bool,
+    /// The CPU sees device memory through a window.
+    #[serde(default = "yes")]
+    pub aperture: bool,
+    /// Device threads.
+    #[serde(default = "default_workers")]
+    pub workers: u32,
+    /// Data area of the copy engine of a device without aperture.
+    #[serde(default = "default_staging")]
+    pub staging_bytes: ByteSize,
+}
+
+fn default_memory() -> ByteSize {
+    ByteSize(1 << 30)
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_workers() -> u32 {
+    2
+}
+
+fn default_staging() -> ByteSize {
+    ByteSize(16 << 20)
+}
+
+/// `[[channel]]`: a connection that is allowed. Without any, every driver may call the mirror and the pager.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChannelEntry {
+    /// Caller.
+    pub from: String,
+    /// Callee.
+    pub to: String,
+}
+
+/// `[quota]`: what clients may use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Quota {
+    /// Client processes at once.
+    pub max_spaces: u32,
+    /// Regions of one process.
+    pub max_regions_per_space: u32,
+    /// Largest region.
+    pub max_region_bytes: ByteSize,
+    /// Calls of one client that wait for an answer.
+    pub max_inflight_per_client: u32,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Self {
+            max_spaces: 256,
+            max_regions_per_space: 4096,
+            max_region_bytes: ByteSize(1 << 40),
+            max_inflight_per_client: 256,
+        }
+    }
+}
+
+/// The manifest as it is written; see [`Manifest::resolve`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Heartbeats and timeouts.
+    #[serde(default)]
+    pub supervisor: Supervisor,
+    /// Services.
+    #[serde(rename = "service")]
+    pub services: Vec<Service>,
+    /// Devices; their order gives their ids.
+    #[serde(rename = "device", default)]
+    pub devices: Vec<Device>,
+    /// Allowed connections.
+    #[serde(rename = "channel", default, skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<ChannelEntry>,
+    /// Limits for clients.
+    #[serde(default)]
+    pub quota: Quota,
+}
+
+const BUILT_IN: &str = r#"
+[[service]]
+name = "pager"
+kind = "pager"
+
+[[service]]
+name = "mirror"
+kind = "mirror"
+
+[[service]]
+name = "soft0"
+kind = "driver"
+driver = "soft"
+
+[[device]]
+name = "soft0"
+service = "soft0"
+memory_bytes = "1GiB"
+"#;
+
+impl Manifest {
+    /// Reads TOML. Unknown keys are refused by name and line.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        toml::from_str(text).map_err(|error| ManifestError::Syntax(error.to_string()))
+    }
+
+    /// Pager, mirror and one software device `soft0` of 1 GiB.
+    pub fn built_in() -> Self {
+        Self::parse(BUILT_IN).unwrap_or_else(|error| unreachable!("the built-in manifest is tested: {error}"))
+    }
+}

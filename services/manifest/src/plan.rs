@@ -1,0 +1,122 @@
+//! The plan: the manifest with everything checked and decided. Immutable; services get it as TOML.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ManifestError;
+use crate::parse::{Kind, Quota, Restart, Sandbox, Supervisor};
+
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePlan {
+    /// Name.
+    pub name: String,
+    /// Kind.
+    pub kind: Kind,
+    /// Subcommand of `uhmm` (`["pager"]`, `["driver", "soft"]`), or a third party's program with its arguments.
+    pub command: Vec<String>,
+    /// The command is a program of its own.
+    pub external: bool,
+    /// Services that must be ready first.
+    pub needs: Vec<String>,
+    /// Restart policy.
+    pub restart: Restart,
+    /// Limits.
+    pub sandbox: Sandbox,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicePlan {
+    /// Its bit in directory entries.
+    pub id: u8,
+    /// Name.
+    pub name: String,
+    /// Service that drives it.
+    pub service: String,
+    /// Device memory, a multiple of the page size.
+    pub memory_bytes: u64,
+    /// Touch all of it at start.
+    pub populate: bool,
+    /// CPU-visible.
+    pub aperture: bool,
+    /// Device threads.
+    pub workers: u32,
+    /// Copy engine's data area, a multiple of the page size.
+    pub staging_bytes: u64,
+}
+
+/// An allowed connection between services.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Channel {
+    /// Caller.
+    pub from: String,
+    /// Callee.
+    pub to: String,
+}
+
+/// See the module head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Heartbeats and timeouts.
+    pub supervisor: Supervisor,
+    /// Limits for clients.
+    pub quota: Quota,
+    /// In start order.
+    pub services: Vec<ServicePlan>,
+    /// By id.
+    pub devices: Vec<DevicePlan>,
+    /// Sorted.
+    pub channels: Vec<Channel>,
+}
+
+impl Plan {
+    /// For the wire.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| unreachable!("a plan is plain data: {error}"))
+    }
+
+    /// From the wire.
+    pub fn from_toml(text: &str) -> Result<Self, ManifestError> {
+        toml::from_str(text).map_err(|error| ManifestError::Syntax(error.to_string()))
+    }
+
+    /// By id.
+    pub fn device(&self, id: u8) -> Option<&DevicePlan> {
+        self.devices.get(usize::from(id))
+    }
+
+    /// By name.
+    pub fn device_by_name(&self, name: &str) -> Option<&DevicePlan> {
+        self.devices.iter().find(|device| device.name == name)
+    }
+
+    /// The device that a driver service drives.
+    pub fn driver_service(&self, service: &str) -> Option<&DevicePlan> {
+        self.devices.iter().find(|device| device.service == service)
+    }
+
+    /// By name.
+    pub fn service(&self, name: &str) -> Option<&ServicePlan> {
+        self.services.iter().find(|service| service.name == name)
+    }
+
+    /// Name of the only service of this kind (pager, mirror).
+    pub fn service_of_kind(&self, kind: Kind) -> Option<&ServicePlan> {
+        self.services.iter().find(|service| service.kind == kind)
+    }
+
+    /// Where a service listens: `pager.sock`, `mirror.sock`, `driver-DEVICE.sock`.
+    pub fn endpoint_path(&self, run_dir: &Path, service: &str) -> PathBuf {
+        let file = match self.driver_service(service) {
+            Some(device) => format!("driver-{}.sock", device.name),
+            None => match self.service(service).map(|service| service.kind) {
+                Some(Kind::Pager) => "pager.sock".to_owned(),
+                Some(Kind::Mirror) => "mirror.sock".to_owned(),
+                _ => format!("{service}.sock"),
+            },
+        };
+        run_dir.join(file)
+    }
+}

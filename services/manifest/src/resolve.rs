@@ -1,0 +1,263 @@
+//! From manifest to plan: every check, every default.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use crate::parse::{Device, Kind, Manifest, Service};
+use crate::plan::{Channel, DevicePlan, Plan, ServicePlan};
+use crate::{DEVICE_COUNT_MAX, ManifestError};
+
+const PAGE_BYTES: u64 = 4096;
+/// Frame numbers have 32 bits.
+const MEMORY_BYTES_MAX: u64 = (u32::MAX as u64) * PAGE_BYTES;
+/// The copy engine moves chunks of 2 MiB.
+const STAGING_BYTES_MIN: u64 = 2 << 20;
+const BUILT_IN_DRIVERS: [&str; 1] = ["soft"];
+
+impl Manifest {
+    /// Checks everything and decides what was left open. Programs of third parties must exist now.
+    pub fn resolve(&self) -> Result<Plan, ManifestError> {
+        self.check_names()?;
+        self.check_numbers()?;
+        let devices = self.resolve_devices()?;
+        let services = self.resolve_services()?;
+        let channels = self.resolve_channels()?;
+        let services = start_order(services)?;
+        Ok(Plan { supervisor: self.supervisor.clone(), quota: self.quota.clone(), services, devices, channels })
+    }
+
+    fn check_names(&self) -> Result<(), ManifestError> {
+        let services = self.services.iter().map(|service| ("Service", &service.name));
+        let devices = self.devices.iter().map(|device| ("Device", &device.name));
+        let mut seen = BTreeSet::new();
+        for (what, name) in services.chain(devices) {
+            let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            if name.is_empty() || name.len() > 32 || !name.chars().all(legal) || name == "supervisor" {
+                return Err(ManifestError::Name { name: name.clone() });
+            }
+            if !seen.insert((what, name)) {
+                return Err(ManifestError::Duplicate { what, name: name.clone() });
+            }
+        }
+        for (kind, text) in [(Kind::Pager, "pager"), (Kind::Mirror, "mirror")] {
+            let count = self.services.iter().filter(|service| service.kind == kind).count();
+            if count != 1 {
+                return Err(ManifestError::Count { kind: text, count });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_numbers(&self) -> Result<(), ManifestError> {
+        let supervisor = &self.supervisor;
+        let range = |key: &str, value: u64, low: u64, high: u64, allowed: &'static str| {
+            let fits = (low..=high).contains(&value);
+            if fits { Ok(()) } else { Err(ManifestError::Range { key: key.to_owned(), value, allowed }) }
+        };
+        range("supervisor.heartbeat_ms", supervisor.heartbeat_ms, 10, 60_000, "10 to 60000")?;
+        range("supervisor.missed_limit", u64::from(supervisor.missed_limit), 2, 1000, "2 to 1000")?;
+        range("supervisor.start_timeout_ms", supervisor.start_timeout_ms, 100, 600_000, "100 to 600000")?;
+        range("supervisor.stop_timeout_ms", supervisor.stop_timeout_ms, 10, 600_000, "10 to 600000")?;
+        range("quota.max_spaces", u64::from(self.quota.max_spaces), 1, 65_536, "1 to 65536")?;
+        range("quota.max_inflight_per_client", u64::from(self.quota.max_inflight_per_client), 1, 65_536, "1 to 65536")?;
+        for service in &self.services {
+            let restart = &service.restart;
+            let key = |name: &str| format!("{}.restart.{name}", service.name);
+            range(&key("backoff_min_ms"), restart.backoff_min_ms, 1, restart.backoff_max_ms, "1 to backoff_max_ms")?;
+            range(&key("max_deaths"), u64::from(restart.max_deaths), 1, 1_000_000, "1 to 1000000")?;
+            range(&key("window_s"), restart.window_s, 1, 86_400, "1 to 86400")?;
+        }
+        Ok(())
+    }
+
+    fn resolve_devices(&self) -> Result<Vec<DevicePlan>, ManifestError> {
+        if self.devices.len() > DEVICE_COUNT_MAX {
+            let device = self.devices[DEVICE_COUNT_MAX].name.clone();
+            return Err(ManifestError::Device { device, problem: "at most 8 devices are possible: remove some".into() });
+        }
+        let mut driven = BTreeMap::new();
+        for device in &self.devices {
+            let service = self.services.iter().find(|service| service.name == device.service);
+            let Some(service) = service else {
+                let from = format!("Device {:?}", device.name);
+                return Err(ManifestError::Dangling { from, to: device.service.clone() });
+            };
+            check_device(device, service)?;
+            if let Some(other) = driven.insert(&device.service, &device.name) {
+                let problem = format!("service {:?} drives {other:?} already: one service a device", device.service);
+                return Err(ManifestError::Device { device: device.name.clone(), problem });
+            }
+        }
+        let idle = self.services.iter().find(|s| s.kind == Kind::Driver && !driven.contains_key(&s.name));
+        if let Some(service) = idle {
+            let problem = "it drives no device: add a [[device]] with this service".to_owned();
+            return Err(ManifestError::Program { service: service.name.clone(), problem });
+        }
+        let plans = self.devices.iter().enumerate().map(|(id, device)| DevicePlan {
+            id: id as u8,
+            name: device.name.clone(),
+            service: device.service.clone(),
+            memory_bytes: device.memory_bytes.0,
+            populate: device.populate,
+            aperture: device.aperture,
+            workers: device.workers,
+            staging_bytes: device.staging_bytes.0,
+        });
+        Ok(plans.collect())
+    }
+
+    fn resolve_services(&self) -> Result<Vec<ServicePlan>, ManifestError> {
+        let name_of = |kind| self.services.iter().find(|s| s.kind == kind).map(|s| s.name.clone());
+        let (pager, mirror) = (name_of(Kind::Pager), name_of(Kind::Mirror));
+        let mut plans = Vec::new();
+        for service in &self.services {
+            for need in &service.needs {
+                if !self.services.iter().any(|other| other.name == *need) {
+                    let from = format!("Service {:?}", service.name);
+                    return Err(ManifestError::Dangling { from, to: need.clone() });
+                }
+            }
+            let natural = match service.kind {
+                Kind::Pager => vec![],
+                Kind::Mirror => vec![pager.clone()],
+                Kind::Driver => vec![pager.clone(), mirror.clone()],
+            };
+            let mut needs: Vec<String> = natural.into_iter().flatten().collect();
+            needs.extend(service.needs.iter().filter(|need| !needs.contains(need)).cloned().collect::<Vec<_>>());
+            let (command, external) = program(service)?;
+            plans.push(ServicePlan {
+                name: service.name.clone(),
+                kind: service.kind,
+                command,
+                external,
+                needs,
+                restart: service.restart.clone(),
+                sandbox: service.sandbox.clone(),
+            });
+        }
+        Ok(plans)
+    }
+
+    fn resolve_channels(&self) -> Result<Vec<Channel>, ManifestError> {
+        let rank = |name: &str| {
+            let kind = self.services.iter().find(|service| service.name == name)?.kind;
+            Some(match kind {
+                Kind::Driver => 2,
+                Kind::Mirror => 1,
+                Kind::Pager => 0,
+            })
+        };
+        let mut channels = BTreeSet::new();
+        for channel in &self.channels {
+            for end in [&channel.from, &channel.to] {
+                if rank(end).is_none() {
+                    let from = format!("Channel {:?} -> {:?}", channel.from, channel.to);
+                    return Err(ManifestError::Dangling { from, to: end.clone() });
+                }
+            }
+            if rank(&channel.from) <= rank(&channel.to) {
+                return Err(ManifestError::Channel { from: channel.from.clone(), to: channel.to.clone() });
+            }
+            channels.insert(Channel { from: channel.from.clone(), to: channel.to.clone() });
+        }
+        if self.channels.is_empty() {
+            for from in &self.services {
+                let lower = self.services.iter().filter(|to| rank(&from.name) > rank(&to.name));
+                channels.extend(lower.map(|to| Channel { from: from.name.clone(), to: to.name.clone() }));
+            }
+        }
+        Ok(channels.into_iter().collect())
+    }
+}
+
+fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError> {
+    let wrong = |problem: String| Err(ManifestError::Device { device: device.name.clone(), problem });
+    if service.kind != Kind::Driver {
+        return wrong(format!("service {:?} is no driver: give kind = \"driver\"", service.name));
+    }
+    let memory_bytes = device.memory_bytes.0;
+    if memory_bytes == 0 || memory_bytes % PAGE_BYTES != 0 || memory_bytes > MEMORY_BYTES_MAX {
+        return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
+    }
+    let staging_bytes = device.staging_bytes.0;
+    if staging_bytes < STAGING_BYTES_MIN || staging_bytes % PAGE_BYTES != 0 {
+        return wrong(format!("staging_bytes = {staging_bytes} must be a multiple of {PAGE_BYTES}, 2MiB or more"));
+    }
+    if !(1..=64).contains(&device.workers) {
+        return wrong(format!("workers = {} must be 1 to 64", device.workers));
+    }
+    Ok(())
+}
+
+/// The command of a service, and whether it is a program of its own.
+fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
+    let wrong = |problem: &str| {
+        Err(ManifestError::Program { service: service.name.clone(), problem: problem.to_owned() })
+    };
+    let built_in = |words: &[&str]| Ok((words.iter().map(|word| (*word).to_owned()).collect(), false));
+    match (service.kind, &service.driver, &service.command) {
+        (Kind::Pager, None, None) => built_in(&["pager"]),
+        (Kind::Mirror, None, None) => built_in(&["mirror"]),
+        (Kind::Pager | Kind::Mirror, ..) => wrong("pager and mirror are built in: remove `driver` and `command`"),
+        (Kind::Driver, Some(driver), None) if BUILT_IN_DRIVERS.contains(&driver.as_str()) => {
+            built_in(&["driver", driver])
+        }
+        (Kind::Driver, Some(_), None) => wrong("the built-in drivers are: soft; for any other give `command`"),
+        (Kind::Driver, None, Some(command)) => match command.first() {
+            None => wrong("`command` is empty: give program and arguments"),
+            Some(path) => executable(service, path).map(|()| (command.clone(), true)),
+        },
+        (Kind::Driver, Some(_), Some(_)) => wrong("give either `driver` or `command`, not both"),
+        (Kind::Driver, None, None) => wrong("a driver needs `driver` (built in) or `command` (a program)"),
+    }
+}
+
+fn executable(service: &Service, path: &str) -> Result<(), ManifestError> {
+    use std::os::unix::fs::PermissionsExt;
+    let missing = |problem: String| {
+        Err(ManifestError::MissingBinary { service: service.name.clone(), path: path.to_owned(), problem })
+    };
+    if !path.starts_with('/') {
+        return missing("give an absolute path".to_owned());
+    }
+    match std::fs::metadata(Path::new(path)) {
+        Err(error) => missing(error.to_string()),
+        Ok(meta) if !meta.is_file() => missing("it is no file".to_owned()),
+        Ok(meta) if meta.permissions().mode() & 0o111 == 0 => missing("it is not executable (chmod +x)".to_owned()),
+        Ok(_) => Ok(()),
+    }
+}
+
+/// Depth first by `needs`; stable for services that do not need each other.
+fn start_order(services: Vec<ServicePlan>) -> Result<Vec<ServicePlan>, ManifestError> {
+    let by_name: BTreeMap<&str, &ServicePlan> = services.iter().map(|s| (s.name.as_str(), s)).collect();
+    let mut order: Vec<String> = Vec::new();
+    for service in &services {
+        visit(&service.name, &by_name, &mut Vec::new(), &mut order)?;
+    }
+    let ordered = order.iter().filter_map(|name| by_name.get(name.as_str()).map(|service| (*service).clone()));
+    Ok(ordered.collect())
+}
+
+fn visit(
+    name: &str,
+    by_name: &BTreeMap<&str, &ServicePlan>,
+    path: &mut Vec<String>,
+    order: &mut Vec<String>,
+) -> Result<(), ManifestError> {
+    if order.iter().any(|done| done == name) {
+        return Ok(());
+    }
+    if let Some(at) = path.iter().position(|on_path| on_path == name) {
+        let mut path = path[at..].to_vec();
+        path.push(name.to_owned());
+        return Err(ManifestError::Cycle { path });
+    }
+    path.push(name.to_owned());
+    for need in by_name.get(name).map(|service| service.needs.as_slice()).unwrap_or_default() {
+        visit(need, by_name, path, order)?;
+    }
+    path.pop();
+    order.push(name.to_owned());
+    Ok(())
+}

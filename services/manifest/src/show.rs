@@ -1,0 +1,78 @@
+//! The plan for people: a table and a picture.
+
+use crate::parse::Kind;
+use crate::plan::Plan;
+
+impl Plan {
+    /// Services in start order, devices, channels, limits.
+    pub fn print(&self) -> String {
+        let mut text = format!("{:<16} {:<7} {:<24} {:<28} RESTART\n", "SERVICE", "KIND", "NEEDS", "COMMAND");
+        for service in &self.services {
+            let kind = match service.kind {
+                Kind::Pager => "pager",
+                Kind::Mirror => "mirror",
+                Kind::Driver => "driver",
+            };
+            let command = if service.external {
+                service.command.join(" ")
+            } else {
+                format!("uhmm {}", service.command.join(" "))
+            };
+            let restart = &service.restart;
+            text += &format!(
+                "{:<16} {kind:<7} {:<24} {command:<28} at once, then {}..{} ms; held after {} deaths in {} s\n",
+                service.name,
+                service.needs.join(" "),
+                restart.backoff_min_ms,
+                restart.backoff_max_ms,
+                restart.max_deaths,
+                restart.window_s,
+            );
+        }
+        text += &format!("\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} WORKERS\n", "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "POPULATE");
+        for device in &self.devices {
+            text += &format!(
+                "{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {}\n",
+                device.id,
+                device.name,
+                device.service,
+                device.memory_bytes >> 20,
+                device.aperture,
+                device.populate,
+                device.workers,
+            );
+        }
+        text += &format!(
+            "\nHeartbeat every {} ms, killed after {} missed. Clients: {} processes, {} regions each.\n",
+            self.supervisor.heartbeat_ms,
+            self.supervisor.missed_limit,
+            self.quota.max_spaces,
+            self.quota.max_regions_per_space,
+        );
+        text
+    }
+
+    /// Who calls whom.
+    pub fn draw(&self) -> String {
+        let mut text = String::from("supervisor <== every service (vault, heartbeat)\n");
+        for service in self.services.iter().filter(|service| service.kind != Kind::Driver) {
+            text += &format!("|-- {:<12} <-- {}\n", service.name, self.callers(&service.name, service.kind));
+        }
+        let drivers: Vec<_> = self.services.iter().filter(|service| service.kind == Kind::Driver).collect();
+        for (index, service) in drivers.iter().enumerate() {
+            let branch = if index + 1 == drivers.len() { "`--" } else { "|--" };
+            let device = self.driver_service(&service.name).map_or("", |device| device.name.as_str());
+            text += &format!("{branch} {:<12} <-- clients   ==> device {device:?}\n", service.name);
+        }
+        text
+    }
+
+    fn callers(&self, name: &str, kind: Kind) -> String {
+        let mut callers: Vec<&str> =
+            self.channels.iter().filter(|channel| channel.to == name).map(|channel| channel.from.as_str()).collect();
+        if kind == Kind::Pager {
+            callers.push("clients");
+        }
+        callers.join(", ")
+    }
+}

@@ -1,0 +1,132 @@
+use super::*;
+
+const BASE: &str = r#"
+[[service]]
+name = "pager"
+kind = "pager"
+[[service]]
+name = "mirror"
+kind = "mirror"
+"#;
+
+fn with(rest: &str) -> Result<Plan, ManifestError> {
+    Manifest::parse(&format!("{BASE}{rest}"))?.resolve()
+}
+
+fn driver(name: &str, more: &str) -> String {
+    format!("[[service]]\nname = \"{name}\"\nkind = \"driver\"\n{more}\n[[device]]\nname = \"{name}\"\nservice = \"{name}\"\n")
+}
+
+fn refused(rest: &str) -> String {
+    with(rest).expect_err("the manifest must be refused").to_string()
+}
+
+#[test]
+fn the_built_in_manifest_resolves_and_survives_the_wire() {
+    let plan = Manifest::built_in().resolve().expect("built in");
+    assert_eq!(plan.services.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["pager", "mirror", "soft0"]);
+    assert_eq!(plan.devices[0].memory_bytes, 1 << 30);
+    assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+    assert!(plan.print().contains("soft0") && plan.draw().contains("device \"soft0\""));
+}
+
+#[test]
+fn an_unknown_key_is_refused_by_name_and_line() {
+    let text = refused("[supervisor]\nheartbeat = 5\n");
+    assert!(text.contains("heartbeat") && text.contains("line 9"), "{text}");
+    assert!(refused(&driver("d0", "driver = \"soft\"\ncolour = 1")).contains("colour"));
+}
+
+#[test]
+fn a_cycle_names_its_members() {
+    let text = format!(
+        "{}{}",
+        driver("a", "driver = \"soft\"\nneeds = [\"b\"]"),
+        driver("b", "driver = \"soft\"\nneeds = [\"a\"]")
+    );
+    assert!(refused(&text).contains("a -> b -> a"));
+}
+
+#[test]
+fn a_missing_binary_is_named_before_anything_starts() {
+    let text = refused(&driver("d0", "command = [\"/nonexistent/driver\", \"-x\"]"));
+    assert!(text.contains("/nonexistent/driver") && text.contains("d0"), "{text}");
+    assert!(refused(&driver("d0", "command = [\"/etc/passwd\"]")).contains("not executable"));
+    assert!(refused(&driver("d0", "command = [\"true\"]")).contains("absolute"));
+    let plan = with(&driver("d0", "command = [\"/bin/sh\", \"-c\"]")).expect("an existing program");
+    assert!(plan.service("d0").expect("service").external);
+}
+
+#[test]
+fn dangling_references_are_named() {
+    assert!(refused("[[device]]\nname = \"x\"\nservice = \"nobody\"\n").contains("nobody"));
+    assert!(refused(&driver("d0", "driver = \"soft\"\nneeds = [\"ghost\"]")).contains("ghost"));
+    let text = driver("d0", "driver = \"soft\"") + "[[channel]]\nfrom = \"d0\"\nto = \"ghost\"\n";
+    assert!(refused(&text).contains("ghost"));
+}
+
+#[test]
+fn uphill_channels_are_refused() {
+    let text = driver("d0", "driver = \"soft\"") + "[[channel]]\nfrom = \"pager\"\nto = \"mirror\"\n";
+    assert!(refused(&text).contains("uphill"));
+}
+
+#[test]
+fn names_must_fit_socket_paths() {
+    for name in ["", "Upper", "a/b", "..", "x y", "supervisor", "0123456789012345678901234567890123"] {
+        assert!(refused(&driver(name, "driver = \"soft\"")).contains("not allowed"), "{name}");
+    }
+    let twice = driver("d0", "driver = \"soft\"") + &driver("d0", "driver = \"soft\"");
+    assert!(refused(&twice).contains("twice"));
+}
+
+#[test]
+fn there_is_exactly_one_pager_and_one_mirror() {
+    assert!(refused("[[service]]\nname = \"p2\"\nkind = \"pager\"\n").contains("exactly one"));
+    let error = Manifest::parse("[[service]]\nname = \"pager\"\nkind = \"pager\"\n").expect("syntax").resolve();
+    assert_eq!(error, Err(ManifestError::Count { kind: "mirror", count: 0 }));
+}
+
+#[test]
+fn sizes_have_units_and_bounds() {
+    let size = |text: &str| with(&(driver("d0", "driver = \"soft\"") + &format!("memory_bytes = {text}\n")));
+    assert_eq!(size("\"64MiB\"").expect("suffix").devices[0].memory_bytes, 64 << 20);
+    assert_eq!(size("8192").expect("number").devices[0].memory_bytes, 8192);
+    for bad in ["0", "4097", "\"1 parsec\"", "\"MiB\"", "\"99999999TiB\"", "-1"] {
+        assert!(size(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_driver_needs_one_program_and_one_device() {
+    assert!(refused(&driver("d0", "")).contains("needs `driver`"));
+    assert!(refused(&driver("d0", "driver = \"warp\"")).contains("soft"));
+    assert!(refused(&driver("d0", "driver = \"soft\"\ncommand = [\"/bin/sh\"]")).contains("not both"));
+    assert!(refused("[[service]]\nname = \"d0\"\nkind = \"driver\"\ndriver = \"soft\"\n").contains("no device"));
+    let two = driver("d0", "driver = \"soft\"") + "[[device]]\nname = \"d1\"\nservice = \"d0\"\n";
+    assert!(refused(&two).contains("one service a device"));
+}
+
+#[test]
+fn nine_devices_are_one_too_many() {
+    let text: String = (0..9).map(|i| driver(&format!("d{i}"), "driver = \"soft\"")).collect();
+    assert!(refused(&text).contains("at most 8"));
+    let text: String = (0..8).map(|i| driver(&format!("d{i}"), "driver = \"soft\"")).collect();
+    let ids: Vec<u8> = with(&text).expect("eight").devices.iter().map(|device| device.id).collect();
+    assert_eq!(ids, [0, 1, 2, 3, 4, 5, 6, 7]);
+}
+
+#[test]
+fn numbers_out_of_range_are_named() {
+    assert!(refused("[supervisor]\nheartbeat_ms = 1\n").contains("heartbeat_ms"));
+    let text = driver("d0", "driver = \"soft\"\nrestart = { backoff_min_ms = 50, backoff_max_ms = 10 }");
+    assert!(refused(&text).contains("backoff_min_ms"));
+}
+
+#[test]
+fn services_start_after_what_they_need() {
+    let text = driver("first", "driver = \"soft\"\nneeds = [\"second\"]") + &driver("second", "driver = \"soft\"");
+    let plan = with(&text).expect("plan");
+    let names: Vec<&str> = plan.services.iter().map(|service| service.name.as_str()).collect();
+    assert_eq!(names, ["pager", "mirror", "second", "first"]);
+}
