@@ -176,11 +176,11 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
         return wrong(format!("service {:?} is no driver: give kind = \"driver\"", service.name));
     }
     let memory_bytes = device.memory_bytes.0;
-    if memory_bytes == 0 || memory_bytes % PAGE_BYTES != 0 || memory_bytes > MEMORY_BYTES_MAX {
+    if memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES) || memory_bytes > MEMORY_BYTES_MAX {
         return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
     }
     let staging_bytes = device.staging_bytes.0;
-    if staging_bytes < STAGING_BYTES_MIN || staging_bytes % PAGE_BYTES != 0 {
+    if staging_bytes < STAGING_BYTES_MIN || !staging_bytes.is_multiple_of(PAGE_BYTES) {
         return wrong(format!("staging_bytes = {staging_bytes} must be a multiple of {PAGE_BYTES}, 2MiB or more"));
     }
     if !(1..=64).contains(&device.workers) {

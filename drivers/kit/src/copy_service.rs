@@ -1,0 +1,300 @@
+//! The copy engine's thread: requests of the pager out of the ring, through the engine, completions back.
+//!
+//! ```text
+//!   pager                      shared memory                      copy thread
+//!   push request, ring submit -> request lane  -> pop, check range -> engine: staging <-> frames
+//!   pop, drain complete       <- completion lane <- push, ring complete if the pager sleeps
+//! ```
+//! A ring belongs to one session with the pager: when the link is lost, the thread ends and hands the engine back, and the
+//! next session begins with a new ring. What was in flight the new pager asks again (copies are absolute).
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use uhmm_ipc::message::Fd;
+use uhmm_ipc::message::pager::CopyRing;
+use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
+use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
+use uhmm_kernel_hook::{EventFd, HookError, Prot, Window, memfd};
+
+use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES};
+use crate::error::DriverError;
+use crate::stats::CopyCounters;
+
+/// Entries of the ring in each direction.
+const RING_ENTRIES: u32 = 256;
+/// Pause while the pager has no room for completions; it tells nobody when it has.
+const COMPLETION_PAUSE: Duration = Duration::from_micros(100);
+
+/// A running copy thread.
+pub(crate) struct CopyService<E> {
+    thread: JoinHandle<E>,
+    stop: Arc<AtomicBool>,
+    submit: EventFd,
+    ring: CopyRing,
+}
+
+impl<E: CopyEngine + 'static> CopyService<E> {
+    /// Makes ring and staging area and starts the thread.
+    pub(crate) fn start(
+        engine: E,
+        frame_count: u32,
+        staging_bytes: u64,
+        counters: Arc<CopyCounters>,
+    ) -> Result<Self, DriverError> {
+        let staging_pages = u32::try_from(staging_bytes / PAGE_BYTES).unwrap_or(u32::MAX);
+        let staging_bytes = u64::from(staging_pages) * PAGE_BYTES;
+        let staging: Fd = Arc::new(memfd::create_sealed("uhmm-staging", staging_bytes)?);
+        let window = Window::map(staging.as_fd(), 0, staging_bytes, Prot::ReadWrite)?;
+        let ring = Ring::create(RING_ENTRIES)?;
+        let (submit, complete) = (EventFd::new()?, EventFd::new()?);
+        let shown = CopyRing {
+            ring: ring.fd().clone(),
+            submit: Arc::new(submit.try_clone()?.into_fd()),
+            complete: Arc::new(complete.try_clone()?.into_fd()),
+            staging,
+        };
+        let (completions, requests) = ring.into_ends();
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = Worker {
+            engine,
+            frame_count,
+            staging: window,
+            staging_pages,
+            requests,
+            completions,
+            submit: submit.try_clone()?,
+            complete,
+            stop: stop.clone(),
+            counters,
+        };
+        let thread = std::thread::Builder::new()
+            .name("copy-engine".to_owned())
+            .spawn(move || worker.run())
+            .map_err(DriverError::Thread)?;
+        Ok(Self { thread, stop, submit, ring: shown })
+    }
+
+    /// For `DriverLogin`.
+    pub(crate) fn ring(&self) -> CopyRing {
+        self.ring.clone()
+    }
+
+    /// Ends the thread after the request it is at, and hands the engine back; `None` if the engine panicked.
+    pub(crate) fn stop(self) -> Option<E> {
+        self.stop.store(true, Ordering::Release);
+        if let Err(error) = self.submit.signal() {
+            tracing::error!(%error, "The copy thread cannot be woken");
+        }
+        self.thread.join().ok()
+    }
+}
+
+/// What the thread owns.
+struct Worker<E> {
+    engine: E,
+    frame_count: u32,
+    staging: Window,
+    staging_pages: u32,
+    requests: Consumer,
+    completions: Producer,
+    submit: EventFd,
+    complete: EventFd,
+    stop: Arc<AtomicBool>,
+    counters: Arc<CopyCounters>,
+}
+
+/// Why the thread stopped before it was told to.
+#[derive(Debug, thiserror::Error)]
+enum CopyThreadError {
+    #[error("Copy ring is unusable until the pager's next session")]
+    Ring(#[from] RingError),
+    #[error("Copy request is malformed: the pager is of another version")]
+    Request(#[from] uhmm_ipc::shared::copy_ring::CopyRingError),
+    #[error("Event descriptor of the copy ring failed")]
+    Event(#[from] HookError),
+    #[error("Waiting for copy requests failed")]
+    Wait(#[from] rustix::io::Errno),
+}
+
+impl<E: CopyEngine> Worker<E> {
+    fn run(mut self) -> E {
+        if let Err(error) = self.serve() {
+            let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            tracing::error!(%error, source, "Copy thread ends");
+        }
+        self.engine
+    }
+
+    fn serve(&mut self) -> Result<(), CopyThreadError> {
+        while !self.stop.load(Ordering::Acquire) {
+            if let Some(slot) = self.requests.pop()? {
+                let request = CopyRequest::decode(&slot)?;
+                let status = self.perform(&request);
+                self.complete(CopyCompletion { ticket: request.ticket, status })?;
+            } else if self.requests.arm()? {
+                self.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, request: &CopyRequest) -> CopyStatus {
+        if !request.in_bounds(self.frame_count, self.staging_pages) {
+            self.counters.count(false, 0);
+            tracing::warn!(?request, "Copy request leaves device memory or staging area");
+            return CopyStatus::OutOfRange;
+        }
+        let frames = Frames { first: request.frame, count: request.count };
+        let done: Result<(), DeviceError> = match request.op {
+            CopyOp::CopyIn => self.engine.copy_in(&self.staging, request.staging_page, frames),
+            CopyOp::CopyOut => self.engine.copy_out(frames, &self.staging, request.staging_page),
+            CopyOp::Scrub => self.engine.scrub(frames),
+        };
+        self.counters.count(done.is_ok(), u64::from(request.count) * PAGE_BYTES);
+        match done {
+            Ok(()) => CopyStatus::Ok,
+            Err(error) => {
+                tracing::error!(%error, ?request, "Copy failed");
+                CopyStatus::Io
+            }
+        }
+    }
+
+    fn complete(&mut self, completion: CopyCompletion) -> Result<(), CopyThreadError> {
+        let slot = completion.encode();
+        loop {
+            match self.completions.push(&slot) {
+                Ok(true) => return Ok(self.complete.signal()?),
+                Ok(false) => return Ok(()),
+                Err(RingError::Full) if !self.stop.load(Ordering::Acquire) => std::thread::sleep(COMPLETION_PAUSE),
+                Err(RingError::Full) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<(), CopyThreadError> {
+        let mut fds = [PollFd::new(&self.submit, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.submit.drain()?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STAGING_PAGES: u32 = 16;
+    const STAGING_BYTES: u64 = STAGING_PAGES as u64 * PAGE_BYTES;
+
+    /// Remembers what it was asked; `broken` makes it fail.
+    struct Recorder {
+        asked: Vec<(&'static str, u32, u32, u32)>,
+        broken: bool,
+    }
+
+    impl Recorder {
+        fn note(&mut self, what: &'static str, frames: Frames, staging_page: u32) -> Result<(), DeviceError> {
+            self.asked.push((what, frames.first, frames.count, staging_page));
+            if self.broken { Err("The device is broken".into()) } else { Ok(()) }
+        }
+    }
+
+    impl CopyEngine for Recorder {
+        fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+            assert_eq!(staging.load_u64(u64::from(staging_page) * PAGE_BYTES)?, 77, "the pager's bytes are there");
+            self.note("in", frames, staging_page)
+        }
+
+        fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError> {
+            staging.store_u64(u64::from(staging_page) * PAGE_BYTES, 99)?;
+            self.note("out", frames, staging_page)
+        }
+
+        fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
+            self.note("scrub", frames, 0)
+        }
+    }
+
+    /// The pager's end.
+    struct Asker {
+        requests: Producer,
+        completions: Consumer,
+        submit: EventFd,
+        complete: EventFd,
+        staging: Window,
+    }
+
+    impl Asker {
+        fn open(ring: &CopyRing) -> Result<Self, DeviceError> {
+            let (requests, completions) = Ring::open(ring.ring.as_fd())?.into_ends();
+            Ok(Self {
+                requests,
+                completions,
+                submit: EventFd::from_fd(ring.submit.try_clone()?)?,
+                complete: EventFd::from_fd(ring.complete.try_clone()?)?,
+                staging: Window::map(ring.staging.as_fd(), 0, STAGING_BYTES, Prot::ReadWrite)?,
+            })
+        }
+
+        fn ask(&mut self, op: CopyOp, frame: u32, count: u32, staging_page: u32) -> Result<CopyStatus, DeviceError> {
+            let request = CopyRequest { op, ticket: u64::from(frame) + 1000, frame, count, staging_page };
+            if self.requests.push(&request.encode())? {
+                self.submit.signal()?;
+            }
+            loop {
+                if let Some(slot) = self.completions.pop()? {
+                    let completion = CopyCompletion::decode(&slot)?;
+                    assert_eq!(completion.ticket, request.ticket);
+                    return Ok(completion.status);
+                }
+                if self.completions.arm()? {
+                    poll(&mut [PollFd::new(&self.complete, PollFlags::IN)], None)?;
+                    self.complete.drain()?;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn requests_are_checked_performed_and_answered_in_order() -> Result<(), DeviceError> {
+        let counters = Arc::new(CopyCounters::default());
+        let service =
+            CopyService::start(Recorder { asked: vec![], broken: false }, 64, STAGING_BYTES, counters.clone())?;
+        let mut asker = Asker::open(&service.ring())?;
+        asker.staging.store_u64(5 * PAGE_BYTES, 77)?;
+        assert_eq!(asker.ask(CopyOp::CopyIn, 10, 4, 5)?, CopyStatus::Ok);
+        assert_eq!(asker.ask(CopyOp::CopyOut, 60, 4, 9)?, CopyStatus::Ok);
+        assert_eq!(asker.staging.load_u64(9 * PAGE_BYTES)?, 99);
+        assert_eq!(asker.ask(CopyOp::CopyOut, 61, 4, 9)?, CopyStatus::OutOfRange);
+        assert_eq!(asker.ask(CopyOp::CopyIn, 0, 2, STAGING_PAGES - 1)?, CopyStatus::OutOfRange);
+        assert_eq!(asker.ask(CopyOp::Scrub, 0, 64, u32::MAX)?, CopyStatus::Ok);
+        let engine = service.stop().ok_or("The engine comes back")?;
+        assert_eq!(engine.asked, [("in", 10, 4, 5), ("out", 60, 4, 9), ("scrub", 0, 64, 0)]);
+        assert_eq!(counters.bytes.load(Ordering::Relaxed), 72 * PAGE_BYTES);
+        assert_eq!(counters.failed_copies.load(Ordering::Relaxed), 2);
+        Ok(())
+    }
+
+    #[test]
+    fn a_broken_device_is_reported_and_the_next_session_gets_the_same_engine() -> Result<(), DeviceError> {
+        let counters = Arc::new(CopyCounters::default());
+        let service = CopyService::start(Recorder { asked: vec![], broken: true }, 8, STAGING_BYTES, counters.clone())?;
+        assert_eq!(Asker::open(&service.ring())?.ask(CopyOp::Scrub, 0, 1, 0)?, CopyStatus::Io);
+        let mut engine = service.stop().ok_or("The engine comes back")?;
+        engine.broken = false;
+        let service = CopyService::start(engine, 8, STAGING_BYTES, counters)?;
+        assert_eq!(Asker::open(&service.ring())?.ask(CopyOp::Scrub, 1, 1, 0)?, CopyStatus::Ok);
+        assert_eq!(service.stop().map(|engine| engine.asked.len()), Some(2));
+        Ok(())
+    }
+}

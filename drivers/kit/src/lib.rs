@@ -1,0 +1,42 @@
+//! The driver kit: implement a few small traits for a device, call [`run_driver`] from `main`, and the device is a uhmm driver
+//! service: its memory survives crashes in the vault, its page faults are resolved through the mirror, its mappings are
+//! revoked on demand, clients' jobs are queued, cancelled, timed and answered, and all of it is counted and traced.
+//!
+//! ```text
+//!   client --OpenQueue, Submit--> driver loop --submit--> device threads (JobQueue)
+//!                                   |    ^                   |
+//!                     Lookup, Fault |    | Invalidate        | fault: leave the gate, report, sleep until resumed
+//!                                   v    |                   v
+//!                                   mirror <------------- DevicePort
+//!                                   pager: DriverLogin (memory, gate, copy ring), AttachTable (page tables)
+//! ```
+//! * [`device`]: the traits. [`SharedTable`] is a ready page table for devices whose threads run in this process.
+//! * [`fault`]: device faults as a pure state machine.
+//! * [`run_driver`]: the loop. [`DevicePort`]: how the device talks to it.
+
+pub mod device;
+pub mod fault;
+pub mod port;
+pub mod stats;
+pub mod table;
+
+mod clients;
+mod copy_service;
+mod error;
+mod invalidate;
+mod job;
+mod resolve;
+mod run;
+mod state;
+mod uplink;
+
+pub use device::{
+    CopyEngine, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId, Frames,
+    InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES, PageRange,
+    Parts, Quiescence, RegionKey, RegionMap,
+};
+pub use error::DriverError;
+pub use port::{DeviceEvent, DevicePort};
+pub use run::run_driver;
+pub use table::{AddressSpaces, MappedRegion, SharedTable};
+pub use uhmm_kit::ServiceArgs;

@@ -1,0 +1,456 @@
+//! The main loop of every driver, and its life from start to end.
+//!
+//! ```text
+//!   Service::start -> Driver::open (adopt or create memory) -> vault keeps memory and generation
+//!        -> links: mirror [Login, Open*, Lookup*], pager [DriverLogin, AttachTable*] -> ready -> loop until Stop
+//!
+//!   poll -> wakes -> { client's call: clients.rs | device event, answer: resolve.rs | invalidation: invalidate.rs }
+//! ```
+//! One thread owns everything here; device threads talk to it through [`DevicePort`]. After a crash the next incarnation finds
+//! its memory in the vault, comes with empty tables (so every mapping of the old one is void), and clients' stubs submit their
+//! idempotent jobs again.
+//!
+//! The pager relies on the vault: `DriverLogin` is sent only after the supervisor has acknowledged what holds the memory.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
+use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
+use uhmm_kit::{Handled, Service, ServiceArgs};
+use uhmm_manifest::DevicePlan;
+
+use crate::copy_service::CopyService;
+use crate::device::{
+    DeviceMemory, DevicePageTable, Driver, FaultId, JobId, JobQueue, OpenContext, RegionKey, RegionMap,
+};
+use crate::error::DriverError;
+use crate::fault::{FaultBook, Retry, WindowId};
+use crate::invalidate::AfterQuiescence;
+use crate::job::JobBook;
+use crate::port::DevicePort;
+use crate::state::{Generation, STATE_NAME};
+use crate::stats::Stats;
+use crate::uplink::{Preamble, Restores, Uplink, Upstream};
+
+/// Vault names of every driver begin with this.
+const VAULT_PREFIX: &str = "driver/";
+/// A driver calls itself ready when it is logged in, or after this: a pager that is down must not look like a dead driver.
+const READY_AFTER: Duration = Duration::from_secs(2);
+/// Pause before a refused session is tried again.
+pub(crate) const RELINK_PAUSE: Duration = Duration::from_millis(50);
+/// The same when the login itself was refused, which only an operator can mend.
+const LOGIN_PAUSE: Duration = Duration::from_secs(1);
+/// Our timer tokens begin here; those below belong to the service frame.
+const FIRST_TIMER: u64 = 1 << 32;
+
+/// What an unanswered call upward was for.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    Lookup {
+        space: u64,
+    },
+    Fault {
+        window: WindowId,
+    },
+    Open {
+        space: u64,
+        token: Vec<u8>,
+        client: Option<(ConnId, CallId)>,
+    },
+    Attach {
+        key: RegionKey,
+    },
+    /// Ack and Close: nothing follows.
+    Told,
+}
+
+/// An open to be asked again.
+pub(crate) type Reopen = (u64, Vec<u8>, Option<(ConnId, CallId)>);
+
+/// What a timer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    Retry(Retry),
+    Quiesce(u64),
+    Relink(Upstream),
+    Reopen,
+    Ready,
+    JobDeadline(JobId),
+}
+
+/// An attached (or soon attached) region.
+#[derive(Clone, Debug)]
+pub(crate) struct Attached {
+    pub(crate) map: RegionMap,
+    /// Table shown to the pager.
+    pub(crate) table: Option<uhmm_ipc::message::Fd>,
+}
+
+/// What of device memory the pager is told at login.
+struct MemoryShown {
+    device: u8,
+    generation: u64,
+    frame_count: u32,
+    aperture: Option<uhmm_ipc::message::Fd>,
+    gate: Option<uhmm_ipc::message::Fd>,
+}
+
+/// See the module head.
+pub(crate) struct DriverLoop<D: Driver> {
+    pub(crate) service: Service,
+    pub(crate) driver_name: &'static str,
+    pub(crate) plan: DevicePlan,
+    pub(crate) memory: D::Memory,
+    pub(crate) table: D::Table,
+    pub(crate) queue: D::Queue,
+    pub(crate) copy: Option<CopyService<D::Engine>>,
+    pub(crate) port: DevicePort,
+    pub(crate) book: FaultBook,
+    pub(crate) jobs: JobBook<ConnId, CallId>,
+    pub(crate) stats: Stats,
+    pub(crate) mirror: Uplink,
+    pub(crate) pager: Uplink,
+    pub(crate) conns: HashSet<ConnId>,
+    /// Opened spaces and their tokens.
+    pub(crate) spaces: BTreeMap<u64, Vec<u8>>,
+    pub(crate) regions: BTreeMap<RegionKey, Attached>,
+    pub(crate) asked: HashMap<CallId, (Upstream, Asked)>,
+    /// Opens that a refused session swallowed: space, token, who waits.
+    pub(crate) reopen: Vec<Reopen>,
+    pub(crate) quiescing: HashMap<u64, AfterQuiescence>,
+    pub(crate) next_ticket: u64,
+    /// Suspended jobs: since when.
+    pub(crate) suspended: HashMap<FaultId, (JobId, Instant)>,
+    pub(crate) job_timers: HashMap<JobId, (TimerId, TimerToken)>,
+    timers: HashMap<TimerToken, Due>,
+    next_timer: u64,
+    shown: MemoryShown,
+    ready: bool,
+}
+
+/// Runs a driver service until it is told to stop. The whole of a driver's `main`.
+///
+/// # Errors
+/// When the service cannot go on: the process should end, and the supervisor starts the next incarnation.
+pub fn run_driver<D: Driver>(args: ServiceArgs, driver: D) -> Result<(), DriverError> {
+    let name = args.name.clone();
+    let service = Service::start(args, Role::Driver, Interface::Driver)?;
+    let Some((mut driver_loop, early)) = DriverLoop::open(service, &name, driver)? else { return Ok(()) };
+    let outcome = driver_loop.run(early);
+    driver_loop.queue.stop();
+    if let Some(copy) = driver_loop.copy.take() {
+        copy.stop();
+    }
+    outcome
+}
+
+impl<D: Driver> DriverLoop<D> {
+    /// Everything up to the first turn of the loop, and the wakes that came before it; `None` when told to stop.
+    fn open(mut service: Service, name: &str, mut driver: D) -> Result<Option<(Self, Vec<Wake>)>, DriverError> {
+        let plan = service.plan.driver_service(name).cloned();
+        let plan = plan.ok_or_else(|| DriverError::NoDevice { name: name.to_owned() })?;
+        let waker = service.reactor.waker();
+        let port = DevicePort::new(move || waker.wake());
+        let (state, kept): (Vec<_>, Vec<_>) =
+            service.vault.take(VAULT_PREFIX).into_iter().partition(|(name, _)| name == STATE_NAME);
+        let context = OpenContext { plan: &plan, kept, port: port.clone() };
+        let parts = driver.open(context).map_err(|source| DriverError::Open { device: plan.name.clone(), source })?;
+        let frame_count = parts.memory.frame_count();
+        let state = state.into_iter().next().map(|(_, fd)| fd);
+        let generation = Generation::settle(state, parts.origin, frame_count)?;
+        tracing::info!(
+            device = %plan.name, frame_count, origin = ?parts.origin, generation = generation.number,
+            aperture = parts.memory.aperture().is_some(), "Device is open"
+        );
+        let Some(early) = keep_in_vault(&mut service, &parts.memory, &generation)? else { return Ok(None) };
+
+        let stats = Stats::new();
+        let copy = match (parts.memory.aperture(), parts.engine) {
+            (Some(_), _) => None,
+            (None, Some(engine)) => {
+                Some(CopyService::start(engine, frame_count, plan.staging_bytes, Arc::clone(&stats.copy))?)
+            }
+            (None, None) => return Err(DriverError::NoCopyPath { driver: driver.name() }),
+        };
+        let shown = MemoryShown {
+            device: plan.id,
+            generation: generation.number,
+            frame_count,
+            aperture: parts.memory.aperture(),
+            gate: parts.memory.aperture().and_then(|_| parts.table.gate()),
+        };
+        let mirror = Uplink::open(&mut service, Upstream::Mirror, vec![mirror_login(plan.id)]);
+        let pager_login = shown.login(copy.as_ref().map(CopyService::ring));
+        let pager = Uplink::open(&mut service, Upstream::Pager, vec![pager_login]);
+        let mut driver_loop = Self {
+            driver_name: driver.name(),
+            jobs: JobBook::new(driver.kernels()),
+            service,
+            plan,
+            memory: parts.memory,
+            table: parts.table,
+            queue: parts.queue,
+            copy,
+            port,
+            book: FaultBook::new(),
+            stats,
+            mirror,
+            pager,
+            conns: HashSet::new(),
+            spaces: BTreeMap::new(),
+            regions: BTreeMap::new(),
+            asked: HashMap::new(),
+            reopen: Vec::new(),
+            quiescing: HashMap::new(),
+            next_ticket: 0,
+            suspended: HashMap::new(),
+            job_timers: HashMap::new(),
+            timers: HashMap::new(),
+            next_timer: FIRST_TIMER,
+            shown,
+            ready: false,
+        };
+        driver_loop.after(READY_AFTER, Due::Ready);
+        Ok(Some((driver_loop, early)))
+    }
+
+    fn run(&mut self, early: Vec<Wake>) -> Result<(), DriverError> {
+        for wake in early {
+            self.on_wake(wake)?;
+        }
+        let mut wakes = Vec::new();
+        loop {
+            self.service.reactor.poll(None, &mut wakes)?;
+            for wake in wakes.drain(..) {
+                match self.service.on_wake(&wake) {
+                    Handled::Exit => return Ok(()),
+                    Handled::Yes => {}
+                    Handled::No => self.on_wake(wake)?,
+                }
+            }
+            self.device_events();
+        }
+    }
+
+    fn on_wake(&mut self, wake: Wake) -> Result<(), DriverError> {
+        match wake {
+            Wake::Connected { conn, .. } => {
+                self.conns.insert(conn);
+            }
+            Wake::Closed { conn, .. } => self.client_gone(conn),
+            Wake::Call { conn, call, trace, deadline, body } => self.on_call(conn, call, trace, deadline, body),
+            Wake::Done { call, result, .. } => self.answered(call, result),
+            Wake::Event { link, trace, body: Event::Mirror(event) } if link == self.mirror.link => {
+                self.on_mirror_event(event, trace);
+            }
+            Wake::LinkUp { link, reconnected, .. } => self.link_up(link, reconnected),
+            Wake::LinkDown { link } => self.link_down(link)?,
+            Wake::Preamble { link, index, result } => self.preamble_answered(link, index, &result),
+            Wake::Timer(token) => self.timer_fired(token),
+            // Device events are drained after every batch.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn link_up(&mut self, link: uhmm_ipc::LinkId, reconnected: bool) {
+        if link == self.mirror.link {
+            self.mirror.up();
+        } else if link == self.pager.link {
+            self.pager.up();
+            if reconnected {
+                self.open_spaces_again();
+            }
+        }
+    }
+
+    /// A new pager has forgotten who mirrors which space; the mirror does not tell it by itself.
+    fn open_spaces_again(&mut self) {
+        let spaces: Vec<(u64, Vec<u8>)> = self.spaces.iter().map(|(space, token)| (*space, token.clone())).collect();
+        for (space, token) in spaces {
+            self.open_space(space, token, None, TraceId::default());
+        }
+    }
+
+    fn link_down(&mut self, link: uhmm_ipc::LinkId) -> Result<(), DriverError> {
+        if link == self.mirror.link {
+            tracing::warn!("Link to the mirror lost: device faults wait");
+            self.mirror.down();
+        } else if link == self.pager.link {
+            tracing::warn!("Link to the pager lost: migration waits");
+            self.pager.down();
+            if let Some(copy) = self.copy.take() {
+                // The ring belonged to the lost session; the next login brings a new one.
+                let engine = copy.stop().ok_or(DriverError::NoCopyPath { driver: self.driver_name })?;
+                let counters = Arc::clone(&self.stats.copy);
+                let (frame_count, staging_bytes) = (self.memory.frame_count(), self.plan.staging_bytes);
+                self.copy = Some(CopyService::start(engine, frame_count, staging_bytes, counters)?);
+                self.refresh_preambles();
+            }
+        }
+        Ok(())
+    }
+
+    /// A refusal says that something of ours is gone upstream: forget it, and begin the session anew without it.
+    fn preamble_answered(&mut self, link: uhmm_ipc::LinkId, index: usize, result: &Result<Reply, WireError>) {
+        let uplink = match link {
+            link if link == self.mirror.link => &mut self.mirror,
+            link if link == self.pager.link => &mut self.pager,
+            _ => return,
+        };
+        let upstream = uplink.upstream;
+        let refused = uplink.preamble_answered(index, result);
+        if let (Some(item), Err(error)) = (refused, result) {
+            tracing::warn!(?upstream, ?item, %error, "Session refused: trying again without it");
+            match item {
+                Restores::Login => {}
+                Restores::Space(space) => self.end_space(space, &error.text, false),
+                Restores::Region(key) => self.region_gone(key),
+            }
+            let pause = if item == Restores::Login { LOGIN_PAUSE } else { RELINK_PAUSE };
+            self.after(pause, Due::Relink(upstream));
+        }
+        self.maybe_ready();
+    }
+
+    fn relink(&mut self, upstream: Upstream) {
+        let (mirror, pager) = self.preambles();
+        match upstream {
+            Upstream::Mirror => self.mirror.reconnect(&mut self.service, mirror),
+            Upstream::Pager => self.pager.reconnect(&mut self.service, pager),
+        }
+        // Calls of a dropped link never end by themselves.
+        let lost: Vec<CallId> =
+            self.asked.iter().filter(|(_, (to, _))| *to == upstream).map(|(call, _)| *call).collect();
+        for call in lost {
+            let text = "The session was begun anew";
+            self.answered(call, Err(WireError::new(uhmm_ipc::message::ErrorCode::Stale, text)));
+        }
+    }
+
+    fn maybe_ready(&mut self) {
+        if !self.ready && self.mirror.logged_in && self.pager.logged_in {
+            self.ready = true;
+            self.service.ready();
+        }
+    }
+
+    /// What a new connection to mirror and to pager begins with, as of now.
+    fn preambles(&self) -> (Preamble, Preamble) {
+        let mut mirror = vec![mirror_login(self.shown.device)];
+        for (space, token) in &self.spaces {
+            let open = mirror::Call::Open { space: *space, token: token.clone() };
+            mirror.push((Restores::Space(*space), Call::Mirror(open)));
+        }
+        let mut pager = vec![self.shown.login(self.copy.as_ref().map(CopyService::ring))];
+        for (key, region) in &self.regions {
+            // A mirror that was restarted knows no intervals: it learns them from lookups.
+            let lookup = mirror::Call::Lookup { space: key.space, addr: region.map.addr };
+            mirror.push((Restores::Region(*key), Call::Mirror(lookup)));
+            if let Some(table) = &region.table {
+                let attach = pager::Call::AttachTable { space: key.space, region: key.region, table: table.clone() };
+                pager.push((Restores::Region(*key), Call::Pager(attach)));
+            }
+        }
+        (mirror, pager)
+    }
+
+    pub(crate) fn refresh_preambles(&mut self) {
+        let (mirror, pager) = self.preambles();
+        self.mirror.set_preamble(&mut self.service, mirror);
+        self.pager.set_preamble(&mut self.service, pager);
+    }
+
+    pub(crate) fn ask_mirror(&mut self, call: mirror::Call, trace: TraceId, asked: Asked) {
+        let id = self.service.reactor.call(self.mirror.link, Call::Mirror(call), trace, None);
+        self.asked.insert(id, (Upstream::Mirror, asked));
+    }
+
+    pub(crate) fn ask_pager(&mut self, call: pager::Call, trace: TraceId, asked: Asked) {
+        let id = self.service.reactor.call(self.pager.link, Call::Pager(call), trace, None);
+        self.asked.insert(id, (Upstream::Pager, asked));
+    }
+
+    pub(crate) fn after(&mut self, wait: Duration, due: Due) -> (TimerId, TimerToken) {
+        let token = TimerToken(self.next_timer);
+        self.next_timer += 1;
+        self.timers.insert(token, due);
+        (self.service.reactor.add_timer(wait, token), token)
+    }
+
+    pub(crate) fn cancel_timer(&mut self, (timer, token): (TimerId, TimerToken)) {
+        self.timers.remove(&token);
+        self.service.reactor.cancel_timer(timer);
+    }
+
+    fn timer_fired(&mut self, token: TimerToken) {
+        match self.timers.remove(&token) {
+            Some(Due::Retry(retry)) => self.step_faults(crate::fault::FaultEvent::RetryDue(retry)),
+            Some(Due::Quiesce(ticket)) => self.quiesce(ticket),
+            Some(Due::Relink(upstream)) => self.relink(upstream),
+            Some(Due::Reopen) => {
+                for (space, token, client) in std::mem::take(&mut self.reopen) {
+                    self.open_space(space, token, client, TraceId::default());
+                }
+            }
+            Some(Due::JobDeadline(job)) => self.job_expired(job),
+            Some(Due::Ready) if !self.ready => {
+                self.ready = true;
+                self.service.ready();
+            }
+            Some(Due::Ready) | None => {}
+        }
+    }
+}
+
+impl MemoryShown {
+    fn login(&self, copy_ring: Option<pager::CopyRing>) -> (Restores, Call) {
+        let login = pager::Call::DriverLogin {
+            device: self.device,
+            generation: self.generation,
+            frame_count: self.frame_count,
+            aperture: self.aperture.clone(),
+            gate: self.gate.clone(),
+            copy_ring,
+        };
+        (Restores::Login, Call::Pager(login))
+    }
+}
+
+fn mirror_login(device: u8) -> (Restores, Call) {
+    (Restores::Login, Call::Mirror(mirror::Call::Login { device }))
+}
+
+/// Returns after the supervisor has acknowledged everything: from then on the memory outlives this process. Gives back what
+/// came meanwhile (clients that connected), or `None` when the service was told to stop.
+fn keep_in_vault<M: DeviceMemory>(
+    service: &mut Service,
+    memory: &M,
+    generation: &Generation,
+) -> Result<Option<Vec<Wake>>, DriverError> {
+    let entries = memory.kept().into_iter().chain([(STATE_NAME.to_owned(), generation.fd.clone())]);
+    let mut open: HashSet<CallId> = HashSet::new();
+    for (name, fd) in entries {
+        open.insert(service.vault.put(&mut service.reactor, &name, fd));
+    }
+    let mut early = Vec::new();
+    let mut wakes = Vec::new();
+    while !open.is_empty() {
+        service.reactor.poll(None, &mut wakes)?;
+        for wake in wakes.drain(..) {
+            match service.on_wake(&wake) {
+                Handled::Exit => return Ok(None),
+                Handled::Yes => {}
+                Handled::No => match wake {
+                    Wake::Done { call, result, .. } if open.remove(&call) => {
+                        result.map_err(|error| DriverError::Vault { text: error.to_string() })?;
+                    }
+                    wake => early.push(wake),
+                },
+            }
+        }
+    }
+    Ok(Some(early))
+}

@@ -1,0 +1,115 @@
+//! Driver interface.
+
+use capnp::primitive_list;
+use uhmm_schema::common_capnp::{MAX_NAME_BYTES, MAX_TEXT_BYTES};
+use uhmm_schema::driver_capnp::{call, reply};
+use uhmm_schema::sdk_capnp::{MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
+
+use super::error::{DecodeError, EncodeError};
+use super::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
+use crate::message::driver::{Call, Reply};
+
+pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>) -> Result<(), EncodeError> {
+    match from {
+        Call::Info => to.set_info(()),
+        Call::OpenQueue { space, token } => {
+            let mut to = to.init_open_queue();
+            to.set_space(*space);
+            to.set_token(out_data("openQueue.token", token, MAX_TOKEN_BYTES)?);
+        }
+        Call::Submit { space, kernel, args, idempotent } => {
+            let mut to = to.init_submit();
+            to.set_space(*space);
+            to.set_kernel(out_text("submit.kernel", kernel, MAX_NAME_BYTES)?);
+            to.set_idempotent(*idempotent);
+            write_words(args, to.init_args(out_len("submit.args", args.len(), MAX_JOB_WORDS)?));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn read_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
+    Ok(match from.which()? {
+        call::Info(()) => Call::Info,
+        call::OpenQueue(from) => {
+            let from = from?;
+            Call::OpenQueue {
+                space: from.get_space(),
+                token: in_data("openQueue.token", from.get_token(), MAX_TOKEN_BYTES)?,
+            }
+        }
+        call::Submit(from) => {
+            let from = from?;
+            Call::Submit {
+                space: from.get_space(),
+                kernel: in_text("submit.kernel", from.get_kernel(), MAX_NAME_BYTES)?,
+                args: read_words("submit.args", from.get_args()?)?,
+                idempotent: from.get_idempotent(),
+            }
+        }
+    })
+}
+
+pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>) -> Result<(), EncodeError> {
+    match from {
+        Reply::Info { driver, device, memory_bytes, aperture, kernels } => {
+            let mut to = to.init_info();
+            to.set_driver(out_text("info.driver", driver, MAX_NAME_BYTES)?);
+            to.set_device(*device);
+            to.set_memory_bytes(*memory_bytes);
+            to.set_aperture(*aperture);
+            let mut list = to.init_kernels(out_len("info.kernels", kernels.len(), MAX_KERNELS)?);
+            for (index, kernel) in kernels.iter().enumerate() {
+                list.set(index as u32, out_text("info.kernels", kernel, MAX_TEXT_BYTES)?);
+            }
+        }
+        Reply::QueueOpened => to.set_queue_opened(()),
+        Reply::Finished { results, fault_count, run_time_ns } => {
+            let mut to = to.init_finished();
+            to.set_fault_count(*fault_count);
+            to.set_run_time_ns(*run_time_ns);
+            write_words(results, to.init_results(out_len("finished.results", results.len(), MAX_JOB_WORDS)?));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn read_reply(from: reply::Reader<'_>) -> Result<Reply, DecodeError> {
+    Ok(match from.which()? {
+        reply::Info(from) => {
+            let from = from?;
+            let list = from.get_kernels()?;
+            in_len("info.kernels", list.len(), MAX_KERNELS)?;
+            Reply::Info {
+                driver: in_text("info.driver", from.get_driver(), MAX_NAME_BYTES)?,
+                device: from.get_device(),
+                memory_bytes: from.get_memory_bytes(),
+                aperture: from.get_aperture(),
+                kernels: list
+                    .iter()
+                    .map(|kernel| in_text("info.kernels", kernel, MAX_TEXT_BYTES))
+                    .collect::<Result<_, _>>()?,
+            }
+        }
+        reply::QueueOpened(()) => Reply::QueueOpened,
+        reply::Finished(from) => {
+            let from = from?;
+            Reply::Finished {
+                results: read_words("finished.results", from.get_results()?)?,
+                fault_count: from.get_fault_count(),
+                run_time_ns: from.get_run_time_ns(),
+            }
+        }
+    })
+}
+
+fn write_words(from: &[u64], mut to: primitive_list::Builder<'_, u64>) {
+    for (index, word) in from.iter().enumerate() {
+        to.set(index as u32, *word);
+    }
+}
+
+fn read_words(field: &'static str, from: primitive_list::Reader<'_, u64>) -> Result<Vec<u64>, DecodeError> {
+    in_len(field, from.len(), MAX_JOB_WORDS)?;
+    Ok(from.iter().collect())
+}

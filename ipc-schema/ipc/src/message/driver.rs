@@ -1,0 +1,65 @@
+//! Driver interface, for SDK clients: open a queue, submit jobs on virtual addresses.
+
+/// Requests to a driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// What the device is.
+    Info,
+    /// Work on behalf of a space; the token proves that the caller owns it. Idempotent.
+    OpenQueue {
+        /// Space.
+        space: u64,
+        /// From the pager's `SpaceOpened`.
+        token: Vec<u8>,
+    },
+    /// Run a kernel. The reply comes when the job has ended.
+    Submit {
+        /// Space of an opened queue.
+        space: u64,
+        /// Kernel name, as listed by `Info`.
+        kernel: String,
+        /// Arguments: addresses, lengths, constants.
+        args: Vec<u64>,
+        /// The job may be run again from its start (it only reads, or writes absolute values).
+        idempotent: bool,
+    },
+}
+
+impl Call {
+    /// See [`super::Call::idempotent`].
+    pub fn idempotent(&self) -> bool {
+        match self {
+            Call::Info | Call::OpenQueue { .. } => true,
+            Call::Submit { idempotent, .. } => *idempotent,
+        }
+    }
+}
+
+/// Answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// Answer to `Info`.
+    Info {
+        /// Driver's name, e.g. `soft`.
+        driver: String,
+        /// Device id in the plan.
+        device: u8,
+        /// Device memory in bytes.
+        memory_bytes: u64,
+        /// The CPU can see device memory.
+        aperture: bool,
+        /// Kernels that `Submit` takes, with their argument lists, one line each.
+        kernels: Vec<String>,
+    },
+    /// Answer to `OpenQueue`.
+    QueueOpened,
+    /// Answer to `Submit`.
+    Finished {
+        /// What the kernel returned.
+        results: Vec<u64>,
+        /// Device faults the job met.
+        fault_count: u64,
+        /// Time on the device.
+        run_time_ns: u64,
+    },
+}

@@ -1,0 +1,136 @@
+//! Supervisor interface: services register, keep descriptors in the vault and answer heartbeats; the operator asks for status.
+
+use super::Fd;
+
+/// Requests to the supervisor. All are idempotent.
+#[derive(Clone, Debug)]
+pub enum Call {
+    /// A started service reports for duty. The pid is checked against SO_PEERCRED. After the supervisor's own restart a running
+    /// service sends the same call again, then puts its vault entries back ("re-collect").
+    Register {
+        /// Name from the manifest.
+        service: String,
+        /// Incarnation that the supervisor gave on the command line.
+        incarnation: u32,
+    },
+    /// The service's loop turns and its sockets are served.
+    Ready,
+    /// Keep a duplicate of the descriptor under `name`; replaces an older one of that name. Names are paths: `space/7/uffd`.
+    VaultPut {
+        /// Vault name, owned by the calling service.
+        name: String,
+        /// The descriptor.
+        fd: Fd,
+    },
+    /// Names and descriptors below `prefix`, sorted by name, at most as many as fit in one message, beginning after `after`.
+    VaultGet {
+        /// Prefix; empty for all that the calling service owns.
+        prefix: String,
+        /// Last name of the previous page, or empty.
+        after: String,
+    },
+    /// Forget every name that starts with `prefix`.
+    VaultRemove {
+        /// Prefix; must not be empty.
+        prefix: String,
+    },
+    /// Kill this incarnation because it does not revoke (pager and mirror only).
+    Fence {
+        /// Service to kill.
+        service: String,
+        /// Its incarnation: a younger one is left alone.
+        incarnation: u32,
+        /// Why, for the log and `uhmm status`.
+        reason: String,
+    },
+    /// Operator: state of everything.
+    Status,
+    /// Operator: stop all services and exit.
+    Shutdown,
+    /// Operator and tests: kill -9 one service, as a fault-isolation drill.
+    Kill {
+        /// Service name.
+        service: String,
+    },
+    /// A heartbeat's answer.
+    Pong {
+        /// From [`Event::Ping`].
+        sequence: u64,
+    },
+}
+
+/// Answers.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// Nothing to say.
+    Done,
+    /// Answer to `Register`.
+    Registered {
+        /// The resolved plan as TOML (see `uhmm_manifest::Plan`).
+        plan_toml: String,
+        /// The service's listening socket (SOCK_SEQPACKET), kept in the vault across incarnations. Absent when the service has none.
+        listener: Option<Fd>,
+        /// Keys of the channels this service may use: (peer service name, key).
+        channel_keys: Vec<(String, Vec<u8>)>,
+    },
+    /// Answer to `VaultGet`.
+    Vault {
+        /// Name and descriptor.
+        entries: Vec<(String, Fd)>,
+        /// More names follow the last one.
+        more: bool,
+    },
+    /// Answer to `Status`.
+    Status(Vec<ServiceStatus>),
+    /// Answer to `Kill`.
+    Killed {
+        /// The incarnation that was killed.
+        incarnation: u32,
+        /// Its pid.
+        pid: u32,
+    },
+}
+
+/// One line of `uhmm status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceStatus {
+    /// Name from the manifest.
+    pub name: String,
+    /// Process id, 0 when not running.
+    pub pid: u32,
+    /// Times started.
+    pub incarnation: u32,
+    /// `starting`, `ready`, `backoff`, `held`, `stopped`.
+    pub state: String,
+    /// Why it last ended, empty if it never did.
+    pub last_exit: String,
+    /// Milliseconds since it became ready.
+    pub uptime_ms: u64,
+    /// Heartbeats missed in a row.
+    pub missed_heartbeats: u32,
+    /// Milliseconds from the last death to ready again.
+    pub last_recovery_ms: u64,
+    /// Descriptors in the vault.
+    pub vault_entries: u32,
+}
+
+/// Downward events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Answer with [`Call::Pong`] from the event loop.
+    Ping {
+        /// Echo it.
+        sequence: u64,
+    },
+    /// A service's process is gone (reaped): its mappings are void. Sent to every registered service.
+    ServiceDied {
+        /// Name.
+        service: String,
+        /// Which incarnation.
+        incarnation: u32,
+        /// True when it will not be restarted ("held").
+        held: bool,
+    },
+    /// Finish and exit with 0.
+    Stop,
+}

@@ -1,0 +1,46 @@
+@0xdfdbb225f15ac42a;
+# SDK clients open a queue and submit jobs on virtual addresses.
+
+# All added in 0.1.
+struct Call {
+  union {
+    info @0 :Void;              # idempotent
+    openQueue @1 :OpenQueue;    # idempotent
+    submit @2 :Submit;          # idempotent only if the job says so; else the caller gets the error stale
+  }
+}
+
+struct OpenQueue {
+  space @0 :UInt64;
+  token @1 :Data;
+}
+
+struct Submit {
+  space @0 :UInt64;
+  kernel @1 :Text;
+  args @2 :List(UInt64);        # at most maxJobWords
+  # The job may be run again from its start.
+  idempotent @3 :Bool;
+}
+
+struct Reply {
+  union {
+    info @0 :Info;
+    queueOpened @1 :Void;
+    finished @2 :Finished;
+  }
+}
+
+struct Info {
+  driver @0 :Text;
+  device @1 :UInt8;
+  memoryBytes @2 :UInt64;
+  aperture @3 :Bool;
+  kernels @4 :List(Text);       # at most maxKernels
+}
+
+struct Finished {
+  results @0 :List(UInt64);     # at most maxJobWords
+  faultCount @1 :UInt64;
+  runTimeNs @2 :UInt64;
+}

@@ -1,0 +1,195 @@
+@0x800f55db4e3c659f;
+# Clients own spaces and regions; drivers bring device memory; the mirror resolves device faults and carries invalidations.
+
+using Sdk = import "sdk.capnp";
+
+const maxRegions :UInt32 = 1024;
+
+# Every call is idempotent: targets are absolute, creations carry the client's own key. All added in 0.1.
+struct Call {
+  union {
+    openSpace @0 :OpenSpace;            # client; idempotent by nonce
+    attachSpace @1 :AttachSpace;        # client; idempotent
+    closeSpace @2 :Void;                # client; idempotent
+    createRegion @3 :CreateRegion;      # client; idempotent by range
+    freeRegion @4 :FreeRegion;          # client; idempotent
+    migrate @5 :Migrate;                # client; idempotent
+    query @6 :Range;                    # client; idempotent
+    advise @7 :Advise;                  # client; idempotent
+    driverLogin @8 :DriverLogin;        # driver; idempotent by generation
+    attachTable @9 :AttachTable;        # driver; idempotent
+    mirrorLogin @10 :Void;              # mirror; idempotent
+    openMirror @11 :OpenMirror;         # mirror; idempotent
+    closeMirror @12 :CloseMirror;       # mirror; idempotent
+    lookup @13 :Lookup;                 # mirror; idempotent
+    resolve @14 :Resolve;               # mirror; idempotent
+    invalidateDone @15 :InvalidateDone; # mirror; idempotent
+    listRegions @16 :Void;              # operator; idempotent
+  }
+}
+
+struct OpenSpace {
+  nonce @0 :UInt64;
+  uffdFd @1 :UInt16;
+  full @2 :Bool;
+}
+
+struct AttachSpace {
+  space @0 :UInt64;
+  token @1 :Data;
+}
+
+struct CreateRegion {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+  memoryFd @2 :UInt16;
+}
+
+struct FreeRegion {
+  region @0 :UInt64;
+}
+
+struct Range {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+}
+
+struct Migrate {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+  target @2 :Sdk.Target;
+}
+
+struct Advise {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+  advice @2 :Sdk.Advice;
+}
+
+struct DriverLogin {
+  device @0 :UInt8;
+  generation @1 :UInt64;
+  frameCount @2 :UInt32;
+  apertureFd @3 :UInt16;      # or noFd
+  gateFd @4 :UInt16;          # or noFd
+  copyRing @5 :CopyRing;      # null when the device has an aperture
+}
+
+struct CopyRing {
+  ringFd @0 :UInt16;
+  submitFd @1 :UInt16;
+  completeFd @2 :UInt16;
+  stagingFd @3 :UInt16;
+}
+
+struct AttachTable {
+  space @0 :UInt64;
+  region @1 :UInt64;
+  tableFd @2 :UInt16;
+}
+
+struct OpenMirror {
+  space @0 :UInt64;
+  token @1 :Data;
+  device @2 :UInt8;
+}
+
+struct CloseMirror {
+  space @0 :UInt64;
+  device @1 :UInt8;
+}
+
+struct Lookup {
+  space @0 :UInt64;
+  addr @1 :UInt64;
+}
+
+struct Resolve {
+  space @0 :UInt64;
+  region @1 :UInt64;
+  firstPage @2 :UInt64;
+  pageCount @3 :UInt64;
+  faultPage @4 :UInt64;
+  device @5 :UInt8;
+  write @6 :Bool;
+}
+
+struct InvalidateDone {
+  id @0 :UInt64;
+  lateMask @1 :UInt8;
+}
+
+struct Reply {
+  union {
+    done @0 :Void;
+    spaceOpened @1 :SpaceOpened;
+    regionCreated @2 :RegionCreated;
+    migrated @3 :Migrated;
+    residency @4 :List(Sdk.ResidencyRun);   # at most maxRuns
+    region @5 :Region;
+    resolved @6 :List(MapRun);              # at most maxRuns
+    regions @7 :List(Sdk.RegionStatus);     # at most maxRegions
+  }
+}
+
+struct SpaceOpened {
+  space @0 :UInt64;
+  token @1 :Data;
+  features @2 :UInt64;
+}
+
+struct RegionCreated {
+  region @0 :UInt64;
+}
+
+struct Migrated {
+  movedPages @0 :UInt64;
+  runs @1 :List(Sdk.StatusRun);             # at most maxRuns
+}
+
+struct Region {
+  region @0 :UInt64;
+  addr @1 :UInt64;
+  lenBytes @2 :UInt64;
+  deviceReadOnly @3 :Bool;
+  memoryFd @4 :UInt16;
+}
+
+# Device mappings to install; firstPage counts from the start of the region.
+struct MapRun {
+  firstPage @0 :UInt64;
+  pageCount @1 :UInt64;
+  union {
+    frame @2 :UInt32;     # consecutive device frames, the first one here
+    system @3 :Void;      # the region's memfd at the same offset
+  }
+  writable @4 :Bool;
+}
+
+# Downward, to the mirror. All added in 0.1.
+struct Event {
+  union {
+    invalidate @0 :Invalidate;    # absolute and repeatable
+    deviceVoid @1 :DeviceVoid;
+    spaceGone @2 :SpaceGone;
+  }
+}
+
+struct Invalidate {
+  id @0 :UInt64;
+  space @1 :UInt64;
+  region @2 :UInt64;
+  firstPage @3 :UInt64;
+  pageCount @4 :UInt64;
+  deviceMask @5 :UInt8;
+  unmap @6 :Bool;
+  deadlineMs @7 :UInt32;
+}
+
+struct DeviceVoid {
+  device @0 :UInt8;
+}
+
+struct SpaceGone {
+  space @0 :UInt64;
+}

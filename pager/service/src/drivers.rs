@@ -1,0 +1,269 @@
+//! Driver sessions and the mirror's requests on their behalf.
+//!
+//! ```text
+//!  login (new incarnation) -> old mappings void, device up      session lost -> device down, what it owes stays owed
+//!  login (same one again)  -> mappings still valid              process dead  -> mappings void, copies wait for the next
+//! ```
+
+use std::os::fd::AsFd;
+
+use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
+use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
+use uhmm_ipc::ConnId;
+use uhmm_ipc::shared::gate::Gate;
+use uhmm_ipc::shared::table::Table;
+use uhmm_pager_core::{DeviceId, Event};
+
+use crate::devices::{CopyEngine, Device, DeviceError, map_aperture};
+use crate::requests::residency;
+use crate::revoke::PendingRevoke;
+use crate::service::Pager;
+use crate::space::{DEVICE_SLOTS, Phase};
+
+type Result<T> = std::result::Result<T, WireError>;
+
+impl Pager {
+    #[allow(clippy::too_many_arguments, reason = "the message's own fields, checked one by one")]
+    pub(crate) fn driver_login(
+        &mut self,
+        conn: ConnId,
+        device_id: u8,
+        generation: u64,
+        frame_count: u32,
+        aperture: Option<Fd>,
+        gate: Option<Fd>,
+        copy_ring: Option<CopyRing>,
+    ) -> Result<pager::Reply> {
+        let Some(peer) = self.sessions.get(&conn).map(|session| session.peer.clone()) else {
+            return Err(WireError::new(ErrorCode::Protocol, "The connection is gone"));
+        };
+        let owner = self.service.plan.device(device_id).map(|device| device.service.clone());
+        if owner.as_deref() != Some(peer.name.as_str()) {
+            let text = format!("Service {} does not drive device {device_id} in this plan", peer.name);
+            return Err(WireError::new(ErrorCode::Permission, text));
+        }
+        if frame_count == 0 || generation == 0 {
+            let text = "A device needs at least one page of memory and a generation that is not zero";
+            return Err(WireError::new(ErrorCode::Invalid, text));
+        }
+        let device = self
+            .open_device(conn, device_id, &peer, frame_count, aperture, gate, copy_ring)
+            .map_err(|error| WireError::new(ErrorCode::Invalid, error_chain(&error)))?;
+        self.replace_device(device);
+        self.watch_engine(device_id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
+        self.announce_device(device_id, peer.incarnation, generation, frame_count)?;
+        if let Some(session) = self.sessions.get_mut(&conn) {
+            session.device = Some(device_id);
+        }
+        self.drain();
+        self.submit_copies();
+        Ok(pager::Reply::Done)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the message's own fields, checked one by one")]
+    fn open_device(
+        &self,
+        conn: ConnId,
+        device_id: u8,
+        peer: &uhmm_ipc::Peer,
+        frame_count: u32,
+        aperture: Option<Fd>,
+        gate: Option<Fd>,
+        copy_ring: Option<CopyRing>,
+    ) -> std::result::Result<Device, DeviceError> {
+        if aperture.is_none() && copy_ring.is_none() {
+            return Err(DeviceError::NoCopyPath);
+        }
+        let shared = |error: uhmm_ipc::shared::words::WordsError| DeviceError::Shared(error.to_string());
+        Ok(Device {
+            id: device_id,
+            service: peer.name.clone(),
+            conn: Some(conn),
+            incarnation: peer.incarnation,
+            aperture: aperture.map(|fd| map_aperture(&fd, frame_count)).transpose()?,
+            gate: gate.map(|fd| Gate::open(fd.as_fd()).map_err(shared)).transpose()?,
+            engine: copy_ring.map(|ring| CopyEngine::open(&ring)).transpose()?,
+            fenced: false,
+        })
+    }
+
+    /// Copies that the old session had in hand are asked of the new one: they are absolute.
+    fn replace_device(&mut self, device: Device) {
+        let slot = usize::from(device.id);
+        let old = self.devices[slot].replace(device);
+        if let Some(engine) = old.and_then(|old| old.engine) {
+            self.requeue_copies(engine);
+        }
+    }
+
+    fn requeue_copies(&mut self, engine: CopyEngine) {
+        if let Err(error) = self.service.reactor.remove_fd(&engine.completion_event.as_fd()) {
+            tracing::debug!(%error, "Completion event was not watched");
+        }
+        let mut ids: Vec<u64> = engine.into_unfinished().map(|job| job.ticket).collect();
+        ids.sort_unstable_by(|a, b| b.cmp(a));
+        for id in ids {
+            if let Some(deferred) = self.engine_jobs.remove(&id) {
+                self.copies.push_front(deferred);
+            }
+        }
+    }
+
+    fn announce_device(&mut self, id: u8, incarnation: u32, generation: u64, frame_count: u32) -> Result<()> {
+        let (old_incarnation, old_generation) = self.records.get(id);
+        let fresh_mappings = old_incarnation != u64::from(incarnation);
+        let memory_lost = old_generation != 0 && old_generation != generation;
+        if memory_lost {
+            tracing::error!(device = id, "The device came back with other memory: pages on it are lost");
+        }
+        if fresh_mappings {
+            self.void_mappings(id);
+        }
+        let memory_known = old_generation == generation;
+        self.push(Event::DeviceUp { device: DeviceId(id), frame_count, fresh_mappings, memory_known, memory_lost });
+        self.drain();
+        self.records
+            .set(id, u64::from(incarnation), generation)
+            .map_err(|error| WireError::new(ErrorCode::Io, format!("The device record cannot be written: {error}")))
+    }
+
+    /// No device thread of the old incarnation lives: its tables go, and nobody waits for it any more.
+    fn void_mappings(&mut self, id: u8) {
+        for region in self.regions.iter_mut() {
+            region.tables[usize::from(id)] = None;
+        }
+        for through in self.revokes.device_void(id) {
+            self.revoke_through(through);
+        }
+    }
+
+    pub(crate) fn driver_session_lost(&mut self, id: u8, conn: ConnId) {
+        let Some(device) = &mut self.devices[usize::from(id)] else { return };
+        if device.conn != Some(conn) {
+            return;
+        }
+        tracing::warn!(device = id, service = %device.service, "Driver session lost");
+        device.conn = None;
+        if let Some(engine) = device.engine.take() {
+            self.requeue_copies(engine);
+        }
+        self.push(Event::DeviceDown { device: DeviceId(id) });
+    }
+
+    /// The supervisor has reaped the process: nothing of it touches memory any more.
+    pub(crate) fn driver_died(&mut self, id: u8, incarnation: u32, held: bool) {
+        match &mut self.devices[usize::from(id)] {
+            Some(device) if device.incarnation != incarnation => return,
+            Some(device) => device.fenced = false,
+            None if self.records.get(id).0 != u64::from(incarnation) => return,
+            None => {}
+        }
+        self.void_mappings(id);
+        self.tell_mirror(pager::Event::DeviceVoid { device: id });
+        self.push(Event::DeviceVoid { device: DeviceId(id) });
+        let reachable = self.devices[usize::from(id)].as_ref().is_some_and(|device| device.aperture.is_some());
+        if held && !reachable {
+            tracing::error!(device = id, "The driver is held by the supervisor: what only it can reach is poisoned");
+            self.push(Event::DeviceFailed { device: DeviceId(id) });
+            self.drain();
+            self.fail_copies(id);
+        }
+    }
+
+    pub(crate) fn attach_table(&mut self, conn: ConnId, space: u64, region_id: u64, table: &Fd) -> Result<pager::Reply> {
+        let device = self.sessions.get(&conn).and_then(|session| session.device);
+        let device = device.ok_or_else(|| WireError::new(ErrorCode::Permission, "Log in before attaching tables"))?;
+        let region = self.regions.get_mut(region_id).filter(|r| r.space == space && r.phase == Phase::Live);
+        let Some(region) = region.filter(|region| region.granted_mask & (1 << device) != 0) else {
+            let text = format!("Region {region_id} of space {space} was not granted to device {device}");
+            return Err(WireError::new(ErrorCode::NotFound, text));
+        };
+        let opened = Table::open(table.as_fd(), region.page_count)
+            .map_err(|error| WireError::new(ErrorCode::Invalid, format!("The device table is refused: {error}")))?;
+        region.tables[usize::from(device)] = Some(opened);
+        Ok(pager::Reply::Done)
+    }
+
+    pub(crate) fn mirror_login(&mut self, conn: ConnId) -> Result<pager::Reply> {
+        self.mirror = Some(conn);
+        let pending: Vec<(u64, PendingRevoke)> = self.revokes.unanswered().map(|(id, r)| (id, *r)).collect();
+        tracing::info!(pending = pending.len(), "The mirror logged in");
+        for (id, revoke) in pending {
+            self.send_invalidate(id, &revoke);
+        }
+        Ok(pager::Reply::Done)
+    }
+
+    pub(crate) fn open_mirror(&mut self, space: u64, token: &[u8], device: u8) -> Result<pager::Reply> {
+        let known = self.spaces.get(&space).is_some_and(|known| !known.dying && known.state.token == *token);
+        if !known || usize::from(device) >= DEVICE_SLOTS {
+            let text = format!("Space {space} does not exist or the token is not its own");
+            return Err(WireError::new(ErrorCode::Permission, text));
+        }
+        self.open_mirrors.insert((space, device));
+        Ok(pager::Reply::Done)
+    }
+
+    pub(crate) fn close_mirror(&mut self, space: u64, device: u8) -> Result<pager::Reply> {
+        self.open_mirrors.remove(&(space, device));
+        Ok(pager::Reply::Done)
+    }
+
+    pub(crate) fn lookup(&mut self, space: u64, addr: u64) -> Result<pager::Reply> {
+        let region_id = self.spaces.get(&space).and_then(|known| known.region_at(addr, &self.regions));
+        let granted = self.open_mirrors.iter().filter(|(of, _)| *of == space).fold(0, |mask, (_, d)| mask | 1 << d);
+        let region = region_id.and_then(|id| self.regions.get_mut(id)).filter(|region| region.phase == Phase::Live);
+        let Some(region) = region else {
+            return Err(WireError::new(ErrorCode::NotFound, format!("No region of space {space} holds {addr:#x}")));
+        };
+        region.granted_mask |= granted;
+        Ok(pager::Reply::Region {
+            region: region.id,
+            addr: region.addr,
+            len_bytes: region.range().len,
+            device_read_only: region.directory.flags() & crate::directory::FLAG_DEVICE_READ_ONLY != 0,
+            memory: region.memory.clone(),
+        })
+    }
+
+    pub(crate) fn list_regions(&self) -> Vec<RegionStatus> {
+        let live = self.regions.iter().filter(|region| region.phase == Phase::Live);
+        live.map(|region| {
+            let mut status = RegionStatus {
+                space: region.space,
+                pid: self.spaces.get(&region.space).map_or(0, |space| space.state.pid),
+                region: region.id,
+                addr: region.addr,
+                page_count: region.page_count,
+                system_pages: 0,
+                absent_pages: 0,
+                moving_pages: 0,
+                poisoned_pages: 0,
+                device_pages: vec![0; DEVICE_SLOTS],
+            };
+            for page in 0..region.page_count {
+                match residency(region.directory.load(page)).0 {
+                    pager::Residency::Absent => status.absent_pages += 1,
+                    pager::Residency::System => status.system_pages += 1,
+                    pager::Residency::Moving => status.moving_pages += 1,
+                    pager::Residency::Poisoned => status.poisoned_pages += 1,
+                    pager::Residency::Device(id) => status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1,
+                }
+            }
+            status
+        })
+        .collect()
+    }
+}
+
+/// An error with all its sources, for the wire's text.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

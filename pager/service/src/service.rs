@@ -1,0 +1,417 @@
+//! The pager's loop and its state. One thread: a fault, a chunk of a migration and a message never run at the same time.
+//!
+//! ```text
+//!  poll -> wakes -> { uffd readable: fault.rs | driver rang: execute.rs | message: calls.rs | pidfd: a client died }
+//!       -> core events -> core decides -> execute.rs does -> ... until the core has nothing to do
+//!       -> Tick: one more chunk of whatever migrates, then poll again (without waiting while there is work)
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use uhmm_ipc::message::{Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor};
+use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
+use uhmm_kit::{Handled, Service, ServiceArgs};
+use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, RegionId, ReqId, SpaceId};
+
+use crate::devices::{DeviceRecords, Devices};
+use crate::execute::Deferred;
+use crate::requests::PendingRequest;
+use crate::revoke::{PendingRevokes, Purpose};
+use crate::space::{Phase, Regions, Space};
+use crate::stats::ShellStats;
+
+/// How long a revocation by message may take before the driver is fenced.
+pub(crate) const REVOKE_DEADLINE_MS: u32 = 2_000;
+/// Retry of what the kernel answered with EAGAIN although no event was readable (the address space is changing).
+const AGAIN_RETRY: Duration = Duration::from_micros(500);
+/// After a fault the pager looks again this long before it sleeps: waking an idle core costs five times a fault
+/// (paging-floors.md, section 2). Bounded, so that an idle system costs nothing.
+const HOT_POLL: Duration = Duration::from_micros(60);
+
+const TIMER_AGAIN: TimerToken = TimerToken(1);
+
+const KIND_UFFD: u64 = 1 << 56;
+const KIND_PIDFD: u64 = 2 << 56;
+const KIND_ENGINE: u64 = 3 << 56;
+const KIND_MASK: u64 = 0xff << 56;
+
+/// Why the pager stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The service frame failed.
+    #[error("Pager service failed")]
+    Kit(#[from] uhmm_kit::KitError),
+    /// The reactor failed.
+    #[error("Pager event loop failed")]
+    Ipc(#[from] uhmm_ipc::IpcError),
+    /// Something of the kernel failed.
+    #[error("Pager system call failed")]
+    Hook(#[from] uhmm_kernel_hook::HookError),
+}
+
+/// Something that waits until the vault has acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum VaultWait {
+    /// A space may be reported to its client.
+    Space { space: u64, conn: ConnId, call: CallId },
+    /// A region may be registered and reported.
+    Region { region: u64, conn: ConnId, call: CallId },
+}
+
+/// A connection and what it has shown itself to be.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub peer: Peer,
+    pub space: Option<u64>,
+    pub device: Option<u8>,
+}
+
+/// See the module head.
+pub struct Pager {
+    pub(crate) service: Service,
+    pub(crate) core: Core<DefaultPolicy>,
+    pub(crate) regions: Regions,
+    pub(crate) spaces: BTreeMap<u64, Space>,
+    pub(crate) devices: Devices,
+    pub(crate) records: DeviceRecords,
+    pub(crate) sessions: HashMap<ConnId, Session>,
+    pub(crate) mirror: Option<ConnId>,
+    pub(crate) events: VecDeque<Event>,
+    pub(crate) actions: Vec<Action>,
+    pub(crate) requests: HashMap<ReqId, PendingRequest>,
+    pub(crate) next_request: u64,
+    pub(crate) revokes: PendingRevokes,
+    pub(crate) copies: VecDeque<Deferred>,
+    pub(crate) engine_jobs: HashMap<u64, Deferred>,
+    pub(crate) next_engine_job: u64,
+    pub(crate) vault_calls: HashMap<CallId, VaultWait>,
+    /// Fences that the supervisor has not answered: (device, incarnation).
+    pub(crate) fences: HashMap<CallId, (u8, u32)>,
+    pub(crate) vault_left: BTreeMap<VaultWait, u32>,
+    /// Regions whose owner waits for FreeRegion's answer.
+    pub(crate) freeing: HashMap<u64, (ConnId, CallId)>,
+    /// (space, device) pairs whose client gave its token to the device; told again by the mirror after the pager's restart.
+    pub(crate) open_mirrors: BTreeSet<(u64, u8)>,
+    /// Spaces with an unread event.
+    pub(crate) reread: BTreeSet<u64>,
+    pub(crate) next_space: u64,
+    pub(crate) next_region: u64,
+    pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
+    pub(crate) stats: ShellStats,
+    again_armed: bool,
+    hot_until: Option<Instant>,
+    started: Instant,
+}
+
+/// Runs the pager until it is told to stop.
+pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
+    let service = Service::start(args, Role::Pager, Interface::Pager)?;
+    if let Err(error) = uhmm_kernel_hook::process::lock_memory_best_effort() {
+        tracing::warn!(%error, "Pager memory is not locked: on a host with swap a fault may wait for the disk");
+    }
+    let mut pager = Pager::new(service)?;
+    pager.recover()?;
+    pager.service.ready();
+    let mut wakes = Vec::new();
+    loop {
+        let timeout = pager.poll_timeout();
+        pager.service.reactor.poll(timeout, &mut wakes)?;
+        for wake in wakes.drain(..) {
+            match pager.service.on_wake(&wake) {
+                Handled::Exit => return Ok(()),
+                Handled::Yes => {}
+                Handled::No => pager.on_wake(wake),
+            }
+            pager.drain();
+        }
+        pager.reread_spaces();
+        pager.push(Event::Tick);
+        pager.drain();
+    }
+}
+
+impl Pager {
+    fn new(mut service: Service) -> Result<Self, PagerError> {
+        let kept = service.vault.take(DeviceRecords::VAULT_NAME).into_iter().next();
+        let adopted = kept.map(|(_, fd)| DeviceRecords::adopt(fd)).transpose()?.flatten();
+        let records = match adopted {
+            Some(records) => records,
+            None => {
+                let records = DeviceRecords::create()?;
+                service.vault.put(&mut service.reactor, DeviceRecords::VAULT_NAME, records.fd());
+                records
+            }
+        };
+        let incarnation = service.incarnation;
+        Ok(Self {
+            service,
+            core: Core::new(DefaultPolicy::default()),
+            regions: Regions::default(),
+            spaces: BTreeMap::new(),
+            devices: Devices::default(),
+            records,
+            sessions: HashMap::new(),
+            mirror: None,
+            events: VecDeque::new(),
+            actions: Vec::new(),
+            requests: HashMap::new(),
+            next_request: 1,
+            revokes: PendingRevokes::new(incarnation),
+            copies: VecDeque::new(),
+            engine_jobs: HashMap::new(),
+            next_engine_job: 1,
+            vault_calls: HashMap::new(),
+            fences: HashMap::new(),
+            vault_left: BTreeMap::new(),
+            freeing: HashMap::new(),
+            open_mirrors: BTreeSet::new(),
+            reread: BTreeSet::new(),
+            next_space: 1,
+            next_region: 1,
+            uffd_events: Vec::new(),
+            stats: ShellStats::default(),
+            again_armed: false,
+            hot_until: None,
+            started: Instant::now(),
+        })
+    }
+
+    pub(crate) fn now_us(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
+    fn poll_timeout(&mut self) -> Option<Duration> {
+        if self.core.has_runnable_work() {
+            return Some(Duration::ZERO);
+        }
+        match self.hot_until {
+            Some(until) if Instant::now() < until => Some(Duration::ZERO),
+            _ => {
+                self.hot_until = None;
+                None
+            }
+        }
+    }
+
+    pub(crate) fn stay_hot(&mut self) {
+        self.hot_until = Some(Instant::now() + HOT_POLL);
+    }
+
+    fn on_wake(&mut self, wake: Wake) {
+        match wake {
+            Wake::Fd(FdToken(token)) => self.on_fd(token),
+            Wake::Call { conn, call, trace, body, .. } => self.on_call(conn, call, trace, body),
+            Wake::Connected { conn, peer } => {
+                self.sessions.insert(conn, Session { peer, space: None, device: None });
+            }
+            Wake::Closed { conn, .. } => self.on_closed(conn),
+            Wake::Done { call, result, .. } => self.supervisor_answered(call, result),
+            Wake::Event { body: WireEvent::Supervisor(event), .. } => self.on_supervisor_event(event),
+            Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
+            _ => {}
+        }
+    }
+
+    fn on_fd(&mut self, token: u64) {
+        let id = token & !KIND_MASK;
+        match token & KIND_MASK {
+            KIND_UFFD => self.read_uffd(id),
+            KIND_PIDFD => self.client_exited(id),
+            KIND_ENGINE => {
+                let device_id = id as u8;
+                let engine = self.devices[usize::from(device_id)].as_ref().and_then(|device| device.engine.as_ref());
+                if let Some(Err(error)) = engine.map(|engine| engine.completion_event.drain()) {
+                    tracing::warn!(%error, "Reading a completion event failed");
+                }
+                self.reap_copies(device_id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Watches the descriptors of a space.
+    pub(crate) fn watch_space(&mut self, space: &Space) -> Result<(), PagerError> {
+        self.service.reactor.add_fd(&space.uffd, FdToken(KIND_UFFD | space.state.id))?;
+        self.service.reactor.add_fd(&space.pidfd, FdToken(KIND_PIDFD | space.state.id))?;
+        Ok(())
+    }
+
+    /// Watches the completion event of a copy engine.
+    pub(crate) fn watch_engine(&mut self, device_id: u8) -> Result<(), PagerError> {
+        let engine = self.devices[usize::from(device_id)].as_ref().and_then(|device| device.engine.as_ref());
+        if let Some(engine) = engine {
+            let token = FdToken(KIND_ENGINE | u64::from(device_id));
+            self.service.reactor.add_fd(&engine.completion_event.as_fd(), token)?;
+        }
+        Ok(())
+    }
+
+    /// Spaces whose fills met an unread event are read now; if that changes nothing, a timer tries again.
+    fn reread_spaces(&mut self) {
+        if self.reread.is_empty() {
+            return;
+        }
+        for space in std::mem::take(&mut self.reread) {
+            self.read_uffd(space);
+        }
+        self.drain();
+        if !self.again_armed {
+            self.again_armed = true;
+            self.service.reactor.add_timer(AGAIN_RETRY, TIMER_AGAIN);
+        }
+    }
+
+    fn on_closed(&mut self, conn: ConnId) {
+        let Some(session) = self.sessions.remove(&conn) else { return };
+        if self.mirror == Some(conn) {
+            tracing::warn!("The mirror's session is lost: revocations by message wait for the next one");
+            self.mirror = None;
+        }
+        if let Some(device) = session.device {
+            self.driver_session_lost(device, conn);
+        }
+        // A client that only lost its connection still faults through its userfaultfd; its pidfd tells when it dies.
+    }
+
+    fn on_supervisor_event(&mut self, event: supervisor::Event) {
+        let supervisor::Event::ServiceDied { service, incarnation, held } = event else { return };
+        if let Some(device) = self.service.plan.driver_service(&service).map(|device| device.id) {
+            self.driver_died(device, incarnation, held);
+        }
+    }
+
+    pub(crate) fn client_exited(&mut self, space_id: u64) {
+        let Some(space) = self.spaces.get_mut(&space_id) else { return };
+        if space.dying || !space.pidfd.exited().unwrap_or(false) {
+            return;
+        }
+        tracing::info!(space = space_id, pid = space.state.pid, "Client is gone: its pages are reclaimed and scrubbed");
+        self.end_space(space_id);
+    }
+
+    /// Ends a space whose process died or said goodbye.
+    pub(crate) fn end_space(&mut self, space_id: u64) {
+        let Some(space) = self.spaces.get_mut(&space_id) else { return };
+        space.dying = true;
+        self.stats.spaces_ended += 1;
+        if let Err(error) = self.service.reactor.remove_fd(&space.pidfd) {
+            tracing::debug!(%error, "Pidfd was not watched");
+        }
+        let regions: Vec<u64> = space.regions.values().copied().collect();
+        self.tell_mirror(pager::Event::SpaceGone { space: space_id });
+        for region in regions {
+            self.begin_free(region);
+        }
+        self.finish_space_if_empty(space_id);
+    }
+
+    /// First step of freeing a region: nothing new is mapped, devices drop their tables.
+    pub(crate) fn begin_free(&mut self, region_id: u64) {
+        let Some(region) = self.regions.get_mut(region_id) else { return };
+        if region.phase == Phase::Dying {
+            return;
+        }
+        let was_live = region.phase == Phase::Live;
+        region.phase = Phase::Dying;
+        let (space, page_count, granted_mask) = (region.space, region.page_count, region.granted_mask);
+        if !was_live {
+            self.drop_region(RegionId(region_id));
+        } else if granted_mask == 0 {
+            self.unmap_through(region_id);
+        } else {
+            self.start_revoke_message(Purpose::Unmap, space, region_id, 0, page_count, granted_mask);
+        }
+    }
+
+    /// Second step: the core revokes what is left, scrubs and lets go.
+    pub(crate) fn unmap_through(&mut self, region_id: u64) {
+        self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
+    }
+
+    /// Last step: the core has let go.
+    pub(crate) fn drop_region(&mut self, region: RegionId) {
+        let Some(region) = self.regions.remove(region.0) else { return };
+        if let Some(space) = self.spaces.get_mut(&region.space) {
+            space.regions.remove(&region.addr);
+            if let Err(error) = space.uffd.unregister(region.range()) {
+                tracing::debug!(%error, "Region was not registered any more");
+            }
+        }
+        let prefix = Space::region_prefix(region.space, region.id);
+        self.service.vault.remove(&mut self.service.reactor, &prefix);
+        if let Some((conn, call)) = self.freeing.remove(&region.id) {
+            self.service.reactor.reply(conn, call, Ok(Reply::Pager(pager::Reply::Done)));
+        }
+        self.finish_space_if_empty(region.space);
+    }
+
+    fn finish_space_if_empty(&mut self, space_id: u64) {
+        let ended = self.spaces.get(&space_id).is_some_and(|space| space.dying && space.regions.is_empty());
+        if !ended {
+            return;
+        }
+        if let Some(space) = self.spaces.remove(&space_id) {
+            if let Err(error) = self.service.reactor.remove_fd(&space.uffd) {
+                tracing::debug!(%error, "Userfaultfd was not watched");
+            }
+        }
+        self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
+        self.push(Event::SpaceGone { space: SpaceId(space_id) });
+    }
+
+    fn supervisor_answered(&mut self, call: CallId, result: Result<Reply, WireError>) {
+        let Some((device, incarnation)) = self.fences.remove(&call) else {
+            self.vault_acknowledged(call, result);
+            return;
+        };
+        // Killed now: `ServiceDied` follows when the process is reaped. Dead before: nobody will tell again.
+        if result.is_err_and(|error| error.code == ErrorCode::Stale) {
+            self.driver_died(device, incarnation, false);
+        }
+    }
+
+    /// Counts down the vault's acknowledgements of a space or region.
+    fn vault_acknowledged(&mut self, call: CallId, result: Result<Reply, WireError>) {
+        let Some(wait) = self.vault_calls.remove(&call) else { return };
+        if let Err(error) = result {
+            tracing::error!(%error, "The vault refused a descriptor");
+            self.vault_left.remove(&wait);
+            self.creation_failed(wait, error);
+            return;
+        }
+        let Some(left) = self.vault_left.get_mut(&wait) else { return };
+        *left -= 1;
+        if *left == 0 {
+            self.vault_left.remove(&wait);
+            self.creation_kept(wait);
+        }
+    }
+
+    pub(crate) fn tell_mirror(&mut self, event: pager::Event) {
+        if let Some(conn) = self.mirror {
+            self.service.reactor.event(conn, WireEvent::Pager(event), TraceId::default());
+        }
+    }
+
+    /// Asks the supervisor to kill a driver that does not stop using memory.
+    pub(crate) fn fence(&mut self, device_id: u8, reason: &str) {
+        let Some(service) = self.service.plan.device(device_id).map(|device| device.service.clone()) else { return };
+        // A device that has not logged in since this pager started may still run in the incarnation on record.
+        let incarnation = match &mut self.devices[usize::from(device_id)] {
+            Some(device) if device.fenced => return,
+            Some(device) => {
+                device.fenced = true;
+                device.incarnation
+            }
+            None => self.records.get(device_id).0 as u32,
+        };
+        tracing::error!(device = device_id, service, incarnation, reason, "Fencing the driver");
+        let fence = supervisor::Call::Fence { service, incarnation, reason: reason.to_owned() };
+        let supervisor = self.service.supervisor;
+        let call = self.service.reactor.call(supervisor, Call::Supervisor(fence), TraceId::default(), None);
+        self.fences.insert(call, (device_id, incarnation));
+    }
+}

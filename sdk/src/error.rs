@@ -1,0 +1,173 @@
+//! Everything that a call of the SDK can end with.
+
+use std::path::PathBuf;
+
+use uhmm_ipc::IpcError;
+use uhmm_ipc::message::{ErrorCode, WireError};
+use uhmm_kernel_hook::HookError;
+
+/// Why a call was not done. Local checks come before anything is sent; [`Error::Service`] is a service's own answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A service answered with an error. The code is the closed set of the protocol, the text is the service's.
+    #[error("{text} ({code:?})")]
+    Service {
+        /// For programs.
+        code: ErrorCode,
+        /// For people.
+        text: String,
+    },
+    /// The range or length is empty.
+    #[error("The range is empty: give at least one page of 4096 bytes")]
+    EmptyRange,
+    /// The length is not a whole number of pages.
+    #[error("The length of {len_bytes} bytes is not a multiple of the page size of 4096: use {next_bytes}")]
+    UnalignedLength {
+        /// As given.
+        len_bytes: u64,
+        /// The next longer length that would do.
+        next_bytes: u64,
+    },
+    /// The address is not at the start of a page.
+    #[error("The address {addr:#x} is not at the start of a page: use enclosing_pages() to find the pages of an object")]
+    UnalignedAddress {
+        /// As given.
+        addr: u64,
+    },
+    /// The range ends behind the last address.
+    #[error("The range of {len_bytes} bytes at {addr:#x} ends behind the last address: shorten it")]
+    RangeWraps {
+        /// First address.
+        addr: u64,
+        /// Length.
+        len_bytes: u64,
+    },
+    /// An access to a region does not lie inside.
+    #[error("{len_bytes} bytes at offset {offset} do not lie inside the region of {region_bytes} bytes: check the offset")]
+    OutsideRegion {
+        /// Offset in the region.
+        offset: u64,
+        /// Length of the access.
+        len_bytes: u64,
+        /// Length of the region.
+        region_bytes: u64,
+    },
+    /// A device name that cannot be the name of a socket.
+    #[error("\"{name}\" cannot be a device's name: it has 1 to 64 letters, digits, '-', '_' or '.'; see `uhmm plan`")]
+    BadDeviceName {
+        /// As given.
+        name: String,
+    },
+    /// Nothing serves there.
+    #[error("No supervisor serves in {}: start one with `uhmm up`, or name its --run-dir", .run_dir.display())]
+    NotRunning {
+        /// Where it was looked for.
+        run_dir: PathBuf,
+    },
+    /// A service has no socket in the run directory.
+    #[error("There is no service \"{service}\" in {}: `uhmm status` lists what there is", .run_dir.display())]
+    NoSuchService {
+        /// Name.
+        service: String,
+        /// Where it was looked for.
+        run_dir: PathBuf,
+    },
+    /// A system call of the SDK's own failed.
+    #[error("{doing} failed")]
+    Kernel {
+        /// What the SDK was doing.
+        doing: &'static str,
+        /// The kernel hook's words.
+        #[source]
+        source: HookError,
+    },
+    /// The event loop failed.
+    #[error("The connection to the services failed")]
+    Ipc(#[from] IpcError),
+    /// The agent thread could not be started.
+    #[error("The agent thread could not be started")]
+    Thread(#[source] std::io::Error),
+    /// The agent thread has ended.
+    #[error("The session has ended and its agent with it: connect again")]
+    AgentGone,
+    /// The answer of a pending call was taken before.
+    #[error("The result of this call was taken before: keep it when you take it")]
+    AlreadyTaken,
+    /// A service answered something that does not belong to the question.
+    #[error("The answer to {question} was of another kind: the service does not speak this program's protocol")]
+    StrangeReply {
+        /// What was asked.
+        question: &'static str,
+    },
+}
+
+impl Error {
+    /// The protocol's code: a service's own, or the nearest one for what the SDK found by itself.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Error::Service { code, .. } => *code,
+            Error::EmptyRange
+            | Error::UnalignedLength { .. }
+            | Error::UnalignedAddress { .. }
+            | Error::RangeWraps { .. }
+            | Error::OutsideRegion { .. }
+            | Error::AlreadyTaken
+            | Error::BadDeviceName { .. } => ErrorCode::Invalid,
+            Error::NotRunning { .. } | Error::NoSuchService { .. } => ErrorCode::NotFound,
+            Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) => ErrorCode::Io,
+            Error::AgentGone => ErrorCode::Stale,
+            Error::StrangeReply { .. } => ErrorCode::Protocol,
+        }
+    }
+
+    /// The same call may succeed when it is made again: the page was in motion, the service was restarting, time ran out.
+    pub fn is_transient(&self) -> bool {
+        matches!(self.code(), ErrorCode::Busy | ErrorCode::Stale | ErrorCode::TimedOut) && !matches!(self, Error::AgentGone)
+    }
+
+    /// Wraps a kernel hook's error with what the SDK was doing.
+    pub(crate) fn kernel(doing: &'static str) -> impl FnOnce(HookError) -> Error {
+        move |source| Error::Kernel { doing, source }
+    }
+}
+
+impl From<WireError> for Error {
+    fn from(error: WireError) -> Self {
+        Error::Service { code: error.code, text: error.text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_services_code_and_text_arrive_unchanged() {
+        let error = Error::from(WireError::new(ErrorCode::NoMemory, "Device soft0 is full"));
+        assert_eq!(error.code(), ErrorCode::NoMemory);
+        assert_eq!(error.to_string(), "Device soft0 is full (NoMemory)");
+        assert!(!error.is_transient());
+    }
+
+    #[test]
+    fn only_what_may_pass_is_transient() {
+        for (code, transient) in [
+            (ErrorCode::Busy, true),
+            (ErrorCode::Stale, true),
+            (ErrorCode::TimedOut, true),
+            (ErrorCode::Invalid, false),
+            (ErrorCode::Io, false),
+        ] {
+            assert_eq!(Error::from(WireError::new(code, "X")).is_transient(), transient, "{code:?}");
+        }
+        assert!(!Error::AgentGone.is_transient());
+    }
+
+    #[test]
+    fn local_errors_say_what_to_do() {
+        let error = Error::UnalignedLength { len_bytes: 5000, next_bytes: 8192 };
+        assert!(error.to_string().ends_with("use 8192"), "{error}");
+        assert_eq!(error.code(), ErrorCode::Invalid);
+    }
+}

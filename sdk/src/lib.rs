@@ -1,0 +1,57 @@
+//! uhmm for applications: memory whose pages move between system memory and devices while every pointer stays what it is.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), uhmm_sdk::Error> {
+//! let session = uhmm_sdk::Session::connect(None)?;
+//! let region = session.allocate(64 << 20)?;              // ordinary memory: build ordinary structures in it
+//! let arena = region.arena()?;
+//! let numbers = arena.alloc_slice_copy(&[1u64, 2, 3])?;
+//! let device = session.device("soft0")?;
+//! session.migrate(region.addr(), region.len_bytes(), &device)?;
+//! let addr = numbers.as_ptr().addr() as u64;             // the same pointer works there ...
+//! let sum = device.run(uhmm_sdk::Job::new("sum", [addr, 24]).idempotent())?;
+//! assert_eq!(sum.results, [numbers.iter().sum::<u64>()]); // ... and here: touched pages come home by themselves
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```text
+//!   app threads             agent thread                     services
+//!   Session, Region  -----> reactor: links, reconnects ----> pager   (regions, migration, residency)
+//!   Device           <----- Pending<T>                 ----> drivers (jobs)
+//!   memory access    ---------- kernel: userfaultfd -------> pager   (no SDK code on this path)
+//! ```
+//!
+//! Services may die and come back at any time: memory accesses and calls wait for the next incarnation. What this costs
+//! is time, never bytes. Calls that cannot be repeated say so ([`ErrorCode::Stale`]).
+//!
+//! Limits that Linux sets: a child made by `fork` does not inherit managed ranges (touching one there is a SIGSEGV); memory that
+//! I/O refers to must be pinned ([`Session::pin`]); see [`Session::uffd_kind`] for system calls on migrated memory.
+
+mod agent;
+mod arena;
+mod device;
+mod error;
+pub mod operator;
+mod paths;
+mod pending;
+mod range;
+mod region;
+mod residency;
+mod session;
+
+pub use arena::Arena;
+pub use device::{Device, DeviceInfo, Job, JobResult};
+pub use error::Error;
+pub use operator::Operator;
+pub use paths::run_dir;
+pub use pending::Pending;
+pub use range::{PAGE_BYTES, enclosing_pages};
+pub use region::Region;
+pub use residency::{MAX_DEVICES, MigrateReport, ResidencySummary};
+pub use session::Session;
+
+pub use uhmm_ipc::message::pager::{Advice, PageStatus, RegionStatus, Residency, ResidencyRun, StatusRun, Target};
+pub use uhmm_ipc::message::supervisor::ServiceStatus;
+pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};
+pub use uhmm_kernel_hook::UffdKind;

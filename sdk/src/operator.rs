@@ -1,0 +1,158 @@
+//! The operator's calls: state, counters, drills, shutdown. Blocking, one connection a service, used by the command line, the
+//! demo and the tests.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use uhmm_ipc::message::pager::RegionStatus;
+use uhmm_ipc::message::supervisor::ServiceStatus;
+use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, pager, supervisor};
+use uhmm_ipc::{LinkId, Reactor, Wake};
+
+use crate::agent::{client_reactor, endpoint};
+use crate::{Error, paths};
+
+/// How long an operator waits for an answer.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A service that a drill killed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Killed {
+    /// Its incarnation.
+    pub incarnation: u32,
+    /// Its pid.
+    pub pid: u32,
+}
+
+/// An operator's connections. Calls that a restart interrupts are repeated; every call ends within ten seconds.
+pub struct Operator {
+    run_dir: PathBuf,
+    reactor: Reactor,
+    links: HashMap<String, LinkId>,
+}
+
+impl Operator {
+    /// Prepares connections to the services in `run_dir` (default: see [`run_dir`](crate::run_dir)).
+    ///
+    /// # Errors
+    /// [`Error::NotRunning`] when no supervisor has been started there.
+    pub fn connect(run_dir: Option<&Path>) -> Result<Self, Error> {
+        let run_dir = paths::run_dir(run_dir);
+        if !paths::service(&run_dir, "supervisor").0.exists() {
+            return Err(Error::NotRunning { run_dir });
+        }
+        Ok(Self { run_dir, reactor: client_reactor(Role::Operator)?, links: HashMap::new() })
+    }
+
+    /// State of every service, in start order.
+    pub fn status(&mut self) -> Result<Vec<ServiceStatus>, Error> {
+        match self.ask("supervisor", Call::Supervisor(supervisor::Call::Status))? {
+            Reply::Supervisor(supervisor::Reply::Status(services)) => Ok(services),
+            _ => Err(Error::StrangeReply { question: "Status" }),
+        }
+    }
+
+    /// Counters of one service: `supervisor`, `pager`, `mirror` or a device's name.
+    pub fn stats(&mut self, service: &str) -> Result<Vec<Metric>, Error> {
+        match self.ask(service, Call::Common(common::Call::Stats))? {
+            Reply::Common(common::Reply::Stats(metrics)) => Ok(metrics),
+            _ => Err(Error::StrangeReply { question: "Stats" }),
+        }
+    }
+
+    /// Kills one service with SIGKILL, as a drill.
+    pub fn kill(&mut self, service: &str) -> Result<Killed, Error> {
+        match self.ask("supervisor", Call::Supervisor(supervisor::Call::Kill { service: service.into() }))? {
+            Reply::Supervisor(supervisor::Reply::Killed { incarnation, pid }) => Ok(Killed { incarnation, pid }),
+            _ => Err(Error::StrangeReply { question: "Kill" }),
+        }
+    }
+
+    /// Every region of every process, and where its pages are.
+    pub fn regions(&mut self) -> Result<Vec<RegionStatus>, Error> {
+        match self.ask("pager", Call::Pager(pager::Call::ListRegions))? {
+            Reply::Pager(pager::Reply::Regions(regions)) => Ok(regions),
+            _ => Err(Error::StrangeReply { question: "ListRegions" }),
+        }
+    }
+
+    /// Stops all services and the supervisor. Returns when the supervisor has agreed or its connection is gone.
+    pub fn shutdown(mut self) -> Result<(), Error> {
+        match self.converse("supervisor", Call::Supervisor(supervisor::Call::Shutdown), true)? {
+            None | Some(Reply::Supervisor(supervisor::Reply::Done)) => Ok(()),
+            Some(_) => Err(Error::StrangeReply { question: "Shutdown" }),
+        }
+    }
+
+    fn ask(&mut self, service: &str, call: Call) -> Result<Reply, Error> {
+        self.converse(service, call, false)?.ok_or(Error::AgentGone)
+    }
+
+    /// One call and its answer. With `last`, losing the connection is an answer too (`None`).
+    fn converse(&mut self, service: &str, call: Call, last: bool) -> Result<Option<Reply>, Error> {
+        let link = self.link(service)?;
+        let id = self.reactor.call(link, call, TraceId::fresh(), Some(ANSWER_DEADLINE));
+        let mut wakes = Vec::new();
+        loop {
+            self.reactor.poll(None, &mut wakes)?;
+            for wake in wakes.drain(..) {
+                match wake {
+                    Wake::Done { call, result, .. } if call == id => return Ok(Some(result?)),
+                    Wake::LinkDown { link: lost } if last && lost == link => return Ok(None),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn link(&mut self, service: &str) -> Result<LinkId, Error> {
+        if let Some(link) = self.links.get(service) {
+            return Ok(*link);
+        }
+        if !paths::valid_name(service) || !paths::service(&self.run_dir, service).0.exists() {
+            return Err(Error::NoSuchService { service: service.into(), run_dir: self.run_dir.clone() });
+        }
+        let link = self.reactor.link(endpoint(&self.run_dir, service));
+        self.links.insert(service.into(), link);
+        Ok(link)
+    }
+}
+
+/// [`Operator::status`] on a connection of its own.
+pub fn status(run_dir: Option<&Path>) -> Result<Vec<ServiceStatus>, Error> {
+    Operator::connect(run_dir)?.status()
+}
+
+/// [`Operator::stats`] on a connection of its own.
+pub fn stats(run_dir: Option<&Path>, service: &str) -> Result<Vec<Metric>, Error> {
+    Operator::connect(run_dir)?.stats(service)
+}
+
+/// [`Operator::kill`] on a connection of its own.
+pub fn kill(run_dir: Option<&Path>, service: &str) -> Result<Killed, Error> {
+    Operator::connect(run_dir)?.kill(service)
+}
+
+/// [`Operator::shutdown`] on a connection of its own.
+pub fn shutdown(run_dir: Option<&Path>) -> Result<(), Error> {
+    Operator::connect(run_dir)?.shutdown()
+}
+
+/// [`Operator::regions`] on a connection of its own.
+pub fn regions(run_dir: Option<&Path>) -> Result<Vec<RegionStatus>, Error> {
+    Operator::connect(run_dir)?.regions()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_supervisor_the_error_names_the_place() {
+        let dir = std::env::temp_dir().join(format!("uhmm-sdk-none-{}", std::process::id()));
+        let error = status(Some(&dir)).unwrap_err();
+        assert!(matches!(&error, Error::NotRunning { run_dir } if *run_dir == dir), "{error}");
+        assert!(error.to_string().contains("uhmm up"));
+    }
+}

@@ -1,0 +1,71 @@
+//! Where the sockets are.
+
+use std::path::{Path, PathBuf};
+
+use uhmm_ipc::message::Interface;
+
+/// The run directory: `explicit`, else `$UHMM_RUN_DIR`, else `$XDG_RUNTIME_DIR/uhmm`, else `/tmp/uhmm-UID`. Nothing is created.
+pub fn run_dir(explicit: Option<&Path>) -> PathBuf {
+    choose(explicit, std::env::var_os("UHMM_RUN_DIR"), std::env::var_os("XDG_RUNTIME_DIR"))
+}
+
+fn choose(
+    explicit: Option<&Path>,
+    own: Option<std::ffi::OsString>,
+    runtime: Option<std::ffi::OsString>,
+) -> PathBuf {
+    let set = |value: Option<std::ffi::OsString>| value.filter(|text| !text.is_empty()).map(PathBuf::from);
+    match (explicit, set(own), set(runtime)) {
+        (Some(path), _, _) => path.to_owned(),
+        (None, Some(path), _) => path,
+        (None, None, Some(path)) => path.join("uhmm"),
+        (None, None, None) => PathBuf::from(format!("/tmp/uhmm-{}", rustix::process::getuid().as_raw())),
+    }
+}
+
+/// Socket and interface of a service, by its name in the plan.
+pub(crate) fn service(run_dir: &Path, name: &str) -> (PathBuf, Interface) {
+    match name {
+        "supervisor" => (run_dir.join("supervisor.sock"), Interface::Supervisor),
+        "pager" => (run_dir.join("pager.sock"), Interface::Pager),
+        "mirror" => (run_dir.join("mirror.sock"), Interface::Mirror),
+        driver => (run_dir.join(format!("driver-{driver}.sock")), Interface::Driver),
+    }
+}
+
+/// Device names are parts of socket names: nothing that could leave the run directory.
+pub(crate) fn valid_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_setting_wins() {
+        let (own, runtime) = (Some("/own".into()), Some("/run/user/5".into()));
+        assert_eq!(choose(Some(Path::new("/x")), own.clone(), runtime.clone()), Path::new("/x"));
+        assert_eq!(choose(None, own, runtime.clone()), Path::new("/own"));
+        assert_eq!(choose(None, Some("".into()), runtime), Path::new("/run/user/5/uhmm"));
+        assert!(choose(None, None, None).to_string_lossy().starts_with("/tmp/uhmm-"));
+    }
+
+    #[test]
+    fn names_cannot_leave_the_run_directory() {
+        assert!(valid_name("soft0") && valid_name("nvme-0.1"));
+        for name in ["", "..", "../pager", "a/b", ".hidden", "ü"] {
+            assert!(!valid_name(name), "{name}");
+        }
+        assert!(!valid_name(&"x".repeat(65)));
+    }
+
+    #[test]
+    fn every_service_has_its_socket() {
+        let dir = Path::new("/r");
+        assert_eq!(service(dir, "mirror"), (PathBuf::from("/r/mirror.sock"), Interface::Mirror));
+        assert_eq!(service(dir, "soft0"), (PathBuf::from("/r/driver-soft0.sock"), Interface::Driver));
+    }
+}

@@ -1,0 +1,112 @@
+//! Regions: ranges of this process's memory whose pages can live on a device.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use uhmm_ipc::message::{Call, ErrorCode, Fd, Reply, pager};
+use uhmm_kernel_hook::{ManagedMapping, memfd};
+
+use crate::agent::Peer;
+use crate::arena::Arena;
+use crate::range::check_length;
+use crate::session::Inner;
+use crate::{Error, PAGE_BYTES};
+
+/// Managed memory, mapped at [`addr`](Self::addr) until it is dropped.
+///
+/// Access by offset through [`read_u64`](Self::read_u64) and the like, or build structures with [`arena`](Self::arena).
+/// Dropping a region frees it: its content is gone, on every device too. The mapping stays until the last arena of it is dropped.
+pub struct Region {
+    session: Arc<Inner>,
+    mapping: Arc<ManagedMapping>,
+    memory: Fd,
+    id: u64,
+    freed: bool,
+}
+
+impl Region {
+    pub(crate) fn create(session: Arc<Inner>, len_bytes: u64) -> Result<Self, Error> {
+        check_length(len_bytes)?;
+        let memory = memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
+        let mapping =
+            ManagedMapping::map(memory.as_fd(), len_bytes, None).map_err(Error::kernel("Mapping a region's memory"))?;
+        let memory: Fd = Arc::new(memory);
+        let create = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes, memory: memory.clone() };
+        let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, |reply| match reply {
+            Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
+            _ => Err(Error::StrangeReply { question: "CreateRegion" }),
+        });
+        let id = pending.wait()?;
+        Ok(Self { session, mapping: Arc::new(mapping), memory, id, freed: false })
+    }
+
+    /// First address.
+    pub fn addr(&self) -> u64 {
+        self.mapping.addr()
+    }
+
+    /// Length.
+    pub fn len_bytes(&self) -> u64 {
+        self.mapping.len()
+    }
+
+    /// Number at the pager.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// System memory that the region takes now; falls when pages leave for a device.
+    pub fn populated_bytes(&self) -> Result<u64, Error> {
+        memfd::populated_bytes(self.memory.as_fd()).map_err(Error::kernel("Asking for a region's system memory"))
+    }
+
+    /// The region's only typed arena, from its first byte. From then on the bytes are the arena's: writes by offset are refused.
+    pub fn arena(&self) -> Result<Arena, Error> {
+        Arena::new(self.mapping.clone())
+    }
+
+    /// The mapping, for access by offset in all sizes.
+    pub fn bytes(&self) -> &ManagedMapping {
+        &self.mapping
+    }
+
+    /// Reads the word at a byte offset.
+    pub fn read_u64(&self, offset: u64) -> Result<u64, Error> {
+        self.mapping.load_u64(offset).map_err(Error::kernel("Reading a region"))
+    }
+
+    /// Writes the word at a byte offset.
+    pub fn write_u64(&self, offset: u64, value: u64) -> Result<(), Error> {
+        self.mapping.store_u64(offset, value).map_err(Error::kernel("Writing a region"))
+    }
+
+    /// Frees the region and says how that went; dropping it does the same silently.
+    pub fn free(mut self) -> Result<(), Error> {
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> Result<(), Error> {
+        if std::mem::replace(&mut self.freed, true) {
+            return Ok(());
+        }
+        let free = pager::Call::FreeRegion { region: self.id };
+        match self.session.done("FreeRegion", free, None).wait() {
+            // Repeated after a restart of the pager: the first one had got through.
+            Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Pages.
+    pub fn page_count(&self) -> u64 {
+        self.len_bytes() / PAGE_BYTES
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if let Err(error) = self.give_back() {
+            tracing::warn!(%error, region = self.id, "A region could not be freed");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! A session: this process under management.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
+use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
+use uhmm_kernel_hook::{UffdKind, Userfaultfd};
+
+use crate::agent::{Agent, Introduction, Peer, Space};
+use crate::device::{Device, DeviceInfo, ask_info};
+use crate::pending::Pending;
+use crate::range::{PAGE_BYTES, check_range};
+use crate::region::Region;
+use crate::residency::{MigrateReport, ResidencySummary, append_runs};
+use crate::{Error, paths};
+
+/// How long `connect` and `device` wait for a service that is there but does not answer (it may be restarting).
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+/// Runs in one answer to a query.
+const MAX_RUNS: usize = uhmm_ipc::constants::MAX_RUNS as usize;
+
+/// What regions and devices share with their session.
+pub(crate) struct Inner {
+    pub(crate) agent: Agent,
+    pub(crate) space: Space,
+    run_dir: PathBuf,
+    devices: Mutex<HashMap<String, DeviceInfo>>,
+    kind: UffdKind,
+    // Never read, but never closed before the last region is gone either: without any reference left the kernel would turn
+    // every page that is on a device into zeros.
+    _uffd: Userfaultfd,
+}
+
+/// A process's connection to uhmm: regions are allocated here, moved by address and used by devices.
+///
+/// One a process is enough; it can be shared by all threads. Regions and devices keep what they need of it alive. It survives
+/// restarts of every service: calls wait for the service to come back, unless they carry a deadline.
+pub struct Session {
+    inner: Arc<Inner>,
+}
+
+impl Session {
+    /// Connects to the supervisor's services in `run_dir` (default: see [`run_dir`](crate::run_dir)) and puts this process under
+    /// management: makes its userfaultfd, starts the agent thread and introduces itself to the pager.
+    ///
+    /// # Errors
+    /// [`Error::NotRunning`] when no supervisor has been started there, [`Error::Kernel`] when this account may not make a
+    /// userfaultfd, [`ErrorCode::TimedOut`] when the pager does not answer for ten seconds.
+    pub fn connect(run_dir: Option<&Path>) -> Result<Self, Error> {
+        let run_dir = paths::run_dir(run_dir);
+        if !paths::service(&run_dir, "pager").0.exists() {
+            return Err(Error::NotRunning { run_dir });
+        }
+        let (uffd, kind) = Userfaultfd::create(None).map_err(Error::kernel("Making this process's userfaultfd"))?;
+        let sent = uffd.try_clone_fd().map_err(Error::kernel("Duplicating the userfaultfd"))?;
+        let (agent, space) = Agent::start(Introduction {
+            run_dir: run_dir.clone(),
+            nonce: TraceId::fresh().0,
+            uffd: Arc::new(sent),
+            full: kind == UffdKind::Full,
+        })?;
+        let space = space.wait_timeout(OPEN_DEADLINE).unwrap_or_else(|| {
+            let text = format!("The pager in {} does not answer: see `uhmm status`", run_dir.display());
+            Err(Error::Service { code: ErrorCode::TimedOut, text })
+        })?;
+        tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
+        let devices = Mutex::new(HashMap::new());
+        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, _uffd: uffd }) })
+    }
+
+    /// Whether system calls may be given migrated memory. [`UffdKind::Full`]: yes, the kernel waits for the page like the program
+    /// does. User mode only: they fail with EFAULT until the page is touched; what `uhmm doctor` says about /dev/userfaultfd
+    /// or `vm.unprivileged_userfaultfd` changes that.
+    pub fn uffd_kind(&self) -> UffdKind {
+        self.inner.kind
+    }
+
+    /// This process's number at the pager.
+    pub fn space(&self) -> u64 {
+        self.inner.space.id
+    }
+
+    /// Allocates `len_bytes` bytes of zeroed, managed memory. Nothing is rounded; pages cost nothing before they are touched.
+    ///
+    /// # Errors
+    /// [`Error::EmptyRange`], [`Error::UnalignedLength`]; [`Error::Kernel`] when there is no memory; the pager's own (quota).
+    pub fn allocate(&self, len_bytes: u64) -> Result<Region, Error> {
+        Region::create(Arc::clone(&self.inner), len_bytes)
+    }
+
+    /// Moves the pages of a range and waits. Partial success is success: look at the report. Addresses stay what they are.
+    ///
+    /// # Errors
+    /// The range is not page aligned or not managed, or the device is unknown.
+    pub fn migrate(&self, addr: u64, len_bytes: u64, target: impl Into<Target>) -> Result<MigrateReport, Error> {
+        self.migrate_async(addr, len_bytes, target)?.wait()
+    }
+
+    /// [`Session::migrate`] without waiting. The memory can be used meanwhile; a page that is touched waits for its own copy.
+    pub fn migrate_async(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        target: impl Into<Target>,
+    ) -> Result<Pending<MigrateReport>, Error> {
+        check_range(addr, len_bytes)?;
+        let call = pager::Call::Migrate { addr, len_bytes, target: target.into() };
+        Ok(self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::Migrated { moved_pages, runs }) => Ok(MigrateReport { moved_pages, runs }),
+            _ => Err(Error::StrangeReply { question: "Migrate" }),
+        }))
+    }
+
+    /// Brings a range to a device ahead of its use there; the same as [`Session::migrate_async`].
+    pub fn prefetch(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        target: impl Into<Target>,
+    ) -> Result<Pending<MigrateReport>, Error> {
+        self.migrate_async(addr, len_bytes, target)
+    }
+
+    /// Brings a range home to system memory and waits.
+    pub fn evict(&self, addr: u64, len_bytes: u64) -> Result<MigrateReport, Error> {
+        self.migrate(addr, len_bytes, Target::Home)
+    }
+
+    /// Where the pages of a range are, in order and without gaps. A snapshot: pages may move while it is taken.
+    pub fn residency(&self, addr: u64, len_bytes: u64) -> Result<Vec<ResidencyRun>, Error> {
+        let page_count = check_range(addr, len_bytes)?;
+        let mut runs = Vec::new();
+        let mut done_pages = 0;
+        while done_pages < page_count {
+            let start = addr + done_pages * PAGE_BYTES;
+            let answer = self.query(start, (page_count - done_pages) * PAGE_BYTES)?;
+            let covered_pages = append_runs(&mut runs, done_pages, answer);
+            if covered_pages == 0 || covered_pages > page_count - done_pages {
+                return Err(Error::StrangeReply { question: "Query" });
+            }
+            done_pages += covered_pages;
+        }
+        Ok(runs)
+    }
+
+    /// [`Session::residency`], summed.
+    pub fn residency_summary(&self, addr: u64, len_bytes: u64) -> Result<ResidencySummary, Error> {
+        let mut summary = ResidencySummary::default();
+        self.residency(addr, len_bytes)?.iter().for_each(|run| summary.add(run));
+        Ok(summary)
+    }
+
+    fn query(&self, addr: u64, len_bytes: u64) -> Result<Vec<ResidencyRun>, Error> {
+        let call = pager::Call::Query { addr, len_bytes };
+        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::Residency { runs }) if runs.len() <= MAX_RUNS => Ok(runs),
+            _ => Err(Error::StrangeReply { question: "Query" }),
+        });
+        answer.wait()
+    }
+
+    /// Says how a range will be used.
+    pub fn advise(&self, addr: u64, len_bytes: u64, advice: Advice) -> Result<(), Error> {
+        check_range(addr, len_bytes)?;
+        self.inner.done("Advise", pager::Call::Advise { addr, len_bytes, advice }, None).wait()
+    }
+
+    /// Brings a range home and keeps it there until [`Session::unpin`]: for memory that I/O refers to (O_DIRECT, RDMA,
+    /// registered io_uring buffers), which nobody but the program knows of.
+    pub fn pin(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
+        self.advise(addr, len_bytes, Advice::Pin)
+    }
+
+    /// Ends [`Session::pin`].
+    pub fn unpin(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
+        self.advise(addr, len_bytes, Advice::Unpin)
+    }
+
+    /// Opens a queue on a device, by its name in the plan. Opening it again gives the same queue.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchService`]; [`ErrorCode::TimedOut`] when its driver does not answer for ten seconds.
+    pub fn device(&self, name: &str) -> Result<Device, Error> {
+        if !paths::valid_name(name) {
+            return Err(Error::BadDeviceName { name: name.into() });
+        }
+        let open = |info| Device { session: Arc::clone(&self.inner), name: name.into(), info };
+        let known = self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        if let Some(info) = known {
+            return Ok(open(info));
+        }
+        if !paths::service(&self.inner.run_dir, name).0.exists() {
+            return Err(Error::NoSuchService { service: name.into(), run_dir: self.inner.run_dir.clone() });
+        }
+        self.inner.agent.open_driver(name, &self.inner.space);
+        let info = ask_info(&self.inner, name, OPEN_DEADLINE).wait()?;
+        self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), info.clone());
+        Ok(open(info))
+    }
+}
+
+impl Inner {
+    /// A call to the pager that is answered with `Done`.
+    pub(crate) fn done(&self, question: &'static str, call: pager::Call, deadline: Option<Duration>) -> Pending<()> {
+        self.agent.call(Peer::Pager, Call::Pager(call), deadline, move |reply| match reply {
+            Reply::Pager(pager::Reply::Done) => Ok(()),
+            _ => Err(Error::StrangeReply { question }),
+        })
+    }
+}

@@ -1,0 +1,255 @@
+//! What every service does the same way: register with the supervisor, get plan, socket and vault, answer heartbeats, log.
+//!
+//! ```text
+//!   start: link to supervisor.sock -> Register -> (plan, listening socket, channel keys) -> VaultGet ... -> the service's own start -> Ready
+//!   later: Ping -> Pong, from the service's own loop (a loop that hangs is noticed)
+//!          supervisor died: the service lives on; when a new one listens: Register, put every vault entry back, Ready
+//!          run directory gone: nobody will ever come back: exit
+//! ```
+
+mod error;
+mod log;
+
+pub use log::init as init_log;
+mod vault;
+
+pub use error::KitError;
+pub use log::LogFormat;
+pub use vault::Vault;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, supervisor};
+use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, TimerToken, Wake};
+use uhmm_kernel_hook::SeqListener;
+use uhmm_manifest::{Kind, Plan};
+
+/// Environment variable with the key (hexadecimal) that proves a service to the supervisor.
+pub const KEY_VARIABLE: &str = "UHMM_SUPERVISOR_KEY";
+/// Vault name of the service's own listening socket.
+pub const LISTENER_NAME: &str = "kit/listener";
+
+/// Looks whether the run directory is still there while the supervisor is away.
+const ORPHAN_CHECK: Duration = Duration::from_secs(1);
+const TIMER_ORPHAN: TimerToken = TimerToken(u64::MAX);
+
+/// What the supervisor passes to a service on its command line.
+#[derive(Clone, Debug)]
+pub struct ServiceArgs {
+    /// Name in the manifest.
+    pub name: String,
+    /// How many times it has been started.
+    pub incarnation: u32,
+    /// Where the sockets are.
+    pub run_dir: PathBuf,
+    /// Log format.
+    pub log: LogFormat,
+}
+
+/// What to do with a wake-up after [`Service::on_wake`] has seen it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handled {
+    /// It was the kit's.
+    Yes,
+    /// It is the service's.
+    No,
+    /// The service shall end.
+    Exit,
+}
+
+/// The common part of a running service.
+pub struct Service {
+    /// The loop.
+    pub reactor: Reactor,
+    /// What runs.
+    pub plan: Plan,
+    /// Link to the supervisor.
+    pub supervisor: LinkId,
+    /// Of this process.
+    pub incarnation: u32,
+    /// Name in the manifest.
+    pub name: String,
+    /// Descriptors that outlive this process.
+    pub vault: Vault,
+    run_dir: PathBuf,
+    channel_keys: Vec<(String, Vec<u8>)>,
+    ready: bool,
+    supervisor_up: bool,
+}
+
+impl Service {
+    /// Registers and loads the vault. Returns when the service can begin its own start.
+    pub fn start(args: ServiceArgs, role: Role, interface: Interface) -> Result<Self, KitError> {
+        log::init(args.log, &args.name, args.incarnation);
+        let key = supervisor_key()?;
+        let mut reactor = Reactor::new(Identity {
+            name: args.name.clone(),
+            role,
+            incarnation: args.incarnation,
+            interface: Some(interface),
+            limits: Limits::default(),
+        })?;
+        let path = args.run_dir.join("supervisor.sock");
+        let supervisor = reactor.link(Endpoint { path, interface: Interface::Supervisor, key });
+        let register = supervisor::Call::Register { service: args.name.clone(), incarnation: args.incarnation };
+        reactor.set_preamble(supervisor, vec![Call::Supervisor(register)]);
+        let (plan_toml, listener, channel_keys) = registered(&mut reactor, supervisor)?;
+        let plan = Plan::from_toml(&plan_toml)?;
+        let mut vault = Vault::new(supervisor);
+        for (peer, key) in &channel_keys {
+            reactor.set_channel_key(peer, key.clone());
+            if let Some(kind) = plan.service(peer).map(|service| service.kind) {
+                reactor.set_channel_role(peer, role_of(kind));
+            }
+        }
+        vault.load(&mut reactor)?;
+        // Last, because loading the vault looks at its own answers only: whoever calls now must find a loop that listens.
+        if let Some(listener) = listener {
+            let own = listener.try_clone().map_err(|source| KitError::Descriptor { source })?;
+            reactor.listen(SeqListener::from_fd(own)?)?;
+            vault.remember(LISTENER_NAME, listener);
+        }
+        Ok(Self {
+            reactor,
+            plan,
+            supervisor,
+            incarnation: args.incarnation,
+            name: args.name,
+            vault,
+            run_dir: args.run_dir,
+            channel_keys,
+            ready: false,
+            supervisor_up: true,
+        })
+    }
+
+    /// The service's own start is through.
+    pub fn ready(&mut self) {
+        self.ready = true;
+        self.tell(supervisor::Call::Ready);
+        tracing::info!("Ready");
+    }
+
+    /// Where the only service of a kind listens: `"pager"`, `"mirror"`.
+    pub fn endpoint_path(&self, kind_or_name: &str) -> PathBuf {
+        self.plan.endpoint_path(&self.run_dir, &self.service_name(kind_or_name))
+    }
+
+    /// The key of the channel to that service; empty when the plan has no such channel.
+    pub fn channel_key(&self, kind_or_name: &str) -> Vec<u8> {
+        let name = self.service_name(kind_or_name);
+        self.channel_keys.iter().find(|(peer, _)| *peer == name).map(|(_, key)| key.clone()).unwrap_or_default()
+    }
+
+    fn service_name(&self, kind_or_name: &str) -> String {
+        let kind = match kind_or_name {
+            "pager" => Some(Kind::Pager),
+            "mirror" => Some(Kind::Mirror),
+            _ => None,
+        };
+        let of_kind = kind.and_then(|kind| self.plan.service_of_kind(kind));
+        of_kind.map_or(kind_or_name, |service| service.name.as_str()).to_owned()
+    }
+
+    fn tell(&mut self, call: supervisor::Call) {
+        self.reactor.call(self.supervisor, Call::Supervisor(call), TraceId::default(), None);
+    }
+
+    /// The kit's share of a wake-up.
+    pub fn on_wake(&mut self, wake: &Wake) -> Handled {
+        match wake {
+            Wake::Event { link, body: Event::Supervisor(event), .. } if *link == self.supervisor => match event {
+                supervisor::Event::Ping { sequence } => {
+                    self.tell(supervisor::Call::Pong { sequence: *sequence });
+                    Handled::Yes
+                }
+                supervisor::Event::Stop => {
+                    tracing::info!("Told to stop");
+                    Handled::Exit
+                }
+                supervisor::Event::ServiceDied { .. } => Handled::No,
+            },
+            Wake::LinkDown { link } if *link == self.supervisor => {
+                tracing::warn!("The supervisor is gone: going on without it");
+                self.supervisor_up = false;
+                self.reactor.add_timer(ORPHAN_CHECK, TIMER_ORPHAN);
+                Handled::Yes
+            }
+            Wake::Timer(TIMER_ORPHAN) => self.check_orphaned(),
+            Wake::LinkUp { link, reconnected, .. } if *link == self.supervisor => {
+                self.supervisor_up = true;
+                if *reconnected {
+                    self.hand_back();
+                }
+                Handled::Yes
+            }
+            Wake::Preamble { link, result: Err(error), .. } if *link == self.supervisor => {
+                tracing::error!(%error, "The supervisor does not know this process: ending");
+                Handled::Exit
+            }
+            _ => Handled::No,
+        }
+    }
+
+    fn check_orphaned(&mut self) -> Handled {
+        if !self.run_dir.exists() {
+            tracing::warn!("The run directory is gone: ending");
+            return Handled::Exit;
+        }
+        if !self.supervisor_up {
+            self.reactor.add_timer(ORPHAN_CHECK, TIMER_ORPHAN);
+        }
+        Handled::Yes
+    }
+
+    /// A new supervisor has registered this service: it gets everything that the old one kept.
+    fn hand_back(&mut self) {
+        tracing::info!("A supervisor is there again: handing the vault back");
+        self.vault.put_all(&mut self.reactor);
+        if self.ready {
+            self.tell(supervisor::Call::Ready);
+        }
+    }
+}
+
+type Registered = (String, Option<uhmm_ipc::message::Fd>, Vec<(String, Vec<u8>)>);
+
+/// Waits for the preamble's answer.
+fn registered(reactor: &mut Reactor, supervisor: LinkId) -> Result<Registered, KitError> {
+    let mut wakes = Vec::new();
+    loop {
+        reactor.poll(None, &mut wakes)?;
+        for wake in wakes.drain(..) {
+            let Wake::Preamble { link, result, .. } = wake else { continue };
+            if link != supervisor {
+                continue;
+            }
+            return match result {
+                Ok(Reply::Supervisor(supervisor::Reply::Registered { plan_toml, listener, channel_keys })) => {
+                    Ok((plan_toml, listener, channel_keys))
+                }
+                Ok(_) => Err(KitError::StrangeReply { question: "Register" }),
+                Err(error) => Err(KitError::Refused { error }),
+            };
+        }
+    }
+}
+
+fn role_of(kind: Kind) -> Role {
+    match kind {
+        Kind::Pager => Role::Pager,
+        Kind::Mirror => Role::Mirror,
+        Kind::Driver => Role::Driver,
+    }
+}
+
+fn supervisor_key() -> Result<Vec<u8>, KitError> {
+    let text = std::env::var(KEY_VARIABLE).map_err(|_| KitError::NoKey)?;
+    let digits: Option<Vec<u8>> = text
+        .as_bytes()
+        .chunks(2)
+        .map(|pair| std::str::from_utf8(pair).ok().and_then(|pair| u8::from_str_radix(pair, 16).ok()))
+        .collect();
+    digits.filter(|key| !key.is_empty()).ok_or(KitError::NoKey)
+}

@@ -1,0 +1,36 @@
+//! Logs: text for people, JSON for machines; every line says which service and incarnation.
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
+
+/// Environment variable with the filter, e.g. `debug` or `uhmm_pager=debug`.
+const FILTER_VARIABLE: &str = "UHMM_LOG";
+
+/// Format of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For machines: one object a line.
+    Json,
+}
+
+/// Logs to stderr from here on. A second call in one process changes nothing.
+pub fn init(format: LogFormat, service: &str, incarnation: u32) {
+    let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_span_events(FmtSpan::NONE)
+        .with_ansi(false);
+    let installed = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+    if installed.is_ok() {
+        // The span is the process's: it is entered once and never left.
+        let span = tracing::error_span!("service", name = service, incarnation);
+        std::mem::forget(span.entered());
+    }
+}

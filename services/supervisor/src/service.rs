@@ -1,0 +1,534 @@
+//! The supervisor's shell: processes, sockets and messages; every decision in [`crate::core`].
+
+use std::collections::HashMap;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use uhmm_ipc::message::{
+    Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, supervisor,
+};
+use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wake};
+use uhmm_kernel_hook::signal::StopSignals;
+use uhmm_kernel_hook::{PidFd, SeqListener};
+use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
+use uhmm_manifest::{Kind, Manifest, Plan, Sandbox};
+
+use crate::core::{Action, Core, State};
+use crate::state::{SavedState, hex};
+use crate::vault::Vault;
+
+/// Running services find a new supervisor within their reconnect interval (200 ms at most); this is ten times that.
+const ADOPT_GRACE_MS: u64 = 2_000;
+const TIMER_TICK: TimerToken = TimerToken(1);
+const TOKEN_SIGNALS: FdToken = FdToken(u64::MAX);
+
+/// Why the supervisor cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// The manifest does not resolve.
+    #[error("The manifest cannot be carried out")]
+    Manifest(#[from] uhmm_manifest::ManifestError),
+    /// The run directory cannot be used.
+    #[error("Run directory {path} cannot be made: {problem}", path = path.display())]
+    RunDir {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        problem: String,
+    },
+    /// `supervisor.toml` cannot be read or written.
+    #[error("State file {path} cannot be used: {problem}", path = path.display())]
+    State {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A socket cannot be made; the source says whether somebody else listens there.
+    #[error("Socket {path} cannot be made; if another uhmm runs there, stop it (`uhmm down`) or use `uhmm up --adopt`", path = path.display())]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: uhmm_kernel_hook::HookError,
+    },
+    /// A system call failed.
+    #[error("A system call failed")]
+    Hook(#[from] uhmm_kernel_hook::HookError),
+    /// The event loop failed.
+    #[error("The event loop failed")]
+    Ipc(#[from] uhmm_ipc::IpcError),
+}
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct SupervisorOptions {
+    /// Where the sockets go; made when it is not there, mode 0700.
+    pub run_dir: PathBuf,
+    /// The `uhmm` program, for built-in services.
+    pub exe: PathBuf,
+    /// Take over what an older supervisor left running.
+    pub adopt: bool,
+    /// Log format of all services.
+    pub log: LogFormat,
+}
+
+struct Supervisor<F> {
+    options: SupervisorOptions,
+    plan: Plan,
+    plan_toml: String,
+    reactor: Reactor,
+    core: Core,
+    vault: Vault,
+    saved: SavedState,
+    children: HashMap<usize, Child>,
+    pidfds: HashMap<usize, PidFd>,
+    sessions: HashMap<ConnId, Peer>,
+    registered: HashMap<usize, ConnId>,
+    actions: Vec<Action>,
+    started: Instant,
+    restarts: u64,
+    ready: Option<F>,
+    done: bool,
+    tick_armed_ms: Option<u64>,
+}
+
+/// Runs until SIGTERM, SIGINT or the operator's `Shutdown`. `ready` is called once, when every service is.
+pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce()) -> Result<(), SupervisorError> {
+    let plan = manifest.resolve()?;
+    let signals = StopSignals::block()?;
+    uhmm_kit::init_log(options.log, "supervisor", 1);
+    make_run_dir(&options.run_dir)?;
+    let path = options.run_dir.join("supervisor.sock");
+    let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
+    let saved = SavedState::open(&options.run_dir, &plan, options.adopt)?;
+    let mut supervisor = Supervisor::new(options, plan, saved, ready)?;
+    supervisor.reactor.listen(listener)?;
+    supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
+    let mut wakes = Vec::new();
+    while !supervisor.done {
+        supervisor.tick()?;
+        supervisor.reactor.poll(None, &mut wakes)?;
+        for wake in wakes.drain(..) {
+            supervisor.on_wake(wake)?;
+        }
+    }
+    supervisor.clean_up();
+    Ok(())
+}
+
+fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| SupervisorError::RunDir { path: path.to_owned(), problem: error.to_string() })
+}
+
+impl<F: FnOnce()> Supervisor<F> {
+    fn new(options: SupervisorOptions, plan: Plan, saved: SavedState, ready: F) -> Result<Self, SupervisorError> {
+        let mut reactor = Reactor::new(Identity {
+            name: "supervisor".to_owned(),
+            role: Role::Supervisor,
+            incarnation: 1,
+            interface: Some(Interface::Supervisor),
+            limits: Limits::default(),
+        })?;
+        for service in &plan.services {
+            reactor.set_channel_key(&service.name, saved.key(&service.name, "supervisor"));
+            reactor.set_channel_role(&service.name, role_of(service.kind));
+        }
+        let before = |name: &str| saved.incarnations.get(name).copied().unwrap_or(0);
+        let incarnations: Vec<u32> = plan.services.iter().map(|service| before(&service.name)).collect();
+        let core = Core::new(plan.clone(), &incarnations, options.adopt.then_some(ADOPT_GRACE_MS));
+        Ok(Self {
+            plan_toml: plan.to_toml(),
+            options,
+            plan,
+            reactor,
+            core,
+            vault: Vault::default(),
+            saved,
+            children: HashMap::new(),
+            pidfds: HashMap::new(),
+            sessions: HashMap::new(),
+            registered: HashMap::new(),
+            actions: Vec::new(),
+            started: Instant::now(),
+            restarts: 0,
+            ready: Some(ready),
+            done: false,
+            tick_armed_ms: None,
+        })
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn tick(&mut self) -> Result<(), SupervisorError> {
+        let now_ms = self.now_ms();
+        self.core.tick(now_ms, &mut self.actions);
+        self.act()?;
+        let next = self.core.next_deadline_ms();
+        if let Some(at_ms) = next
+            && self.tick_armed_ms.is_none_or(|armed_ms| at_ms < armed_ms)
+        {
+            self.tick_armed_ms = Some(at_ms);
+            self.reactor.add_timer(Duration::from_millis(at_ms.saturating_sub(self.now_ms()).max(1)), TIMER_TICK);
+        }
+        Ok(())
+    }
+
+    fn on_wake(&mut self, wake: Wake) -> Result<(), SupervisorError> {
+        match wake {
+            Wake::Timer(TIMER_TICK) => self.tick_armed_ms = None,
+            Wake::Fd(TOKEN_SIGNALS) => self.shutdown()?,
+            Wake::Fd(FdToken(service)) => self.check_exit(service as usize)?,
+            Wake::Connected { conn, peer } => {
+                self.sessions.insert(conn, peer);
+            }
+            Wake::Closed { conn, .. } => {
+                self.sessions.remove(&conn);
+                self.registered.retain(|_, registered| *registered != conn);
+            }
+            Wake::Call { conn, call, body, .. } => {
+                let answer = match body {
+                    Call::Common(common::Call::Stats) => Ok(Reply::Common(common::Reply::Stats(self.metrics()))),
+                    Call::Supervisor(request) => self.request(conn, request)?.map(Reply::Supervisor),
+                    _ => Err(WireError::new(ErrorCode::Protocol, "Not a call of the supervisor interface")),
+                };
+                self.reactor.reply(conn, call, answer);
+                self.act()?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn shutdown(&mut self) -> Result<(), SupervisorError> {
+        let now_ms = self.now_ms();
+        self.core.shutdown(now_ms, &mut self.actions);
+        self.act()
+    }
+
+    /// The service that speaks on a connection, after it registered.
+    fn service_of(&self, conn: ConnId) -> Result<usize, WireError> {
+        let found = self.registered.iter().find(|(_, registered)| **registered == conn).map(|(service, _)| *service);
+        found.ok_or_else(|| WireError::new(ErrorCode::Permission, "Register before any other call"))
+    }
+
+    fn request(
+        &mut self,
+        conn: ConnId,
+        request: supervisor::Call,
+    ) -> Result<Result<supervisor::Reply, WireError>, SupervisorError> {
+        let Some(peer) = self.sessions.get(&conn).cloned() else {
+            return Ok(Err(WireError::new(ErrorCode::Protocol, "The connection is gone")));
+        };
+        let operators = matches!(
+            request,
+            supervisor::Call::Status | supervisor::Call::Shutdown | supervisor::Call::Kill { .. }
+        );
+        if operators != (peer.role == Role::Operator) {
+            let text = format!("A {:?} may not make this call to the supervisor", peer.role);
+            return Ok(Err(WireError::new(ErrorCode::Permission, text)));
+        }
+        Ok(match request {
+            supervisor::Call::Register { service, incarnation } => self.register(conn, &peer, &service, incarnation)?,
+            supervisor::Call::Status => Ok(supervisor::Reply::Status(self.status())),
+            supervisor::Call::Shutdown => {
+                let now_ms = self.now_ms();
+                self.core.shutdown(now_ms, &mut self.actions);
+                Ok(supervisor::Reply::Done)
+            }
+            supervisor::Call::Kill { service } => self.drill(&service),
+            other => match self.service_of(conn) {
+                Err(error) => Err(error),
+                Ok(service) => self.service_request(service, other),
+            },
+        })
+    }
+
+    fn service_request(
+        &mut self,
+        service: usize,
+        request: supervisor::Call,
+    ) -> Result<supervisor::Reply, WireError> {
+        let owner = self.plan.services[service].name.clone();
+        match request {
+            supervisor::Call::Ready => {
+                let now_ms = self.now_ms();
+                self.core.ready(service, now_ms, &mut self.actions);
+            }
+            supervisor::Call::Pong { sequence } => self.core.pong(service, sequence),
+            supervisor::Call::VaultPut { name, fd } => {
+                self.vault.put(&owner, name, fd).map_err(|text| WireError::new(ErrorCode::NoMemory, text))?;
+            }
+            supervisor::Call::VaultGet { prefix, after } => {
+                let (entries, more) = self.vault.page(&owner, &prefix, &after);
+                return Ok(supervisor::Reply::Vault { entries, more });
+            }
+            supervisor::Call::VaultRemove { prefix } if prefix.is_empty() => {
+                return Err(WireError::new(ErrorCode::Invalid, "An empty prefix would forget everything"));
+            }
+            supervisor::Call::VaultRemove { prefix } => self.vault.remove(&owner, &prefix),
+            supervisor::Call::Fence { service: other, incarnation, reason } => {
+                self.fence(service, &other, incarnation, &reason)?;
+            }
+            _ => return Err(WireError::new(ErrorCode::Protocol, "Not a service's call")),
+        }
+        Ok(supervisor::Reply::Done)
+    }
+
+    fn register(
+        &mut self,
+        conn: ConnId,
+        peer: &Peer,
+        name: &str,
+        incarnation: u32,
+    ) -> Result<Result<supervisor::Reply, WireError>, SupervisorError> {
+        let refused = |text: String| Ok(Err(WireError::new(ErrorCode::Permission, text)));
+        let Some(service) = self.core.index_of(name).filter(|_| peer.name == name) else {
+            return refused(format!("Service {name:?} is not in the plan, or not the one that connected"));
+        };
+        let now_ms = self.now_ms();
+        match self.core.registered(service, incarnation, peer.pid, now_ms) {
+            Err(text) => return refused(text),
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::info!(service = name, pid = peer.pid, incarnation, "Taken over from an older supervisor");
+                self.watch(service, peer.pid)?;
+            }
+        }
+        self.registered.insert(service, conn);
+        Ok(Ok(supervisor::Reply::Registered {
+            plan_toml: self.plan_toml.clone(),
+            listener: self.vault.get(name, LISTENER_NAME),
+            channel_keys: self.saved.channel_keys(&self.plan, name),
+        }))
+    }
+
+    fn drill(&mut self, name: &str) -> Result<supervisor::Reply, WireError> {
+        let missing = || WireError::new(ErrorCode::NotFound, format!("Service {name:?} is not running"));
+        let index = self.core.index_of(name).ok_or_else(missing)?;
+        let (incarnation, pid) = (self.core.services()[index].incarnation, self.core.services()[index].pid);
+        if !self.core.condemn(index, incarnation, "killed as a drill", &mut self.actions) {
+            return Err(missing());
+        }
+        Ok(supervisor::Reply::Killed { incarnation, pid })
+    }
+
+    fn fence(&mut self, by: usize, name: &str, incarnation: u32, reason: &str) -> Result<(), WireError> {
+        if self.plan.services[by].kind == Kind::Driver {
+            return Err(WireError::new(ErrorCode::Permission, "Drivers fence nobody"));
+        }
+        let index = self.core.index_of(name);
+        let index = index.ok_or_else(|| WireError::new(ErrorCode::NotFound, format!("No service {name:?}")))?;
+        tracing::error!(service = name, incarnation, reason, "Fenced");
+        if self.core.condemn(index, incarnation, reason, &mut self.actions) {
+            Ok(())
+        } else {
+            Err(WireError::new(ErrorCode::Stale, format!("Incarnation {incarnation} of {name} is dead already")))
+        }
+    }
+
+    fn act(&mut self) -> Result<(), SupervisorError> {
+        while !self.actions.is_empty() {
+            for action in std::mem::take(&mut self.actions) {
+                self.execute(action)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, action: Action) -> Result<(), SupervisorError> {
+        match action {
+            Action::Spawn { service } => self.spawn(service)?,
+            Action::Kill { service } => self.kill(service),
+            Action::Ping { service, sequence } => self.tell(service, supervisor::Event::Ping { sequence }),
+            Action::Stop { service } => self.tell(service, supervisor::Event::Stop),
+            Action::Died { service, incarnation, held } => {
+                let name = self.plan.services[service].name.clone();
+                tracing::warn!(service = %name, incarnation, held, how = %self.core.services()[service].last_exit, "Service died");
+                let event = supervisor::Event::ServiceDied { service: name, incarnation, held };
+                for other in self.registered.values() {
+                    self.reactor.event(*other, Event::Supervisor(event.clone()), TraceId::default());
+                }
+            }
+            Action::AllReady => {
+                if let Some(ready) = self.ready.take() {
+                    ready();
+                }
+            }
+            Action::AllStopped => self.done = true,
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, service: usize, event: supervisor::Event) {
+        if let Some(conn) = self.registered.get(&service) {
+            self.reactor.event(*conn, Event::Supervisor(event), TraceId::default());
+        }
+    }
+
+    fn kill(&mut self, service: usize) {
+        if let Some(pidfd) = self.pidfds.get(&service)
+            && let Err(error) = pidfd.signal(Signal::KILL)
+        {
+            tracing::error!(%error, service, "Killing a service failed");
+        }
+    }
+
+    /// The listening socket outlives every incarnation: it is made once and lies in the vault.
+    fn make_listener(&mut self, name: &str) -> Result<(), SupervisorError> {
+        if self.vault.get(name, LISTENER_NAME).is_some() {
+            return Ok(());
+        }
+        let path = self.plan.endpoint_path(&self.options.run_dir, name);
+        let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
+        if let Err(text) = self.vault.put(name, LISTENER_NAME.to_owned(), Arc::new(listener.into_fd())) {
+            tracing::error!(text, "The vault refused a listening socket");
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self, service: usize) -> Result<(), SupervisorError> {
+        let plan = self.plan.services[service].clone();
+        self.make_listener(&plan.name)?;
+        let incarnation = self.core.services()[service].incarnation;
+        self.saved.incarnations.insert(plan.name.clone(), incarnation);
+        self.saved.save()?;
+        self.restarts += u64::from(incarnation > 1);
+        let (program, words) = match (plan.external, plan.command.split_first()) {
+            (true, Some((program, words))) => (PathBuf::from(program), words),
+            _ => (self.options.exe.clone(), plan.command.as_slice()),
+        };
+        let log = match self.options.log {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        let mut command = Command::new(program);
+        command.args(words).arg("--run-dir").arg(&self.options.run_dir);
+        command.args(["--name", &plan.name, "--incarnation", &incarnation.to_string(), "--log", log]);
+        command.env(KEY_VARIABLE, hex(&self.saved.key(&plan.name, "supervisor")));
+        // Its own group: Ctrl-C reaches the supervisor alone, which stops the services in order.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        let now_ms = self.now_ms();
+        match command.spawn() {
+            Ok(child) => {
+                let pid = child.id();
+                limit(pid, &plan.sandbox);
+                self.core.spawned(service, pid, now_ms);
+                self.children.insert(service, child);
+                self.watch(service, pid)?;
+            }
+            Err(error) => self.core.exited(service, &format!("cannot be started: {error}"), now_ms, &mut self.actions),
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, service: usize, pid: u32) -> Result<(), SupervisorError> {
+        let pidfd = PidFd::open(pid)?;
+        self.reactor.add_fd(&pidfd, FdToken(service as u64))?;
+        self.pidfds.insert(service, pidfd);
+        Ok(())
+    }
+
+    /// A pidfd became readable: reap, and only then tell anybody. A reaped process has no thread that could touch memory.
+    fn check_exit(&mut self, service: usize) -> Result<(), SupervisorError> {
+        let Some(pidfd) = self.pidfds.get(&service) else { return Ok(()) };
+        if !pidfd.exited()? {
+            return Ok(());
+        }
+        self.reactor.remove_fd(pidfd)?;
+        self.pidfds.remove(&service);
+        let how = match self.children.remove(&service).map(|mut child| child.wait()) {
+            Some(Ok(status)) => status.to_string(),
+            Some(Err(error)) => format!("cannot be reaped: {error}"),
+            None => "ended (adopted process)".to_owned(),
+        };
+        if let Some(conn) = self.registered.remove(&service) {
+            self.reactor.close(conn);
+            self.sessions.remove(&conn);
+        }
+        let now_ms = self.now_ms();
+        self.core.exited(service, &how, now_ms, &mut self.actions);
+        self.act()
+    }
+
+    fn status(&self) -> Vec<supervisor::ServiceStatus> {
+        let now_ms = self.now_ms();
+        let line = |service: &crate::core::Service| {
+            let (state, uptime_ms) = match service.state {
+                State::Waiting => ("waiting", 0),
+                State::Adopting { .. } => ("adopting", 0),
+                State::Starting { .. } => ("starting", 0),
+                State::Ready { since_ms } => ("ready", now_ms - since_ms),
+                State::Backoff { .. } => ("backoff", 0),
+                State::Held => ("held", 0),
+                State::Stopped => ("stopped", 0),
+            };
+            supervisor::ServiceStatus {
+                name: service.name.clone(),
+                pid: service.pid,
+                incarnation: service.incarnation,
+                state: state.to_owned(),
+                last_exit: service.last_exit.clone(),
+                uptime_ms,
+                missed_heartbeats: service.missed,
+                last_recovery_ms: service.last_recovery_ms,
+                vault_entries: self.vault.count(&service.name) as u32,
+            }
+        };
+        self.core.services().iter().map(line).collect()
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let metric = |name: &str, value: u64| Metric { name: name.to_owned(), value };
+        let vault: usize = self.plan.services.iter().map(|service| self.vault.count(&service.name)).sum();
+        vec![
+            metric("services", self.plan.services.len() as u64),
+            metric("restarts", self.restarts),
+            metric("vault_entries", vault as u64),
+            metric("uptime_ms", self.now_ms()),
+        ]
+    }
+
+    /// Everything has ended in order: leave nothing that looks like a running system.
+    fn clean_up(&self) {
+        let sockets = self.plan.services.iter().map(|s| self.plan.endpoint_path(&self.options.run_dir, &s.name));
+        let own = ["supervisor.sock", "supervisor.toml"].map(|file| self.options.run_dir.join(file));
+        for path in sockets.chain(own) {
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::debug!(%error, path = %path.display(), "Was not there");
+            }
+        }
+    }
+}
+
+fn role_of(kind: Kind) -> Role {
+    match kind {
+        Kind::Pager => Role::Pager,
+        Kind::Mirror => Role::Mirror,
+        Kind::Driver => Role::Driver,
+    }
+}
+
+/// Limits of the manifest's sandbox, set from outside right after the start.
+fn limit(pid: u32, sandbox: &Sandbox) {
+    let limits = [
+        (Resource::Nofile, sandbox.nofile),
+        (Resource::As, sandbox.address_space_bytes.map(|bytes| bytes.0)),
+    ];
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    for (resource, value) in limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))) {
+        let both = Rlimit { current: Some(value), maximum: Some(value) };
+        if let Err(error) = prlimit(pid, resource, both) {
+            tracing::warn!(%error, ?resource, value, "A sandbox limit could not be set");
+        }
+    }
+}
