@@ -186,10 +186,10 @@ impl<P: Policy> Core<P> {
 
     /// Transfers started in this step were begun while the request was out of the map: count them now.
     fn adopt_new_transfers(&mut self, order: u64) {
-        let outstanding = self.transfers.values().filter(|transfer| transfer.owner == Some(order)).count() as u32;
-        if let Some(request) = self.requests.get_mut(&order) {
-            request.outstanding = outstanding;
-        }
+        let Some(request) = self.requests.get_mut(&order) else { return };
+        let mine = self.transfers.values_mut().filter(|transfer| transfer.owner == Some(order));
+        let req = request.id.unwrap_or(ReqId(0));
+        request.outstanding = mine.map(|transfer| transfer.req = req).count() as u32;
     }
 
     fn step_migrate(
@@ -331,7 +331,7 @@ impl<P: Policy> Core<P> {
             PageState::Poisoned => Next::Reply(Outcome::Failed(CoreError::Poisoned { page: fault_page })),
             PageState::Device if entry.device() == device => self.map_window(dir, request, device, false, out),
             PageState::Device | PageState::Exclusive => {
-                let (run, first, mask) = Self::device_run(dir, region, self.from_fault(request, fault_page));
+                let (run, first, mask) = Self::device_run(dir, region, Self::rest_of_window(request, fault_page));
                 self.start_home(region, run, first, mask, Some(order), out);
                 Next::Wait
             }
@@ -341,7 +341,7 @@ impl<P: Policy> Core<P> {
                 if entry.pinned() || action == DeviceFaultAction::MapInPlace {
                     return self.map_window(dir, request, device, true, out);
                 }
-                let pages = self.from_fault(request, fault_page);
+                let pages = Self::rest_of_window(request, fault_page);
                 match self.move_run_out(dir, order, region, pages, device, |_| false, out) {
                     RunOut::Started(_) | RunOut::Wait => Next::Wait,
                     RunOut::Full => self.map_window(dir, request, device, true, out),
@@ -351,7 +351,7 @@ impl<P: Policy> Core<P> {
     }
 
     /// The window from the faulting page on: the page that matters is in the first run.
-    fn from_fault(&self, request: &Request, fault_page: u64) -> Pages {
+    fn rest_of_window(request: &Request, fault_page: u64) -> Pages {
         Pages { first: fault_page, count: (request.pages.end() - fault_page).min(CHUNK_PAGES) }
     }
 

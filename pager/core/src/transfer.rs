@@ -107,7 +107,6 @@ impl<P: Policy> Core<P> {
         // The mask stays in the entries until the revocation is done: a crash must not forget who maps the system page.
         let moving = Entry::SYSTEM.with_state(PageState::MovingOut).with_mapped_mask(mask);
         Self::publish_same(region, pages, moving, out);
-        let req = self.requests.get(&owner).and_then(|request| request.id).unwrap_or(ReqId(0));
         let kind = Kind::Out { zero };
         let owner = Some(owner);
         let ticket = self.begin(Transfer {
@@ -120,7 +119,7 @@ impl<P: Policy> Core<P> {
             mask,
             pinned: false,
             owner,
-            req,
+            req: ReqId(0),
             tries: 0,
         });
         out.push(Action::WriteProtect { ticket, region, pages, on: true });
@@ -304,9 +303,9 @@ impl<P: Policy> Core<P> {
             self.fill(ticket, out);
             return;
         }
-        if result == StepResult::Io {
-            // The system pages are still there and still protected: they are as good as the copy.
-            self.roll_back(ticket, PageStatus::Io, out);
+        if matches!(result, StepResult::Io | StepResult::Again) {
+            // Some of the system pages may be gone already: the only way is forward.
+            self.again.push(ticket);
             return;
         }
         let Transfer { region, pages, owner, .. } = transfer;
@@ -447,7 +446,8 @@ impl<P: Policy> Core<P> {
             Phase::Protect => out.push(Action::WriteProtect { ticket, region, pages, on: true }),
             Phase::Copy => self.copy(ticket, out),
             Phase::Fill => self.fill(ticket, out),
-            Phase::Revoke | Phase::Punch | Phase::PunchStray => {}
+            Phase::Punch => out.push(Action::Punch { ticket, region, pages }),
+            Phase::Revoke | Phase::PunchStray => {}
         }
     }
 

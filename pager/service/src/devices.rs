@@ -125,8 +125,10 @@ impl CopyEngine {
         memfd::check_sealed(ring.staging.as_fd(), staging_bytes)?;
         let staging = Window::map(ring.staging.as_fd(), 0, staging_bytes, Prot::ReadWrite)?;
         let shared = |error: RingError| DeviceError::Shared(error.to_string());
-        let (submit, complete) = Ring::open(ring.ring.as_fd()).map_err(shared)?.into_ends();
+        let (submit, mut complete) = Ring::open(ring.ring.as_fd()).map_err(shared)?.into_ends();
         let clone = |fd: &Fd| fd.as_fd().try_clone_to_owned().map_err(|e| DeviceError::Shared(e.to_string()));
+        // From now on the driver rings for what it completes; a new ring is empty.
+        complete.arm().map_err(shared)?;
         let pages = u32::try_from(staging_bytes / PAGE_SIZE).unwrap_or(u32::MAX);
         Ok(Self {
             submit,

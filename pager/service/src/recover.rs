@@ -94,7 +94,7 @@ impl Pager {
             phase: Phase::Live,
             tables: Default::default(),
             // Drivers may know the region from before: they are told when it goes.
-            granted_mask: u8::MAX & self.plan_device_mask(),
+            granted_mask: self.plan_device_mask(),
         };
         self.stats.recovered_regions += 1;
         if let Some(space) = self.spaces.get_mut(&space) {

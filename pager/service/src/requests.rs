@@ -59,7 +59,7 @@ impl Pager {
         if len_bytes == 0 {
             return Err(invalid(format!("Range {} is empty: give at least one page", shown())));
         }
-        if addr % PAGE_SIZE != 0 || len_bytes % PAGE_SIZE != 0 {
+        if !addr.is_multiple_of(PAGE_SIZE) || !len_bytes.is_multiple_of(PAGE_SIZE) {
             return Err(invalid(format!("Range {} is not page aligned: round it to {PAGE_SIZE} bytes", shown())));
         }
         let end = addr.checked_add(len_bytes);
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_fragmented_answer_is_bounded_and_loses_no_page() {
-        let status = |page: u64| if page % 2 == 0 { PageStatus::Moved } else { PageStatus::Pinned };
+        let status = |page: u64| if page.is_multiple_of(2) { PageStatus::Moved } else { PageStatus::Pinned };
         let runs: Vec<StatusRun> =
             (0..5000).map(|page| StatusRun { first_page: page, page_count: 1, status: status(page) }).collect();
         let runs = bounded(runs);

@@ -353,10 +353,10 @@ impl Pager {
         if !ended {
             return;
         }
-        if let Some(space) = self.spaces.remove(&space_id) {
-            if let Err(error) = self.service.reactor.remove_fd(&space.uffd) {
-                tracing::debug!(%error, "Userfaultfd was not watched");
-            }
+        if let Some(space) = self.spaces.remove(&space_id)
+            && let Err(error) = self.service.reactor.remove_fd(&space.uffd)
+        {
+            tracing::debug!(%error, "Userfaultfd was not watched");
         }
         self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
         self.push(Event::SpaceGone { space: SpaceId(space_id) });

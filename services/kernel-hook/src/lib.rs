@@ -36,6 +36,7 @@ pub mod probe;
 pub mod process;
 pub mod procmap;
 pub mod range;
+pub mod signal;
 pub mod socket;
 mod sys;
 pub mod uffd;
