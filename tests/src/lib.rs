@@ -1,0 +1,161 @@
+//! What the integration tests share: a whole uhmm of separate processes in a private run directory.
+//!
+//! A [`TestBed`] starts `uhmm up` with a manifest, waits for every service to be ready, and ends the processes it started
+//! (by pid) when it is dropped, also when the test fails.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
+
+pub mod pattern;
+
+/// Longest wait for anything in a test; only ever reached by a failure.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running system.
+pub struct TestBed {
+    supervisor: Child,
+    dir: tempfile::TempDir,
+}
+
+/// The `uhmm` program that was built beside the test.
+pub fn uhmm_exe() -> PathBuf {
+    let test = std::env::current_exe().expect("the test knows its own path");
+    let profile = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let exe = profile.join("uhmm");
+    assert!(exe.exists(), "{} is missing: run `cargo build --bins` first, or tests/run", exe.display());
+    exe
+}
+
+/// Drills kill often: short waits, never held.
+const RESTART: &str = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 1000 }";
+
+/// Manifest text with one software device of `memory` (`"64MiB"`).
+pub fn manifest(memory: &str, device_options: &str) -> String {
+    format!(
+        r#"
+[supervisor]
+heartbeat_ms = 500
+
+[[service]]
+name = "pager"
+kind = "pager"
+{RESTART}
+
+[[service]]
+name = "mirror"
+kind = "mirror"
+{RESTART}
+
+[[service]]
+name = "soft0"
+kind = "driver"
+driver = "soft"
+{RESTART}
+
+[[device]]
+name = "soft0"
+service = "soft0"
+memory_bytes = "{memory}"
+{device_options}
+"#
+    )
+}
+
+impl TestBed {
+    /// One software device of `memory`.
+    pub fn start(memory: &str) -> Self {
+        Self::with_manifest(&manifest(memory, ""))
+    }
+
+    /// Any manifest.
+    pub fn with_manifest(manifest: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("uhmm-test-").tempdir().expect("a temporary directory");
+        let path = dir.path().join("manifest.toml");
+        std::fs::write(&path, manifest).expect("the manifest is written");
+        let supervisor = spawn_up(dir.path(), &["--manifest".as_ref(), path.as_os_str()]);
+        Self { supervisor, dir }
+    }
+
+    /// The run directory.
+    pub fn run_dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A new client session of this process.
+    pub fn session(&self) -> Session {
+        Session::connect(Some(self.run_dir())).expect("a session")
+    }
+
+    /// The operator's connection.
+    pub fn operator(&self) -> Operator {
+        Operator::connect(Some(self.run_dir())).expect("an operator connection")
+    }
+
+    /// The supervisor's pid.
+    pub fn supervisor_pid(&self) -> u32 {
+        self.supervisor.id()
+    }
+
+    /// kill -9 one service; returns the incarnation that was killed.
+    pub fn kill(&self, service: &str) -> u32 {
+        self.operator().kill(service).unwrap_or_else(|error| panic!("kill {service}: {error}")).incarnation
+    }
+
+    /// Waits until `service` is ready in an incarnation above `incarnation`.
+    pub fn wait_ready(&self, service: &str, incarnation: u32) -> ServiceStatus {
+        let deadline = Instant::now() + PATIENCE;
+        let mut operator = self.operator();
+        loop {
+            let services = operator.status().expect("status");
+            let found = services.iter().find(|s| s.name == service).expect("the service is in the plan");
+            if found.state == "ready" && found.incarnation > incarnation {
+                return found.clone();
+            }
+            assert!(Instant::now() < deadline, "{service} is not ready again: {services:#?}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// One counter of a service.
+    pub fn metric(&self, service: &str, name: &str) -> u64 {
+        let metrics: Vec<Metric> = self.operator().stats(service).expect("stats");
+        let found = metrics.iter().find(|metric| metric.name == name);
+        found.unwrap_or_else(|| panic!("{service} has no counter {name}: {metrics:?}")).value
+    }
+
+    /// kill -9 the supervisor itself and start another one that takes over.
+    pub fn replace_supervisor(&mut self) {
+        self.supervisor.kill().expect("kill the supervisor");
+        self.supervisor.wait().expect("reap the supervisor");
+        let path = self.dir.path().join("manifest.toml");
+        self.supervisor =
+            spawn_up(self.dir.path(), &["--adopt".as_ref(), "--manifest".as_ref(), path.as_os_str()]);
+    }
+}
+
+impl Drop for TestBed {
+    fn drop(&mut self) {
+        let asked = Operator::connect(Some(self.dir.path())).and_then(Operator::shutdown);
+        if asked.is_err() {
+            // The supervisor does not answer: end it hard; its services end with their run directory's supervisor gone.
+            let _ = self.supervisor.kill();
+        }
+        let _ = self.supervisor.wait();
+    }
+}
+
+fn spawn_up(run_dir: &Path, args: &[&std::ffi::OsStr]) -> Child {
+    let mut command = Command::new(uhmm_exe());
+    command.arg("--run-dir").arg(run_dir).arg("up").args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("uhmm up starts");
+    let stdout = child.stdout.take().expect("stdout is piped");
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line).expect("uhmm up says when it is ready");
+    assert_eq!(line.trim(), "ready", "uhmm up ended before it was ready");
+    child
+}
