@@ -8,7 +8,7 @@ use uhmm_kernel_hook::{ManagedMapping, memfd};
 
 use crate::agent::Peer;
 use crate::arena::Arena;
-use crate::range::check_length;
+use crate::range::{check_inside, check_length};
 use crate::session::Inner;
 use crate::{Error, PAGE_BYTES};
 
@@ -72,11 +72,13 @@ impl Region {
 
     /// Reads the word at a byte offset.
     pub fn read_u64(&self, offset: u64) -> Result<u64, Error> {
+        check_inside(offset, 8, self.len_bytes())?;
         self.mapping.load_u64(offset).map_err(Error::kernel("Reading a region"))
     }
 
     /// Writes the word at a byte offset.
     pub fn write_u64(&self, offset: u64, value: u64) -> Result<(), Error> {
+        check_inside(offset, 8, self.len_bytes())?;
         self.mapping.store_u64(offset, value).map_err(Error::kernel("Writing a region"))
     }
 

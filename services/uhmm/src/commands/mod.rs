@@ -1,0 +1,50 @@
+//! The operator's commands: each prints something a person can act on.
+
+mod doctor;
+mod show;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use uhmm_kit::LogFormat;
+use uhmm_manifest::Manifest;
+use uhmm_sdk::Operator;
+use uhmm_supervisor::SupervisorOptions;
+
+pub use doctor::doctor;
+pub use show::{stats, status};
+
+fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
+    let Some(path) = path else { return Ok(Manifest::built_in()) };
+    let text = std::fs::read_to_string(path).with_context(|| format!("Manifest {} cannot be read", path.display()))?;
+    Manifest::parse(&text).with_context(|| format!("Manifest {} is refused", path.display()))
+}
+
+/// `uhmm up`: runs until it is stopped.
+pub fn up(path: Option<&Path>, run_dir: PathBuf, adopt: bool, log: LogFormat) -> anyhow::Result<()> {
+    let exe = std::env::current_exe().context("The path of this program is unknown")?;
+    let options = SupervisorOptions { run_dir, exe, adopt, log };
+    uhmm_supervisor::run(manifest(path)?, options, || println!("ready"))?;
+    Ok(())
+}
+
+/// `uhmm down`.
+pub fn down(run_dir: &Path) -> anyhow::Result<()> {
+    Operator::connect(Some(run_dir))?.shutdown()?;
+    Ok(())
+}
+
+/// `uhmm plan`.
+pub fn plan(path: Option<&Path>) -> anyhow::Result<()> {
+    let plan = manifest(path)?.resolve()?;
+    println!("{}", plan.print());
+    println!("{}", plan.draw());
+    Ok(())
+}
+
+/// `uhmm kill SERVICE`.
+pub fn kill(run_dir: &Path, service: &str) -> anyhow::Result<()> {
+    let killed = Operator::connect(Some(run_dir))?.kill(service)?;
+    println!("Killed {service}: pid {}, incarnation {}", killed.pid, killed.incarnation);
+    Ok(())
+}

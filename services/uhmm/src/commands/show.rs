@@ -1,0 +1,142 @@
+//! `uhmm status` and `uhmm stats`.
+
+use std::path::Path;
+
+use uhmm_sdk::{Operator, RegionStatus, ServiceStatus};
+
+const BAR_CELLS: u64 = 32;
+
+/// `uhmm status`: services, then regions with a residency bar each.
+pub fn status(run_dir: &Path) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    let services = operator.status()?;
+    print!("{}", services_table(&services));
+    let pager_ready = services.iter().any(|service| service.name == "pager" && service.state == "ready");
+    if !pager_ready {
+        println!("\nThe pager is not ready: regions cannot be listed now");
+        return Ok(());
+    }
+    let regions = operator.regions()?;
+    print!("\n{}", regions_table(&regions));
+    Ok(())
+}
+
+fn services_table(services: &[ServiceStatus]) -> String {
+    let mut text = format!(
+        "{:<16} {:<9} {:>8} {:>5} {:>10} {:>7} {:>12} {:>6}  {}\n",
+        "SERVICE", "STATE", "PID", "INC", "UPTIME", "MISSED", "RECOVERY", "VAULT", "LAST EXIT"
+    );
+    for service in services {
+        let pid = if service.pid == 0 { "-".to_owned() } else { service.pid.to_string() };
+        let recovery =
+            if service.incarnation > 1 { format!("{} ms", service.last_recovery_ms) } else { "-".to_owned() };
+        text += &format!(
+            "{:<16} {:<9} {:>8} {:>5} {:>8} s {:>7} {:>12} {:>6}  {}\n",
+            service.name,
+            service.state,
+            pid,
+            service.incarnation,
+            service.uptime_ms / 1000,
+            service.missed_heartbeats,
+            recovery,
+            service.vault_entries,
+            service.last_exit,
+        );
+    }
+    text
+}
+
+fn regions_table(regions: &[RegionStatus]) -> String {
+    if regions.is_empty() {
+        return "No process has memory under management\n".to_owned();
+    }
+    let mut text = format!("{:<8} {:<8} {:<16} {:>10}  WHERE  (s system, 0-7 device, ~ moving, . untouched, ! lost)\n", "PID", "REGION", "ADDRESS", "MIB");
+    for region in regions {
+        let mib = region.page_count as f64 * 4096.0 / f64::from(1 << 20);
+        let address = format!("{:#x}", region.addr);
+        text += &format!("{:<8} {:<8} {:<16} {:>10.1}  [{}]\n", region.pid, region.region, address, mib, bar(region));
+    }
+    text
+}
+
+/// One cell stands for its share of the pages; whatever exists at all gets at least one cell.
+fn bar(region: &RegionStatus) -> String {
+    let mut parts = vec![('s', region.system_pages)];
+    parts.extend(region.device_pages.iter().enumerate().map(|(id, pages)| (char::from(b'0' + id as u8), *pages)));
+    parts.extend([('~', region.moving_pages), ('!', region.poisoned_pages), ('.', region.absent_pages)]);
+    parts.retain(|(_, pages)| *pages > 0);
+    let total = region.page_count.max(1);
+    let mut cells: Vec<(char, u64)> =
+        parts.iter().map(|(mark, pages)| (*mark, (pages * BAR_CELLS / total).max(1))).collect();
+    let sum: u64 = cells.iter().map(|(_, cells)| cells).sum();
+    if let Some(largest) = cells.iter_mut().max_by_key(|(_, cells)| *cells) {
+        largest.1 = (largest.1 + BAR_CELLS).saturating_sub(sum);
+    }
+    cells.iter().map(|(mark, cells)| mark.to_string().repeat(*cells as usize)).collect()
+}
+
+/// `uhmm stats [--json]`: every counter of every service that answers.
+pub fn stats(run_dir: &Path, json: bool) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    let names: Vec<String> = operator.status()?.into_iter().map(|service| service.name).collect();
+    let mut all = serde_json::Map::new();
+    for name in std::iter::once("supervisor".to_owned()).chain(names) {
+        match operator.stats(&name) {
+            Ok(metrics) => {
+                let values = metrics.into_iter().map(|metric| (metric.name, metric.value.into())).collect();
+                all.insert(name, serde_json::Value::Object(values));
+            }
+            Err(error) => {
+                all.insert(name, serde_json::json!({ "error": error.to_string() }));
+            }
+        }
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(());
+    }
+    for (service, values) in &all {
+        println!("{service}");
+        for (name, value) in values.as_object().into_iter().flatten() {
+            println!("  {name:<32} {value}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(system_pages: u64, on_device_1: u64, absent_pages: u64) -> RegionStatus {
+        let mut device_pages = vec![0; 8];
+        device_pages[1] = on_device_1;
+        RegionStatus {
+            space: 1,
+            pid: 42,
+            region: 7,
+            addr: 0x7000_0000,
+            page_count: system_pages + on_device_1 + absent_pages,
+            system_pages,
+            absent_pages,
+            moving_pages: 0,
+            poisoned_pages: 0,
+            device_pages,
+        }
+    }
+
+    #[test]
+    fn a_bar_has_all_its_cells_and_shows_the_smallest_part() {
+        for (system, device, absent) in [(1, 1_000_000, 0), (5, 5, 5), (0, 3, 0), (1, 1, 1_000_000)] {
+            let bar = bar(&region(system, device, absent));
+            assert_eq!(bar.chars().count() as u64, BAR_CELLS, "{bar}");
+            assert_eq!(bar.contains('s'), system > 0, "{bar}");
+            assert_eq!(bar.contains('1'), device > 0, "{bar}");
+        }
+    }
+
+    #[test]
+    fn nothing_under_management_is_said_in_words() {
+        assert!(regions_table(&[]).contains("No process"));
+    }
+}

@@ -1,0 +1,142 @@
+//! The main job, on real input, with every service in a process of its own and killed in the middle of it.
+//!
+//! ```text
+//!   uhmm demo --+-- uhmm up (supervisor) --+-- uhmm pager
+//!               |                          +-- uhmm mirror
+//!               |                          `-- uhmm driver soft
+//!               `-- uhmm demo-client: `client` reads text, builds the index in managed memory, migrates, computes, is disturbed, compares
+//! ```
+
+mod client;
+mod drill;
+mod index;
+mod measure;
+mod reference;
+mod report;
+mod text;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use anyhow::{Context, bail};
+use uhmm_sdk::Operator;
+
+/// What runs under the demo: one software device whose memory is there from the start, as hardware has it, so that
+/// what the migration releases can be seen in the memory cgroup. Drills kill often and are not held against anybody.
+const MANIFEST: &str = r#"
+[[service]]
+name = "pager"
+kind = "pager"
+restart = { backoff_min_ms = 1, max_deaths = 1000 }
+
+[[service]]
+name = "mirror"
+kind = "mirror"
+restart = { backoff_min_ms = 1, max_deaths = 1000 }
+
+[[service]]
+name = "soft0"
+kind = "driver"
+driver = "soft"
+restart = { backoff_min_ms = 1, max_deaths = 1000 }
+
+[[device]]
+name = "soft0"
+service = "soft0"
+memory_bytes = "1GiB"
+populate = true
+"#;
+
+/// `uhmm demo`
+#[derive(clap::Args, Clone)]
+pub struct DemoArgs {
+    /// Text to index [default: documentation and sources that this machine has]
+    path: Option<PathBuf>,
+    /// Stop reading text when the index has this size
+    #[arg(long, default_value_t = 288)]
+    index_mib: u64,
+}
+
+/// `uhmm demo-client`
+#[derive(clap::Args, Clone)]
+pub struct ClientArgs {
+    #[command(flatten)]
+    demo: DemoArgs,
+    /// Run directory of the system
+    #[arg(long)]
+    system: PathBuf,
+}
+
+/// Ends the system by asking its supervisor, or by its pid.
+struct System {
+    supervisor: Child,
+    run_dir: PathBuf,
+}
+
+impl System {
+    fn start(run_dir: PathBuf) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(&run_dir)?;
+        let manifest = run_dir.join("manifest.toml");
+        std::fs::write(&manifest, MANIFEST)?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        if std::env::var_os("UHMM_LOG").is_none() {
+            // Every kill is announced below; the services' own warnings about it would only be in the way.
+            command.env("UHMM_LOG", "error");
+        }
+        let mut supervisor = command.spawn().context("The supervisor cannot be started")?;
+        let stdout = supervisor.stdout.take().context("The supervisor has no output")?;
+        let system = Self { supervisor, run_dir };
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        if line.trim() != "ready" {
+            bail!("The supervisor ended before its services were ready: see its messages above");
+        }
+        Ok(system)
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        if Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err()
+            && let Err(error) = self.supervisor.kill()
+        {
+            tracing::debug!(%error, "The supervisor had ended");
+        }
+        if let Err(error) = self.supervisor.wait().and_then(|_| std::fs::remove_dir_all(&self.run_dir)) {
+            eprintln!("{} could not be removed: {error}", self.run_dir.display());
+        }
+    }
+}
+
+/// Starts system and client, waits for the client.
+pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
+    if let Some(path) = args.path.as_deref().filter(|path| !path.exists()) {
+        bail!("{} does not exist: give a file or folder with text", path.display());
+    }
+    let run_dir = std::env::temp_dir().join(format!("uhmm-demo-{}", std::process::id()));
+    let system = System::start(run_dir)?;
+    show_processes(&system.run_dir)?;
+    let mut client = Command::new(std::env::current_exe()?);
+    client.arg("demo-client").arg("--system").arg(&system.run_dir);
+    client.arg("--index-mib").arg(args.index_mib.to_string()).args(&args.path);
+    let status = client.status().context("The client process cannot be started")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn show_processes(run_dir: &Path) -> anyhow::Result<()> {
+    println!("== Processes");
+    for service in Operator::connect(Some(run_dir))?.status()? {
+        println!("  {:<10} pid {:>7}  {}", service.name, service.pid, service.state);
+    }
+    Ok(())
+}
+
+/// The client process.
+pub fn run_client(args: ClientArgs) -> anyhow::Result<ExitCode> {
+    let report = client::run(&args.system, &args.demo)?;
+    report.print();
+    Ok(if report.held() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

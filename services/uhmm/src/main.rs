@@ -1,0 +1,138 @@
+//! `uhmm`: every service of the system and the operator's commands in one program.
+//!
+//! The supervisor starts this same program again for each service (`uhmm pager ...`), so one file is deployed; a third
+//! party's driver is its own program, named in the manifest.
+
+mod commands;
+mod demo;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use uhmm_kit::{LogFormat, ServiceArgs};
+
+#[derive(Parser)]
+#[command(name = "uhmm", version, about = "User-mode heterogeneous memory management", arg_required_else_help = true)]
+struct Cli {
+    /// Where the sockets are [default: $UHMM_RUN_DIR, $XDG_RUNTIME_DIR/uhmm or /tmp/uhmm-UID]
+    #[arg(long, global = true)]
+    run_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the main job on real text with the software device, kill every service meanwhile, and compare every byte
+    Demo(demo::DemoArgs),
+    /// Start the supervisor and every service of a manifest
+    Up {
+        /// Manifest (TOML); without it: pager, mirror and one software device `soft0`
+        #[arg(long)]
+        manifest: Option<PathBuf>,
+        /// Take over services that outlived an earlier supervisor
+        #[arg(long)]
+        adopt: bool,
+        /// Log format
+        #[arg(long, value_enum, default_value_t = Log::Text)]
+        log: Log,
+    },
+    /// Stop the supervisor and every service
+    Down,
+    /// Resolve a manifest and print what it comes to
+    Plan {
+        /// Manifest (TOML); without it the built-in one
+        manifest: Option<PathBuf>,
+    },
+    /// Services, incarnations, regions and where their pages are
+    Status,
+    /// Counters of every service
+    Stats {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Kill -9 one service, as a drill
+    Kill {
+        /// Service name
+        service: String,
+    },
+    /// What this kernel and account offer, what is missing, what follows, and what fixes it
+    Doctor,
+    /// (service) Answer CPU faults, keep directories, move pages
+    #[command(hide = true)]
+    Pager(ServiceFlags),
+    /// (service) Carry device faults and invalidations
+    #[command(hide = true)]
+    Mirror(ServiceFlags),
+    /// (service) Drive a device
+    #[command(hide = true)]
+    Driver {
+        /// Built-in driver
+        #[arg(value_parser = ["soft"])]
+        driver: String,
+        #[command(flatten)]
+        flags: ServiceFlags,
+    },
+    /// (internal) The demo's client process
+    #[command(hide = true)]
+    DemoClient(demo::ClientArgs),
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Log {
+    /// For people
+    Text,
+    /// For machines
+    Json,
+}
+
+impl From<Log> for LogFormat {
+    fn from(log: Log) -> Self {
+        match log {
+            Log::Text => LogFormat::Text,
+            Log::Json => LogFormat::Json,
+        }
+    }
+}
+
+/// What the supervisor passes to every service.
+#[derive(Args)]
+struct ServiceFlags {
+    /// Name in the manifest
+    #[arg(long)]
+    name: String,
+    /// How many times it has been started
+    #[arg(long)]
+    incarnation: u32,
+    /// Log format
+    #[arg(long, value_enum, default_value_t = Log::Text)]
+    log: Log,
+}
+
+impl ServiceFlags {
+    fn into_args(self, run_dir: PathBuf) -> ServiceArgs {
+        ServiceArgs { name: self.name, incarnation: self.incarnation, run_dir, log: self.log.into() }
+    }
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
+    match cli.command {
+        Command::Demo(args) => return demo::run(args),
+        Command::DemoClient(args) => return demo::run_client(args),
+        Command::Up { manifest, adopt, log } => commands::up(manifest.as_deref(), run_dir, adopt, log.into())?,
+        Command::Down => commands::down(&run_dir)?,
+        Command::Plan { manifest } => commands::plan(manifest.as_deref())?,
+        Command::Status => commands::status(&run_dir)?,
+        Command::Stats { json } => commands::stats(&run_dir, json)?,
+        Command::Kill { service } => commands::kill(&run_dir, &service)?,
+        Command::Doctor => return Ok(commands::doctor()),
+        Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
+        Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
+        Command::Driver { driver: _, flags } => uhmm_driver_soft::run(flags.into_args(run_dir))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
