@@ -125,6 +125,8 @@ impl FrameTable {
 
     /// Gives frames back. What they hold stays noted until they are scrubbed or overwritten.
     pub fn release(&mut self, first: u32, count: u32) {
+        // Frames that were used lately are warm in every mapping of the device: they go out again first.
+        self.next = self.next.min(first);
         for frame in &mut self.frames[first as usize..(first + count) as usize] {
             debug_assert!(frame.owner.is_some(), "frame was free");
             if frame.owner.take().is_some() {

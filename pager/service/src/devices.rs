@@ -20,7 +20,7 @@ use uhmm_ipc::shared::gate::Gate;
 use uhmm_kernel_hook::EventFd;
 use uhmm_kernel_hook::memfd;
 use uhmm_kernel_hook::window::{Prot, Window};
-use uhmm_kernel_hook::{HookError, PAGE_SIZE};
+use uhmm_kernel_hook::{HookError, PAGE_SIZE, PidFd};
 
 use crate::space::DEVICE_SLOTS;
 
@@ -221,6 +221,8 @@ pub struct Device {
     pub conn: Option<ConnId>,
     /// Incarnation of the last login.
     pub incarnation: u32,
+    /// Its driver's process.
+    pub pidfd: PidFd,
     /// Window onto all of it.
     pub aperture: Option<Window>,
     /// Who is inside.

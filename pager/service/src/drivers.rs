@@ -12,6 +12,7 @@ use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::ConnId;
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
+use uhmm_kernel_hook::PidFd;
 use uhmm_pager_core::{DeviceId, Event};
 
 use crate::devices::{CopyEngine, Device, DeviceError, map_aperture};
@@ -80,6 +81,7 @@ impl Pager {
             service: peer.name.clone(),
             conn: Some(conn),
             incarnation: peer.incarnation,
+            pidfd: PidFd::open(peer.pid)?,
             aperture: aperture.map(|fd| map_aperture(&fd, frame_count)).transpose()?,
             gate: gate.map(|fd| Gate::open(fd.as_fd()).map_err(shared)).transpose()?,
             engine: copy_ring.map(|ring| CopyEngine::open(&ring)).transpose()?,

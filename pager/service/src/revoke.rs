@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   core: Revoke{ticket, pages, devices}
-//!     |-- device shares table and gate -> swap every entry to invalid on all such devices, then wait for each gate (no message)
+//!     |-- device shares table and gate -> swap every entry to invalid on all such devices, then look at each gate (no message);
+//!     |                                   a thread that is still inside is looked for again by a timer, never waited for in place
 //!     |-- otherwise ------------------> Event::Invalidate to the mirror; the ticket completes with InvalidateDone
 //!     `-- late or stuck -------------> Fence: the supervisor kills the driver; its death (`ServiceDied`) voids the mapping
 //! ```
@@ -27,7 +28,7 @@ pub struct PendingRevoke {
     pub page_count: u64,
     /// Devices that still may use the pages.
     pub waiting_mask: u8,
-    /// Of those: fenced, so only their death is waited for and the mirror is not asked again.
+    /// Of those: not asked through the mirror, because their gate is watched or because they are fenced and only their death counts.
     pub fenced_mask: u8,
 }
 
@@ -71,6 +72,14 @@ impl PendingRevokes {
         let revoke = self.by_id.get_mut(&id)?;
         revoke.waiting_mask &= late_mask | revoke.fenced_mask;
         revoke.fenced_mask |= revoke.waiting_mask & late_mask;
+        self.take_if_through(id)
+    }
+
+    /// One device has stopped (its gate was seen empty). Returns the revocation when nobody is left.
+    pub fn device_done(&mut self, id: u64, device: u8) -> Option<PendingRevoke> {
+        let revoke = self.by_id.get_mut(&id)?;
+        revoke.waiting_mask &= !(1 << device);
+        revoke.fenced_mask &= !(1 << device);
         self.take_if_through(id)
     }
 

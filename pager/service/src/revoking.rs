@@ -1,27 +1,37 @@
 //! Carrying out revocations; the idea and the bookkeeping are in `revoke.rs`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager;
 use uhmm_pager_core::{Event, Pages, RegionId, StepResult, Ticket};
 
 use crate::revoke::{PendingRevoke, Purpose};
-use crate::service::{Pager, REVOKE_DEADLINE_MS};
+use crate::service::{Pager, REVOKE_DEADLINE_MS, TIMER_GATE};
 use crate::space::DEVICE_SLOTS;
+
+/// How long the pager looks at a gate in place: device threads stay inside for some microseconds unless they lose their CPU.
+const GATE_PATIENCE: Duration = Duration::from_micros(200);
+/// After that, how often it looks again between other work.
+const GATE_RETRY: Duration = Duration::from_millis(1);
+
+/// A gate that was not empty after a direct revocation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GateWatch {
+    /// Revocation.
+    id: u64,
+    /// Device.
+    device: u8,
+    /// When its entries were swapped.
+    since: Instant,
+}
 
 impl Pager {
     /// Revokes on every device of the mask; directly where page table and gate are shared.
     pub(crate) fn revoke(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device_mask: u8) {
         let direct_mask = self.swap_shared_entries(region, pages, device_mask);
-        let mut left_mask = device_mask & !direct_mask;
-        let mut stuck_mask = 0u8;
-        for device in (0..DEVICE_SLOTS as u8).filter(|device| direct_mask & (1 << device) != 0) {
-            if !self.wait_for_gate(device) {
-                self.fence(device, "a device thread does not leave a revoked page");
-                stuck_mask |= 1 << device;
-            }
-        }
-        left_mask |= stuck_mask;
+        let inside = |device: &u8| direct_mask & (1 << device) != 0 && !self.gate_is_empty(*device);
+        let inside_mask = (0..DEVICE_SLOTS as u8).filter(inside).fold(0u8, |mask, device| mask | 1 << device);
+        let left_mask = device_mask & !direct_mask | inside_mask;
         if left_mask == 0 {
             self.stats.revokes_direct += 1;
             self.push(Event::RevokeDone { ticket, result: StepResult::Ok });
@@ -39,9 +49,12 @@ impl Pager {
             first_page: pages.first,
             page_count: pages.count,
             waiting_mask: left_mask,
-            fenced_mask: stuck_mask,
+            fenced_mask: inside_mask,
         };
-        self.start_revoke(revoke);
+        let id = self.start_revoke(revoke);
+        for device in (0..DEVICE_SLOTS as u8).filter(|device| inside_mask & (1 << device) != 0) {
+            self.watch_gate(GateWatch { id, device, since: Instant::now() });
+        }
     }
 
     /// First pass, for all devices before anybody is waited for. Returns the devices that were reached.
@@ -58,10 +71,33 @@ impl Pager {
         direct_mask
     }
 
-    /// Second pass: a device thread that was inside before the swap has left.
-    fn wait_for_gate(&self, device: u8) -> bool {
-        let gate = self.devices[usize::from(device)].as_ref().and_then(|device| device.gate.as_ref());
-        gate.is_none_or(|gate| gate.wait(Duration::from_millis(u64::from(REVOKE_DEADLINE_MS))).is_ok())
+    /// Second pass: every device thread that was inside before the swap has left, or its process is dead.
+    fn gate_is_empty(&self, device: u8) -> bool {
+        let Some(device) = self.devices[usize::from(device)].as_ref() else { return true };
+        device.gate.as_ref().is_none_or(|gate| gate.wait(GATE_PATIENCE).is_ok()) || device.pidfd.exited().unwrap_or(false)
+    }
+
+    fn watch_gate(&mut self, watch: GateWatch) {
+        if self.gate_watches.is_empty() {
+            self.service.reactor.add_timer(GATE_RETRY, TIMER_GATE);
+        }
+        self.gate_watches.push(watch);
+    }
+
+    /// Looks again at the gates that were not empty. A thread that stays inside for too long costs its driver the process.
+    pub(crate) fn check_gates(&mut self) {
+        for watch in std::mem::take(&mut self.gate_watches) {
+            if self.gate_is_empty(watch.device) {
+                if let Some(revoke) = self.revokes.device_done(watch.id, watch.device) {
+                    self.revoke_through(revoke);
+                }
+            } else if self.revokes.get(watch.id).is_some() {
+                if watch.since.elapsed() > Duration::from_millis(u64::from(REVOKE_DEADLINE_MS)) {
+                    self.fence(watch.device, "a device thread does not leave a revoked page");
+                }
+                self.watch_gate(watch);
+            }
+        }
     }
 
     pub(crate) fn start_revoke_message(
@@ -77,11 +113,12 @@ impl Pager {
         self.start_revoke(revoke);
     }
 
-    fn start_revoke(&mut self, revoke: PendingRevoke) {
+    fn start_revoke(&mut self, revoke: PendingRevoke) -> u64 {
         let id = self.revokes.insert(revoke);
         if revoke.waiting_mask & !revoke.fenced_mask != 0 {
             self.send_invalidate(id, &revoke);
         }
+        id
     }
 
     pub(crate) fn send_invalidate(&mut self, id: u64, revoke: &PendingRevoke) {

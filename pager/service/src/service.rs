@@ -19,6 +19,7 @@ use crate::devices::{DeviceRecords, Devices};
 use crate::execute::Deferred;
 use crate::requests::PendingRequest;
 use crate::revoke::{PendingRevokes, Purpose};
+use crate::revoking::GateWatch;
 use crate::space::{Phase, Regions, Space};
 use crate::stats::ShellStats;
 
@@ -31,6 +32,7 @@ const AGAIN_RETRY: Duration = Duration::from_micros(500);
 const HOT_POLL: Duration = Duration::from_micros(60);
 
 const TIMER_AGAIN: TimerToken = TimerToken(1);
+pub(crate) const TIMER_GATE: TimerToken = TimerToken(2);
 
 const KIND_UFFD: u64 = 1 << 56;
 const KIND_PIDFD: u64 = 2 << 56;
@@ -83,6 +85,7 @@ pub struct Pager {
     pub(crate) requests: HashMap<ReqId, PendingRequest>,
     pub(crate) next_request: u64,
     pub(crate) revokes: PendingRevokes,
+    pub(crate) gate_watches: Vec<GateWatch>,
     pub(crate) copies: VecDeque<Deferred>,
     pub(crate) engine_jobs: HashMap<u64, Deferred>,
     pub(crate) next_engine_job: u64,
@@ -159,6 +162,7 @@ impl Pager {
             requests: HashMap::new(),
             next_request: 1,
             revokes: PendingRevokes::new(incarnation),
+            gate_watches: Vec::new(),
             copies: VecDeque::new(),
             engine_jobs: HashMap::new(),
             next_engine_job: 1,
@@ -211,6 +215,7 @@ impl Pager {
             Wake::Done { call, result, .. } => self.supervisor_answered(call, result),
             Wake::Event { body: WireEvent::Supervisor(event), .. } => self.on_supervisor_event(event),
             Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
+            Wake::Timer(TIMER_GATE) => self.check_gates(),
             _ => {}
         }
     }
