@@ -160,10 +160,7 @@ impl Loop {
         let pager = reactor.link(endpoint(&run_dir, "pager"));
         reactor.set_preamble(pager, vec![Call::Pager(pager::Call::OpenSpace { nonce, uffd, full })]);
         let drivers = HashMap::new();
-        Ok((
-            Self { reactor, run_dir, inbox, pager, drivers, waiting: HashMap::new(), opening: Some(opened) },
-            waker,
-        ))
+        Ok((Self { reactor, run_dir, inbox, pager, drivers, waiting: HashMap::new(), opening: Some(opened) }, waker))
     }
 
     fn run(&mut self) {

@@ -17,7 +17,8 @@ pub struct Arena {
 
 impl Arena {
     pub(crate) fn new(mapping: Arc<ManagedMapping>) -> Result<Self, Error> {
-        let bump = Bump::new(mapping).map_err(Error::kernel("Making an arena in a region that may have one already"))?;
+        let bump =
+            Bump::new(mapping).map_err(Error::kernel("Making an arena in a region that may have one already"))?;
         Ok(Self { bump })
     }
 }

@@ -30,7 +30,9 @@ pub enum Error {
         next_bytes: u64,
     },
     /// The address is not at the start of a page.
-    #[error("The address {addr:#x} is not at the start of a page: use enclosing_pages() to find the pages of an object")]
+    #[error(
+        "The address {addr:#x} is not at the start of a page: use enclosing_pages() to find the pages of an object"
+    )]
     UnalignedAddress {
         /// As given.
         addr: u64,
@@ -44,7 +46,9 @@ pub enum Error {
         len_bytes: u64,
     },
     /// An access to a region does not lie inside.
-    #[error("{len_bytes} bytes at offset {offset} do not lie inside the region of {region_bytes} bytes: check the offset")]
+    #[error(
+        "{len_bytes} bytes at offset {offset} do not lie inside the region of {region_bytes} bytes: check the offset"
+    )]
     OutsideRegion {
         /// Offset in the region.
         offset: u64,
@@ -123,7 +127,8 @@ impl Error {
 
     /// The same call may succeed when it is made again: the page was in motion, the service was restarting, time ran out.
     pub fn is_transient(&self) -> bool {
-        matches!(self.code(), ErrorCode::Busy | ErrorCode::Stale | ErrorCode::TimedOut) && !matches!(self, Error::AgentGone)
+        matches!(self.code(), ErrorCode::Busy | ErrorCode::Stale | ErrorCode::TimedOut)
+            && !matches!(self, Error::AgentGone)
     }
 
     /// Wraps a kernel hook's error with what the SDK was doing.

@@ -9,11 +9,7 @@ pub fn run_dir(explicit: Option<&Path>) -> PathBuf {
     choose(explicit, std::env::var_os("UHMM_RUN_DIR"), std::env::var_os("XDG_RUNTIME_DIR"))
 }
 
-fn choose(
-    explicit: Option<&Path>,
-    own: Option<std::ffi::OsString>,
-    runtime: Option<std::ffi::OsString>,
-) -> PathBuf {
+fn choose(explicit: Option<&Path>, own: Option<std::ffi::OsString>, runtime: Option<std::ffi::OsString>) -> PathBuf {
     let set = |value: Option<std::ffi::OsString>| value.filter(|text| !text.is_empty()).map(PathBuf::from);
     match (explicit, set(own), set(runtime)) {
         (Some(path), _, _) => path.to_owned(),

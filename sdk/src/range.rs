@@ -11,7 +11,10 @@ pub(crate) fn check_length(len_bytes: u64) -> Result<u64, Error> {
         return Err(Error::EmptyRange);
     }
     if !len_bytes.is_multiple_of(PAGE_BYTES) {
-        return Err(Error::UnalignedLength { len_bytes, next_bytes: len_bytes.saturating_add(PAGE_BYTES - 1) & !(PAGE_BYTES - 1) });
+        return Err(Error::UnalignedLength {
+            len_bytes,
+            next_bytes: len_bytes.saturating_add(PAGE_BYTES - 1) & !(PAGE_BYTES - 1),
+        });
     }
     Ok(len_bytes / PAGE_BYTES)
 }

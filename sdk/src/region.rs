@@ -27,7 +27,8 @@ pub struct Region {
 impl Region {
     pub(crate) fn create(session: Arc<Inner>, len_bytes: u64) -> Result<Self, Error> {
         check_length(len_bytes)?;
-        let memory = memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
+        let memory =
+            memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
         let mapping =
             ManagedMapping::map(memory.as_fd(), len_bytes, None).map_err(Error::kernel("Mapping a region's memory"))?;
         let memory: Fd = Arc::new(memory);

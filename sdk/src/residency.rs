@@ -118,10 +118,7 @@ mod tests {
         let mut all = Vec::new();
         assert_eq!(append_runs(&mut all, 0, vec![run(0, 2, Residency::System), run(2, 2, Residency::Device(0))]), 4);
         assert_eq!(append_runs(&mut all, 4, vec![run(0, 6, Residency::Device(0)), run(6, 1, Residency::Absent)]), 7);
-        assert_eq!(
-            all,
-            [run(0, 2, Residency::System), run(2, 8, Residency::Device(0)), run(10, 1, Residency::Absent)]
-        );
+        assert_eq!(all, [run(0, 2, Residency::System), run(2, 8, Residency::Device(0)), run(10, 1, Residency::Absent)]);
     }
 
     #[test]

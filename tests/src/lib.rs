@@ -132,8 +132,7 @@ impl TestBed {
         self.supervisor.kill().expect("kill the supervisor");
         self.supervisor.wait().expect("reap the supervisor");
         let path = self.dir.path().join("manifest.toml");
-        self.supervisor =
-            spawn_up(self.dir.path(), &["--adopt".as_ref(), "--manifest".as_ref(), path.as_os_str()]);
+        self.supervisor = spawn_up(self.dir.path(), &["--adopt".as_ref(), "--manifest".as_ref(), path.as_os_str()]);
     }
 }
 

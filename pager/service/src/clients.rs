@@ -218,7 +218,8 @@ impl Pager {
             let text = format!("{range} overlaps region {other}, which is managed already");
             return Err(invalid(text));
         }
-        memfd::check_sealed(memory.as_fd(), len_bytes).map_err(|error| invalid(format!("The memfd is refused: {error}")))?;
+        memfd::check_sealed(memory.as_fd(), len_bytes)
+            .map_err(|error| invalid(format!("The memfd is refused: {error}")))?;
         self.check_mapping(space.state.pid, range, memory)
     }
 

@@ -11,9 +11,9 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use uhmm_ipc::ConnId;
 use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::CopyRing;
-use uhmm_ipc::ConnId;
 use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
 use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
 use uhmm_ipc::shared::gate::Gate;

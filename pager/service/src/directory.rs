@@ -41,7 +41,9 @@ pub enum DirectoryError {
     #[error("Directory memory could not be mapped")]
     Hook(#[from] HookError),
     /// Not ours, or of another layout.
-    #[error("Directory has magic {magic:#x} version {version}, this pager reads {MAGIC:#x} version {VERSION}: stop the older uhmm first")]
+    #[error(
+        "Directory has magic {magic:#x} version {version}, this pager reads {MAGIC:#x} version {VERSION}: stop the older uhmm first"
+    )]
     Format {
         /// Found.
         magic: u64,
@@ -157,7 +159,9 @@ impl DirectoryFile {
         if page >= self.page_count {
             return 0;
         }
-        self.window.atomic_u64(HEADER_BYTES + page * 8).map_or(0, |entry| entry.load(std::sync::atomic::Ordering::Acquire))
+        self.window
+            .atomic_u64(HEADER_BYTES + page * 8)
+            .map_or(0, |entry| entry.load(std::sync::atomic::Ordering::Acquire))
     }
 
     /// Publishes one entry.

@@ -7,9 +7,9 @@
 
 use std::os::fd::AsFd;
 
+use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
 use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
-use uhmm_ipc::ConnId;
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
 use uhmm_kernel_hook::PidFd;
@@ -172,7 +172,13 @@ impl Pager {
         }
     }
 
-    pub(crate) fn attach_table(&mut self, conn: ConnId, space: u64, region_id: u64, table: &Fd) -> Result<pager::Reply> {
+    pub(crate) fn attach_table(
+        &mut self,
+        conn: ConnId,
+        space: u64,
+        region_id: u64,
+        table: &Fd,
+    ) -> Result<pager::Reply> {
         let device = self.sessions.get(&conn).and_then(|session| session.device);
         let device = device.ok_or_else(|| WireError::new(ErrorCode::Permission, "Log in before attaching tables"))?;
         let region = self.regions.get_mut(region_id).filter(|r| r.space == space && r.phase == Phase::Live);

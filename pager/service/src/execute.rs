@@ -213,8 +213,7 @@ impl Pager {
             self.push(Event::ScrubDone { ticket, result: StepResult::Ok });
         }
         for (index, (frame, count)) in runs.iter().enumerate() {
-            let copy =
-                Copy::Zero { ticket, frame: *frame, count: *count, scrub: true, last: index + 1 == runs.len() };
+            let copy = Copy::Zero { ticket, frame: *frame, count: *count, scrub: true, last: index + 1 == runs.len() };
             self.start_copy(Deferred { device: device.0, copy });
         }
     }

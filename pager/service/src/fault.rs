@@ -3,8 +3,8 @@
 //! The descriptor is read until it is empty before anything is retried: the kernel hands out faults before older events,
 //! and while an event is unread every fill in that process answers EAGAIN (paging-floors.md, section 5).
 
-use uhmm_kernel_hook::uffd::UffdEvent;
 use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::uffd::UffdEvent;
 use uhmm_pager_core::{Event, Pages, RegionId};
 
 use crate::service::Pager;
@@ -98,7 +98,12 @@ impl Pager {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
         let whole = space.regions.get(&from).and_then(|id| self.regions.get_mut(*id));
         let Some(region) = whole.filter(|region| region.page_count * PAGE_SIZE == len) else {
-            tracing::error!(space = space_id, from = format_args!("{from:#x}"), len, "Part of a region was moved: bring it home first");
+            tracing::error!(
+                space = space_id,
+                from = format_args!("{from:#x}"),
+                len,
+                "Part of a region was moved: bring it home first"
+            );
             return;
         };
         if let Err(error) = region.directory.set_addr(to) {

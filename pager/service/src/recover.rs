@@ -75,7 +75,12 @@ impl Pager {
         Ok(true)
     }
 
-    fn recover_region(&mut self, space: u64, id: u64, mut entries: Entries) -> Result<(), crate::directory::DirectoryError> {
+    fn recover_region(
+        &mut self,
+        space: u64,
+        id: u64,
+        mut entries: Entries,
+    ) -> Result<(), crate::directory::DirectoryError> {
         let not_live = crate::directory::DirectoryError::NotLive { region: id };
         let (Some(directory), Some(memory)) = (entries.remove("dir"), entries.remove("mem")) else {
             return Err(not_live);
@@ -101,11 +106,7 @@ impl Pager {
             space.regions.insert(header.addr, id);
         }
         self.regions.insert(region);
-        self.push(Event::RecoverRegion {
-            region: RegionId(id),
-            space: SpaceId(space),
-            page_count: header.page_count,
-        });
+        self.push(Event::RecoverRegion { region: RegionId(id), space: SpaceId(space), page_count: header.page_count });
         Ok(())
     }
 

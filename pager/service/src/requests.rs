@@ -101,7 +101,13 @@ impl Pager {
                 return refuse(ErrorCode::NotFound, format!("Device {device} is not in the plan: see `uhmm status`"));
             }
         };
-        tracing::debug!(request = trace.0, region = located.region, ?target, page_count = located.pages.count, "Migrate");
+        tracing::debug!(
+            request = trace.0,
+            region = located.region,
+            ?target,
+            page_count = located.pages.count,
+            "Migrate"
+        );
         let pending = PendingRequest { conn, call, trace, first_page: located.pages.first, read_only: false };
         let req = self.ask_core(pending);
         self.push(Event::Migrate { req, region: RegionId(located.region), pages: located.pages, target });
@@ -132,14 +138,7 @@ impl Pager {
         Ok(pager::Reply::Residency { runs })
     }
 
-    pub(crate) fn advise(
-        &mut self,
-        conn: ConnId,
-        call: CallId,
-        addr: u64,
-        len_bytes: u64,
-        advice: Advice,
-    ) -> Answer {
+    pub(crate) fn advise(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64, advice: Advice) -> Answer {
         let located = match self.locate(conn, addr, len_bytes) {
             Ok(located) => located,
             Err(error) => return Some(Err(error)),
@@ -199,7 +198,8 @@ impl Pager {
         let end = window.first.checked_add(window.count).filter(|end| *end <= region.page_count);
         let inside = end.is_some_and(|end| (window.first..end).contains(&fault_page));
         if !inside {
-            let text = format!("Window {}+{} of page {fault_page} leaves region {region_id}", window.first, window.count);
+            let text =
+                format!("Window {}+{} of page {fault_page} leaves region {region_id}", window.first, window.count);
             return refuse(ErrorCode::Invalid, text);
         }
         if usize::from(device) >= DEVICE_SLOTS || region.granted_mask & (1 << device) == 0 {

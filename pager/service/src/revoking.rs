@@ -74,7 +74,8 @@ impl Pager {
     /// Second pass: every device thread that was inside before the swap has left, or its process is dead.
     fn gate_is_empty(&self, device: u8) -> bool {
         let Some(device) = self.devices[usize::from(device)].as_ref() else { return true };
-        device.gate.as_ref().is_none_or(|gate| gate.wait(GATE_PATIENCE).is_ok()) || device.pidfd.exited().unwrap_or(false)
+        device.gate.as_ref().is_none_or(|gate| gate.wait(GATE_PATIENCE).is_ok())
+            || device.pidfd.exited().unwrap_or(false)
     }
 
     fn watch_gate(&mut self, watch: GateWatch) {

@@ -10,7 +10,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor};
+use uhmm_ipc::message::{
+    Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
+};
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, RegionId, ReqId, SpaceId};

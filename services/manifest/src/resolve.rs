@@ -73,7 +73,10 @@ impl Manifest {
     fn resolve_devices(&self) -> Result<Vec<DevicePlan>, ManifestError> {
         if self.devices.len() > DEVICE_COUNT_MAX {
             let device = self.devices[DEVICE_COUNT_MAX].name.clone();
-            return Err(ManifestError::Device { device, problem: "at most 8 devices are possible: remove some".into() });
+            return Err(ManifestError::Device {
+                device,
+                problem: "at most 8 devices are possible: remove some".into(),
+            });
         }
         let mut driven = BTreeMap::new();
         for device in &self.devices {
@@ -191,9 +194,8 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
 
 /// The command of a service, and whether it is a program of its own.
 fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
-    let wrong = |problem: &str| {
-        Err(ManifestError::Program { service: service.name.clone(), problem: problem.to_owned() })
-    };
+    let wrong =
+        |problem: &str| Err(ManifestError::Program { service: service.name.clone(), problem: problem.to_owned() });
     let built_in = |words: &[&str]| Ok((words.iter().map(|word| (*word).to_owned()).collect(), false));
     match (service.kind, &service.driver, &service.command) {
         (Kind::Pager, None, None) => built_in(&["pager"]),

@@ -29,7 +29,10 @@ impl Plan {
                 restart.window_s,
             );
         }
-        text += &format!("\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} WORKERS\n", "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "POPULATE");
+        text += &format!(
+            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} WORKERS\n",
+            "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "POPULATE"
+        );
         for device in &self.devices {
             text += &format!(
                 "{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {}\n",

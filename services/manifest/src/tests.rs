@@ -14,7 +14,9 @@ fn with(rest: &str) -> Result<Plan, ManifestError> {
 }
 
 fn driver(name: &str, more: &str) -> String {
-    format!("[[service]]\nname = \"{name}\"\nkind = \"driver\"\n{more}\n[[device]]\nname = \"{name}\"\nservice = \"{name}\"\n")
+    format!(
+        "[[service]]\nname = \"{name}\"\nkind = \"driver\"\n{more}\n[[device]]\nname = \"{name}\"\nservice = \"{name}\"\n"
+    )
 }
 
 fn refused(rest: &str) -> String {

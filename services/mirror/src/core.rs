@@ -263,7 +263,8 @@ impl MirrorCore {
         }
         self.counters.faults += 1;
         self.next_fault += 1;
-        let stale = self.pending.values().any(|p| p.invalidation.space == space && p.invalidation.range.overlaps(&window));
+        let stale =
+            self.pending.values().any(|p| p.invalidation.space == space && p.invalidation.range.overlaps(&window));
         self.faults.insert(self.next_fault, Fault { space, window, device, sequence: state.sequence, stale });
         Ok(self.next_fault)
     }

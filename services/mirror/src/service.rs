@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, mirror, pager};
+use uhmm_ipc::message::{
+    Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, mirror, pager,
+};
 use uhmm_ipc::{CallId, ConnId, Endpoint, LinkId, Peer, TimerId, TimerToken, Wake};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 
@@ -264,16 +266,7 @@ impl Mirror {
 
     fn pager_event(&mut self, event: pager::Event) {
         match event {
-            pager::Event::Invalidate {
-                id,
-                space,
-                region,
-                first_page,
-                page_count,
-                device_mask,
-                unmap,
-                deadline_ms,
-            } => {
+            pager::Event::Invalidate { id, space, region, first_page, page_count, device_mask, unmap, deadline_ms } => {
                 let range = PageRange { region, first_page, page_count };
                 let deadline_ms = self.now_ms() + u64::from(deadline_ms);
                 let invalidation = Invalidation { id, space, range, device_mask, unmap, deadline_ms };

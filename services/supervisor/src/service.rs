@@ -229,10 +229,8 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(peer) = self.sessions.get(&conn).cloned() else {
             return Ok(Err(WireError::new(ErrorCode::Protocol, "The connection is gone")));
         };
-        let operators = matches!(
-            request,
-            supervisor::Call::Status | supervisor::Call::Shutdown | supervisor::Call::Kill { .. }
-        );
+        let operators =
+            matches!(request, supervisor::Call::Status | supervisor::Call::Shutdown | supervisor::Call::Kill { .. });
         if operators != (peer.role == Role::Operator) {
             let text = format!("A {:?} may not make this call to the supervisor", peer.role);
             return Ok(Err(WireError::new(ErrorCode::Permission, text)));
@@ -253,11 +251,7 @@ impl<F: FnOnce()> Supervisor<F> {
         })
     }
 
-    fn service_request(
-        &mut self,
-        service: usize,
-        request: supervisor::Call,
-    ) -> Result<supervisor::Reply, WireError> {
+    fn service_request(&mut self, service: usize, request: supervisor::Call) -> Result<supervisor::Reply, WireError> {
         let owner = self.plan.services[service].name.clone();
         match request {
             supervisor::Call::Ready => {
@@ -520,10 +514,7 @@ fn role_of(kind: Kind) -> Role {
 
 /// Limits of the manifest's sandbox, set from outside right after the start.
 fn limit(pid: u32, sandbox: &Sandbox) {
-    let limits = [
-        (Resource::Nofile, sandbox.nofile),
-        (Resource::As, sandbox.address_space_bytes.map(|bytes| bytes.0)),
-    ];
+    let limits = [(Resource::Nofile, sandbox.nofile), (Resource::As, sandbox.address_space_bytes.map(|bytes| bytes.0))];
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     for (resource, value) in limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))) {
         let both = Rlimit { current: Some(value), maximum: Some(value) };

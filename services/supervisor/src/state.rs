@@ -40,10 +40,8 @@ impl SavedState {
     pub fn open(run_dir: &Path, plan: &Plan, adopt: bool) -> Result<Self, SupervisorError> {
         let path = run_dir.join("supervisor.toml");
         let mut state = match std::fs::read_to_string(&path) {
-            Ok(text) if adopt => toml::from_str(&text).map_err(|error| SupervisorError::State {
-                path: path.clone(),
-                problem: error.to_string(),
-            })?,
+            Ok(text) if adopt => toml::from_str(&text)
+                .map_err(|error| SupervisorError::State { path: path.clone(), problem: error.to_string() })?,
             _ => Self::default(),
         };
         state.path = path;

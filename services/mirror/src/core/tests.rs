@@ -21,7 +21,8 @@ fn all_devices_are_started_before_anyone_is_waited_for() {
     let mut core = core_with_devices(&[0, 1, 3]);
     let mut out = Vec::new();
     core.invalidate(invalidation(5, 0b1011), &mut out);
-    let started: Vec<u8> = out.iter().filter_map(|a| if let Action::Start { device, .. } = a { Some(*device) } else { None }).collect();
+    let started: Vec<u8> =
+        out.iter().filter_map(|a| if let Action::Start { device, .. } = a { Some(*device) } else { None }).collect();
     assert_eq!(started, [0, 1, 3]);
     out.clear();
     core.acknowledge(1, 5, &mut out);

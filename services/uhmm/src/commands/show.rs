@@ -50,7 +50,10 @@ fn regions_table(regions: &[RegionStatus]) -> String {
     if regions.is_empty() {
         return "No process has memory under management\n".to_owned();
     }
-    let mut text = format!("{:<8} {:<8} {:<16} {:>10}  WHERE  (s system, 0-7 device, ~ moving, . untouched, ! lost)\n", "PID", "REGION", "ADDRESS", "MIB");
+    let mut text = format!(
+        "{:<8} {:<8} {:<16} {:>10}  WHERE  (s system, 0-7 device, ~ moving, . untouched, ! lost)\n",
+        "PID", "REGION", "ADDRESS", "MIB"
+    );
     for region in regions {
         let mib = region.page_count as f64 * 4096.0 / f64::from(1 << 20);
         let address = format!("{:#x}", region.addr);

@@ -74,7 +74,9 @@ pub fn run(run_dir: &Path, args: &DemoArgs) -> anyhow::Result<Report> {
     let session = Session::connect(Some(run_dir))?;
     if session.uffd_kind() == UffdKind::UserModeOnly {
         println!("  note: this account gets user-mode faults only: system calls on migrated memory fail with EFAULT.");
-        println!("        To enable them: give this account access to /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1");
+        println!(
+            "        To enable them: give this account access to /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1"
+        );
     }
     let region_bytes = (reference.index_bytes(reference.bucket_count()) + 8 * MIB).next_multiple_of(2 * MIB);
     let region = session.allocate(region_bytes)?;
@@ -361,7 +363,9 @@ impl Client<'_> {
                 anyhow::ensure!(echo[..count].iter().all(|byte| *byte == b'x'), "The pipe carried other bytes");
                 println!("  write(2) straight from migrated memory: works");
             }
-            (Err(error), UffdKind::UserModeOnly) => println!("  write(2) straight from migrated memory: {error} (see the note above)"),
+            (Err(error), UffdKind::UserModeOnly) => {
+                println!("  write(2) straight from migrated memory: {error} (see the note above)")
+            }
             (Err(error), UffdKind::Full) => return Err(error).context("write(2) from migrated memory"),
         }
         Ok(())

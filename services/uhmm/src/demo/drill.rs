@@ -26,7 +26,8 @@ pub fn drill(client: &mut Client<'_>, service: &str, during: &'static str, seed:
             })
             .collect();
         let job = shared.submit("postings_walk");
-        let migration = shared.session.migrate_async(shared.region.addr(), shared.region.len_bytes(), &shared.device)?;
+        let migration =
+            shared.session.migrate_async(shared.region.addr(), shared.region.len_bytes(), &shared.device)?;
         let killed = Operator::connect(Some(shared.run_dir))?.kill(service)?;
         wait_ready(shared, service, killed.incarnation)?;
         let migrated = migration.wait()?;

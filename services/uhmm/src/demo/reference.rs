@@ -103,7 +103,8 @@ impl Reference {
     /// What `postings_walk` must answer: postings and checksum.
     pub fn postings_checksum(&self) -> (u64, u64) {
         let postings = self.words.iter().flat_map(|word| &word.postings);
-        let sum = postings.fold(0u64, |sum, (document, position)| sum.wrapping_add(posting_checksum(*document, *position)));
+        let sum =
+            postings.fold(0u64, |sum, (document, position)| sum.wrapping_add(posting_checksum(*document, *position)));
         (self.posting_count, sum)
     }
 }
