@@ -26,11 +26,11 @@ pub fn init(format: LogFormat, service: &str, incarnation: u32) {
         .with_ansi(false);
     let installed = match format {
         LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_span_list(false).try_init(),
     };
     if installed.is_ok() {
         // The span is the process's: it is entered once and never left.
-        let span = tracing::error_span!("service", name = service, incarnation);
+        let span = tracing::error_span!("process", service, incarnation);
         std::mem::forget(span.entered());
     }
 }

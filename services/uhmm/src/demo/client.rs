@@ -84,6 +84,7 @@ pub fn run(run_dir: &Path, args: &DemoArgs) -> anyhow::Result<Report> {
     let mut client = build(run_dir, &session, &region, &arena, &reference)?;
     let mut report = client.migrate_and_measure()?;
     let (answers, asked) = (client.scratch(&session)?, Instant::now());
+    println!("\n== 3. Device jobs on the same pointers");
     client.jobs(&answers)?;
     println!("  device jobs took {:.2} s", asked.elapsed().as_secs_f64());
     client.syscall_on_migrated_memory(&arena)?;
@@ -299,7 +300,6 @@ impl Client<'_> {
 
     /// Count, postings, top words and look-ups on the device, each compared with the plain computation.
     fn jobs(&mut self, scratch: &Scratch) -> anyhow::Result<()> {
-        println!("\n== Device jobs on the same pointers");
         let chains = self.reference.counts(self.index.bucket_count()).longest_chain;
         let occurrences: u64 = self.counts.iter().map(|count| u64::from(*count)).sum();
         let counted = self.device.run(self.job("index_count", &[]))?;

@@ -4,6 +4,7 @@ use super::measure::Latency;
 
 const BOUNDS_US: [u64; 7] = [8, 16, 32, 64, 128, 256, 1024];
 const BAR_CELLS: u64 = 40;
+const PAGE_BYTES: u64 = 4096;
 
 /// One kill.
 pub struct Drill {
@@ -72,7 +73,10 @@ impl Report {
         self.print_histogram();
         println!();
         for (name, value) in &self.counters {
-            println!("  {name:<24} {value:>12}");
+            match name.starts_with("pages") {
+                true => println!("  {name:<24} {value:>12}  = {:.1} MiB", mib(value * PAGE_BYTES)),
+                false => println!("  {name:<24} {value:>12}"),
+            }
         }
         println!("\n  kill -9    in the middle of               ready again   longest pause of the program");
         for drill in &self.drills {
