@@ -203,3 +203,20 @@ fn integration_a_job_that_is_not_idempotent_is_reported_when_the_driver_dies() {
     scene.bed.wait_ready("soft0", killed);
     assert!(scene.region.read_u64(0).expect("read") < 2_000_000_000);
 }
+
+/// A driver that neither works nor dies: the CPU gets its pages all the same, after the driver was killed for it.
+#[test]
+fn integration_a_stopped_driver_is_killed_and_no_byte_is_lost() {
+    for aperture in [true, false] {
+        let scene = Scene::new(aperture);
+        scene.out();
+        let sum = Job::new("sum", [scene.region.addr(), LEN]).idempotent();
+        scene.device.run(sum).expect("the device maps everything");
+        let services = scene.bed.operator().status().expect("status");
+        let driver = services.iter().find(|service| service.name == "soft0").expect("driver");
+        let stopped = std::process::Command::new("kill").args(["-STOP", &driver.pid.to_string()]).status();
+        assert!(stopped.expect("kill runs").success());
+        scene.compare(&format!("driver stopped, aperture {aperture}"));
+        scene.bed.wait_ready("soft0", driver.incarnation);
+    }
+}
