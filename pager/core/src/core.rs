@@ -16,7 +16,7 @@ use crate::frames::{FrameTable, Owner};
 use crate::policy::Policy;
 use crate::request::Request;
 use crate::stats::Stats;
-use crate::transfer::Transfer;
+use crate::transfer::{Phase, Transfer};
 
 /// Most pages of one transfer: 2 MiB.
 pub const CHUNK_PAGES: u64 = 512;
@@ -52,6 +52,10 @@ pub struct Core<P> {
     pub(crate) ready: VecDeque<u64>,
     /// Steps that met EAGAIN.
     pub(crate) again: Vec<Ticket>,
+    /// Transfers whose device is gone: they end at the next tick.
+    pub(crate) doomed: Vec<Ticket>,
+    /// Transfers whose system pages are not punched yet.
+    pub(crate) punching: u32,
     next_ticket: u64,
     next_order: u64,
     pub(crate) stats: Stats,
@@ -72,6 +76,8 @@ impl<P: Policy> Core<P> {
             requests: BTreeMap::new(),
             ready: VecDeque::new(),
             again: Vec::new(),
+            doomed: Vec::new(),
+            punching: 0,
             next_ticket: 1,
             next_order: 1,
             stats: Stats::default(),
@@ -85,7 +91,7 @@ impl<P: Policy> Core<P> {
 
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
-        !self.ready.is_empty() || self.unknown_mask != 0
+        !self.ready.is_empty() || !self.doomed.is_empty() || self.unknown_mask != 0
     }
 
     /// Nothing is in flight and nobody waits.
@@ -108,7 +114,7 @@ impl<P: Policy> Core<P> {
     pub fn handle(&mut self, dir: &impl Directory, _now_us: u64, event: Event, out: &mut Vec<Action>) {
         match event {
             Event::CpuFault { region, page, wp, minor, .. } => self.cpu_fault(dir, region, page, wp, minor, out),
-            Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(ticket, done_pages, stop, out),
+            Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(dir, ticket, done_pages, stop, out),
             Event::WpDone { ticket, result } => self.wp_done(ticket, result, out),
             Event::RevokeDone { ticket, .. } => self.revoke_done(dir, ticket, out),
             Event::CopyDone { ticket, result } | Event::ZeroDone { ticket, result } => {
@@ -173,14 +179,25 @@ impl<P: Policy> Core<P> {
         Pages { first: pages.first, count }
     }
 
-    /// First pages of `pages` on one device in consecutive frames.
-    pub(crate) fn device_run(dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u8) {
+    /// Nobody may begin anything with the page: it is on the move, or it has left and its system page is not punched yet.
+    pub(crate) fn busy(&self, region: RegionId, page: u64, entry: Entry) -> bool {
+        entry.is_moving() || self.punch_is_due(region, page)
+    }
+
+    fn punch_is_due(&self, region: RegionId, page: u64) -> bool {
+        let due = |t: &Transfer| t.phase == Phase::Punch && t.region == region && t.pages.contains(page);
+        self.punching > 0 && self.transfers.values().any(due)
+    }
+
+    /// First pages of `pages` on one device in consecutive frames; the first one is not busy.
+    pub(crate) fn device_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u8) {
         let first = Self::entry(dir, region, pages.first);
         let mut mask = 0;
         let run = Self::run_while(dir, region, pages, |offset, entry| {
             let follows = entry.state() == PageState::Device
                 && entry.device() == first.device()
-                && u64::from(entry.frame()) == u64::from(first.frame()) + offset;
+                && u64::from(entry.frame()) == u64::from(first.frame()) + offset
+                && !self.busy(region, pages.first + offset, entry);
             if follows {
                 mask |= entry.mapped_mask();
             }
@@ -192,6 +209,16 @@ impl<P: Policy> Core<P> {
     fn add_region(&mut self, region: RegionId, space: SpaceId, page_count: u64) {
         let info = RegionInfo { space, page_count, in_place: false, dying: false, transfers: 0 };
         self.regions.insert(region, info);
+    }
+
+    /// A region on its end: only its teardown may begin anything.
+    pub(crate) fn is_dying(&self, region: RegionId) -> bool {
+        self.regions.get(&region).is_none_or(|info| info.dying)
+    }
+
+    /// Some region is on its end: its frames come back soon.
+    pub(crate) fn something_dies(&self) -> bool {
+        self.regions.values().any(|info| info.dying)
     }
 
     /// Checks a request's range and queues it.
@@ -237,11 +264,30 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    /// What a request has waited for is there: it looks before another one takes it away. Otherwise two devices that want the
+    /// same page, or two requests that want the last frame, can undo each other's work for ever.
+    pub(crate) fn prefer(&mut self, order: u64) {
+        if self.requests.get(&order).is_none_or(Request::is_bulk) {
+            return;
+        }
+        if let Some(place) = self.ready.iter().position(|other| *other == order) {
+            self.ready.remove(place);
+            self.ready.push_front(order);
+        }
+    }
+
     /// One step of one request, and whatever met EAGAIN once more.
     fn tick(&mut self, dir: &impl Directory, out: &mut Vec<Action>) {
         for ticket in std::mem::take(&mut self.again) {
             self.stats.retries += 1;
-            self.repeat_step(ticket, out);
+            self.repeat_step(dir, ticket, out);
+        }
+        if !self.doomed.is_empty() {
+            // These publish, so nobody looks at the directory in the same call.
+            for ticket in std::mem::take(&mut self.doomed) {
+                self.end_doomed(ticket, out);
+            }
+            return;
         }
         if let Some(order) = self.ready.pop_front() {
             self.step(dir, order, out);
@@ -280,6 +326,19 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    /// Gives frames back that hold neither what they held before nor anything whole.
+    pub(crate) fn release_torn(&mut self, device: DeviceId, first: u32, count: u64) {
+        if let Some(table) = self.table(device) {
+            table.release_unknown(first, count as u32);
+            self.note_unknown(device);
+        }
+    }
+
+    /// The device will not return, so nothing is asked of it any more.
+    pub(crate) fn is_failed(&self, device: DeviceId) -> bool {
+        self.failed_mask & (1 << device.0) != 0
+    }
+
     pub(crate) fn publish_same(region: RegionId, pages: Pages, entry: Entry, out: &mut Vec<Action>) {
         if pages.count > 0 {
             let entries = EntryRun::Same { entry, count: pages.count };
@@ -303,6 +362,10 @@ impl<P: Policy> Core<P> {
 
     fn scrub_unknown(&mut self, out: &mut Vec<Action>) {
         let device = DeviceId(self.unknown_mask.trailing_zeros() as u8);
+        if self.is_failed(device) {
+            self.unknown_mask &= !(1 << device.0);
+            return;
+        }
         let runs = self.table(device).map(|table| table.begin_scrub(None, KEEPER, SCRUB_FRAMES)).unwrap_or_default();
         if runs.is_empty() {
             self.unknown_mask &= !(1 << device.0);
@@ -314,15 +377,20 @@ impl<P: Policy> Core<P> {
         self.unknown_mask |= 1 << device.0;
     }
 
-    /// Frames of the runs are owned by [`KEEPER`] until the scrub is through.
+    /// Frames of the runs are owned by [`KEEPER`] until the scrub is through; those of a failed device until it is back.
     pub(crate) fn start_scrub(&mut self, device: DeviceId, runs: Vec<(u32, u32)>, out: &mut Vec<Action>) {
-        if runs.is_empty() {
+        if runs.is_empty() || self.is_failed(device) {
             return;
         }
         let ticket = self.ticket();
         self.stats.scrubbed += runs.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
         self.scrubs.insert(ticket, (device, runs.clone()));
         out.push(Action::Scrub { ticket, device, runs });
+    }
+
+    /// The frames were replaced: scrubs of the old ones mean nothing.
+    pub(crate) fn forget_scrubs(&mut self, device: DeviceId) {
+        self.scrubs.retain(|_, (of, _)| *of != device);
     }
 
     fn scrub_done(&mut self, ticket: Ticket, result: StepResult) {

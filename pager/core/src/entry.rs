@@ -19,6 +19,10 @@ const MAPPED_SHIFT: u32 = 44;
 const PINNED: u64 = 1 << 52;
 const POISON_SHIFT: u32 = 56;
 
+/// Frame of a page that was on its way home when its device lost the memory: only a system page can be found any more.
+/// Written to the directory, so that a pager that dies before it has looked does not read the new memory.
+pub const LOST_FRAME: u32 = u32::MAX;
+
 /// Where the valid copy of a page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PageState {
@@ -169,6 +173,12 @@ impl Entry {
     #[must_use]
     pub fn with_pinned(self, on: bool) -> Self {
         Self(if on { self.0 | PINNED } else { self.0 & !PINNED })
+    }
+
+    /// On its way home, and the frame is lost.
+    #[must_use]
+    pub(crate) fn without_frame(self) -> Self {
+        Self(self.0 | u64::from(LOST_FRAME) << FRAME_SHIFT)
     }
 
     /// The entry of the page `count` further on when frames are consecutive.

@@ -7,11 +7,12 @@
 //!   System           write-protected         unprotect
 //!   Device           anything                start the way home, with the neighbours that policy lets ride along
 //!   Moving*          anything                nothing: the end of the transfer wakes, and the fault is raised again
-//!   Poisoned         anything                Poison: SIGBUS
+//!   Poisoned         write-protected         punch what is left, then as below
+//!   Poisoned         anything else           Poison: SIGBUS
 //! ```
 
 use crate::core::Core;
-use crate::entry::PageState;
+use crate::entry::{Entry, PageState};
 use crate::event::{Action, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
 use crate::policy::Policy;
 
@@ -23,6 +24,16 @@ enum Kind {
     Zero,
     Continue,
     Unprotect,
+}
+
+impl Kind {
+    /// A fill needs an entry that says `System`: `Absent` would be taken for empty later.
+    fn is_legal_on(self, entry: Entry) -> bool {
+        match self {
+            Self::Zero | Self::Continue => matches!(entry.state(), PageState::System | PageState::Duplicated),
+            Self::Unprotect => entry.is_settled_system(),
+        }
+    }
 }
 
 /// An answer to a CPU fault that is under way.
@@ -45,17 +56,22 @@ impl<P: Policy> Core<P> {
         out: &mut Vec<Action>,
     ) {
         self.stats.cpu_faults += 1;
-        let Some(info) = self.regions.get(&region).filter(|info| page < info.page_count).copied() else { return };
+        let Some(info) = self.regions.get(&region).filter(|info| page < info.page_count && !info.dying).copied() else {
+            return;
+        };
         let rest = Pages { first: page, count: info.page_count - page };
         let entry = Self::entry(dir, region, page);
         match entry.state() {
+            _ if self.busy(region, page, entry) => self.stats.parked += 1,
             PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
             PageState::Device | PageState::Exclusive => {
                 let window = self.policy.fault_around_home(region, page).clamp(1, rest.count);
-                let (run, first, mask) = Self::device_run(dir, region, Pages { count: window, ..rest });
+                let (run, first, mask) = self.device_run(dir, region, Pages { count: window, ..rest });
                 let (run, first) = if run.count == 0 { (Pages::one(page), entry) } else { (run, first) };
                 self.start_home(region, run, first, mask | entry.mapped_mask(), None, out);
             }
+            // The old system page is in the way of the poison.
+            PageState::Poisoned if wp => self.punch_again(region, Pages::one(page), out),
             PageState::Poisoned => out.push(Action::Poison { region, pages: Pages::one(page) }),
             PageState::Absent | PageState::System | PageState::Duplicated if wp => {
                 self.unprotect(region, Pages::one(page), out);
@@ -84,8 +100,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         let ticket = self.ticket();
-        self.cpu_ops.insert(ticket, CpuOp { region, pages, kind, turns: 0 });
-        self.repeat_cpu_op(ticket, out);
+        self.emit_cpu_op(ticket, CpuOp { region, pages, kind, turns: 0 }, out);
     }
 
     /// Lets the CPU write again, and wakes.
@@ -93,9 +108,27 @@ impl<P: Policy> Core<P> {
         self.start_cpu_op(region, pages, Kind::Unprotect, out);
     }
 
-    pub(crate) fn repeat_cpu_op(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(op) = self.cpu_ops.get(&ticket) else { return };
-        let CpuOp { region, pages, .. } = *op;
+    /// Brings an answer again. What was settled when the fault was raised may be on the move by now, and then neither a fill nor
+    /// an unprotect may touch it: those faults are only raised anew.
+    pub(crate) fn repeat_cpu_op(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(op) = self.cpu_ops.remove(&ticket) else { return };
+        let mut left = op.pages;
+        while left.count > 0 {
+            let legal = op.kind.is_legal_on(Self::entry(dir, op.region, left.first));
+            let pages = Self::run_while(dir, op.region, left, |_, entry| op.kind.is_legal_on(entry) == legal);
+            if legal {
+                let ticket = self.ticket();
+                self.emit_cpu_op(ticket, CpuOp { pages, ..op }, out);
+            } else {
+                out.push(Action::Wake { region: op.region, pages });
+            }
+            left = left.after(pages.count);
+        }
+    }
+
+    fn emit_cpu_op(&mut self, ticket: Ticket, op: CpuOp, out: &mut Vec<Action>) {
+        let CpuOp { region, pages, .. } = op;
+        self.cpu_ops.insert(ticket, op);
         out.push(match op.kind {
             Kind::Zero => Action::ZeroFill { ticket, region, pages },
             Kind::Continue => Action::Continue { ticket, region, pages },
@@ -115,12 +148,16 @@ impl<P: Policy> Core<P> {
 
     pub(crate) fn cpu_fill_done(
         &mut self,
+        dir: &impl Directory,
         ticket: Ticket,
         done_pages: u64,
         stop: Option<FillStop>,
         out: &mut Vec<Action>,
     ) {
-        let Some(op) = self.cpu_ops.get_mut(&ticket) else { return };
+        let Some(op) = self.cpu_ops.get_mut(&ticket) else {
+            self.probe_done(ticket, done_pages, stop, out);
+            return;
+        };
         let first_was_done = done_pages > 0;
         op.pages = op.pages.after(done_pages);
         let (region, page) = (op.region, Pages::one(op.pages.first));
@@ -144,11 +181,11 @@ impl<P: Policy> Core<P> {
             // The backing has the page, only the mapping is missing.
             (Some(FillStop::Exists), Kind::Zero) if turn => {
                 (op.kind, op.pages) = (Kind::Continue, page);
-                self.repeat_cpu_op(ticket, out);
+                self.repeat_cpu_op(dir, ticket, out);
             }
             (Some(FillStop::NoPage), Kind::Continue) if turn => {
                 (op.kind, op.pages) = (Kind::Zero, page);
-                self.repeat_cpu_op(ticket, out);
+                self.repeat_cpu_op(dir, ticket, out);
             }
             // Mapped already: somebody was faster.
             _ => {
@@ -158,4 +195,3 @@ impl<P: Policy> Core<P> {
         }
     }
 }
-

@@ -135,6 +135,14 @@ impl FrameTable {
         }
     }
 
+    /// Gives frames back whose content is anybody's guess: they need a scrub.
+    pub fn release_unknown(&mut self, first: u32, count: u32) {
+        self.release(first, count);
+        for frame in &mut self.frames[first as usize..(first + count) as usize] {
+            frame.last_space = Holder::Unknown;
+        }
+    }
+
     /// Marks a frame as used lately.
     pub fn touch(&mut self, frame: u32) {
         if let Some(frame) = self.frames.get_mut(frame as usize) {

@@ -26,11 +26,12 @@ mod frames;
 mod policy;
 mod recovery;
 mod request;
+pub mod sim;
 mod stats;
 mod transfer;
 
 pub use core::{CHUNK_PAGES, Core};
-pub use entry::{BadEntry, DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
+pub use entry::{BadEntry, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
 pub use event::{
     Action, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind, MapRun, Outcome, PageStatus, Pages,
     RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket,

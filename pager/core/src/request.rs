@@ -38,6 +38,8 @@ pub(crate) struct Request {
     moved_pages: u64,
     /// A copy of the page that matters failed.
     failed: Option<PageStatus>,
+    /// Pages that could not leave the device they are on (migrations only).
+    stranded: Option<(Pages, PageStatus)>,
     /// Transfers in flight.
     pub outstanding: u32,
     pub blocked: bool,
@@ -54,6 +56,7 @@ impl Request {
             status: Vec::new(),
             moved_pages: 0,
             failed: None,
+            stranded: None,
             outstanding: 0,
             blocked: false,
         }
@@ -63,13 +66,7 @@ impl Request {
         Self::new(Some(req), region, pages, Kind::Migrate { target })
     }
 
-    pub fn resolve(
-        req: ReqId,
-        region: RegionId,
-        pages: Pages,
-        fault_page: u64,
-        device: DeviceId,
-    ) -> Self {
+    pub fn resolve(req: ReqId, region: RegionId, pages: Pages, fault_page: u64, device: DeviceId) -> Self {
         Self::new(Some(req), region, pages, Kind::Resolve { fault_page, device })
     }
 
@@ -93,6 +90,11 @@ impl Request {
         self.kind == Kind::Teardown
     }
 
+    /// It goes through many pages and is content with its turn.
+    pub fn is_bulk(&self) -> bool {
+        matches!(self.kind, Kind::Migrate { .. } | Kind::Discard | Kind::Teardown)
+    }
+
     /// What is named beside the range lies in it, and devices exist.
     pub fn target_is_inside(&self) -> bool {
         match self.kind {
@@ -107,6 +109,10 @@ impl Request {
     /// A transfer tells what became of some pages.
     pub fn note(&mut self, pages: Pages, status: PageStatus) {
         match self.kind {
+            // The first leg of a way from device to device: the pages are still to be dealt with.
+            Kind::Migrate { .. } if pages.first >= self.cursor => {
+                self.stranded = (status != PageStatus::Ok).then_some((pages, status));
+            }
             Kind::Migrate { .. } => {
                 self.record(pages, status);
                 if status == PageStatus::Ok {
@@ -132,6 +138,9 @@ impl Request {
 
     fn runs(&self) -> Vec<StatusRun> {
         let mut runs: Vec<StatusRun> = Vec::new();
+        if self.status.is_empty() {
+            runs.push(StatusRun { first: self.pages.first, count: self.pages.count, status: PageStatus::Busy });
+        }
         for (offset, status) in self.status.iter().enumerate() {
             match runs.last_mut() {
                 Some(run) if run.status == *status => run.count += 1,
@@ -208,25 +217,31 @@ impl<P: Policy> Core<P> {
                 Next::Reply(Outcome::Migrated { runs: request.runs(), moved_pages: request.moved_pages })
             };
         }
+        if let Some((pages, status)) = request.stranded.take_if(|(pages, _)| pages.contains(left.first)) {
+            let run = Pages { count: pages.end() - left.first, ..left };
+            request.record(run, status);
+            request.cursor = run.end();
+            return Next::Again;
+        }
         if request.outstanding >= OUTSTANDING_MAX {
             return Next::Wait;
         }
         let region = request.region;
         let first = Self::entry(dir, region, left.first);
-        if first.is_moving() {
+        if self.busy(region, left.first, first) {
             return Next::Wait;
         }
         match target {
             Target::Home if first.state() == PageState::Device => {
-                let (run, first, mask) = Self::device_run(dir, region, left);
+                let (run, first, mask) = self.device_run(dir, region, left);
                 self.start_home(region, run, first, mask, Some(order), out);
                 request.cursor = run.end();
                 Next::Again
             }
             Target::Device(device) if first.state() == PageState::Device && first.device() != device => {
-                // Home first; this request looks at the pages again when they have arrived.
-                let (run, first, mask) = Self::device_run(dir, region, left);
-                self.start_home(region, run, first, mask, None, out);
+                // Home first; this request looks at the pages again when they have arrived, or cannot.
+                let (run, first, mask) = self.device_run(dir, region, left);
+                self.start_home(region, run, first, mask, Some(order), out);
                 Next::Wait
             }
             Target::Device(device) if first.is_settled_system() && !first.pinned() => {
@@ -290,7 +305,7 @@ impl<P: Policy> Core<P> {
             entry.is_settled_system() && !entry.pinned() && (entry.state() == PageState::Absent) == zero
         });
         let Some(space) = self.regions.get(&region).map(|info| info.space) else { return RunOut::Full };
-        if self.failed_mask & (1 << device.0) != 0 {
+        if self.is_failed(device) {
             return RunOut::Full;
         }
         let Some(table) = self.table(device) else { return RunOut::Wait };
@@ -300,7 +315,8 @@ impl<P: Policy> Core<P> {
             self.start_out(region, run, device, frame, mask, zero, order, out);
             return RunOut::Started(run);
         }
-        if self.evict(dir, device, run.count, spare, out) || !self.transfers.is_empty() || self.scrubbing() {
+        let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
+        if self.evict(dir, device, run.count, spare, order, out) || soon {
             return RunOut::Wait;
         }
         RunOut::Full
@@ -324,14 +340,14 @@ impl<P: Policy> Core<P> {
             None => {}
         }
         let entry = Self::entry(dir, region, fault_page);
-        if entry.is_moving() {
+        if self.busy(region, fault_page, entry) {
             return Next::Wait;
         }
         match entry.state() {
             PageState::Poisoned => Next::Reply(Outcome::Failed(CoreError::Poisoned { page: fault_page })),
             PageState::Device if entry.device() == device => self.map_window(dir, request, device, false, out),
             PageState::Device | PageState::Exclusive => {
-                let (run, first, mask) = Self::device_run(dir, region, Self::rest_of_window(request, fault_page));
+                let (run, first, mask) = self.device_run(dir, region, Self::rest_of_window(request, fault_page));
                 self.start_home(region, run, first, mask, Some(order), out);
                 Next::Wait
             }
@@ -370,6 +386,7 @@ impl<P: Policy> Core<P> {
         for page in request.pages.iter() {
             let entry = Self::entry(dir, region, page);
             let kind = match entry.state() {
+                _ if self.busy(region, page, entry) => continue,
                 PageState::Device if entry.device() == device => MapKind::Frame(entry.frame()),
                 // Only the faulting page is mapped in place unasked; neighbours may still migrate.
                 PageState::Absent | PageState::System if entry.pinned() || (in_place && page == fault_page) => {
@@ -413,11 +430,11 @@ impl<P: Policy> Core<P> {
         }
         let region = request.region;
         let first = Self::entry(dir, region, left.first);
-        if first.is_moving() {
+        if self.busy(region, left.first, first) {
             return Next::Wait;
         }
         if on && first.state() == PageState::Device {
-            let (run, first, mask) = Self::device_run(dir, region, left);
+            let (run, first, mask) = self.device_run(dir, region, left);
             self.start_home(region, run, first, mask, Some(order), out);
             return Next::Wait;
         }
@@ -430,24 +447,18 @@ impl<P: Policy> Core<P> {
         Next::Again
     }
 
-    fn step_discard(
-        &mut self,
-        dir: &impl Directory,
-        order: u64,
-        request: &mut Request,
-        out: &mut Vec<Action>,
-    ) -> Next {
+    fn step_discard(&mut self, dir: &impl Directory, order: u64, request: &mut Request, out: &mut Vec<Action>) -> Next {
         let left = request.left();
         if left.count == 0 {
             return if request.outstanding > 0 { Next::Wait } else { Next::Reply(Outcome::Done) };
         }
         let region = request.region;
         let first = Self::entry(dir, region, left.first);
-        if first.is_moving() {
+        if self.busy(region, left.first, first) {
             return Next::Wait;
         }
         let run = if first.state() == PageState::Device {
-            let (run, first, mask) = Self::device_run(dir, region, left);
+            let (run, first, mask) = self.device_run(dir, region, left);
             self.start_drop(region, run, first, mask, Some(order), out);
             run
         } else {

@@ -4,11 +4,12 @@
 //!  out:   Protect -> [Revoke] -> Copy -> (publish Device) -> Punch -> wake, end
 //!                       \-- failed --> (publish System), unprotect, end
 //!  home:  [Revoke] -> Fill -> (publish System, free frames) -> end
+//!                      |-- failed, after a restart or with the device's memory: Probe -> there: (publish System); hole: as failed
 //!                      |-- Exists, after a restart: the page came home before the crash and is newer: (publish System)
 //!                      |-- Exists otherwise: a stray page; PunchStray -> Fill again, three times
 //!                      `-- failed --> (publish Device again), wake, end
 //!  drop:  [Revoke] -> (publish Absent), scrub the frames, end
-//!  teardown: [Revoke] -> scrub the frames -> DropRegion
+//!  teardown: [Revoke] -> DropRegion -> scrub the frames
 //! ```
 //!
 //! While a transfer is under way its pages are `Moving*` and nobody else touches them. CPU faults on them are ignored: the wake
@@ -44,6 +45,8 @@ pub(crate) enum Phase {
     Punch,
     PunchStray,
     Fill,
+    /// Asks whether the system page exists: `Continue`.
+    Probe,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +65,13 @@ pub(crate) struct Transfer {
     pub pinned: bool,
     /// Request that is told.
     pub owner: Option<u64>,
+    /// Request that made room by this eviction: it looks first when the room is there.
+    pub sponsor: Option<u64>,
     /// What a log line about the copy names.
     pub req: ReqId,
     pub tries: u8,
+    /// The frames are gone: the device's memory was replaced. Nothing is read from them or given back.
+    pub lost: bool,
 }
 
 impl<P: Policy> Core<P> {
@@ -89,6 +96,9 @@ impl<P: Policy> Core<P> {
             request.outstanding -= 1;
         }
         self.unblock_all();
+        if let Some(order) = transfer.owner.or(transfer.sponsor) {
+            self.prefer(order);
+        }
     }
 
     /// Starts a run of settled system pages on its way to frames that were just allocated.
@@ -119,8 +129,10 @@ impl<P: Policy> Core<P> {
             mask,
             pinned: false,
             owner,
+            sponsor: None,
             req: ReqId(0),
             tries: 0,
+            lost: false,
         });
         out.push(Action::WriteProtect { ticket, region, pages, on: true });
     }
@@ -137,16 +149,18 @@ impl<P: Policy> Core<P> {
     ) {
         let moving = first.with_state(PageState::MovingHome).with_mapped_mask(mask);
         Self::publish_frames(region, pages, moving, out);
-        self.continue_home(region, pages, moving, false, owner, out);
+        self.continue_home(region, pages, moving, false, false, owner, out);
     }
 
-    /// The part of `start_home` that a new pager repeats.
+    /// The part of `start_home` that a new pager repeats. `lost`: the frames hold nothing, only a system page can be found.
+    #[allow(clippy::too_many_arguments, reason = "one transfer's own fields")]
     pub(crate) fn continue_home(
         &mut self,
         region: RegionId,
         pages: Pages,
         moving: Entry,
         recovering: bool,
+        lost: bool,
         owner: Option<u64>,
         out: &mut Vec<Action>,
     ) {
@@ -161,8 +175,10 @@ impl<P: Policy> Core<P> {
             mask,
             pinned: moving.pinned(),
             owner,
+            sponsor: None,
             req: ReqId(0),
             tries: 0,
+            lost,
         };
         let ticket = self.begin(transfer);
         self.revoke_or(ticket, out, Self::fill);
@@ -194,8 +210,10 @@ impl<P: Policy> Core<P> {
             mask,
             pinned: false,
             owner,
+            sponsor: None,
             req: ReqId(0),
             tries: 0,
+            lost: false,
         });
         self.revoke_or(ticket, out, Self::finish_drop);
     }
@@ -212,8 +230,10 @@ impl<P: Policy> Core<P> {
             mask,
             pinned: false,
             owner: None,
+            sponsor: None,
             req: ReqId(0),
             tries: 0,
+            lost: false,
         });
         self.revoke_or(ticket, out, Self::finish_teardown);
     }
@@ -260,7 +280,11 @@ impl<P: Policy> Core<P> {
     fn copy(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.phase = Phase::Copy;
-        let Transfer { region, pages, device, frame, kind, req, .. } = *transfer;
+        let Transfer { region, pages, device, frame, kind, req, lost, .. } = *transfer;
+        if lost || self.is_failed(device) {
+            self.doomed.push(ticket);
+            return;
+        }
         if kind == (Kind::Out { zero: true }) {
             out.push(Action::ZeroFrames { ticket, device, frame, count: pages.count as u32 });
         } else {
@@ -270,10 +294,13 @@ impl<P: Policy> Core<P> {
 
     pub(crate) fn copy_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        let Transfer { region, pages, device, frame, .. } = *transfer;
+        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
         match result {
+            _ if lost => self.roll_back(ticket, PageStatus::Io, out),
             StepResult::Ok => {
                 transfer.phase = Phase::Punch;
+                self.punching += 1;
+                self.stats.pages_out += pages.count;
                 Self::publish_frames(region, pages, Entry::on_device(device, frame), out);
                 out.push(Action::Punch { ticket, region, pages });
             }
@@ -289,9 +316,11 @@ impl<P: Policy> Core<P> {
     /// The system copy stays the authority.
     fn roll_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let Transfer { region, pages, device, frame, mask, owner, .. } = transfer;
+        let Transfer { region, pages, device, frame, mask, owner, lost, .. } = transfer;
         Self::publish_same(region, pages, Entry::SYSTEM.with_mapped_mask(mask), out);
-        self.release(device, frame, pages.count);
+        if !lost {
+            self.release_torn(device, frame, pages.count);
+        }
         self.unprotect(region, pages, out);
         self.note(owner, pages, status);
         self.end(ticket);
@@ -309,7 +338,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         let Transfer { region, pages, owner, .. } = transfer;
-        self.stats.pages_out += pages.count;
+        self.punching -= 1;
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Ok);
         self.end(ticket);
@@ -318,7 +347,15 @@ impl<P: Policy> Core<P> {
     fn fill(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.phase = Phase::Fill;
-        let Transfer { region, pages, device, frame, .. } = *transfer;
+        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
+        if lost {
+            self.probe(ticket, out);
+            return;
+        }
+        if self.is_failed(device) {
+            self.doomed.push(ticket);
+            return;
+        }
         out.push(Action::Fill { ticket, region, pages, device, frame });
     }
 
@@ -340,8 +377,77 @@ impl<P: Policy> Core<P> {
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             Some(FillStop::Io | FillStop::NoPage) => {
                 self.stats.copy_failures += 1;
-                self.stay_on_device(ticket, PageStatus::Io, out);
+                self.fill_failed(ticket, out);
             }
+        }
+    }
+
+    /// A failed copy says nothing about the system page, and after a restart that may be the newer one.
+    fn fill_failed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        if transfer.lost || transfer.kind == (Kind::Home { recovering: true }) {
+            self.probe(ticket, out);
+        } else {
+            self.stay_on_device(ticket, PageStatus::Io, out);
+        }
+    }
+
+    fn probe(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        transfer.phase = Phase::Probe;
+        let (region, pages) = (transfer.region, Pages::one(transfer.pages.first));
+        out.push(Action::Continue { ticket, region, pages });
+    }
+
+    /// The answer to a probe of one page.
+    pub(crate) fn probe_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
+        if self.transfers.get(&ticket).is_none_or(|transfer| transfer.phase != Phase::Probe) {
+            return;
+        }
+        match stop {
+            _ if done > 0 => self.found_at_home(ticket, out),
+            Some(FillStop::Exists) => self.found_at_home(ticket, out),
+            Some(FillStop::NoPage) => {
+                self.leave_on_device(ticket, 1, PageStatus::Io, out);
+                self.fill_or_end(ticket, out);
+            }
+            Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
+            // Without an answer nothing can be decided.
+            None | Some(FillStop::Again | FillStop::Io) => self.again.push(ticket),
+        }
+    }
+
+    /// The system page exists: it came home before, and is newer.
+    fn found_at_home(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        let (region, page) = (transfer.region, Pages::one(transfer.pages.first));
+        self.stats.recovered_transfers += 1;
+        self.came_home(ticket, 1, out);
+        out.push(Action::Wake { region, pages: page });
+        self.fill_or_end(ticket, out);
+    }
+
+    fn fill_or_end(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        match self.transfers.get(&ticket).map(|transfer| transfer.pages.count) {
+            Some(0) | None => self.end(ticket),
+            Some(_) => self.fill(ticket, out),
+        }
+    }
+
+    /// Ends a transfer whose device is gone.
+    pub(crate) fn end_doomed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        self.stats.copy_failures += 1;
+        match transfer.kind {
+            Kind::Out { .. } => self.roll_back(ticket, PageStatus::Io, out),
+            _ => self.fill_failed(ticket, out),
+        }
+    }
+
+    /// The frames of the first `count` pages are free. In replaced memory they are so already.
+    fn give_back(&mut self, transfer: &Transfer, count: u64) {
+        if !transfer.lost {
+            self.release(transfer.device, transfer.frame, count);
         }
     }
 
@@ -352,12 +458,13 @@ impl<P: Policy> Core<P> {
         if pages.count == 0 {
             return;
         }
-        let Transfer { region, device, frame, pinned, owner, .. } = *transfer;
+        let before = *transfer;
+        let Transfer { region, pinned, owner, .. } = before;
         transfer.pages = transfer.pages.after(pages.count);
-        transfer.frame += pages.count as u32;
+        transfer.frame = transfer.frame.wrapping_add(pages.count as u32);
         transfer.tries = 0;
         Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
-        self.release(device, frame, pages.count);
+        self.give_back(&before, pages.count);
         self.stats.pages_home += pages.count;
         self.note(owner, pages, PageStatus::Ok);
     }
@@ -367,13 +474,7 @@ impl<P: Policy> Core<P> {
         let Transfer { region, kind, .. } = *transfer;
         let page = Pages::one(transfer.pages.first);
         if kind == (Kind::Home { recovering: true }) {
-            self.stats.recovered_transfers += 1;
-            self.came_home(ticket, 1, out);
-            out.push(Action::Wake { region, pages: page });
-            match self.transfers.get(&ticket).map(|transfer| transfer.pages.count) {
-                Some(0) | None => self.end(ticket),
-                Some(_) => self.fill(ticket, out),
-            }
+            self.found_at_home(ticket, out);
         } else if transfer.tries < STRAY_TRIES {
             transfer.tries += 1;
             transfer.phase = Phase::PunchStray;
@@ -385,18 +486,29 @@ impl<P: Policy> Core<P> {
 
     /// The frames stay the authority; if their device is lost for good, the pages are.
     fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let Transfer { region, pages, device, frame, pinned, owner, .. } = transfer;
-        if status == PageStatus::Io && self.failed_mask & (1 << device.0) != 0 {
+        let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
+        self.leave_on_device(ticket, count, status, out);
+        self.end(ticket);
+    }
+
+    /// As `stay_on_device`, for the first `count` pages that are left.
+    fn leave_on_device(&mut self, ticket: Ticket, count: u64, status: PageStatus, out: &mut Vec<Action>) {
+        let failed = self.transfers.get(&ticket).is_some_and(|transfer| self.is_failed(transfer.device));
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        let before = *transfer;
+        let Transfer { region, device, frame, pinned, owner, lost, .. } = before;
+        let pages = Pages { count, ..transfer.pages };
+        transfer.pages = transfer.pages.after(count);
+        transfer.frame = transfer.frame.wrapping_add(count as u32);
+        if lost || (status == PageStatus::Io && failed) {
             self.poison(region, pages, out);
-            self.release(device, frame, pages.count);
+            self.give_back(&before, pages.count);
             self.note(owner, pages, PageStatus::Poisoned);
         } else {
             Self::publish_frames(region, pages, Entry::on_device(device, frame).with_pinned(pinned), out);
             self.note(owner, pages, status);
         }
         out.push(Action::Wake { region, pages });
-        self.end(ticket);
     }
 
     pub(crate) fn poison(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
@@ -407,10 +519,10 @@ impl<P: Policy> Core<P> {
 
     fn finish_drop(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let Transfer { region, pages, device, frame, kind, owner, .. } = transfer;
+        let Transfer { region, pages, kind, owner, .. } = transfer;
         Self::publish_same(region, pages, Entry::ABSENT, out);
         if kind == (Kind::Drop { frames: true }) {
-            self.release(device, frame, pages.count);
+            self.give_back(&transfer, pages.count);
         }
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Gone);
@@ -420,6 +532,8 @@ impl<P: Policy> Core<P> {
     fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let region = transfer.region;
+        // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
+        out.push(Action::DropRegion { region });
         for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
             let runs = self.table(device).map(|table| table.hand_over(region, KEEPER)).unwrap_or_default();
             self.start_scrub(device, runs, out);
@@ -431,13 +545,12 @@ impl<P: Policy> Core<P> {
         if let Some(request) = order.and_then(|order| self.requests.remove(&order)) {
             self.reply(request.id, Outcome::Done, out);
         }
-        out.push(Action::DropRegion { region });
     }
 
     /// Brings the step that met EAGAIN again.
-    pub(crate) fn repeat_step(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+    pub(crate) fn repeat_step(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
         if self.cpu_ops.contains_key(&ticket) {
-            self.repeat_cpu_op(ticket, out);
+            self.repeat_cpu_op(dir, ticket, out);
             return;
         }
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
@@ -446,32 +559,79 @@ impl<P: Policy> Core<P> {
             Phase::Protect => out.push(Action::WriteProtect { ticket, region, pages, on: true }),
             Phase::Copy => self.copy(ticket, out),
             Phase::Fill => self.fill(ticket, out),
+            Phase::Probe => self.probe(ticket, out),
             Phase::Punch => out.push(Action::Punch { ticket, region, pages }),
             Phase::Revoke | Phase::PunchStray => {}
         }
     }
 
-    /// Takes a run that a device must give up: starts it home. Returns false when there is nothing to take.
+    /// The system pages are not valid any more and are punched (again), as the end of the way out.
+    pub(crate) fn punch_again(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let ticket = self.begin(Transfer {
+            region,
+            pages,
+            device: DeviceId(0),
+            frame: 0,
+            kind: Kind::Out { zero: false },
+            phase: Phase::Punch,
+            mask: 0,
+            pinned: false,
+            owner: None,
+            sponsor: None,
+            req: ReqId(0),
+            tries: 0,
+            lost: false,
+        });
+        self.punching += 1;
+        out.push(Action::Punch { ticket, region, pages });
+    }
+
+    /// The memory of a device was replaced: whatever moves to it or from it knows.
+    pub(crate) fn mark_lost(&mut self, device: DeviceId) {
+        for transfer in self.transfers.values_mut().filter(|transfer| transfer.device == device) {
+            let has_left = transfer.phase == Phase::Punch || transfer.kind == Kind::Teardown;
+            transfer.lost |= !has_left;
+        }
+    }
+
+    /// Pages on their way from a device.
+    pub(crate) fn leaving(&self, device: DeviceId) -> Vec<(RegionId, Pages)> {
+        let leaves =
+            |t: &&Transfer| t.device == device && matches!(t.kind, Kind::Home { .. } | Kind::Drop { frames: true });
+        self.transfers.values().filter(leaves).map(|t| (t.region, t.pages)).collect()
+    }
+
+    /// Takes a run that a device must give up for the request `order`: starts it home. Returns false when there is nothing to take.
+    #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
     pub(crate) fn evict(
         &mut self,
         dir: &impl Directory,
         device: DeviceId,
         want: u64,
         spare: impl Fn(Owner) -> bool,
+        order: u64,
         out: &mut Vec<Action>,
     ) -> bool {
+        let due = self.transfers.values().filter(|transfer| transfer.phase == Phase::Punch);
+        let punching: Vec<_> = due.map(|transfer| (transfer.region, transfer.pages)).collect();
+        let dying: Vec<_> = self.regions.iter().filter(|(_, info)| info.dying).map(|(id, _)| *id).collect();
         let settled = |owner: Owner| {
             let entry = Self::entry(dir, owner.region, owner.page);
-            entry.state() == PageState::Device && entry.device() == device
+            entry.state() == PageState::Device
+                && entry.device() == device
+                && !dying.contains(&owner.region)
+                && !punching.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
         };
         let Some(table) = self.table(device) else { return false };
         let Some((owner, count)) = table.victims(want as u32, |owner| !settled(owner) || spare(owner)) else {
             return false;
         };
         let pages = Pages { first: owner.page, count: u64::from(count) };
-        let (run, first, mask) = Self::device_run(dir, owner.region, pages);
+        let (run, first, mask) = self.device_run(dir, owner.region, pages);
         self.stats.evicted += run.count;
         self.start_home(owner.region, run, first, mask, None, out);
+        let started = self.transfers.last_entry();
+        started.into_iter().for_each(|mut eviction| eviction.get_mut().sponsor = Some(order));
         true
     }
 }

@@ -1,0 +1,130 @@
+//! What must hold after every single action, whatever has crashed.
+
+use std::collections::BTreeMap;
+
+use super::machine::{JUNK, Mapping, World};
+use crate::policy::Policy;
+use crate::{Core, DeviceId, Entry, LOST_FRAME, PageState, RegionId};
+
+/// A rule was broken. `rule` is a name of design.md section 4 (`inv1` ... `inv7`), or says what the simulator itself met.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Rule {rule} was broken: {detail}")]
+pub struct Violation {
+    /// Which rule.
+    pub rule: &'static str,
+    /// What was seen.
+    pub detail: String,
+}
+
+impl Violation {
+    pub(super) fn new(rule: &'static str, detail: String) -> Self {
+        Self { rule, detail }
+    }
+}
+
+impl World {
+    /// Checks everything that can be said without knowing what the pager is about to do.
+    pub fn check(&self) -> Result<(), Violation> {
+        let mut owners: BTreeMap<(DeviceId, u32), (RegionId, u64)> = BTreeMap::new();
+        for (id, region) in &self.regions {
+            for page in 0..region.directory.len() as u64 {
+                let entry = Entry::decode(region.directory[page as usize])
+                    .map_err(|error| Violation::new("inv3", error.to_string()))?;
+                if entry.owns_frame()
+                    && entry.frame() != LOST_FRAME
+                    && let Some(other) = owners.insert((entry.device(), entry.frame()), (*id, page))
+                {
+                    let text = format!("{id:?} page {page} and {other:?} are both in {entry:?}");
+                    return Err(Violation::new("inv1", text));
+                }
+                self.check_valid_copy(*id, page, entry)?;
+            }
+        }
+        self.check_mappings()
+    }
+
+    /// The copy that the directory calls valid holds what was written last.
+    fn check_valid_copy(&self, region: RegionId, page: u64, entry: Entry) -> Result<(), Violation> {
+        let model = &self.regions[&region].pages[page as usize];
+        if model.gone || model.may_be_lost {
+            return Ok(());
+        }
+        let frames = &self.devices[usize::from(entry.device().0)].frames;
+        let frame = || frames.get(entry.frame() as usize).copied().unwrap_or(JUNK);
+        let (valid, rule) = match entry.state() {
+            PageState::Absent | PageState::System | PageState::MovingOut => (model.cache.unwrap_or(0), "inv3"),
+            PageState::Device => (frame(), "inv3"),
+            PageState::MovingHome => (model.cache.unwrap_or_else(frame), "inv4"),
+            _ => return Ok(()),
+        };
+        if valid != model.expected {
+            let text = format!("{region:?} page {page}: {entry:?} holds {valid:#x}, written was {:#x}", model.expected);
+            return Err(Violation::new(rule, text));
+        }
+        Ok(())
+    }
+
+    /// Devices map what the directory says, and never what the CPU maps as something else.
+    fn check_mappings(&self) -> Result<(), Violation> {
+        for (id, device) in self.devices.iter().enumerate() {
+            for ((region, page), mapping) in &device.mappings {
+                let entry = self.entry(*region, *page);
+                let told = entry.mapped_mask() & (1 << id) != 0;
+                let right = match mapping {
+                    Mapping::Frame(frame) => {
+                        entry.owns_frame() && usize::from(entry.device().0) == id && entry.frame() == *frame
+                    }
+                    Mapping::InPlace => matches!(entry.state(), PageState::System | PageState::MovingOut),
+                };
+                if !told || !right {
+                    let text = format!("device {id} maps {region:?} page {page} as {mapping:?}, directory: {entry:?}");
+                    return Err(Violation::new("inv2", text));
+                }
+                let model = &self.regions[region].pages[*page as usize];
+                if model.mapped && *mapping != Mapping::InPlace {
+                    let text = format!("CPU and device {id} map different copies of {region:?} page {page}");
+                    return Err(Violation::new("inv1", text));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is in flight any more: nobody may wait, no frame may be lost, nothing of a dead client may be left.
+    pub fn check_at_rest<P: Policy>(&self, core: &Core<P>) -> Result<(), Violation> {
+        if !core.idle() {
+            return Err(Violation::new("inv7", "The core is not idle though nothing is in flight".into()));
+        }
+        if let Some(access) = self.blocked.first() {
+            let entry = self.entry(access.region, access.page);
+            return Err(Violation::new("inv7", format!("{access:?} waits for ever, directory: {entry:?}")));
+        }
+        if let Some((req, open)) = self.open.first_key_value() {
+            return Err(Violation::new("inv5", format!("{req:?} was never answered: {open:?}")));
+        }
+        for (id, region) in &self.regions {
+            if let Some(page) = (0..region.directory.len() as u64).find(|page| self.entry(*id, *page).is_moving()) {
+                let text = format!("{id:?} page {page} is on the move for ever: {:?}", self.entry(*id, page));
+                return Err(Violation::new("inv3", text));
+            }
+        }
+        for (id, device) in self.devices.iter().enumerate().filter(|(_, device)| !device.failed) {
+            let Some(table) = &core.frames[id] else { continue };
+            let entries = self.regions.values().flat_map(|region| &region.directory);
+            let owned = entries
+                .filter_map(|bits| Entry::decode(*bits).ok())
+                .filter(|entry| entry.owns_frame() && usize::from(entry.device().0) == id)
+                .count();
+            if owned as u32 + table.free_count() != table.frame_count() {
+                let text =
+                    format!("device {id}: {owned} owned + {} free of {}", table.free_count(), table.frame_count());
+                return Err(Violation::new("inv4", text));
+            }
+            if let Some(left) = device.frames.iter().find(|v| self.gone_spaces.contains(&Self::space_of_token(**v))) {
+                let text = format!("device {id} still holds {left:#x} of a dead client: {:x?}", device.frames);
+                return Err(Violation::new("inv4", text));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,306 @@
+//! The state of the simulated machine, and what CPU threads and device jobs do with it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::check::Violation;
+use super::execute::Pending;
+use super::{Faults, Rng};
+use crate::{DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
+
+/// What memory that nobody may look at holds.
+pub(super) const JUNK: u64 = u64::MAX;
+/// Tokens carry the space that wrote them.
+const SPACE_SHIFT: u32 = 40;
+
+/// One page of a client.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PageModel {
+    /// The memfd's page; a hole reads as zero.
+    pub cache: Option<u64>,
+    /// The client's page table has it.
+    pub mapped: bool,
+    /// Write-protected; on an unmapped page: a marker that no fill preserves.
+    pub protected: bool,
+    /// Accesses get SIGBUS.
+    pub poisoned: bool,
+    /// What was written last.
+    pub expected: u64,
+    /// Unmapped by the client: nobody's content any more.
+    pub gone: bool,
+    /// It was on a device whose memory was lost: the core may poison it.
+    pub may_be_lost: bool,
+}
+
+/// One region.
+#[derive(Clone, Debug)]
+pub struct RegionModel {
+    /// Client.
+    pub space: SpaceId,
+    /// Pages.
+    pub pages: Vec<PageModel>,
+    /// Directory of the vault.
+    pub directory: Vec<u64>,
+    /// The client freed it.
+    pub freeing: bool,
+}
+
+/// What a device page table entry points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Device frame.
+    Frame(u32),
+    /// The memfd's page.
+    InPlace,
+}
+
+/// One device and its driver.
+#[derive(Clone, Debug)]
+pub struct DeviceModel {
+    /// Device memory.
+    pub frames: Vec<u64>,
+    /// Device page table.
+    pub mappings: BTreeMap<(RegionId, u64), Mapping>,
+    /// The driver is logged in at this pager.
+    pub session: bool,
+    /// Held by the supervisor.
+    pub failed: bool,
+    /// Counts driver processes.
+    pub incarnation: u32,
+    /// The memory is new and the pager's record does not say so yet.
+    pub memory_is_new: bool,
+}
+
+/// A CPU access that waits in the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CpuAccess {
+    pub region: RegionId,
+    pub page: u64,
+    pub write: Option<u64>,
+}
+
+/// A request nobody has answered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Open {
+    pub region: RegionId,
+    pub pages: Pages,
+    /// A device job: device, its incarnation, page, value to write.
+    pub job: Option<(u8, u32, u64, Option<u64>)>,
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct World {
+    /// Live regions.
+    pub regions: BTreeMap<RegionId, RegionModel>,
+    /// Devices by id.
+    pub devices: Vec<DeviceModel>,
+    /// Events that the pager has not handled, in order.
+    pub events: VecDeque<Event>,
+    /// Actions applied so far.
+    pub action_count: u64,
+    pub(super) pending: Vec<Pending>,
+    pub(super) blocked: Vec<CpuAccess>,
+    pub(super) open: BTreeMap<ReqId, Open>,
+    pub(super) gone_spaces: BTreeSet<SpaceId>,
+    pub(super) faults: Faults,
+    pub(super) rng: Rng,
+    next_token: u64,
+    next_req: u64,
+}
+
+impl Directory for World {
+    fn load(&self, region: RegionId, page: u64) -> u64 {
+        self.regions.get(&region).and_then(|r| r.directory.get(page as usize)).copied().unwrap_or(0)
+    }
+
+    fn page_count(&self, region: RegionId) -> u64 {
+        self.regions.get(&region).map_or(0, |region| region.directory.len() as u64)
+    }
+}
+
+impl World {
+    /// Devices of so many frames each; nobody has logged in.
+    pub fn new(frame_counts: &[u32], faults: Faults, seed: u64) -> Self {
+        let device = |count: &u32| DeviceModel {
+            frames: vec![JUNK; *count as usize],
+            mappings: BTreeMap::new(),
+            session: false,
+            failed: false,
+            incarnation: 1,
+            memory_is_new: false,
+        };
+        Self {
+            regions: BTreeMap::new(),
+            devices: frame_counts.iter().map(device).collect(),
+            events: VecDeque::new(),
+            action_count: 0,
+            pending: Vec::new(),
+            blocked: Vec::new(),
+            open: BTreeMap::new(),
+            gone_spaces: BTreeSet::new(),
+            faults,
+            rng: Rng::new(seed),
+            next_token: 1,
+            next_req: 1,
+        }
+    }
+
+    /// A page's entry as the directory has it.
+    pub fn entry(&self, region: RegionId, page: u64) -> Entry {
+        Entry::decode(self.load(region, page)).unwrap_or(Entry::ABSENT)
+    }
+
+    pub(super) fn page(&mut self, region: RegionId, page: u64) -> Option<&mut PageModel> {
+        self.regions.get_mut(&region)?.pages.get_mut(page as usize)
+    }
+
+    /// A value that nobody ever wrote, for a client's page.
+    pub(super) fn token(&mut self, region: RegionId) -> u64 {
+        self.next_token += 1;
+        let space = self.regions.get(&region).map_or(0, |region| region.space.0);
+        space << SPACE_SHIFT | self.next_token
+    }
+
+    pub(super) fn space_of_token(token: u64) -> SpaceId {
+        SpaceId(token >> SPACE_SHIFT)
+    }
+
+    pub(super) fn request(&mut self, open: Open) -> ReqId {
+        let req = ReqId(self.next_req);
+        self.next_req += 1;
+        self.open.insert(req, open);
+        req
+    }
+
+    /// CPU accesses that wait, requests without an answer.
+    pub fn waiting(&self) -> (usize, usize) {
+        (self.blocked.len(), self.open.len())
+    }
+
+    /// A thread of the client reads or writes a page.
+    pub fn cpu_access(&mut self, region: RegionId, page: u64, write: bool) -> Result<(), Violation> {
+        let usable = self.regions.get(&region).is_some_and(|r| !r.freeing && !r.pages[page as usize].gone);
+        if !usable {
+            return Ok(());
+        }
+        let write = write.then(|| self.token(region));
+        self.try_cpu(CpuAccess { region, page, write })
+    }
+
+    fn try_cpu(&mut self, access: CpuAccess) -> Result<(), Violation> {
+        let CpuAccess { region, page, write } = access;
+        let Some(model) = self.page(region, page) else { return Ok(()) };
+        if model.mapped && (write.is_none() || !model.protected) {
+            match write {
+                Some(token) => (model.cache, model.expected) = (Some(token), token),
+                None if model.cache != Some(model.expected) => {
+                    return Err(Violation::new(
+                        "inv1",
+                        format!("CPU reads a wrong value: {region:?} {page} {model:?}"),
+                    ));
+                }
+                None => {}
+            }
+            return Ok(());
+        }
+        if model.poisoned {
+            return Ok(());
+        }
+        let (wp, minor) = (model.mapped, !model.mapped && model.cache.is_some());
+        self.blocked.push(access);
+        self.events.push_back(Event::CpuFault { region, page, write: write.is_some(), wp, minor });
+        Ok(())
+    }
+
+    /// Threads that wait at these pages try again.
+    pub(super) fn wake(&mut self, region: RegionId, pages: Pages) -> Result<(), Violation> {
+        let waiting = std::mem::take(&mut self.blocked);
+        let (woken, others): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|access| access.region == region && pages.contains(access.page));
+        self.blocked = others;
+        woken.into_iter().try_for_each(|access| self.try_cpu(access))
+    }
+
+    /// A job of a device reads or writes a page: through its mapping, or after a device fault.
+    pub fn device_access(
+        &mut self,
+        device: u8,
+        region: RegionId,
+        window: Pages,
+        page: u64,
+        write: bool,
+    ) -> Result<(), Violation> {
+        let model = &self.devices[usize::from(device)];
+        let incarnation = model.incarnation;
+        if model.failed || self.regions.get(&region).is_none_or(|region| region.freeing) {
+            return Ok(());
+        }
+        if let Some(mapping) = model.mappings.get(&(region, page)).copied() {
+            let write = write.then(|| self.token(region));
+            return self.through(device, mapping, region, page, write);
+        }
+        if !model.session {
+            return Ok(());
+        }
+        let write = write.then(|| self.token(region));
+        let job = Some((device, incarnation, page, write));
+        let req = self.request(Open { region, pages: window, job });
+        let (device, write) = (DeviceId(device), write.is_some());
+        self.events.push_back(Event::Resolve { req, region, pages: window, fault_page: page, device, write });
+        Ok(())
+    }
+
+    fn through(
+        &mut self,
+        device: u8,
+        mapping: Mapping,
+        region: RegionId,
+        page: u64,
+        write: Option<u64>,
+    ) -> Result<(), Violation> {
+        let Some(model) = self.page(region, page) else { return Ok(()) };
+        let (expected, gone) = (model.expected, model.gone);
+        if let Some(token) = write {
+            model.expected = token;
+        }
+        let seen = match (mapping, write) {
+            (Mapping::InPlace, Some(token)) => {
+                model.cache = Some(token);
+                token
+            }
+            (Mapping::InPlace, None) => model.cache.unwrap_or(0),
+            (Mapping::Frame(frame), _) => {
+                let slot = &mut self.devices[usize::from(device)].frames[frame as usize];
+                *slot = write.unwrap_or(*slot);
+                *slot
+            }
+        };
+        if write.is_none() && seen != expected && !gone {
+            let text = format!("device {device} reads {seen:#x}, not {expected:#x}: {region:?} {page} {mapping:?}");
+            return Err(Violation::new("inv1", text));
+        }
+        Ok(())
+    }
+
+    /// A device fault was answered: the driver installs the mappings and runs its job.
+    pub(super) fn install(&mut self, open: Open, runs: &[MapRun]) -> Result<(), Violation> {
+        let Some((device, incarnation, page, write)) = open.job else { return Ok(()) };
+        let model = &mut self.devices[usize::from(device)];
+        if model.incarnation != incarnation {
+            return Ok(());
+        }
+        for run in runs {
+            for offset in 0..run.count {
+                let mapping = match run.kind {
+                    MapKind::Frame(first) => Mapping::Frame(first + offset as u32),
+                    MapKind::System => Mapping::InPlace,
+                };
+                model.mappings.insert((open.region, run.first + offset), mapping);
+            }
+        }
+        match model.mappings.get(&(open.region, page)).copied() {
+            Some(mapping) => self.through(device, mapping, open.region, page, write),
+            None => Err(Violation::new("inv5", format!("Resolve of page {page} was answered without it"))),
+        }
+    }
+}
