@@ -39,6 +39,7 @@ pub fn manifest(memory: &str, device_options: &str) -> String {
         r#"
 [supervisor]
 heartbeat_ms = 500
+missed_limit = 10
 
 [[service]]
 name = "pager"

@@ -23,6 +23,7 @@ mod entry;
 mod event;
 mod fault;
 mod frames;
+mod home;
 mod policy;
 mod recovery;
 mod request;

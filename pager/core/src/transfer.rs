@@ -3,11 +3,7 @@
 //! ```text
 //!  out:   Protect -> [Revoke] -> Copy -> (publish Device) -> Punch -> wake, end
 //!                       \-- failed --> (publish System), unprotect, end
-//!  home:  [Revoke] -> Fill -> (publish System, free frames) -> end
-//!                      |-- failed, after a restart or with the device's memory: Probe -> there: (publish System); hole: as failed
-//!                      |-- Exists, after a restart: the page came home before the crash and is newer: (publish System)
-//!                      |-- Exists otherwise: a stray page; PunchStray -> Fill again, three times
-//!                      `-- failed --> (publish Device again), wake, end
+//!  home:  [Revoke] -> Fill -> (publish System, free frames) -> end     what else can happen: home.rs
 //!  drop:  [Revoke] -> (publish Absent), scrub the frames, end
 //!  teardown: [Revoke] -> DropRegion -> scrub the frames
 //! ```
@@ -17,13 +13,9 @@
 
 use crate::core::{Core, KEEPER};
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
-use crate::event::{
-    Action, DeviceId, Directory, FillStop, Outcome, PageStatus, Pages, RegionId, ReqId, StepResult, Ticket,
-};
+use crate::event::{Action, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, StepResult, Ticket};
 use crate::frames::Owner;
 use crate::policy::Policy;
-
-const STRAY_TRIES: u8 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -87,7 +79,7 @@ impl<P: Policy> Core<P> {
         ticket
     }
 
-    fn end(&mut self, ticket: Ticket) {
+    pub(crate) fn end(&mut self, ticket: Ticket) {
         let Some(transfer) = self.transfers.remove(&ticket) else { return };
         if let Some(info) = self.regions.get_mut(&transfer.region) {
             info.transfers -= 1;
@@ -238,7 +230,12 @@ impl<P: Policy> Core<P> {
         self.revoke_or(ticket, out, Self::finish_teardown);
     }
 
-    fn revoke_or(&mut self, ticket: Ticket, out: &mut Vec<Action>, next: fn(&mut Self, Ticket, &mut Vec<Action>)) {
+    pub(crate) fn revoke_or(
+        &mut self,
+        ticket: Ticket,
+        out: &mut Vec<Action>,
+        next: fn(&mut Self, Ticket, &mut Vec<Action>),
+    ) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.phase = Phase::Revoke;
         let Transfer { region, pages, mask, .. } = *transfer;
@@ -314,7 +311,7 @@ impl<P: Policy> Core<P> {
     }
 
     /// The system copy stays the authority.
-    fn roll_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
+    pub(crate) fn roll_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, device, frame, mask, owner, lost, .. } = transfer;
         Self::publish_same(region, pages, Entry::SYSTEM.with_mapped_mask(mask), out);
@@ -342,173 +339,6 @@ impl<P: Policy> Core<P> {
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Ok);
         self.end(ticket);
-    }
-
-    fn fill(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        transfer.phase = Phase::Fill;
-        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
-        if lost {
-            self.probe(ticket, out);
-            return;
-        }
-        if self.is_failed(device) {
-            self.doomed.push(ticket);
-            return;
-        }
-        out.push(Action::Fill { ticket, region, pages, device, frame });
-    }
-
-    pub(crate) fn fill_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
-        if !self.transfers.contains_key(&ticket) {
-            return;
-        }
-        self.came_home(ticket, done, out);
-        let left = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
-        if left == 0 {
-            self.end(ticket);
-            return;
-        }
-        match stop {
-            // A fill may stop early without a reason: go on.
-            None => self.fill(ticket, out),
-            Some(FillStop::Again) => self.again.push(ticket),
-            Some(FillStop::Exists) => self.fill_met_a_page(ticket, out),
-            Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
-            Some(FillStop::Io | FillStop::NoPage) => {
-                self.stats.copy_failures += 1;
-                self.fill_failed(ticket, out);
-            }
-        }
-    }
-
-    /// A failed copy says nothing about the system page, and after a restart that may be the newer one.
-    fn fill_failed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket) else { return };
-        if transfer.lost || transfer.kind == (Kind::Home { recovering: true }) {
-            self.probe(ticket, out);
-        } else {
-            self.stay_on_device(ticket, PageStatus::Io, out);
-        }
-    }
-
-    fn probe(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        transfer.phase = Phase::Probe;
-        let (region, pages) = (transfer.region, Pages::one(transfer.pages.first));
-        out.push(Action::Continue { ticket, region, pages });
-    }
-
-    /// The answer to a probe of one page.
-    pub(crate) fn probe_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
-        if self.transfers.get(&ticket).is_none_or(|transfer| transfer.phase != Phase::Probe) {
-            return;
-        }
-        match stop {
-            _ if done > 0 => self.found_at_home(ticket, out),
-            Some(FillStop::Exists) => self.found_at_home(ticket, out),
-            Some(FillStop::NoPage) => {
-                self.leave_on_device(ticket, 1, PageStatus::Io, out);
-                self.fill_or_end(ticket, out);
-            }
-            Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
-            // Without an answer nothing can be decided.
-            None | Some(FillStop::Again | FillStop::Io) => self.again.push(ticket),
-        }
-    }
-
-    /// The system page exists: it came home before, and is newer.
-    fn found_at_home(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket) else { return };
-        let (region, page) = (transfer.region, Pages::one(transfer.pages.first));
-        self.stats.recovered_transfers += 1;
-        self.came_home(ticket, 1, out);
-        out.push(Action::Wake { region, pages: page });
-        self.fill_or_end(ticket, out);
-    }
-
-    fn fill_or_end(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        match self.transfers.get(&ticket).map(|transfer| transfer.pages.count) {
-            Some(0) | None => self.end(ticket),
-            Some(_) => self.fill(ticket, out),
-        }
-    }
-
-    /// Ends a transfer whose device is gone.
-    pub(crate) fn end_doomed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket) else { return };
-        self.stats.copy_failures += 1;
-        match transfer.kind {
-            Kind::Out { .. } => self.roll_back(ticket, PageStatus::Io, out),
-            _ => self.fill_failed(ticket, out),
-        }
-    }
-
-    /// The frames of the first `count` pages are free. In replaced memory they are so already.
-    fn give_back(&mut self, transfer: &Transfer, count: u64) {
-        if !transfer.lost {
-            self.release(transfer.device, transfer.frame, count);
-        }
-    }
-
-    /// The first `count` pages are the CPU's now.
-    fn came_home(&mut self, ticket: Ticket, count: u64, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        let pages = Pages { count: count.min(transfer.pages.count), ..transfer.pages };
-        if pages.count == 0 {
-            return;
-        }
-        let before = *transfer;
-        let Transfer { region, pinned, owner, .. } = before;
-        transfer.pages = transfer.pages.after(pages.count);
-        transfer.frame = transfer.frame.wrapping_add(pages.count as u32);
-        transfer.tries = 0;
-        Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
-        self.give_back(&before, pages.count);
-        self.stats.pages_home += pages.count;
-        self.note(owner, pages, PageStatus::Ok);
-    }
-
-    fn fill_met_a_page(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        let Transfer { region, kind, .. } = *transfer;
-        let page = Pages::one(transfer.pages.first);
-        if kind == (Kind::Home { recovering: true }) {
-            self.found_at_home(ticket, out);
-        } else if transfer.tries < STRAY_TRIES {
-            transfer.tries += 1;
-            transfer.phase = Phase::PunchStray;
-            out.push(Action::Punch { ticket, region, pages: page });
-        } else {
-            self.stay_on_device(ticket, PageStatus::Io, out);
-        }
-    }
-
-    /// The frames stay the authority; if their device is lost for good, the pages are.
-    fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
-        let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
-        self.leave_on_device(ticket, count, status, out);
-        self.end(ticket);
-    }
-
-    /// As `stay_on_device`, for the first `count` pages that are left.
-    fn leave_on_device(&mut self, ticket: Ticket, count: u64, status: PageStatus, out: &mut Vec<Action>) {
-        let failed = self.transfers.get(&ticket).is_some_and(|transfer| self.is_failed(transfer.device));
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        let before = *transfer;
-        let Transfer { region, device, frame, pinned, owner, lost, .. } = before;
-        let pages = Pages { count, ..transfer.pages };
-        transfer.pages = transfer.pages.after(count);
-        transfer.frame = transfer.frame.wrapping_add(count as u32);
-        if lost || (status == PageStatus::Io && failed) {
-            self.poison(region, pages, out);
-            self.give_back(&before, pages.count);
-            self.note(owner, pages, PageStatus::Poisoned);
-        } else {
-            Self::publish_frames(region, pages, Entry::on_device(device, frame).with_pinned(pinned), out);
-            self.note(owner, pages, status);
-        }
-        out.push(Action::Wake { region, pages });
     }
 
     pub(crate) fn poison(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {

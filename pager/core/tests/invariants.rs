@@ -114,7 +114,7 @@ fn inv4_nothing_of_a_dead_client_stays_on_a_device() {
 #[test]
 fn inv4_a_copy_that_failed_half_way_leaves_nothing_of_a_dead_client() {
     for_every_seed(|simulator| {
-        let other = Op::Migrate { region: 1, page: 0, count: 3, device: Some(1) };
+        let other = Op::Migrate { region: 1, page: 0, count: 1, device: Some(1) };
         settle(simulator, &[cpu(0, true), cpu(1, true), cpu(2, true), migrate(3, Some(1)), migrate(3, None)]);
         apply(simulator, &[Op::Cpu { region: 1, page: 0, write: true }, PUMP, other, PUMP, TICK, PUMP]);
         simulator.set_faults(SURE_IO);
@@ -234,7 +234,8 @@ fn a_failed_copy_after_a_restart_does_not_undo_a_homecoming() {
         apply(simulator, &[cpu(0, true), PUMP, DELIVER, cpu(0, true)]);
         simulator.crash().expect("the fill has happened, nobody has read its answer");
         simulator.set_faults(SURE_IO);
-        apply(simulator, &[PUMP, DELIVER, PUMP, DELIVER, PUMP]);
+        apply(simulator, &[PUMP, TICK, PUMP, DELIVER, PUMP, TICK, PUMP, DELIVER, PUMP]);
+        simulator.finish().expect("the CPU's value survives");
         assert_eq!(state(simulator, 0), PageState::System);
     });
 }
@@ -278,7 +279,8 @@ fn what_was_lost_in_the_middle_of_transfers_stays_lost_after_a_crash() {
 fn a_scrub_that_outlives_the_memory_it_scrubs_frees_nothing() {
     for_every_seed(|simulator| {
         settle(simulator, &[cpu(0, true), migrate(2, Some(0))]);
-        apply(simulator, &[Op::Free { region: 0, end_space: true }, PUMP, TICK, PUMP]);
+        apply(simulator, &[Op::Free { region: 0, end_space: true }, PUMP, TICK, PUMP, TICK, PUMP]);
+        assert!(seen(simulator, "-> Scrub {"));
         apply(simulator, &[Op::DriverDies { device: 0, memory_lost: true }, PUMP, DELIVER, PUMP]);
     });
 }

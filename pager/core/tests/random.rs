@@ -3,6 +3,9 @@
 use proptest::prelude::*;
 use uhmm_pager_core::sim::{Config, Faults, Op, Simulator};
 
+/// A few seconds in the dev profile.
+const CASES: u32 = 10_000;
+
 fn op() -> impl Strategy<Value = Op> {
     let page = 0..8u8;
     prop_oneof![
@@ -34,10 +37,15 @@ fn faults() -> impl Strategy<Value = Faults> {
     ]
 }
 
+/// `UHMM_SIM_CASES` makes a longer session. What a session finds becomes a named test in `invariants.rs` or `crash.rs`, not a saved
+/// seed: seeds mean something else as soon as an operation is added.
+fn config() -> ProptestConfig {
+    let cases = std::env::var("UHMM_SIM_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(CASES);
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("UHMM_SIM_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(3000)
-    ))]
+    #![proptest_config(config())]
 
     #[test]
     fn no_history_loses_a_write_or_leaves_anybody_waiting(

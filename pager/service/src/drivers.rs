@@ -117,6 +117,8 @@ impl Pager {
         let memory_lost = old_generation != 0 && old_generation != generation;
         if memory_lost {
             tracing::error!(device = id, "The device came back with other memory: pages on it are lost");
+            // What was in flight would read the new memory.
+            self.fail_copies(id);
         }
         if fresh_mappings {
             self.void_mappings(id);

@@ -1,0 +1,189 @@
+//! The second half of the way home: the fill, and what its failures mean.
+//!
+//! ```text
+//!   Fill -- done -------------------------------> System, frames free
+//!    |-- Again --------------------------------> Fill at the next tick
+//!    |-- Exists, after a restart --------------> System: it came home before the crash and is newer
+//!    |-- Exists otherwise ---------------------> a stray page: PunchStray, Fill, three times
+//!    |-- failed -------------------------------> Device again; poisoned when the device is given up
+//!    `-- failed after a restart, or memory lost: Probe (Continue of one page)
+//!                                                |-- there --> System, and on with the next page
+//!                                                `-- hole ---> as failed; poisoned when the memory is lost
+//! ```
+
+use crate::core::Core;
+use crate::entry::Entry;
+use crate::event::{Action, FillStop, PageStatus, Pages, Ticket};
+use crate::policy::Policy;
+use crate::transfer::{Kind, Phase, Transfer};
+
+const STRAY_TRIES: u8 = 3;
+
+impl<P: Policy> Core<P> {
+    pub(crate) fn fill(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        transfer.phase = Phase::Fill;
+        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
+        if lost {
+            self.probe(ticket, out);
+            return;
+        }
+        if self.is_failed(device) {
+            self.doomed.push(ticket);
+            return;
+        }
+        out.push(Action::Fill { ticket, region, pages, device, frame });
+    }
+
+    pub(crate) fn fill_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
+        if !self.transfers.contains_key(&ticket) {
+            return;
+        }
+        self.came_home(ticket, done, out);
+        let left = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
+        if left == 0 {
+            self.end(ticket);
+            return;
+        }
+        match stop {
+            // A fill may stop early without a reason: go on.
+            None => self.fill(ticket, out),
+            Some(FillStop::Again) => self.again.push(ticket),
+            Some(FillStop::Exists) => self.fill_met_a_page(ticket, out),
+            Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
+            Some(FillStop::Io | FillStop::NoPage) => {
+                self.stats.copy_failures += 1;
+                self.fill_failed(ticket, out);
+            }
+        }
+    }
+
+    /// A failed copy says nothing about the system page, and after a restart that may be the newer one.
+    fn fill_failed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        if transfer.lost || transfer.kind == (Kind::Home { recovering: true }) {
+            self.probe(ticket, out);
+        } else {
+            self.stay_on_device(ticket, PageStatus::Io, out);
+        }
+    }
+
+    pub(crate) fn probe(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        transfer.phase = Phase::Probe;
+        let (region, pages) = (transfer.region, Pages::one(transfer.pages.first));
+        out.push(Action::Continue { ticket, region, pages });
+    }
+
+    /// The answer to a probe of one page.
+    pub(crate) fn probe_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
+        if self.transfers.get(&ticket).is_none_or(|transfer| transfer.phase != Phase::Probe) {
+            return;
+        }
+        match stop {
+            _ if done > 0 => self.found_at_home(ticket, out),
+            Some(FillStop::Exists) => self.found_at_home(ticket, out),
+            Some(FillStop::NoPage) => {
+                self.leave_on_device(ticket, 1, PageStatus::Io, out);
+                self.fill_or_end(ticket, out);
+            }
+            Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
+            // Without an answer nothing can be decided.
+            None | Some(FillStop::Again | FillStop::Io) => self.again.push(ticket),
+        }
+    }
+
+    /// The system page exists: it came home before, and is newer.
+    fn found_at_home(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        let (region, page) = (transfer.region, Pages::one(transfer.pages.first));
+        self.stats.recovered_transfers += 1;
+        self.came_home(ticket, 1, out);
+        out.push(Action::Wake { region, pages: page });
+        self.fill_or_end(ticket, out);
+    }
+
+    fn fill_or_end(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        match self.transfers.get(&ticket).map(|transfer| transfer.pages.count) {
+            Some(0) | None => self.end(ticket),
+            Some(_) => self.fill(ticket, out),
+        }
+    }
+
+    /// Ends a transfer whose device is gone.
+    pub(crate) fn end_doomed(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        self.stats.copy_failures += 1;
+        match transfer.kind {
+            Kind::Out { .. } => self.roll_back(ticket, PageStatus::Io, out),
+            _ => self.fill_failed(ticket, out),
+        }
+    }
+
+    /// The frames of the first `count` pages are free. In replaced memory they are so already.
+    pub(crate) fn give_back(&mut self, transfer: &Transfer, count: u64) {
+        if !transfer.lost {
+            self.release(transfer.device, transfer.frame, count);
+        }
+    }
+
+    /// The first `count` pages are the CPU's now.
+    fn came_home(&mut self, ticket: Ticket, count: u64, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        let pages = Pages { count: count.min(transfer.pages.count), ..transfer.pages };
+        if pages.count == 0 {
+            return;
+        }
+        let before = *transfer;
+        let Transfer { region, pinned, owner, .. } = before;
+        transfer.pages = transfer.pages.after(pages.count);
+        transfer.frame = transfer.frame.wrapping_add(pages.count as u32);
+        transfer.tries = 0;
+        Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
+        self.give_back(&before, pages.count);
+        self.stats.pages_home += pages.count;
+        self.note(owner, pages, PageStatus::Ok);
+    }
+
+    fn fill_met_a_page(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        let Transfer { region, kind, .. } = *transfer;
+        let page = Pages::one(transfer.pages.first);
+        if kind == (Kind::Home { recovering: true }) {
+            self.found_at_home(ticket, out);
+        } else if transfer.tries < STRAY_TRIES {
+            transfer.tries += 1;
+            transfer.phase = Phase::PunchStray;
+            out.push(Action::Punch { ticket, region, pages: page });
+        } else {
+            self.stay_on_device(ticket, PageStatus::Io, out);
+        }
+    }
+
+    /// The frames stay the authority; if their device is lost for good, the pages are.
+    fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
+        let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
+        self.leave_on_device(ticket, count, status, out);
+        self.end(ticket);
+    }
+
+    /// As `stay_on_device`, for the first `count` pages that are left.
+    fn leave_on_device(&mut self, ticket: Ticket, count: u64, status: PageStatus, out: &mut Vec<Action>) {
+        let failed = self.transfers.get(&ticket).is_some_and(|transfer| self.is_failed(transfer.device));
+        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
+        let before = *transfer;
+        let Transfer { region, device, frame, pinned, owner, lost, .. } = before;
+        let pages = Pages { count, ..transfer.pages };
+        transfer.pages = transfer.pages.after(count);
+        transfer.frame = transfer.frame.wrapping_add(count as u32);
+        if lost || (status == PageStatus::Io && failed) {
+            self.poison(region, pages, out);
+            self.give_back(&before, pages.count);
+            self.note(owner, pages, PageStatus::Poisoned);
+        } else {
+            Self::publish_frames(region, pages, Entry::on_device(device, frame).with_pinned(pinned), out);
+            self.note(owner, pages, status);
+        }
+        out.push(Action::Wake { region, pages });
+    }
+}
