@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use uhmm_ipc::IpcError;
 use uhmm_ipc::message::{ErrorCode, WireError};
-use uhmm_kernel_hook::HookError;
+use uhmm_kernel_hook::{Full, HookError};
 
 /// Why a call was not done. Local checks come before anything is sent; [`Error::Service`] is a service's own answer.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,9 @@ pub enum Error {
         #[source]
         source: HookError,
     },
+    /// A region's arena has no room for a value.
+    #[error(transparent)]
+    ArenaFull(#[from] Full),
     /// The event loop failed.
     #[error("The connection to the services failed")]
     Ipc(#[from] IpcError),
@@ -119,6 +122,7 @@ impl Error {
             | Error::AlreadyTaken
             | Error::BadDeviceName { .. } => ErrorCode::Invalid,
             Error::NotRunning { .. } | Error::NoSuchService { .. } => ErrorCode::NotFound,
+            Error::ArenaFull(_) => ErrorCode::NoMemory,
             Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) => ErrorCode::Io,
             Error::AgentGone => ErrorCode::Stale,
             Error::StrangeReply { .. } => ErrorCode::Protocol,

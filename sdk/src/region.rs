@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uhmm_ipc::message::{Call, ErrorCode, Fd, Reply, pager};
 use uhmm_kernel_hook::{ManagedMapping, memfd};
@@ -11,6 +12,9 @@ use crate::arena::Arena;
 use crate::range::{check_inside, check_length};
 use crate::session::Inner;
 use crate::{Error, PAGE_BYTES};
+
+/// A drop must end even when the system was shut down for good.
+const DROP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Managed memory, mapped at [`addr`](Self::addr) until it is dropped.
 ///
@@ -84,16 +88,19 @@ impl Region {
     }
 
     /// Frees the region and says how that went; dropping it does the same silently.
+    ///
+    /// # Errors
+    /// The pager's own. Waits for a pager that is restarting, without a limit; dropping gives up after ten seconds.
     pub fn free(mut self) -> Result<(), Error> {
-        self.give_back()
+        self.give_back(None)
     }
 
-    fn give_back(&mut self) -> Result<(), Error> {
+    fn give_back(&mut self, deadline: Option<Duration>) -> Result<(), Error> {
         if std::mem::replace(&mut self.freed, true) {
             return Ok(());
         }
         let free = pager::Call::FreeRegion { region: self.id };
-        match self.session.done("FreeRegion", free, None).wait() {
+        match self.session.done("FreeRegion", free, deadline).wait() {
             // Repeated after a restart of the pager: the first one had got through.
             Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
             other => other,
@@ -108,8 +115,10 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        if let Err(error) = self.give_back() {
-            tracing::warn!(%error, region = self.id, "A region could not be freed");
+        if let Err(error) = self.give_back(Some(DROP_DEADLINE)) {
+            // Unmapping would wait for the pager too: the kernel tells it of the unmap and waits until it has listened.
+            std::mem::forget(Arc::clone(&self.mapping));
+            tracing::warn!(%error, region = self.id, "A region could not be freed: its addresses stay taken");
         }
     }
 }

@@ -91,3 +91,12 @@ fn integration_plan_doctor_status_and_stats_show_what_there_is() {
 fn integration_the_demo_refuses_a_path_that_is_not_there() {
     refused(&uhmm(&["demo", "/nonexistent/text"]), &["/nonexistent/text"]);
 }
+
+#[test]
+fn integration_a_run_directory_that_others_can_enter_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().expect("folder");
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("mode");
+    refused(&uhmm(&["--run-dir", text(dir.path()), "up"]), &["0700", text(dir.path())]);
+    assert!(!dir.path().join("supervisor.sock").exists());
+}

@@ -1,7 +1,7 @@
 //! The supervisor's shell: processes, sockets and messages; every decision in [`crate::core`].
 
 use std::collections::HashMap;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,7 +34,7 @@ pub enum SupervisorError {
     #[error("The manifest cannot be carried out")]
     Manifest(#[from] uhmm_manifest::ManifestError),
     /// The run directory cannot be used.
-    #[error("Run directory {path} cannot be made: {problem}", path = path.display())]
+    #[error("Run directory {path} cannot be used: {problem}", path = path.display())]
     RunDir {
         /// Where.
         path: PathBuf,
@@ -124,8 +124,15 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
 }
 
 fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
+    let refused = |problem: String| SupervisorError::RunDir { path: path.to_owned(), problem };
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|error| SupervisorError::RunDir { path: path.to_owned(), problem: error.to_string() })
+    made.map_err(|error| refused(error.to_string()))?;
+    let meta = std::fs::symlink_metadata(path).map_err(|error| refused(error.to_string()))?;
+    // Somebody else could have made it first, under a name that is easy to guess, to get hold of the sockets.
+    if !meta.is_dir() || meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(refused("it must be a folder of this user with mode 0700: remove it or choose another".to_owned()));
+    }
+    Ok(())
 }
 
 impl<F: FnOnce()> Supervisor<F> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use uhmm_sdk::Operator;
+use uhmm_sdk::{Device, Job, JobResult, Operator, PAGE_BYTES, PageStatus, Pending, Region};
 
 use super::client::{Client, Rng};
 use super::report::Drill;
@@ -12,12 +12,32 @@ use super::report::Drill;
 /// The service must be ready again within this time.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// One operation through all services, again and again with another value: a CPU write (the page comes home by a fault, the device
+/// mapping is revoked), then a device job on it (a device fault, through driver, mirror and pager).
+struct Probe {
+    region: Region,
+    value: u64,
+}
+
+impl Probe {
+    /// Milliseconds, and whether the device saw the value.
+    fn run(&mut self, device: &Device) -> anyhow::Result<(f64, bool)> {
+        let begun = Instant::now();
+        self.value += 1;
+        self.region.write_u64(0, self.value)?;
+        let sum = device.run(Job::new("sum", [self.region.addr(), 8]).idempotent())?;
+        Ok((begun.elapsed().as_secs_f64() * 1e3, sum.results == [self.value]))
+    }
+}
+
 /// Kills `service` while CPU threads fault, a device job runs and a migration is under way.
-pub fn drill(client: &mut Client<'_>, service: &str, during: &'static str, seed: u64) -> anyhow::Result<Drill> {
+pub fn drill(client: &mut Client<'_>, service: &str, seed: u64) -> anyhow::Result<Drill> {
     client.collect_counters(service)?;
     let (stop, longest_ns) = (AtomicBool::new(false), AtomicU64::new(0));
     let shared = &*client;
-    let (killed, differing) = std::thread::scope(|scope| -> anyhow::Result<_> {
+    let (mut drill, differing) = std::thread::scope(|scope| -> anyhow::Result<_> {
+        // Ends the storm on every way out, or the scope would wait for it for ever.
+        let _stop = StopStorm(&stop);
         let threads: Vec<_> = (0..2)
             .map(|thread| {
                 let (stop, longest_ns) = (&stop, &longest_ns);
@@ -25,25 +45,68 @@ pub fn drill(client: &mut Client<'_>, service: &str, during: &'static str, seed:
                 scope.spawn(move || storm(bytes, Rng::new(seed + thread), stop, longest_ns))
             })
             .collect();
-        let job = shared.submit("postings_walk");
-        let migration =
-            shared.session.migrate_async(shared.region.addr(), shared.region.len_bytes(), &shared.device)?;
-        let killed = Operator::connect(Some(shared.run_dir))?.kill(service)?;
-        wait_ready(shared, service, killed.incarnation)?;
-        let migrated = migration.wait()?;
+        let outcome = kill_amid_work(shared, service)?;
         stop.store(true, Ordering::Release);
         for thread in threads {
             thread.join().map_err(|_| anyhow::anyhow!("A storm thread panicked"))??;
         }
         // Only now: while the storm goes on, CPU and device take the same pages from each other all the time.
-        let answer = job.wait()?;
-        let lost = migrated.runs.iter().any(|run| run.status == uhmm_sdk::PageStatus::Poisoned);
-        Ok((killed, u64::from(answer.results != shared.expected_postings()) + u64::from(lost)))
+        let answer = outcome.job.wait()?;
+        let different = u64::from(answer.results != shared.expected_postings());
+        Ok((outcome.drill, outcome.differing + different))
     })?;
-    client.compared(1, differing);
+    client.compared(3, differing);
+    drill.longest_pause_ms = longest_ns.load(Ordering::Acquire) as f64 / 1e6;
+    Ok(drill)
+}
+
+struct Outcome {
+    drill: Drill,
+    job: Pending<JobResult>,
+    differing: u64,
+}
+
+fn kill_amid_work(client: &Client<'_>, service: &str) -> anyhow::Result<Outcome> {
+    let (addr, len_bytes) = (client.region.addr(), client.region.len_bytes());
+    let mut probe = Probe { region: client.session.allocate(PAGE_BYTES)?, value: 0 };
+    let mut operator = Operator::connect(Some(client.run_dir))?;
+    client.session.evict(addr, len_bytes)?;
+    let (usual_ms, usual_right) = probe.run(&client.device)?;
+    let job = client.submit("postings_walk");
+    let migration = client.session.migrate_async(addr, len_bytes, &client.device)?;
+    // Pages have begun to leave: from here on the kill is in the middle of the migration.
+    let full_bytes = client.region.populated_bytes()?;
+    while !migration.is_ready() && client.region.populated_bytes()? > full_bytes - full_bytes / 8 {
+        std::thread::yield_now();
+    }
+    let during = under_way(!migration.is_ready(), !job.is_ready());
+    let begun = Instant::now();
+    let killed = operator.kill(service)?;
+    let (_, right) = probe.run(&client.device)?;
+    let first_operation_ms = begun.elapsed().as_secs_f64() * 1e3;
     let recovery_ms = wait_ready(client, service, killed.incarnation)?;
-    let longest_pause_ms = longest_ns.load(Ordering::Acquire) as f64 / 1e6;
-    Ok(Drill { service: service.to_owned(), during, recovery_ms, longest_pause_ms })
+    let lost = migration.wait()?.pages_with(PageStatus::Poisoned) > 0;
+    let drill =
+        Drill { service: service.to_owned(), during, recovery_ms, usual_ms, first_operation_ms, longest_pause_ms: 0.0 };
+    Ok(Outcome { drill, job, differing: u64::from(!usual_right || !right) + u64::from(lost) })
+}
+
+/// What the kill really was in the middle of: with very little text the migration or the job may have ended before.
+fn under_way(migration: bool, job: bool) -> &'static str {
+    match (migration, job) {
+        (true, true) => "migration, job, fault storm",
+        (true, false) => "migration, fault storm",
+        (false, true) => "job, fault storm",
+        (false, false) => "fault storm",
+    }
+}
+
+struct StopStorm<'a>(&'a AtomicBool);
+
+impl Drop for StopStorm<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// Touches pages at random until told to stop; notes the longest time that one access stood still.

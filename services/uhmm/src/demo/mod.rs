@@ -16,11 +16,19 @@ mod report;
 mod text;
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use uhmm_kernel_hook::PidFd;
+use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_sdk::Operator;
+
+/// Exit status of a program that Ctrl-C has ended, as shells have it.
+const INTERRUPTED: u8 = 130;
 
 /// What runs under the demo: one software device whose memory is there from the start, as hardware has it, so that
 /// what the migration releases can be seen in the memory cgroup. Drills kill often and are not held against anybody.
@@ -76,12 +84,17 @@ struct System {
 
 impl System {
     fn start(run_dir: PathBuf) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&run_dir)?;
+        // Not recursive and private: a folder that somebody else has put there must not be used.
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&run_dir)
+            .with_context(|| format!("{} cannot be made", run_dir.display()))?;
         let manifest = run_dir.join("manifest.toml");
         std::fs::write(&manifest, MANIFEST)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        // A process group of its own: Ctrl-C reaches the demo and the client, and the demo stops the system in order.
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
         if std::env::var_os("UHMM_LOG").is_none() {
             // Every kill is announced below; the services' own warnings about it would only be in the way.
             command.env("UHMM_LOG", "error");
@@ -100,7 +113,9 @@ impl System {
 
 impl Drop for System {
     fn drop(&mut self) {
-        if Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err()
+        let ended = matches!(self.supervisor.try_wait(), Ok(Some(_)));
+        if !ended
+            && Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err()
             && let Err(error) = self.supervisor.kill()
         {
             tracing::debug!(%error, "The supervisor had ended");
@@ -116,14 +131,43 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = args.path.as_deref().filter(|path| !path.exists()) {
         bail!("{} does not exist: give a file or folder with text", path.display());
     }
+    // Before the first child and thread, so that a signal can never end the demo without ending its system.
+    let signals = StopSignals::block()?;
     let run_dir = std::env::temp_dir().join(format!("uhmm-demo-{}", std::process::id()));
     let system = System::start(run_dir)?;
     show_processes(&system.run_dir)?;
     let mut client = Command::new(std::env::current_exe()?);
     client.arg("demo-client").arg("--system").arg(&system.run_dir);
     client.arg("--index-mib").arg(args.index_mib.to_string()).args(&args.path);
-    let status = client.status().context("The client process cannot be started")?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let mut client = client.spawn().context("The client process cannot be started")?;
+    let status = wait(&mut client, &signals);
+    if !matches!(status, Ok(Some(_))) {
+        // Without its system the client would wait for pages that nobody brings.
+        client.kill().and_then(|()| client.wait()).context("The client process cannot be ended")?;
+    }
+    Ok(match status? {
+        Some(true) => ExitCode::SUCCESS,
+        Some(false) => ExitCode::FAILURE,
+        None => ExitCode::from(INTERRUPTED),
+    })
+}
+
+/// Waits for the client's end, and says whether it succeeded, or for SIGINT or SIGTERM (`None`).
+fn wait(client: &mut Child, signals: &StopSignals) -> anyhow::Result<Option<bool>> {
+    let ended = PidFd::open(client.id())?;
+    loop {
+        let mut sources = [PollFd::new(&ended, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        match poll(&mut sources, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other.context("poll")?,
+        };
+        if !sources[0].revents().is_empty() {
+            return Ok(Some(client.wait()?.success()));
+        }
+        if !sources[1].revents().is_empty() {
+            return Ok(None);
+        }
+    }
 }
 
 fn show_processes(run_dir: &Path) -> anyhow::Result<()> {
