@@ -4,6 +4,7 @@
 //! (by pid) when it is dropped, also when the test fails.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -74,7 +75,9 @@ impl TestBed {
 
     /// Any manifest.
     pub fn with_manifest(manifest: &str) -> Self {
-        let dir = tempfile::Builder::new().prefix("uhmm-test-").tempdir().expect("a temporary directory");
+        let private = std::fs::Permissions::from_mode(0o700);
+        let dir = tempfile::Builder::new().prefix("uhmm-test-").permissions(private).tempdir();
+        let dir = dir.expect("a temporary directory");
         let path = dir.path().join("manifest.toml");
         std::fs::write(&path, manifest).expect("the manifest is written");
         let supervisor = spawn_up(dir.path(), &["--manifest".as_ref(), path.as_os_str()]);
