@@ -131,10 +131,21 @@ impl TestBed {
         found.unwrap_or_else(|| panic!("{service} has no counter {name}: {metrics:?}")).value
     }
 
-    /// kill -9 the supervisor itself and start another one that takes over.
-    pub fn replace_supervisor(&mut self) {
+    /// kill -9 the supervisor itself; its services go on.
+    pub fn kill_supervisor(&mut self) {
         self.supervisor.kill().expect("kill the supervisor");
         self.supervisor.wait().expect("reap the supervisor");
+    }
+
+    /// `uhmm up` without `--adopt` where services still run: what it says when it refuses.
+    pub fn try_up(&self) -> String {
+        let output = Command::new(uhmm_exe()).arg("--run-dir").arg(self.run_dir()).arg("up").output().expect("uhmm up");
+        assert!(!output.status.success(), "a second system was started beside the first");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// A new supervisor takes over what runs.
+    pub fn adopt(&mut self) {
         let path = self.dir.path().join("manifest.toml");
         self.supervisor = spawn_up(self.dir.path(), &["--adopt".as_ref(), "--manifest".as_ref(), path.as_os_str()]);
     }

@@ -180,7 +180,10 @@ fn integration_supervisor_killed_and_replaced_keeps_every_service_and_byte() {
     let mut scene = Scene::new(true);
     scene.out();
     let before: Vec<u32> = scene.bed.operator().status().expect("status").iter().map(|service| service.pid).collect();
-    scene.bed.replace_supervisor();
+    scene.bed.kill_supervisor();
+    let refused = scene.bed.try_up();
+    assert!(refused.contains("--adopt"), "running services must not be shut out: {refused}");
+    scene.bed.adopt();
     scene.fault_storm();
     let services = scene.bed.operator().status().expect("status");
     let after: Vec<u32> = services.iter().map(|service| service.pid).collect();

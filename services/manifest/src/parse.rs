@@ -188,18 +188,11 @@ pub struct Quota {
     pub max_regions_per_space: u32,
     /// Largest region.
     pub max_region_bytes: ByteSize,
-    /// Calls of one client that wait for an answer.
-    pub max_inflight_per_client: u32,
 }
 
 impl Default for Quota {
     fn default() -> Self {
-        Self {
-            max_spaces: 256,
-            max_regions_per_space: 4096,
-            max_region_bytes: ByteSize(1 << 40),
-            max_inflight_per_client: 256,
-        }
+        Self { max_spaces: 256, max_regions_per_space: 4096, max_region_bytes: ByteSize(1 << 40) }
     }
 }
 

@@ -59,7 +59,6 @@ impl Manifest {
         range("supervisor.start_timeout_ms", supervisor.start_timeout_ms, 100, 600_000, "100 to 600000")?;
         range("supervisor.stop_timeout_ms", supervisor.stop_timeout_ms, 10, 600_000, "10 to 600000")?;
         range("quota.max_spaces", u64::from(self.quota.max_spaces), 1, 65_536, "1 to 65536")?;
-        range("quota.max_inflight_per_client", u64::from(self.quota.max_inflight_per_client), 1, 65_536, "1 to 65536")?;
         for service in &self.services {
             let restart = &service.restart;
             let key = |name: &str| format!("{}.restart.{name}", service.name);

@@ -107,8 +107,10 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
     let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
+    // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
+    let vault = if options.adopt { Vault::default() } else { listen_for_all(&options.run_dir, &plan)? };
     let saved = SavedState::open(&options.run_dir, &plan, options.adopt)?;
-    let mut supervisor = Supervisor::new(options, plan, saved, ready)?;
+    let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
     supervisor.reactor.listen(listener)?;
     supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
     let mut wakes = Vec::new();
@@ -121,6 +123,24 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     }
     supervisor.clean_up();
     Ok(())
+}
+
+/// The listening socket of a service, into the vault.
+fn listen(run_dir: &Path, plan: &Plan, name: &str, vault: &mut Vault) -> Result<(), SupervisorError> {
+    let path = plan.endpoint_path(run_dir, name);
+    let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
+    if let Err(text) = vault.put(name, LISTENER_NAME.to_owned(), Arc::new(listener.into_fd())) {
+        tracing::error!(text, "The vault refused a listening socket");
+    }
+    Ok(())
+}
+
+fn listen_for_all(run_dir: &Path, plan: &Plan) -> Result<Vault, SupervisorError> {
+    let mut vault = Vault::default();
+    for service in &plan.services {
+        listen(run_dir, plan, &service.name, &mut vault)?;
+    }
+    Ok(vault)
 }
 
 fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
@@ -136,7 +156,13 @@ fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
 }
 
 impl<F: FnOnce()> Supervisor<F> {
-    fn new(options: SupervisorOptions, plan: Plan, saved: SavedState, ready: F) -> Result<Self, SupervisorError> {
+    fn new(
+        options: SupervisorOptions,
+        plan: Plan,
+        saved: SavedState,
+        vault: Vault,
+        ready: F,
+    ) -> Result<Self, SupervisorError> {
         let mut reactor = Reactor::new(Identity {
             name: "supervisor".to_owned(),
             role: Role::Supervisor,
@@ -157,7 +183,7 @@ impl<F: FnOnce()> Supervisor<F> {
             plan,
             reactor,
             core,
-            vault: Vault::default(),
+            vault,
             saved,
             children: HashMap::new(),
             pidfds: HashMap::new(),
@@ -348,7 +374,18 @@ impl<F: FnOnce()> Supervisor<F> {
 
     fn execute(&mut self, action: Action) -> Result<(), SupervisorError> {
         match action {
-            Action::Spawn { service } => self.spawn(service)?,
+            Action::Spawn { service } => {
+                // Whatever is wrong now (a full disk, no descriptors) may be right at the next attempt; the others go on.
+                if let Err(error) = self.spawn(service) {
+                    let problem = format!("cannot be started: {error}");
+                    tracing::error!(service, problem);
+                    let now_ms = self.now_ms();
+                    self.kill(service);
+                    if !self.pidfds.contains_key(&service) {
+                        self.core.exited(service, &problem, now_ms, &mut self.actions);
+                    }
+                }
+            }
             Action::Kill { service } => self.kill(service),
             Action::Ping { service, sequence } => self.tell(service, supervisor::Event::Ping { sequence }),
             Action::Stop { service } => self.tell(service, supervisor::Event::Stop),
@@ -389,12 +426,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if self.vault.get(name, LISTENER_NAME).is_some() {
             return Ok(());
         }
-        let path = self.plan.endpoint_path(&self.options.run_dir, name);
-        let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
-        if let Err(text) = self.vault.put(name, LISTENER_NAME.to_owned(), Arc::new(listener.into_fd())) {
-            tracing::error!(text, "The vault refused a listening socket");
-        }
-        Ok(())
+        listen(&self.options.run_dir, &self.plan, name, &mut self.vault)
     }
 
     fn spawn(&mut self, service: usize) -> Result<(), SupervisorError> {
