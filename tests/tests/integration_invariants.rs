@@ -61,3 +61,13 @@ fn integration_inv7_the_pager_maps_no_managed_memory_and_its_own_is_locked() {
     let locked_kib: u64 = locked.trim().trim_end_matches("kB").trim().parse().expect("a number");
     assert!(locked_kib > 0, "no memory of the pager is locked: raise the limit (ulimit -l unlimited) or run as root");
 }
+
+/// Every service gives up gaining privileges before it serves anybody.
+#[test]
+fn integration_services_run_without_new_privileges() {
+    let bed = TestBed::start("8MiB");
+    for service in bed.operator().status().expect("status") {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", service.pid)).expect("its status");
+        assert!(status.lines().any(|line| line == "NoNewPrivs:\t1"), "{}: {status}", service.name);
+    }
+}

@@ -33,6 +33,13 @@ pub enum KitError {
         #[source]
         source: std::io::Error,
     },
+    /// The kernel refused the restriction.
+    #[error("The service could not give up gaining privileges")]
+    NoNewPrivs {
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The event loop.
     #[error("The event loop failed")]
     Ipc(#[from] uhmm_ipc::IpcError),

@@ -82,6 +82,8 @@ impl Service {
     /// Registers and loads the vault. Returns when the service can begin its own start.
     pub fn start(args: ServiceArgs, role: Role, interface: Interface) -> Result<Self, KitError> {
         log::init(args.log, &args.name, args.incarnation);
+        // Nothing that a service executes can gain what the service does not have.
+        rustix::thread::set_no_new_privs(true).map_err(|errno| KitError::NoNewPrivs { source: errno.into() })?;
         let key = supervisor_key()?;
         let mut reactor = Reactor::new(Identity {
             name: args.name.clone(),
