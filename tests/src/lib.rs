@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+use uhmm_kernel_hook::PidFd;
 use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
 pub mod pattern;
@@ -67,6 +69,20 @@ memory_bytes = "{memory}"
     )
 }
 
+/// See [`TestBed::process`].
+pub struct Target {
+    pidfd: PidFd,
+    incarnation: u32,
+}
+
+impl Target {
+    /// kill -9, now; returns the incarnation that was killed.
+    pub fn kill(&self) -> u32 {
+        assert!(self.pidfd.signal(Signal::KILL).expect("kill"), "the service was dead already");
+        self.incarnation
+    }
+}
+
 impl TestBed {
     /// One software device of `memory`.
     pub fn start(memory: &str) -> Self {
@@ -102,6 +118,14 @@ impl TestBed {
     /// The supervisor's pid.
     pub fn supervisor_pid(&self) -> u32 {
         self.supervisor.id()
+    }
+
+    /// A running service, ready to be killed without any delay.
+    pub fn process(&self, service: &str) -> Target {
+        let services = self.operator().status().expect("status");
+        let found = services.iter().find(|status| status.name == service).expect("the service is in the plan");
+        let pidfd = PidFd::open(found.pid).expect("the service runs");
+        Target { pidfd, incarnation: found.incarnation }
     }
 
     /// kill -9 one service; returns the incarnation that was killed.

@@ -61,7 +61,8 @@ impl Scene {
     /// True when the work was still under way after the victim was dead.
     fn kill_during(&self, victim: &str, rng: &mut Rng, work: impl FnOnce(&Self) + Send) -> bool {
         let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
-        let spins = rng.below(200_000);
+        let spins = rng.below(50_000);
+        let target = self.bed.process(victim);
         let (killed, in_the_middle) = std::thread::scope(|scope| {
             let worker = scope.spawn(|| {
                 begun.store(true, Ordering::Release);
@@ -75,7 +76,7 @@ impl Scene {
             for _ in 0..spins {
                 std::hint::spin_loop();
             }
-            let killed = self.bed.kill(victim);
+            let killed = target.kill();
             let in_the_middle = !ended.load(Ordering::Acquire);
             worker.join().expect("the work survives the kill");
             (killed, in_the_middle)
