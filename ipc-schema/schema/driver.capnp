@@ -7,6 +7,20 @@ struct Call {
     info @0 :Void;              # idempotent
     openQueue @1 :OpenQueue;    # idempotent
     submit @2 :Submit;          # idempotent only if the job says so; else the caller gets the error stale
+    access @3 :Access;          # idempotent unless it is fetchAdd
+  }
+}
+
+struct Access {
+  space @0 :UInt64;
+  addr @1 :UInt64;
+  lenBytes @2 :UInt64;
+  bufferFd @3 :UInt16;          # or noFd
+  op :union {
+    read @4 :Void;
+    write @5 :Void;
+    fetchAdd @6 :UInt64;
+    makeExclusive @7 :Void;
   }
 }
 
@@ -28,7 +42,13 @@ struct Reply {
     info @0 :Info;
     queueOpened @1 :Void;
     finished @2 :Finished;
+    accessed @3 :Accessed;
   }
+}
+
+struct Accessed {
+  pageCount @0 :UInt64;
+  faultCount @1 :UInt64;
 }
 
 struct Info {

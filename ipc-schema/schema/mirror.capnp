@@ -40,6 +40,8 @@ struct Fault {
   pageCount @3 :UInt64;
   faultPage @4 :UInt64;
   write @5 :Bool;
+  whole @6 :Bool;
+  exclusive @7 :Bool;
 }
 
 struct Ack {

@@ -25,18 +25,81 @@ struct Call {
     resolve @14 :Resolve;               # mirror; idempotent
     invalidateDone @15 :InvalidateDone; # mirror; idempotent
     listRegions @16 :Void;              # operator; idempotent
+    adoptRegion @17 :Range;             # client; idempotent by range
+    attachFile @18 :AttachFile;         # client; idempotent by range
+    releaseRange @19 :Range;            # client; idempotent
+    discard @20 :Range;                 # client; idempotent
+    protectionChanged @21 :Range;       # client; idempotent
+    evict @22 :Evict;                   # client; idempotent
+    queryAttributes @23 :Range;         # client; idempotent
+    readTrace @24 :ReadTrace;           # client; idempotent
+    inject @25 :Inject;                 # client, tests; idempotent
+    agentDone @26 :AgentDone;           # client's agent; idempotent
   }
+}
+
+# Memory of a client's agent that the pager works with.
+struct AgentMemory {
+  mapsFd @0 :UInt16;
+  stagingFd @1 :UInt16;
+}
+
+struct AttachFile {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+  fileFd @2 :UInt16;
+  offsetBytes @3 :UInt64;
+}
+
+struct Evict {
+  device @0 :UInt8;
+  pageCount @1 :UInt64;       # 0: all
+}
+
+struct ReadTrace {
+  since @0 :UInt64;
+}
+
+struct Inject {
+  point @0 :Sdk.FaultPoint;
+  nth @1 :UInt32;
+}
+
+# Runs in one answer of an agent: an operation covers at most 512 pages.
+const maxAgentRuns :UInt32 = 512;
+
+struct AgentDone {
+  id @0 :UInt64;
+  runs @1 :List(AgentRun);    # at most maxAgentRuns
+}
+
+struct AgentRun {
+  pageCount @0 :UInt64;
+  status @1 :AgentStatus;
+}
+
+enum AgentStatus {
+  moved @0;
+  movedHuge @1;
+  zero @2;
+  busy @3;
+  gone @4;
+  readOnly @5;
+  failed @6;
 }
 
 struct OpenSpace {
   nonce @0 :UInt64;
   uffdFd @1 :UInt16;
   full @2 :Bool;
+  sentinelAddr @3 :UInt64;
+  agent @4 :AgentMemory;
 }
 
 struct AttachSpace {
   space @0 :UInt64;
   token @1 :Data;
+  agent @2 :AgentMemory;      # null unless the pager does not have it
 }
 
 struct CreateRegion {
@@ -58,6 +121,7 @@ struct Migrate {
   addr @0 :UInt64;
   lenBytes @1 :UInt64;
   target @2 :Sdk.Target;
+  prefetch @3 :Bool;
 }
 
 struct Advise {
@@ -112,6 +176,8 @@ struct Resolve {
   faultPage @4 :UInt64;
   device @5 :UInt8;
   write @6 :Bool;
+  whole @7 :Bool;
+  exclusive @8 :Bool;
 }
 
 struct InvalidateDone {
@@ -129,6 +195,10 @@ struct Reply {
     region @5 :Region;
     resolved @6 :List(MapRun);              # at most maxRuns
     regions @7 :List(Sdk.RegionStatus);     # at most maxRegions
+    attributes @8 :List(Sdk.AttributeRun);  # at most maxRuns
+    trace @9 :List(Sdk.TraceRecord);        # at most maxTraceRecords
+    evicted @10 :Evicted;
+    childAttached @11 :ChildAttached;
   }
 }
 
@@ -147,12 +217,30 @@ struct Migrated {
   runs @1 :List(Sdk.StatusRun);             # at most maxRuns
 }
 
+struct ChildAttached {
+  uffdFd @0 :UInt16;
+  features @1 :UInt64;
+}
+
+struct Evicted {
+  pageCount @0 :UInt64;
+}
+
 struct Region {
   region @0 :UInt64;
   addr @1 :UInt64;
   lenBytes @2 :UInt64;
   deviceReadOnly @3 :Bool;
-  memoryFd @4 :UInt16;
+  memory :union {
+    private @4 :Void;         # nobody else can reach it
+    sealed @5 :MemoryFile;    # may be mapped
+    file @6 :MemoryFile;      # may shrink: read and written, never mapped
+  }
+}
+
+struct MemoryFile {
+  fileFd @0 :UInt16;
+  offsetBytes @1 :UInt64;     # of the region's first page
 }
 
 # Device mappings to install; firstPage counts from the start of the region.
@@ -166,12 +254,29 @@ struct MapRun {
   writable @4 :Bool;
 }
 
-# Downward, to the mirror. All added in 0.1.
+# Downward, to the mirror and to clients' agents. All added in 0.1.
 struct Event {
   union {
     invalidate @0 :Invalidate;    # absolute and repeatable
     deviceVoid @1 :DeviceVoid;
     spaceGone @2 :SpaceGone;
+    agent @3 :Agent;              # to a client; absolute and repeatable, answered by the call agentDone
+  }
+}
+
+struct Agent {
+  id @0 :UInt64;
+  region @1 :UInt64;
+  firstPage @2 :UInt64;
+  addr @3 :UInt64;
+  pageCount @4 :UInt64;
+  op :union {
+    moveOut @5 :UInt32;           # staging slot
+    copyOut @6 :UInt32;           # staging slot
+    drop @7 :Bool;                # in place too
+    moveBack @8 :Void;
+    fillHuge @9 :UInt32;          # staging slot
+    probe @10 :Void;
   }
 }
 

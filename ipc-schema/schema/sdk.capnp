@@ -21,6 +21,15 @@ struct Target {
   }
 }
 
+# As Target, or nowhere in particular.
+struct Place {
+  union {
+    nowhere @0 :Void;
+    home @1 :Void;
+    device @2 :UInt8;
+  }
+}
+
 # What became of a page in a migration.
 enum PageStatus {
   moved @0;
@@ -47,26 +56,107 @@ enum Residency {
   device @2;        # see ResidencyRun.device
   moving @3;
   poisoned @4;
+  exclusive @5;     # see ResidencyRun.device: the device's alone
+  duplicated @6;    # system memory, with a read-only copy on ResidencyRun.device
 }
 
 struct ResidencyRun {
   firstPage @0 :UInt64;
   pageCount @1 :UInt64;
   residency @2 :Residency;
-  # Device id, 0 unless residency is device.
+  # Device id, 0 unless residency is device, exclusive or duplicated.
   device @3 :UInt8;
   # Bit d: device d maps the page now.
   mappedMask @4 :UInt8;
   pinned @5 :Bool;
+  # One of 512 aligned pages in 512 aligned frames.
+  huge @6 :Bool;
 }
 
-enum Advice {
-  pin @0;               # goes home and stays
-  unpin @1;
-  inPlace @2;           # devices map system pages in place
-  migrateOnFault @3;    # ends inPlace; the default
-  deviceReadOnly @4;
-  deviceReadWrite @5;   # ends deviceReadOnly
+# How a device may use pages.
+enum AccessMode {
+  migrate @0;           # a device fault moves the page (the default)
+  inPlace @1;           # a device fault maps it where it is, if the device can reach it there
+  none @2;              # device faults end with permission
+}
+
+struct Advice {
+  union {
+    pin @0 :Void;               # goes home and stays
+    unpin @1 :Void;
+    inPlace @2 :Void;           # all devices map system pages in place
+    migrateOnFault @3 :Void;    # ends inPlace; the default
+    deviceReadOnly @4 :Void;
+    deviceReadWrite @5 :Void;   # ends deviceReadOnly
+    access @6 :Access;
+    preferredLocation @7 :Place;
+    readMostly @8 :Bool;
+    granularity @9 :UInt8;      # log2 of pages, or adaptive
+  }
+
+  struct Access {
+    device @0 :UInt8;
+    mode @1 :AccessMode;
+  }
+}
+
+# Granularity that policy chooses.
+const adaptive :UInt8 = 0xff;
+
+# Places in a byte, where there are many of them: a device id below maxDevices, or one of these.
+const nowhere :UInt8 = 0xff;
+const atHome :UInt8 = 0xfe;
+
+# What was advised, and where the pages were prefetched to last. Without pointers, so that
+# maxRuns of them fit into one message.
+struct AttributeRun {
+  firstPage @0 :UInt64;
+  pageCount @1 :UInt64;
+  preferred @2 :UInt8;          # a place in a byte
+  prefetched @3 :UInt8;         # a place in a byte
+  inPlaceMask @4 :UInt8;
+  noAccessMask @5 :UInt8;
+  readMostly @6 :Bool;
+  deviceReadOnly @7 :Bool;
+  granularity @8 :UInt8;        # log2 of pages, or adaptive
+  pinned @9 :Bool;
+}
+
+# What the test hook makes fail.
+enum FaultPoint {
+  hugeFrames @0;
+  frames @1;
+  copyOut @2;
+  copyHome @3;
+}
+
+enum TraceKind {
+  migrateStart @0;
+  migrateEnd @1;
+  invalidate @2;
+  throttle @3;
+}
+
+enum TraceCause {
+  prefetch @0;
+  cpuFault @1;
+  deviceFault @2;
+  eviction @3;
+  addressSpace @4;
+}
+
+# Records in one answer.
+const maxTraceRecords :UInt32 = 256;
+
+struct TraceRecord {
+  sequence @0 :UInt64;
+  timeNs @1 :UInt64;
+  kind @2 :TraceKind;
+  cause @3 :TraceCause;
+  addr @4 :UInt64;
+  pageCount @5 :UInt64;
+  from @6 :Target;
+  to @7 :Target;
 }
 
 # One region and how its pages are spread.

@@ -9,21 +9,28 @@
 //! The agent never touches managed memory: a fault there is answered by the pager, and the agent is the one who would have
 //! to carry messages meanwhile. So nothing here keeps a reference to a region, and descriptors are only passed through.
 //!
+//! For private memory the agent also works: the pager's orders come as events of its link and are carried out one after the other
+//! (`executor.rs`), on this thread, between other messages.
+//!
 //! After a restart of a service its link connects again, sends the preamble (who we are: `AttachSpace` or `OpenQueue`) and then,
 //! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
 //! `AttachSpace` when the space's token is known.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, Fd, Reply, Role, TraceId, WireError, driver, pager};
+use uhmm_ipc::message::pager::AgentMemory;
+use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, Identity, Limits, LinkId, Reactor, Wake, Waker};
+use uhmm_kernel_hook::{HookError, Prot, Userfaultfd, Window, memfd};
 
 use crate::Error;
+use crate::executor::{Executor, Order};
 use crate::pending::{Completer, Pending, pair};
 
 /// Turns an answer into what the app asked for and delivers it.
@@ -42,11 +49,15 @@ pub(crate) struct Space {
     pub(crate) id: u64,
     pub(crate) token: Vec<u8>,
     pub(crate) features: u64,
+    /// A forked child's own userfaultfd, kept open for the same reason as the parent's.
+    pub(crate) _uffd: Option<Arc<Userfaultfd>>,
 }
 
 enum Command {
     OpenDriver { name: String, space: u64, token: Vec<u8> },
     Call { peer: Peer, call: Call, trace: TraceId, deadline: Option<Duration>, deliver: Deliver },
+    /// Test hook: stand still.
+    Pause(Duration),
     Stop,
 }
 
@@ -57,12 +68,21 @@ pub(crate) struct Agent {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What the agent needs to introduce this process to the pager.
+/// How this process introduces itself to the pager.
+pub(crate) enum Identification {
+    /// As a new client.
+    Open { nonce: u64, uffd: Fd, full: bool, sentinel_addr: u64 },
+    /// As the child that a client has forked.
+    Child { space: u64, token: Vec<u8> },
+}
+
+/// What the agent needs to begin.
 pub(crate) struct Introduction {
     pub(crate) run_dir: PathBuf,
-    pub(crate) nonce: u64,
-    pub(crate) uffd: Fd,
-    pub(crate) full: bool,
+    pub(crate) who: Identification,
+    pub(crate) memory: AgentMemory,
+    /// This process's userfaultfd; a forked child's comes with the pager's answer.
+    pub(crate) uffd: Option<Userfaultfd>,
 }
 
 impl Agent {
@@ -116,6 +136,11 @@ impl Agent {
         pending
     }
 
+    /// Test hook: the thread does nothing for a while.
+    pub(crate) fn pause(&self, duration: Duration) {
+        self.send(Command::Pause(duration));
+    }
+
     /// A command that cannot be delivered is dropped, and its completer answers `AgentGone`.
     fn send(&self, command: Command) {
         if self.commands.send(command).is_ok() {
@@ -146,6 +171,10 @@ struct Loop {
     drivers: HashMap<String, LinkId>,
     waiting: HashMap<(LinkId, CallId), Deliver>,
     opening: Option<Completer<Space>>,
+    /// Who we are, for a forked child.
+    child: Option<(u64, Vec<u8>)>,
+    staging: Fd,
+    executor: Option<Executor>,
 }
 
 impl Loop {
@@ -154,13 +183,25 @@ impl Loop {
         inbox: Receiver<Command>,
         opened: Completer<Space>,
     ) -> Result<(Self, Waker), Error> {
-        let Introduction { run_dir, nonce, uffd, full } = introduction;
+        let Introduction { run_dir, who, memory, uffd } = introduction;
         let mut reactor = client_reactor(Role::Client)?;
         let waker = reactor.waker();
         let pager = reactor.link(endpoint(&run_dir, "pager"));
-        reactor.set_preamble(pager, vec![Call::Pager(pager::Call::OpenSpace { nonce, uffd, full })]);
-        let drivers = HashMap::new();
-        Ok((Self { reactor, run_dir, inbox, pager, drivers, waiting: HashMap::new(), opening: Some(opened) }, waker))
+        let staging = memory.staging.clone();
+        let (hello, child) = match who {
+            Identification::Open { nonce, uffd, full, sentinel_addr } => {
+                (pager::Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent: memory }, None)
+            }
+            Identification::Child { space, token } => {
+                let attach = pager::Call::AttachSpace { space, token: token.clone(), agent: Some(memory) };
+                (attach, Some((space, token)))
+            }
+        };
+        reactor.set_preamble(pager, vec![Call::Pager(hello)]);
+        let executor = uffd.map(|uffd| make_executor(uffd, &staging)).transpose()?;
+        let (drivers, waiting) = (HashMap::new(), HashMap::new());
+        let opening = Some(opened);
+        Ok((Self { reactor, run_dir, inbox, pager, drivers, waiting, opening, child, staging, executor }, waker))
     }
 
     fn run(&mut self) {
@@ -187,6 +228,8 @@ impl Loop {
                 Ok(Command::Call { peer, call, trace, deadline, deliver }) => {
                     self.send(peer, call, trace, deadline, deliver);
                 }
+                // The one place where standing still is what is asked for.
+                Ok(Command::Pause(duration)) => std::thread::park_timeout(duration),
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
             }
@@ -220,6 +263,7 @@ impl Loop {
                     deliver(result.map_err(Error::from));
                 }
             }
+            Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.on_order(event),
             Wake::Preamble { link, result, .. } if link == self.pager => self.on_introduced(result),
             Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
             Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
@@ -232,10 +276,10 @@ impl Loop {
     fn on_introduced(&mut self, result: Result<Reply, WireError>) {
         let result = match result {
             Ok(Reply::Pager(pager::Reply::SpaceOpened { space, token, features })) => {
-                let attach = pager::Call::AttachSpace { space, token: token.clone() };
-                self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
-                Ok(Space { id: space, token, features })
+                self.attach_from_now_on(space, token.clone());
+                Ok(Space { id: space, token, features, _uffd: None })
             }
+            Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
             Ok(Reply::Pager(pager::Reply::Done)) => return,
             Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
             Err(error) => {
@@ -248,12 +292,46 @@ impl Loop {
         }
     }
 
+    fn attach_from_now_on(&mut self, space: u64, token: Vec<u8>) {
+        let attach = pager::Call::AttachSpace { space, token, agent: None };
+        self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
+    }
+
+    /// The pager had this process's userfaultfd, from the kernel; now we keep one too.
+    fn on_child_attached(&mut self, uffd: Fd, features: u64) -> Result<Space, Error> {
+        let Some((space, token)) = self.child.clone() else {
+            return Err(Error::StrangeReply { question: "OpenSpace" });
+        };
+        let own = uffd.try_clone().map_err(|source| Error::kernel("Keeping the userfaultfd")(HookError::call("dup", None, source)))?;
+        let uffd = Userfaultfd::from_fd(own).map_err(Error::kernel("Keeping the userfaultfd"))?;
+        let kept = uffd.try_clone().map_err(Error::kernel("Keeping the userfaultfd"))?;
+        self.executor = Some(make_executor(uffd, &self.staging)?);
+        self.attach_from_now_on(space, token.clone());
+        Ok(Space { id: space, token, features, _uffd: Some(Arc::new(kept)) })
+    }
+
+    /// The pager asks for something that only this process can do.
+    fn on_order(&mut self, event: pager::Event) {
+        let pager::Event::Agent { id, region, first_page, addr, page_count, op } = event else { return };
+        let Some(executor) = &mut self.executor else { return };
+        let runs = executor.run(&Order { region, first_page, addr, page_count, op });
+        tracing::trace!(id, region, first_page, page_count, ?op, ?runs, "Order of the pager");
+        let done = Call::Pager(pager::Call::AgentDone { id, runs });
+        self.reactor.call(self.pager, done, TraceId::default(), None);
+    }
+
     fn name_of(&self, link: LinkId) -> &str {
         if link == self.pager {
             return "pager";
         }
         self.drivers.iter().find(|(_, id)| **id == link).map_or("unknown", |(name, _)| name)
     }
+}
+
+fn make_executor(uffd: Userfaultfd, staging: &Fd) -> Result<Executor, Error> {
+    let failed = Error::kernel("Preparing the agent's memory");
+    let window = memfd::len(staging.as_fd()).and_then(|len| Window::map(staging.as_fd(), 0, len, Prot::ReadWrite));
+    window.and_then(|window| Executor::new(uffd, window)).map_err(failed)
 }
 
 /// A reactor for a process that only asks.

@@ -1,14 +1,18 @@
 //! Devices: what they are, and jobs on virtual addresses.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use uhmm_ipc::message::driver::AccessOp;
 use uhmm_ipc::message::pager::Target;
-use uhmm_ipc::message::{Call, Reply, driver};
+use uhmm_ipc::message::{Call, Fd, Reply, driver};
+use uhmm_kernel_hook::{Prot, Window, memfd};
 
 use crate::Error;
 use crate::agent::Peer;
 use crate::pending::Pending;
+use crate::range::{check_length, check_range};
 use crate::session::Inner;
 
 /// What a device is.
@@ -112,6 +116,145 @@ impl Device {
     /// [`Device::submit`] and wait.
     pub fn run(&self, job: Job) -> Result<JobResult, Error> {
         self.submit(job).wait()
+    }
+}
+
+/// What a direct access of a device brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AccessReport {
+    /// Pages that were read, written or made exclusive: all of the range.
+    pub page_count: u64,
+    /// Device faults it met. A range of which nothing is mapped takes one, if nobody interferes.
+    pub fault_count: u64,
+}
+
+/// Direct accesses: the device reads and writes a range by virtual address, without a kernel. Missing pages are faulted in with one
+/// fault for the whole range, and stay where the fault has brought them.
+///
+/// # Errors
+/// [`ErrorCode::Fault`](crate::ErrorCode::Fault) where nothing is mapped or may be read, `Permission` for a write to memory that
+/// the program itself may not write, `Invalid`, `NoMemory`, `Busy`, `Io`. Nothing is known about a range whose write failed.
+impl Device {
+    /// The device reads `into.len()` bytes at `addr`; whole pages.
+    pub fn read(&self, addr: u64, into: &mut [u8]) -> Result<AccessReport, Error> {
+        let (bytes, report) = self.read_at(addr, into.len() as u64, None)?.wait()?;
+        into.copy_from_slice(&bytes);
+        Ok(report)
+    }
+
+    /// [`Device::read`] without waiting.
+    pub fn read_at(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        deadline: Option<Duration>,
+    ) -> Result<Pending<(Vec<u8>, AccessReport)>, Error> {
+        let buffer = Buffer::new(len_bytes)?;
+        self.access(addr, len_bytes, AccessOp::Read, Some(buffer), deadline, |buffer, report| {
+            Ok((buffer.map_or(Ok(Vec::new()), |buffer| buffer.bytes())?, report))
+        })
+    }
+
+    /// The device writes the bytes to `addr`; whole pages.
+    pub fn write(&self, addr: u64, from: &[u8]) -> Result<AccessReport, Error> {
+        self.write_at(addr, from, None)?.wait()
+    }
+
+    /// [`Device::write`] without waiting; the bytes are copied before this returns.
+    pub fn write_at(
+        &self,
+        addr: u64,
+        from: &[u8],
+        deadline: Option<Duration>,
+    ) -> Result<Pending<AccessReport>, Error> {
+        let buffer = Buffer::new(from.len() as u64)?;
+        buffer.window.write(0, from).map_err(Error::kernel("Filling a device buffer"))?;
+        self.access(addr, from.len() as u64, AccessOp::Write, Some(buffer), deadline, |_, report| Ok(report))
+    }
+
+    /// The device adds `value` to every aligned word of the range, atomically and wrapping; the words from before come back. Not run
+    /// again by itself: if the driver dies meanwhile it ends with [`ErrorCode::Stale`](crate::ErrorCode::Stale).
+    pub fn fetch_add(&self, addr: u64, len_bytes: u64, value: u64) -> Result<(Vec<u64>, AccessReport), Error> {
+        self.fetch_add_at(addr, len_bytes, value, None)?.wait()
+    }
+
+    /// [`Device::fetch_add`] without waiting.
+    pub fn fetch_add_at(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        value: u64,
+        deadline: Option<Duration>,
+    ) -> Result<Pending<(Vec<u64>, AccessReport)>, Error> {
+        let buffer = Buffer::new(len_bytes)?;
+        self.access(addr, len_bytes, AccessOp::FetchAdd(value), Some(buffer), deadline, |buffer, report| {
+            let bytes = buffer.map_or(Ok(Vec::new()), |buffer| buffer.bytes())?;
+            let words = bytes.chunks_exact(8).map(|word| {
+                let mut bytes = [0; 8];
+                bytes.copy_from_slice(word);
+                u64::from_ne_bytes(bytes)
+            });
+            Ok((words.collect(), report))
+        })
+    }
+
+    /// The pages become the device's alone, for its atomics: until a CPU touches them, the process forks, their protection changes or
+    /// another device wants them.
+    pub fn make_exclusive(&self, addr: u64, len_bytes: u64) -> Result<AccessReport, Error> {
+        self.make_exclusive_at(addr, len_bytes, None)?.wait()
+    }
+
+    /// [`Device::make_exclusive`] without waiting.
+    pub fn make_exclusive_at(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        deadline: Option<Duration>,
+    ) -> Result<Pending<AccessReport>, Error> {
+        self.access(addr, len_bytes, AccessOp::MakeExclusive, None, deadline, |_, report| Ok(report))
+    }
+
+    fn access<T: Send + 'static>(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        op: AccessOp,
+        buffer: Option<Buffer>,
+        deadline: Option<Duration>,
+        finish: impl FnOnce(Option<Buffer>, AccessReport) -> Result<T, Error> + Send + 'static,
+    ) -> Result<Pending<T>, Error> {
+        check_range(addr, len_bytes)?;
+        let memory = buffer.as_ref().map(|buffer| buffer.memory.clone());
+        let call = driver::Call::Access { space: self.session.space.id, addr, len_bytes, op, buffer: memory };
+        let peer = Peer::Driver(self.name.clone());
+        Ok(self.session.agent.call(peer, Call::Driver(call), deadline, move |reply| match reply {
+            Reply::Driver(driver::Reply::Accessed { page_count, fault_count }) => {
+                finish(buffer, AccessReport { page_count, fault_count })
+            }
+            _ => Err(Error::StrangeReply { question: "Access" }),
+        }))
+    }
+}
+
+/// Memory between this process and a driver.
+struct Buffer {
+    memory: Fd,
+    window: Window,
+}
+
+impl Buffer {
+    fn new(len_bytes: u64) -> Result<Self, Error> {
+        check_length(len_bytes)?;
+        let failed = || Error::kernel("Making a device buffer");
+        let memory = memfd::create_sealed("uhmm-buffer", len_bytes).map_err(failed())?;
+        let window = Window::map(memory.as_fd(), 0, len_bytes, Prot::ReadWrite).map_err(failed())?;
+        Ok(Self { memory: Arc::new(memory), window })
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.window.len() as usize];
+        self.window.read(0, &mut bytes).map_err(Error::kernel("Reading a device buffer"))?;
+        Ok(bytes)
     }
 }
 

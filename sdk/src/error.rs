@@ -101,6 +101,9 @@ pub enum Error {
     /// The answer of a pending call was taken before.
     #[error("The result of this call was taken before: keep it when you take it")]
     AlreadyTaken,
+    /// This is not a forked child, or nobody looks after forked children here.
+    #[error("This process is not a forked child of the session, or fork events are not granted (see `uhmm doctor`)")]
+    NotForked,
     /// A service answered something that does not belong to the question.
     #[error("The answer to {question} was of another kind: the service does not speak this program's protocol")]
     StrangeReply {
@@ -121,7 +124,7 @@ impl Error {
             | Error::OutsideRegion { .. }
             | Error::AlreadyTaken
             | Error::BadDeviceName { .. } => ErrorCode::Invalid,
-            Error::NotRunning { .. } | Error::NoSuchService { .. } => ErrorCode::NotFound,
+            Error::NotRunning { .. } | Error::NoSuchService { .. } | Error::NotForked => ErrorCode::NotFound,
             Error::ArenaFull(_) => ErrorCode::NoMemory,
             Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) => ErrorCode::Io,
             Error::AgentGone => ErrorCode::Stale,

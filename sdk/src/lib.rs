@@ -30,8 +30,11 @@
 
 mod agent;
 mod arena;
+mod child;
 mod device;
 mod error;
+mod executor;
+mod memory;
 pub mod operator;
 mod paths;
 mod pending;
@@ -41,8 +44,9 @@ mod residency;
 mod session;
 
 pub use arena::Arena;
-pub use device::{Device, DeviceInfo, Job, JobResult};
+pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;
+pub use memory::{Adopted, AdoptedKind, RangeAttributes, SnapshotPage, Uniform};
 pub use operator::Operator;
 pub use paths::run_dir;
 pub use pending::Pending;
@@ -51,7 +55,10 @@ pub use region::Region;
 pub use residency::{MAX_DEVICES, MigrateReport, ResidencySummary};
 pub use session::Session;
 
-pub use uhmm_ipc::message::pager::{Advice, PageStatus, RegionStatus, Residency, ResidencyRun, StatusRun, Target};
+pub use uhmm_ipc::message::pager::{
+    AccessMode, Advice, FaultPoint, PageStatus, RegionStatus, Residency, ResidencyRun, StatusRun, Target, TraceCause,
+    TraceKind, TraceRecord,
+};
 pub use uhmm_ipc::message::supervisor::ServiceStatus;
 pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};
 pub use uhmm_kernel_hook::UffdKind;

@@ -28,7 +28,8 @@ impl ResidencySummary {
         match run.residency {
             Residency::Absent => self.absent_pages += run.page_count,
             Residency::System => self.system_pages += run.page_count,
-            Residency::Device(device) => {
+            Residency::Duplicated(_) => self.system_pages += run.page_count,
+            Residency::Device(device) | Residency::Exclusive(device) => {
                 if let Some(pages) = self.device_pages.get_mut(usize::from(device)) {
                     *pages += run.page_count;
                 }
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
 
     fn run(first_page: u64, page_count: u64, residency: Residency) -> ResidencyRun {
-        ResidencyRun { first_page, page_count, residency, pinned: false, mapped_mask: 0 }
+        ResidencyRun { first_page, page_count, residency, pinned: false, mapped_mask: 0, huge: false }
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{UffdKind, Userfaultfd};
+use uhmm_kernel_hook::{Features, UffdKind, Userfaultfd};
 
-use crate::agent::{Agent, Introduction, Peer, Space};
+use crate::agent::{Agent, Identification, Introduction, Peer, Space};
+use crate::child::{Sentinel, agent_memory};
 use crate::device::{Device, DeviceInfo, ask_info};
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
@@ -29,9 +30,10 @@ pub(crate) struct Inner {
     run_dir: PathBuf,
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
+    pub(crate) sentinel: Sentinel,
     // Never read, but never closed before the last region is gone either: without any reference left the kernel would turn
     // every page that is on a device into zeros.
-    _uffd: Userfaultfd,
+    _uffd: Option<Userfaultfd>,
 }
 
 /// A process's connection to uhmm: regions are allocated here, moved by address and used by devices.
@@ -39,7 +41,7 @@ pub(crate) struct Inner {
 /// One a process is enough; it can be shared by all threads. Regions and devices keep what they need of it alive. It survives
 /// restarts of every service: calls wait for the service to come back, unless they carry a deadline.
 pub struct Session {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 impl Session {
@@ -56,19 +58,62 @@ impl Session {
         }
         let (uffd, kind) = Userfaultfd::create(None).map_err(Error::kernel("Making this process's userfaultfd"))?;
         let sent = uffd.try_clone_fd().map_err(Error::kernel("Duplicating the userfaultfd"))?;
-        let (agent, space) = Agent::start(Introduction {
-            run_dir: run_dir.clone(),
+        let agents = uffd.try_clone().map_err(Error::kernel("Duplicating the userfaultfd"))?;
+        let sentinel = Sentinel::new()?;
+        let who = Identification::Open {
             nonce: TraceId::fresh().0,
             uffd: Arc::new(sent),
             full: kind == UffdKind::Full,
-        })?;
+            sentinel_addr: sentinel.addr(),
+        };
+        let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: Some(agents) };
+        Self::begin(introduction, kind, Some(uffd), sentinel)
+    }
+
+    fn begin(
+        introduction: Introduction,
+        kind: UffdKind,
+        uffd: Option<Userfaultfd>,
+        sentinel: Sentinel,
+    ) -> Result<Self, Error> {
+        let run_dir = introduction.run_dir.clone();
+        let (agent, space) = Agent::start(introduction)?;
         let space = space.wait_timeout(OPEN_DEADLINE).unwrap_or_else(|| {
             let text = format!("The pager in {} does not answer: see `uhmm status`", run_dir.display());
             Err(Error::Service { code: ErrorCode::TimedOut, text })
         })?;
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
-        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, _uffd: uffd }) })
+        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, _uffd: uffd }) })
+    }
+
+    /// In a forked child: its own session, on the address space that it has inherited. The parent's session, regions and devices
+    /// must neither be used nor dropped here (`std::mem::forget`): their agent thread does not exist in this process.
+    ///
+    /// # Errors
+    /// [`Error::NotForked`] when fork events are not granted, or nobody serves this process's faults.
+    pub fn in_child(&self) -> Result<Self, Error> {
+        if !self.fork_supported() {
+            return Err(Error::NotForked);
+        }
+        let (space, token) = self.inner.sentinel.identity()?;
+        if space == 0 || space == self.inner.space.id {
+            return Err(Error::NotForked);
+        }
+        let who = Identification::Child { space, token };
+        let run_dir = self.inner.run_dir.clone();
+        let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: None };
+        Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.inherited())
+    }
+
+    /// Whether forked children are managed too. Without it managed memory is left out of children.
+    pub fn fork_supported(&self) -> bool {
+        Features::from_bits_truncate(self.inner.space.features).contains(Features::EVENT_FORK)
+    }
+
+    /// Test hook: the agent thread stands still for this long. What is under way waits; CPU faults do not need it.
+    pub fn pause_agent(&self, duration: Duration) {
+        self.inner.agent.pause(duration);
     }
 
     /// Whether system calls may be given migrated memory. [`UffdKind::Full`]: yes, the kernel waits for the page like the program
@@ -106,27 +151,42 @@ impl Session {
         len_bytes: u64,
         target: impl Into<Target>,
     ) -> Result<Pending<MigrateReport>, Error> {
+        self.move_to(addr, len_bytes, target.into(), false)
+    }
+
+    fn move_to(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        target: Target,
+        prefetch: bool,
+    ) -> Result<Pending<MigrateReport>, Error> {
         check_range(addr, len_bytes)?;
-        let call = pager::Call::Migrate { addr, len_bytes, target: target.into() };
+        let call = pager::Call::Migrate { addr, len_bytes, target, prefetch };
         Ok(self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Migrated { moved_pages, runs }) => Ok(MigrateReport { moved_pages, runs }),
             _ => Err(Error::StrangeReply { question: "Migrate" }),
         }))
     }
 
-    /// Brings a range to a device ahead of its use there; the same as [`Session::migrate_async`].
+    /// Brings a range to a device (or home) ahead of its use there, and notes that as its last prefetch location.
     pub fn prefetch(
         &self,
         addr: u64,
         len_bytes: u64,
         target: impl Into<Target>,
     ) -> Result<Pending<MigrateReport>, Error> {
-        self.migrate_async(addr, len_bytes, target)
+        self.move_to(addr, len_bytes, target.into(), true)
     }
 
-    /// Brings a range home to system memory and waits.
-    pub fn evict(&self, addr: u64, len_bytes: u64) -> Result<MigrateReport, Error> {
-        self.migrate(addr, len_bytes, Target::Home)
+    /// Brings this process's pages home from a device, coldest first; 0: all of them. Returns how many came.
+    pub fn evict(&self, device: &Device, page_count: u64) -> Result<u64, Error> {
+        let call = pager::Call::Evict { device: device.id(), page_count };
+        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::Evicted { page_count }) => Ok(page_count),
+            _ => Err(Error::StrangeReply { question: "Evict" }),
+        });
+        answer.wait()
     }
 
     /// Where the pages of a range are, in order and without gaps. A snapshot: pages may move while it is taken.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::{Call, ErrorCode, Fd, Interface, Reply, Role, TraceId, WireError, pager};
 use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, Wake};
-use uhmm_kernel_hook::{ManagedMapping, SeqPacket, Userfaultfd, memfd};
+use uhmm_kernel_hook::{Window, ManagedMapping, SeqPacket, Userfaultfd, memfd};
 use uhmm_sdk::{Job, Session};
 use uhmm_tests::{TestBed, pattern::word};
 
@@ -40,7 +40,9 @@ impl Raw {
         let mut raw = Self::connect(bed, Role::Client);
         let (uffd, _) = Userfaultfd::create(None).expect("userfaultfd");
         let sent: Fd = Arc::new(uffd.try_clone_fd().expect("dup"));
-        let opened = raw.ask(pager::Call::OpenSpace { nonce: 1, uffd: sent, full: true }).expect("a space");
+        // The page stays mapped for the rest of the test.
+        let sentinel = std::mem::ManuallyDrop::new(Window::anonymous(PAGE).expect("page"));
+        let opened = raw.ask(open_space(sent, sentinel.addr())).expect("a space");
         let pager::Reply::SpaceOpened { space, .. } = opened else { panic!("{opened:?}") };
         (raw, uffd, space)
     }
@@ -94,6 +96,14 @@ fn good_client_works(bed: &TestBed) {
     assert_eq!(device.run(Job::new("sum", [region.addr(), MIB]).idempotent()).expect("sum").results, [sum]);
 }
 
+/// The first call of a client, with agent memory that is in order.
+fn open_space(uffd: Fd, sentinel_addr: u64) -> pager::Call {
+    let maps = uhmm_kernel_hook::procmap::open_maps(std::process::id()).expect("maps");
+    let staging = memfd::create_sealed("uhmm-test-staging", 2 << 20).expect("memfd");
+    let agent = pager::AgentMemory { maps: Arc::new(maps), staging: Arc::new(staging) };
+    pager::Call::OpenSpace { nonce: 1, uffd, full: true, sentinel_addr, agent }
+}
+
 #[test]
 fn integration_ranges_that_are_unaligned_empty_wrapping_or_unmapped_are_refused() {
     let bed = TestBed::start("16MiB");
@@ -106,14 +116,14 @@ fn integration_ranges_that_are_unaligned_empty_wrapping_or_unmapped_are_refused(
     raw.refused(create(u64::MAX - PAGE + 1, 4 * PAGE), ErrorCode::Invalid, "wrap");
     raw.refused(create(PAGE, 4 * PAGE), ErrorCode::Fault, "0x1000");
     raw.ask(create(mapping.addr(), 4 * PAGE)).expect("the honest range");
-    let migrate = |addr, len_bytes| pager::Call::Migrate { addr, len_bytes, target: pager::Target::Device(0) };
+    let migrate = |addr, len_bytes| pager::Call::Migrate { addr, len_bytes, target: pager::Target::Device(0), prefetch: false };
     raw.refused(migrate(mapping.addr() + 1, PAGE), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), PAGE + 1), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), 0), ErrorCode::Invalid, "empty");
     raw.refused(migrate(mapping.addr(), u64::MAX - PAGE + 1), ErrorCode::Invalid, "wraps");
-    raw.refused(migrate(mapping.addr(), 5 * PAGE), ErrorCode::Fault, "leaves its region");
+    raw.refused(migrate(mapping.addr(), 5 * PAGE), ErrorCode::Invalid, "leaves its region");
     raw.refused(migrate(PAGE, PAGE), ErrorCode::Fault, "0x1000");
-    let elsewhere = pager::Call::Migrate { addr: mapping.addr(), len_bytes: PAGE, target: pager::Target::Device(7) };
+    let elsewhere = pager::Call::Migrate { addr: mapping.addr(), len_bytes: PAGE, target: pager::Target::Device(7), prefetch: false };
     raw.refused(elsewhere, ErrorCode::NotFound, "Device 7");
     good_client_works(&bed);
 }
@@ -142,8 +152,7 @@ fn integration_a_client_that_lies_about_its_memory_is_refused() {
 fn integration_a_descriptor_that_is_no_userfaultfd_is_refused() {
     let bed = TestBed::start("16MiB");
     let mut raw = Raw::connect(&bed, Role::Client);
-    let open = pager::Call::OpenSpace { nonce: 1, uffd: dev_null(), full: true };
-    raw.refused(open, ErrorCode::Invalid, "userfaultfd");
+    raw.refused(open_space(dev_null(), 0), ErrorCode::Invalid, "userfaultfd");
     good_client_works(&bed);
 }
 
@@ -157,9 +166,9 @@ fn integration_a_foreign_region_or_space_is_refused() {
     assert_ne!(space, owner.space());
     raw.refused(pager::Call::FreeRegion { region: region.id() }, ErrorCode::Permission, "another process");
     raw.refused(pager::Call::FreeRegion { region: 9999 }, ErrorCode::NotFound, "9999");
-    let migrate = pager::Call::Migrate { addr: region.addr(), len_bytes: MIB, target: pager::Target::Device(0) };
+    let migrate = pager::Call::Migrate { addr: region.addr(), len_bytes: MIB, target: pager::Target::Device(0), prefetch: false };
     raw.refused(migrate, ErrorCode::Fault, "no region of this process");
-    let attach = pager::Call::AttachSpace { space: owner.space(), token: vec![0; 16] };
+    let attach = pager::Call::AttachSpace { space: owner.space(), token: vec![0; 16], agent: None };
     raw.refused(attach, ErrorCode::Permission, "token");
     assert_eq!(region.read_u64(0).expect("read"), 42);
     good_client_works(&bed);
@@ -189,6 +198,8 @@ fn integration_calls_out_of_turn_or_out_of_role_are_refused() {
         fault_page: 0,
         device: 0,
         write: true,
+        whole: false,
+        exclusive: false,
     };
     raw.refused(resolve, ErrorCode::Permission, "Client");
     // A service role without the channel's key does not even get a connection.

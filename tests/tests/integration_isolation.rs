@@ -24,7 +24,7 @@ fn integration_isolation_other_client_role() {
         region.write_u64(offset, SECRET).expect("write");
     }
     session.migrate(region.addr(), region.len_bytes(), &device).expect("migrate");
-    let home = session.evict(region.addr(), 2 * MIB).expect("evict");
+    let home = session.migrate(region.addr(), 2 * MIB, uhmm_sdk::Target::Home).expect("evict");
     assert!(home.complete());
     println!("space {} region {}", session.space(), region.addr());
     std::io::stdout().flush().expect("flush");

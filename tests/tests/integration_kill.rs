@@ -54,7 +54,7 @@ impl Scene {
     }
 
     fn home(&self) {
-        self.session.evict(self.region.addr(), LEN).expect("evict");
+        self.session.migrate(self.region.addr(), LEN, uhmm_sdk::Target::Home).expect("evict");
     }
 
     /// Kills `victim` once `work` has begun; the work must finish all the same.

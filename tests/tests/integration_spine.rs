@@ -43,7 +43,7 @@ fn migrates_computes_and_comes_home(bed: &TestBed) {
     assert_eq!(region.read_u64(4096 + 8192 - 8).expect("read"), 0x5555_5555_5555_5555);
     fill(&region, 2);
     assert_eq!(device.run(sum_job(&region)).expect("job").results, [expected_sum(&region, 2)]);
-    session.evict(region.addr(), region.len_bytes()).expect("evict");
+    session.migrate(region.addr(), region.len_bytes(), uhmm_sdk::Target::Home).expect("evict");
     let summary = session.residency_summary(region.addr(), region.len_bytes()).expect("residency");
     assert_eq!(summary.system_pages, region.len_bytes() / 4096, "{summary:?}");
     check(&region, 2);

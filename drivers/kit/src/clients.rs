@@ -5,6 +5,7 @@ use std::time::Instant;
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, WireError, common, driver, mirror};
 use uhmm_ipc::{CallId, ConnId};
 
+use crate::access::Wanted;
 use crate::device::{DeviceMemory, Driver, JobId, JobQueue, JobReport, PAGE_BYTES};
 use crate::fault::FaultEvent;
 use crate::job::Request;
@@ -35,6 +36,10 @@ impl<D: Driver> DriverLoop<D> {
             Call::Driver(driver::Call::Submit { space, kernel, args, idempotent }) => {
                 let request = Request { space, kernel, args, idempotent, trace };
                 self.submit(conn, call, request, deadline).err().map(Err)
+            }
+            Call::Driver(driver::Call::Access { space, addr, len_bytes, op, buffer }) => {
+                let wanted = Wanted { space, addr, len_bytes, op, buffer };
+                self.begin_access(conn, call, trace, deadline, wanted).err().map(Err)
             }
             _ => Some(Err(WireError::new(ErrorCode::Protocol, "Not a call of the driver interface"))),
         };
@@ -143,6 +148,10 @@ impl<D: Driver> DriverLoop<D> {
     /// Nobody waits for the job any more.
     pub(crate) fn job_expired(&mut self, job: JobId) {
         self.job_timers.remove(&job);
+        if self.accesses.contains(job) {
+            let text = "The access's deadline passed: it was cancelled";
+            return self.end_access(job, Err(WireError::new(ErrorCode::TimedOut, text)));
+        }
         if self.jobs.is_running(job) {
             self.queue.cancel(job, WireError::new(ErrorCode::TimedOut, "The job's deadline passed: it was cancelled"));
             self.step_faults(FaultEvent::JobGone { job });
@@ -154,7 +163,12 @@ impl<D: Driver> DriverLoop<D> {
         self.conns.remove(&conn);
         let (jobs, unused_spaces) = self.jobs.closed(conn);
         for job in jobs {
-            self.queue.cancel(job, WireError::new(ErrorCode::Stale, "The client disconnected: its job was cancelled"));
+            let why = WireError::new(ErrorCode::Stale, "The client disconnected: its job was cancelled");
+            if self.accesses.contains(job) {
+                self.end_access(job, Err(why));
+                continue;
+            }
+            self.queue.cancel(job, why);
             self.step_faults(FaultEvent::JobGone { job });
         }
         for space in unused_spaces {

@@ -13,11 +13,12 @@
 use std::fmt;
 use std::time::Instant;
 
-use uhmm_ipc::message::pager::MapRun;
+use uhmm_ipc::message::pager::{MapRun, Memory};
 use uhmm_ipc::message::{Fd, WireError};
 use uhmm_kernel_hook::Window;
 use uhmm_manifest::DevicePlan;
 
+use crate::file_pages::FilePages;
 use crate::port::DevicePort;
 
 /// Bytes of a page and of a frame.
@@ -74,7 +75,7 @@ pub struct RegionMap {
     /// Devices may not write.
     pub device_read_only: bool,
     /// The system pages, for in-place mappings.
-    pub memory: Fd,
+    pub memory: Memory,
 }
 
 /// Consecutive frames of device memory.
@@ -129,6 +130,26 @@ pub struct InstallReport {
     pub refused: Vec<u64>,
 }
 
+/// System pages that a device may use where they are.
+#[derive(Debug)]
+pub enum SystemPages {
+    /// The client's private memory: out of reach, so the pager never maps it in place.
+    Private,
+    /// Mapped here; the region's first page is at offset 0.
+    Mapped(Window),
+    /// A file that may shrink at any time: read and written, never mapped.
+    File(FilePages),
+}
+
+/// What a valid entry leads to; see [`DevicePageTable::with_page`].
+#[derive(Clone, Copy, Debug)]
+pub enum Place<'a> {
+    /// A frame of the device.
+    Frame(u32),
+    /// A system page: whose, and which one of the region.
+    System(&'a SystemPages, u64),
+}
+
 /// The device's page table: one part for each attached region.
 ///
 /// ```text
@@ -146,9 +167,26 @@ pub trait DevicePageTable {
     /// Where the device's threads say that they are inside. `None`: revocation goes by message.
     fn gate(&self) -> Option<Fd>;
 
-    /// The pages that are invalid become pending under this nonce. `upgrade` names a page that a job wants to write: if its
-    /// mapping is valid but read-only, that one becomes pending too.
-    fn begin(&mut self, key: RegionKey, pages: PageRange, nonce: u32, upgrade: Option<u64>) -> Result<(), DeviceError>;
+    /// The pages that are invalid become pending under this nonce. `upgrade` names pages that somebody wants to write: those
+    /// whose mapping is valid but read-only become pending too.
+    fn begin(
+        &mut self,
+        key: RegionKey,
+        pages: PageRange,
+        nonce: u32,
+        upgrade: Option<PageRange>,
+    ) -> Result<(), DeviceError>;
+
+    /// If the page is mapped with the right that is asked for: marks it as used (accessed, and dirty for a write), calls `act` once
+    /// with where it is, and returns true. Until `act` has returned no revocation of the page is reported as complete. The kit's
+    /// own accesses (`Access` calls) go this way, in the loop; `act` never waits.
+    fn with_page(
+        &mut self,
+        key: RegionKey,
+        page: u64,
+        write: bool,
+        act: &mut dyn FnMut(Place<'_>),
+    ) -> Result<bool, DeviceError>;
 
     /// Pending pages of this nonce become valid as `runs` say; pages that are valid already stay as they are.
     fn install(&mut self, key: RegionKey, nonce: u32, runs: &[MapRun]) -> Result<InstallReport, DeviceError>;

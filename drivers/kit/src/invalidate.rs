@@ -56,6 +56,10 @@ impl<D: Driver> DriverLoop<D> {
     pub(crate) fn end_space(&mut self, space: u64, why: &str, tell: bool) {
         for job in self.jobs.space_gone(space) {
             let error = WireError::new(ErrorCode::NotFound, format!("Space {space} ended before the job: {why}"));
+            if self.accesses.contains(job) {
+                self.end_access(job, Err(error));
+                continue;
+            }
             self.queue.cancel(job, error);
             self.step_faults(FaultEvent::JobGone { job });
         }

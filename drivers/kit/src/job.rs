@@ -70,10 +70,7 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
     /// Checks a request and names its job.
     pub(crate) fn submit(&mut self, conn: Conn, call: Call, request: Request) -> Result<Job, WireError> {
         let Request { space, kernel, args, idempotent, trace } = request;
-        if !self.queues.get(&conn).is_some_and(|spaces| spaces.contains(&space)) {
-            let text = format!("Space {space} has no queue on this connection: send OpenQueue with its token first");
-            return Err(WireError::new(ErrorCode::Permission, text));
-        }
+        self.check_queue(conn, space)?;
         let Some((index, spec)) = self.kernels.iter().enumerate().find(|(_, spec)| spec.name == kernel) else {
             let text = format!("Kernel {kernel:?} is not one of this driver's: Info lists them");
             return Err(WireError::new(ErrorCode::NotFound, text));
@@ -86,10 +83,29 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
             let text = format!("Kernel {kernel} must not run twice: submit it as not idempotent");
             return Err(WireError::new(ErrorCode::Invalid, text));
         }
+        let id = self.name(Origin { conn, call, space, trace });
+        Ok(Job { id, space, kernel: index, args })
+    }
+
+    /// Names a direct access of a client as a job, so that it ends with its client.
+    pub(crate) fn open_access(&mut self, conn: Conn, call: Call, space: u64, trace: TraceId) -> Result<JobId, WireError> {
+        self.check_queue(conn, space)?;
+        Ok(self.name(Origin { conn, call, space, trace }))
+    }
+
+    fn check_queue(&self, conn: Conn, space: u64) -> Result<(), WireError> {
+        if self.queues.get(&conn).is_some_and(|spaces| spaces.contains(&space)) {
+            return Ok(());
+        }
+        let text = format!("Space {space} has no queue on this connection: send OpenQueue with its token first");
+        Err(WireError::new(ErrorCode::Permission, text))
+    }
+
+    fn name(&mut self, origin: Origin<Conn, Call>) -> JobId {
         self.next_job += 1;
         let id = JobId(self.next_job);
-        self.jobs.insert(id, Origin { conn, call, space, trace });
-        Ok(Job { id, space, kernel: index, args })
+        self.jobs.insert(id, origin);
+        id
     }
 
     /// A job ended: whom to tell. `None` for one that nobody waits for.

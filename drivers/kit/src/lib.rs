@@ -16,10 +16,12 @@
 
 pub mod device;
 pub mod fault;
+mod file_pages;
 pub mod port;
 pub mod stats;
 pub mod table;
 
+mod access;
 mod clients;
 mod copy_service;
 mod error;
@@ -33,9 +35,10 @@ mod uplink;
 pub use device::{
     CopyEngine, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId, Frames,
     InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES, PageRange,
-    Parts, Quiescence, RegionKey, RegionMap,
+    Parts, Place, Quiescence, RegionKey, RegionMap, SystemPages,
 };
 pub use error::DriverError;
+pub use file_pages::FilePages;
 pub use port::{DeviceEvent, DevicePort};
 pub use run::run_driver;
 pub use table::{AddressSpaces, MappedRegion, SharedTable};

@@ -17,6 +17,7 @@ use uhmm_ipc::message::{ErrorCode, Reply, WireError, mirror, pager};
 use crate::device::{
     DeviceFault, DeviceMemory, DevicePageTable, Driver, JobQueue, PAGE_BYTES, PageRange, RegionKey, RegionMap,
 };
+use crate::access::AccessBook;
 use crate::fault::{FaultAction, FaultEvent, WindowId};
 use crate::port::DeviceEvent;
 use crate::run::{Asked, Attached, DriverLoop, Due};
@@ -42,7 +43,7 @@ impl<D: Driver> DriverLoop<D> {
         }
         tracing::debug!(request = self.jobs.trace(job).0, job = job.0, space, addr, write, "Device fault");
         self.suspended.insert(id, (job, at));
-        self.step_faults(FaultEvent::Fault { fault: id, job, space, addr, write });
+        self.step_faults(FaultEvent::Fault { fault: id, job, space, addr, write, range: None });
     }
 
     /// Feeds the book until it has nothing more to say.
@@ -66,15 +67,30 @@ impl<D: Driver> DriverLoop<D> {
             }
             FaultAction::Attach { key } => return self.attach(key),
             FaultAction::Drop { key } => self.retire(vec![key], None, None),
-            FaultAction::Ask { window, job, key, pages, fault_page, write, nonce } => {
-                if let Err(error) = self.table.begin(key, pages, nonce, write.then_some(fault_page)) {
+            FaultAction::Ask { window, job, key, pages, fault_page, write, range, nonce } => {
+                let exclusive = range.is_some_and(|range| range.exclusive);
+                let upgrade = match range {
+                    Some(_) => PageRange { first: fault_page, count: pages.end() - fault_page },
+                    None => PageRange { first: fault_page, count: 1 },
+                };
+                if let Err(error) = self.table.begin(key, pages, nonce, (write || exclusive).then_some(upgrade)) {
                     let error = WireError::new(ErrorCode::Io, format!("The device's page table failed: {error}"));
                     return Some(FaultEvent::Failed { window, error });
                 }
                 self.stats.fault_asks += 1;
                 let (space, region) = (key.space, key.region);
                 let (first_page, page_count) = (pages.first, pages.count);
-                let call = mirror::Call::Fault { space, region, first_page, page_count, fault_page, write };
+                let whole = range.is_some();
+                let call = mirror::Call::Fault {
+                    space,
+                    region,
+                    first_page,
+                    page_count,
+                    fault_page,
+                    write,
+                    whole,
+                    exclusive,
+                };
                 self.ask_mirror(call, self.jobs.trace(job), Asked::Fault { window });
             }
             FaultAction::Abandon { key, pages, nonce } => {
@@ -87,7 +103,10 @@ impl<D: Driver> DriverLoop<D> {
                     self.stats.fault_waited(Instant::now().saturating_duration_since(since));
                 }
                 self.stats.failed_faults += u64::from(outcome.is_err());
-                self.queue.resume(fault, outcome);
+                match AccessBook::job_of(fault) {
+                    Some(job) => self.access_resumed(job, outcome),
+                    None => self.queue.resume(fault, outcome),
+                }
             }
             FaultAction::RetryAfter { retry, after } => {
                 self.after(after, Due::Retry(retry));

@@ -13,17 +13,20 @@
 //! The pager relies on the vault: `DriverLogin` is sent only after the supervisor has acknowledged what holds the memory.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
+use uhmm_kernel_hook::{Prot, Window};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_manifest::DevicePlan;
 
+use crate::access::AccessBook;
 use crate::copy_service::CopyService;
 use crate::device::{
-    DeviceMemory, DevicePageTable, Driver, FaultId, JobId, JobQueue, OpenContext, RegionKey, RegionMap,
+    DeviceMemory, DevicePageTable, Driver, FaultId, JobId, JobQueue, OpenContext, PAGE_BYTES, RegionKey, RegionMap,
 };
 use crate::error::DriverError;
 use crate::fault::{FaultBook, Retry, WindowId};
@@ -109,6 +112,9 @@ pub(crate) struct DriverLoop<D: Driver> {
     pub(crate) port: DevicePort,
     pub(crate) book: FaultBook,
     pub(crate) jobs: JobBook<ConnId, CallId>,
+    pub(crate) accesses: AccessBook,
+    /// Device memory as the loop itself sees it.
+    pub(crate) window: Option<Window>,
     pub(crate) stats: Stats,
     pub(crate) mirror: Uplink,
     pub(crate) pager: Uplink,
@@ -166,6 +172,9 @@ impl<D: Driver> DriverLoop<D> {
         );
         let Some(early) = keep_in_vault(&mut service, &parts.memory, &generation)? else { return Ok(None) };
 
+        let len_bytes = u64::from(frame_count) * PAGE_BYTES;
+        let window = parts.memory.aperture().map(|fd| Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite));
+        let window = window.transpose().map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;
         let stats = Stats::new();
         let copy = match (parts.memory.aperture(), parts.engine) {
             (Some(_), _) => None,
@@ -187,6 +196,8 @@ impl<D: Driver> DriverLoop<D> {
         let mut driver_loop = Self {
             driver_name: driver.name(),
             jobs: JobBook::new(driver.kernels()),
+            accesses: AccessBook::default(),
+            window,
             service,
             plan,
             memory: parts.memory,
@@ -222,7 +233,8 @@ impl<D: Driver> DriverLoop<D> {
         }
         let mut wakes = Vec::new();
         loop {
-            self.service.reactor.poll(None, &mut wakes)?;
+            let timeout = self.accesses.has_work().then_some(Duration::ZERO);
+            self.service.reactor.poll(timeout, &mut wakes)?;
             for wake in wakes.drain(..) {
                 match self.service.on_wake(&wake) {
                     Handled::Exit => return Ok(()),
@@ -231,6 +243,7 @@ impl<D: Driver> DriverLoop<D> {
                 }
             }
             self.device_events();
+            self.step_access();
         }
     }
 

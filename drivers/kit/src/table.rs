@@ -16,15 +16,17 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use uhmm_ipc::message::Fd;
-use uhmm_ipc::message::pager::{MapKind, MapRun};
+use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
 use uhmm_ipc::shared::gate::{Gate, Slot};
 use uhmm_ipc::shared::table::{Begin, Pte, Table};
 use uhmm_kernel_hook::memfd;
 use uhmm_kernel_hook::{Prot, Window};
 
 use crate::device::{
-    DeviceError, DevicePageTable, InstallReport, PAGE_BYTES, PageRange, Quiescence, RegionKey, RegionMap,
+    DeviceError, DevicePageTable, InstallReport, PAGE_BYTES, PageRange, Place, Quiescence, RegionKey, RegionMap,
+    SystemPages,
 };
+use crate::file_pages::FilePages;
 
 /// How long one quiescence is waited for inside the loop. Threads stay inside for microseconds; only one that was preempted
 /// there takes longer, and then the loop comes back later.
@@ -41,7 +43,7 @@ pub struct MappedRegion {
     /// Entries of the pages.
     pub table: Table,
     /// The system pages, for in-place entries.
-    pub memory: Window,
+    pub system: SystemPages,
 }
 
 impl MappedRegion {
@@ -98,6 +100,8 @@ pub struct SharedTable {
     spaces: AddressSpaces,
     by_key: HashMap<RegionKey, Arc<MappedRegion>>,
     gate: Gate,
+    /// The loop's own place in the gate, behind those of the device's threads.
+    own_slot: Slot,
     shown_to_pager: bool,
 }
 
@@ -111,8 +115,9 @@ impl SharedTable {
     /// An empty table for this many device threads. `shown_to_pager`: the pager revokes by itself, without a message; only for
     /// devices with an aperture, since it must be able to fetch the data by itself too.
     pub fn create(thread_count: u32, shown_to_pager: bool) -> Result<Self, DeviceError> {
-        let gate = Gate::create(thread_count)?;
-        Ok(Self { spaces: AddressSpaces::default(), by_key: HashMap::new(), gate, shown_to_pager })
+        let gate = Gate::create(thread_count + 1)?;
+        let own_slot = gate.slot(thread_count as usize).ok_or("The gate has no slot for the loop")?;
+        Ok(Self { spaces: AddressSpaces::default(), by_key: HashMap::new(), gate, own_slot, shown_to_pager })
     }
 
     /// For the device's threads.
@@ -134,14 +139,22 @@ impl DevicePageTable for SharedTable {
     fn attach(&mut self, region: &RegionMap) -> Result<Option<Fd>, DeviceError> {
         let len_bytes =
             region.page_count.checked_mul(PAGE_BYTES).ok_or("The region is larger than the address space")?;
-        // Sealed: an access through the window can never meet the end of the file.
-        memfd::check_sealed(region.memory.as_fd(), len_bytes)?;
+        let system = match &region.memory {
+            Memory::Private => SystemPages::Private,
+            Memory::Sealed { memory, offset_bytes } => {
+                // Sealed: an access through the window can never meet the end of the file.
+                let file_bytes = memfd::len(memory.as_fd())?;
+                memfd::check_sealed(memory.as_fd(), file_bytes)?;
+                SystemPages::Mapped(Window::map(memory.as_fd(), *offset_bytes, len_bytes, Prot::ReadWrite)?)
+            }
+            Memory::File { file, offset_bytes } => SystemPages::File(FilePages::new(file.clone(), *offset_bytes)),
+        };
         let mapped = Arc::new(MappedRegion {
             key: region.key,
             addr: region.addr,
             page_count: region.page_count,
             table: Table::create(region.page_count)?,
-            memory: Window::map(region.memory.as_fd(), 0, len_bytes, Prot::ReadWrite)?,
+            system,
         });
         let fd = mapped.table.fd().clone();
         self.spaces.insert(mapped.clone());
@@ -155,12 +168,18 @@ impl DevicePageTable for SharedTable {
         self.shown_to_pager.then(|| self.gate.fd().clone())
     }
 
-    fn begin(&mut self, key: RegionKey, pages: PageRange, nonce: u32, upgrade: Option<u64>) -> Result<(), DeviceError> {
+    fn begin(
+        &mut self,
+        key: RegionKey,
+        pages: PageRange,
+        nonce: u32,
+        upgrade: Option<PageRange>,
+    ) -> Result<(), DeviceError> {
         let table = &self.region(key)?.table;
         for page in pages.first..pages.end().min(table.page_count()) {
             match table.begin(page, nonce) {
                 Begin::Started | Begin::OutOfRange => {}
-                Begin::Valid(pte) if upgrade != Some(page) || pte.is_writable() => {}
+                Begin::Valid(pte) if pte.is_writable() || !upgrade.is_some_and(|pages| pages.contains(page)) => {}
                 // Other threads may go on reading through the old entry: whoever changes the page's owner waits for the gate.
                 Begin::Valid(_) | Begin::Pending => {
                     table.revoke(page, 1);
@@ -172,9 +191,13 @@ impl DevicePageTable for SharedTable {
     }
 
     fn install(&mut self, key: RegionKey, nonce: u32, runs: &[MapRun]) -> Result<InstallReport, DeviceError> {
-        let table = &self.region(key)?.table;
+        let region = self.region(key)?;
+        let table = &region.table;
         let mut report = InstallReport::default();
         for run in runs {
+            if run.kind == MapKind::System && matches!(region.system, SystemPages::Private) {
+                return Err(format!("{key} is private memory, which cannot be mapped in place").into());
+            }
             for offset in 0..run.page_count {
                 let page = run.first_page + offset;
                 let pte = match run.kind {
@@ -189,6 +212,23 @@ impl DevicePageTable for SharedTable {
             }
         }
         Ok(report)
+    }
+
+    fn with_page(
+        &mut self,
+        key: RegionKey,
+        page: u64,
+        write: bool,
+        act: &mut dyn FnMut(Place<'_>),
+    ) -> Result<bool, DeviceError> {
+        let Some(region) = self.by_key.get(&key) else { return Ok(false) };
+        let _inside = self.own_slot.enter();
+        let Some(pte) = region.table.touch(page, region.table.load(page), write) else { return Ok(false) };
+        act(match pte.frame_number() {
+            Some(frame) => Place::Frame(frame),
+            None => Place::System(&region.system, page),
+        });
+        Ok(true)
     }
 
     fn abandon(&mut self, key: RegionKey, pages: PageRange, nonce: u32) -> Result<(), DeviceError> {
@@ -224,6 +264,7 @@ mod tests {
 
     fn region(page_count: u64) -> Result<RegionMap, DeviceError> {
         let memory = Arc::new(memfd::create_sealed("uhmm-test-region", page_count * PAGE_BYTES)?);
+        let memory = Memory::Sealed { memory, offset_bytes: 0 };
         Ok(RegionMap { key: KEY, addr: ADDR, page_count, device_read_only: false, memory })
     }
 
@@ -259,7 +300,7 @@ mod tests {
         let (mut table, mapped) = attached()?;
         table.begin(KEY, pages(0, 2), 1, None)?;
         table.install(KEY, 1, &[run(0, 2, false)])?;
-        table.begin(KEY, pages(0, 2), 2, Some(1))?;
+        table.begin(KEY, pages(0, 2), 2, Some(pages(1, 1)))?;
         assert!(mapped.table.load(0).is_valid() && !mapped.table.load(1).is_valid());
         let report = table.install(KEY, 2, &[run(0, 2, true)])?;
         assert_eq!(report, InstallReport { installed_pages: 1, refused: vec![] });
@@ -294,6 +335,30 @@ mod tests {
     }
 
     #[test]
+    fn a_page_is_lent_only_with_the_right_that_it_has() -> Result<(), DeviceError> {
+        let (mut table, _mapped) = attached()?;
+        table.begin(KEY, pages(0, 2), 1, None)?;
+        table.install(KEY, 1, &[run(0, 1, false)])?;
+        let mut seen = Vec::new();
+        let mut act = |place: Place<'_>| seen.push(matches!(place, Place::Frame(40)));
+        assert!(table.with_page(KEY, 0, false, &mut act)?);
+        assert!(!table.with_page(KEY, 0, true, &mut act)? && !table.with_page(KEY, 1, false, &mut act)?);
+        assert_eq!(seen, [true]);
+        Ok(())
+    }
+
+    #[test]
+    fn private_memory_is_never_mapped_in_place() -> Result<(), DeviceError> {
+        let mut table = SharedTable::create(1, true)?;
+        table.attach(&RegionMap { memory: Memory::Private, ..region(4)? })?;
+        table.begin(KEY, pages(0, 4), 1, None)?;
+        assert_eq!(table.install(KEY, 1, &[run(0, 2, true)])?.installed_pages, 2);
+        let system = MapRun { kind: MapKind::System, ..run(2, 1, true) };
+        assert!(table.install(KEY, 1, &[system]).is_err());
+        Ok(())
+    }
+
+    #[test]
     fn quiescence_is_not_reported_while_a_thread_is_inside() -> Result<(), DeviceError> {
         let (mut table, _mapped) = attached()?;
         let mut slot = table.slot(1).ok_or("Two slots were asked for")?;
@@ -305,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memfd_of_another_size_is_refused() -> Result<(), DeviceError> {
+    fn a_memfd_that_is_too_short_is_refused() -> Result<(), DeviceError> {
         let mut table = SharedTable::create(1, false)?;
         let honest = region(16)?;
         assert!(table.attach(&RegionMap { page_count: 17, ..honest.clone() }).is_err());

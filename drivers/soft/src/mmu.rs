@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use uhmm_driver_kit::{AddressSpaces, MappedRegion, PAGE_BYTES};
+use uhmm_driver_kit::{AddressSpaces, FilePages, MappedRegion, PAGE_BYTES, SystemPages};
 use uhmm_ipc::message::{ErrorCode, WireError};
 use uhmm_ipc::shared::gate::Slot;
 use uhmm_kernel_hook::{HookError, MappedBytes, Window};
@@ -107,9 +107,38 @@ impl<'a> Mmu<'a> {
         let offset = addr % PAGE_BYTES;
         Some(match pte.frame_number() {
             Some(frame) => act(self.memory, u64::from(frame) * PAGE_BYTES + offset),
-            None => act(&region.memory, page * PAGE_BYTES + offset),
+            None => match &region.system {
+                SystemPages::Mapped(window) => act(window, page * PAGE_BYTES + offset),
+                SystemPages::File(file) => through_file(file, page, offset, write, act),
+                SystemPages::Private => return None,
+            },
         })
     }
+}
+
+/// An access to a file's page: on a copy of it, of which the bytes that have changed are written back.
+fn through_file<R>(
+    file: &FilePages,
+    page: u64,
+    offset: u64,
+    write: bool,
+    act: &mut impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
+) -> Result<R, HookError> {
+    let failed = |source: std::io::Error| HookError::call("access to a file's page", None, source);
+    let mut before = vec![0; PAGE_BYTES as usize];
+    file.read(page * PAGE_BYTES, &mut before).map_err(failed)?;
+    let copy = Window::anonymous(PAGE_BYTES)?;
+    copy.write(0, &before)?;
+    let result = act(&copy, offset)?;
+    if write {
+        let mut after = vec![0; PAGE_BYTES as usize];
+        copy.read(0, &mut after)?;
+        let differs = |index: &usize| before[*index] != after[*index];
+        if let (Some(first), Some(last)) = ((0..4096).find(differs), (0..4096).rfind(differs)) {
+            file.write(page * PAGE_BYTES + first as u64, &after[first..=last]).map_err(failed)?;
+        }
+    }
+    Ok(result)
 }
 
 impl DeviceView for Mmu<'_> {
@@ -163,7 +192,7 @@ mod tests {
     use std::sync::Arc;
 
     use uhmm_driver_kit::{DeviceError, DevicePageTable, PageRange, RegionKey, RegionMap, SharedTable};
-    use uhmm_ipc::message::pager::{MapKind, MapRun};
+    use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
     use uhmm_kernel_hook::memfd;
 
     use super::*;
@@ -188,6 +217,7 @@ mod tests {
     impl Resolver {
         fn new(attach_late: bool) -> Result<Self, DeviceError> {
             let memory = Arc::new(memfd::create_sealed("uhmm-test", PAGES * PAGE_BYTES)?);
+            let memory = Memory::Sealed { memory, offset_bytes: 0 };
             let region = RegionMap { key: KEY, addr: AT, page_count: PAGES, device_read_only: false, memory };
             let mut table = SharedTable::create(1, false)?;
             if !attach_late {
@@ -212,7 +242,7 @@ mod tests {
             }
             let nonce = faults.len() as u32;
             let pages = PageRange { first: page, count: 1 };
-            table.begin(KEY, pages, nonce, write.then_some(page)).expect("region is attached");
+            table.begin(KEY, pages, nonce, write.then_some(pages)).expect("region is attached");
             table.install(KEY, nonce, &[mapping(page, write)]).expect("region is attached");
             Ok(())
         }
@@ -240,8 +270,9 @@ mod tests {
     fn bytes_cross_pages_frames_and_system_memory_as_one_range() -> Result<(), DeviceError> {
         let resolver = Resolver::new(true)?;
         let memory = Window::anonymous(32 * PAGE_BYTES)?;
+        let Memory::Sealed { memory: fd, .. } = &resolver.region.memory else { return Err("a memfd".into()) };
         let system = Window::map(
-            std::os::fd::AsFd::as_fd(&resolver.region.memory),
+            std::os::fd::AsFd::as_fd(fd),
             0,
             PAGES * PAGE_BYTES,
             uhmm_kernel_hook::Prot::ReadWrite,

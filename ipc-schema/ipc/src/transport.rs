@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use capnp::Word;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use uhmm_kernel_hook::process::{PeerCred, peer_cred};
 use uhmm_kernel_hook::{HookError, RecvStatus, SendStatus, SeqPacket};
 
 use crate::codec::DecodeError;
@@ -100,11 +101,9 @@ impl Channel {
         }
     }
 
-    /// Process and user id of the other end when it connected.
-    pub(crate) fn peer(&self) -> Result<(u32, u32), String> {
-        let cred = rustix::net::sockopt::socket_peercred(&self.socket)
-            .map_err(|error| format!("its credentials cannot be read: {error}"))?;
-        Ok((cred.pid.as_raw_pid().cast_unsigned(), cred.uid.as_raw()))
+    /// Who was at the other end when it connected; the pid is 0 when it cannot be seen from here.
+    pub(crate) fn peer(&self) -> Result<PeerCred, String> {
+        peer_cred(self.socket.as_fd()).map_err(|error| format!("its credentials cannot be read: {}", chain(&error)))
     }
 
     /// Sends or queues one message.

@@ -6,17 +6,19 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
+use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
 use crate::event::{
-    Action, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId,
-    StepResult, Ticket,
+    Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId,
+    SpaceId, StepResult, Ticket,
 };
 use crate::fault::CpuOp;
-use crate::frames::{FrameTable, Owner};
+use crate::fork::ForkWait;
+use crate::frames::{FrameTable, HUGE_PAGES, Owner};
 use crate::policy::Policy;
 use crate::request::Request;
+use crate::resolve::Resolve;
 use crate::stats::Stats;
-use crate::transfer::{Phase, Transfer};
+use crate::transfer::Transfer;
 
 /// Most pages of one transfer: 2 MiB.
 pub const CHUNK_PAGES: u64 = 512;
@@ -29,7 +31,7 @@ pub(crate) const KEEPER: Owner = Owner { region: RegionId(u64::MAX), page: 0 };
 pub(crate) struct RegionInfo {
     pub space: SpaceId,
     pub page_count: u64,
-    pub in_place: bool,
+    pub backing: Backing,
     pub dying: bool,
     /// Transfers in flight.
     pub transfers: u32,
@@ -54,8 +56,18 @@ pub struct Core<P> {
     pub(crate) again: Vec<Ticket>,
     /// Transfers whose device is gone: they end at the next tick.
     pub(crate) doomed: Vec<Ticket>,
-    /// Transfers whose system pages are not punched yet.
-    pub(crate) punching: u32,
+    /// Transfers whose pages look settled and are not ([`Transfer::holds`]).
+    pub(crate) holding: u32,
+    /// Content that was given up while its pages were on the way, by transfer.
+    pub(crate) discards: BTreeMap<Ticket, Vec<Pages>>,
+    /// What transfers told a request whose step is under way.
+    pub(crate) late_notes: Vec<(u64, Pages, PageStatus)>,
+    /// Pages of forked children that wait for the parent's.
+    pub(crate) fork_waits: Vec<ForkWait>,
+    /// Test hook: allocations until one fails, small and huge.
+    pub(crate) failing_allocation: [u32; 2],
+    /// Clock of the event that is being handled.
+    pub(crate) now_us: u64,
     next_ticket: u64,
     next_order: u64,
     pub(crate) stats: Stats,
@@ -77,7 +89,12 @@ impl<P: Policy> Core<P> {
             ready: VecDeque::new(),
             again: Vec::new(),
             doomed: Vec::new(),
-            punching: 0,
+            holding: 0,
+            discards: BTreeMap::new(),
+            fork_waits: Vec::new(),
+            late_notes: Vec::new(),
+            failing_allocation: [0; 2],
+            now_us: 0,
             next_ticket: 1,
             next_order: 1,
             stats: Stats::default(),
@@ -94,6 +111,11 @@ impl<P: Policy> Core<P> {
         !self.ready.is_empty() || !self.doomed.is_empty() || self.unknown_mask != 0
     }
 
+    /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
+    pub fn next_deadline_us(&self) -> Option<u64> {
+        self.requests.values().filter_map(Request::not_before_us).min()
+    }
+
     /// Nothing is in flight and nobody waits.
     pub fn idle(&self) -> bool {
         self.transfers.is_empty()
@@ -103,15 +125,9 @@ impl<P: Policy> Core<P> {
             && !self.has_runnable_work()
     }
 
-    /// Advice: device faults map system pages in place.
-    pub fn set_in_place(&mut self, region: RegionId, on: bool) {
-        if let Some(info) = self.regions.get_mut(&region) {
-            info.in_place = on;
-        }
-    }
-
     /// Decides. Actions are appended to `out`; see the crate head for what the shell promises.
-    pub fn handle(&mut self, dir: &impl Directory, _now_us: u64, event: Event, out: &mut Vec<Action>) {
+    pub fn handle(&mut self, dir: &impl Directory, now_us: u64, event: Event, out: &mut Vec<Action>) {
+        self.now_us = now_us;
         match event {
             Event::CpuFault { region, page, wp, minor, .. } => self.cpu_fault(dir, region, page, wp, minor, out),
             Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(dir, ticket, done_pages, stop, out),
@@ -124,27 +140,45 @@ impl<P: Policy> Core<P> {
             Event::FillDone { ticket, done_pages, stop } => self.fill_done(ticket, done_pages, stop, out),
             Event::ScrubDone { ticket, result } => self.scrub_done(ticket, result),
             Event::Tick => self.tick(dir, out),
+            Event::CopiedRuns { ticket, runs } => self.copied_runs(ticket, &runs, out),
+            Event::MoveBackDone { ticket, result } => self.move_back_done(ticket, result, out),
             Event::Migrate { req, region, pages, target } => {
                 self.accept(Request::migrate(req, region, pages, target), out);
             }
             Event::Pin { req, region, pages, on } => {
                 self.accept(Request::pin(req, region, pages, on), out);
             }
-            Event::Resolve { req, region, pages, fault_page, device, .. } => {
+            Event::Resolve { req, region, pages, fault_page, device, write, whole, exclusive } => {
                 self.stats.device_faults += 1;
-                let order = self.accept(Request::resolve(req, region, pages, fault_page, device), out);
+                let write = write || exclusive;
+                let wish = Resolve { fault_page, device, write, whole, exclusive, in_place_from: u64::MAX };
+                let order = self.accept(Request::resolve(req, region, pages, wish), out);
                 self.step_now(dir, order, out);
             }
-            Event::Unmapped { region, pages } => {
-                self.accept(Request::discard(region, pages), out);
+            Event::Unmapped { region, pages } | Event::Removed { region, pages } if self.is_private(region) => {
+                self.discard_now(dir, region, pages, out);
             }
+            Event::Unmapped { region, pages } => {
+                self.accept(Request::discard(None, region, pages), out);
+            }
+            Event::Discard { req, region, pages } => {
+                self.accept(Request::discard(Some(req), region, pages), out);
+            }
+            Event::RevokeMappings { req, region, pages, devices } => {
+                self.accept(Request::revoke(req, region, pages, devices), out);
+            }
+            Event::Evict { req, space, device, page_count } => self.accept_evict(req, space, device, page_count, out),
+            Event::InjectAllocation { huge, nth } => self.failing_allocation[usize::from(huge)] = nth,
+            Event::Forked { parent, child, space } => self.forked(dir, parent, child, space, out),
             // A hole in a settled system page reads as zero anyway; pages on a device are not the backing's to lose.
             Event::Removed { .. } | Event::DeviceDown { .. } => {}
-            Event::RegionAdded { region, space, page_count } => self.add_region(region, space, page_count),
+            Event::RegionAdded { region, space, page_count, backing } => {
+                self.add_region(region, space, page_count, backing);
+            }
             Event::RegionFree { req, region } => self.begin_teardown(req, region, out),
             Event::SpaceGone { space } => self.scrub_space(space, out),
-            Event::RecoverRegion { region, space, page_count } => {
-                self.add_region(region, space, page_count);
+            Event::RecoverRegion { region, space, page_count, backing } => {
+                self.add_region(region, space, page_count, backing);
                 self.recover_region(dir, region, out);
             }
             Event::Recovered => {}
@@ -181,21 +215,24 @@ impl<P: Policy> Core<P> {
 
     /// Nobody may begin anything with the page: it is on the move, or it has left and its system page is not punched yet.
     pub(crate) fn busy(&self, region: RegionId, page: u64, entry: Entry) -> bool {
-        entry.is_moving() || self.punch_is_due(region, page)
+        entry.is_moving() || self.is_held(region, page)
     }
 
-    fn punch_is_due(&self, region: RegionId, page: u64) -> bool {
-        let due = |t: &Transfer| t.phase == Phase::Punch && t.region == region && t.pages.contains(page);
-        self.punching > 0 && self.transfers.values().any(due)
+    fn is_held(&self, region: RegionId, page: u64) -> bool {
+        let held = |t: &Transfer| t.holds() && t.region == region && t.pages.contains(page);
+        self.holding > 0 && self.transfers.values().any(held)
     }
 
-    /// First pages of `pages` on one device in consecutive frames; the first one is not busy.
-    pub(crate) fn device_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u8) {
+    /// First pages of `pages` that are alike, in consecutive frames of one device; the first one is not busy. Also its entry, and
+    /// the devices that map any of them.
+    pub(crate) fn frame_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u8) {
         let first = Self::entry(dir, region, pages.first);
         let mut mask = 0;
         let run = Self::run_while(dir, region, pages, |offset, entry| {
-            let follows = entry.state() == PageState::Device
+            let follows = entry.owns_frame()
+                && entry.state() == first.state()
                 && entry.device() == first.device()
+                && (entry.shared(), entry.pinned(), entry.huge()) == (first.shared(), first.pinned(), first.huge())
                 && u64::from(entry.frame()) == u64::from(first.frame()) + offset
                 && !self.busy(region, pages.first + offset, entry);
             if follows {
@@ -206,9 +243,43 @@ impl<P: Policy> Core<P> {
         (run, first, mask)
     }
 
-    fn add_region(&mut self, region: RegionId, space: SpaceId, page_count: u64) {
-        let info = RegionInfo { space, page_count, in_place: false, dying: false, transfers: 0 };
-        self.regions.insert(region, info);
+    /// First pages of `pages` up to the next boundary of a huge page.
+    pub(crate) fn to_huge_boundary(dir: &impl Directory, region: RegionId, pages: Pages) -> Pages {
+        let size = u64::from(HUGE_PAGES);
+        let into = (pages.first + size - dir.huge_phase(region) % size) % size;
+        Pages { count: pages.count.min(size - into), ..pages }
+    }
+
+    /// Some pages of huge pages go their own way: those that stay are small from now on.
+    pub(crate) fn split_huge(&self, dir: &impl Directory, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let size = u64::from(HUGE_PAGES);
+        for edge in [pages.first, pages.end() - 1] {
+            let entry = Self::entry(dir, region, edge);
+            if !entry.huge() {
+                continue;
+            }
+            let into = u64::from(entry.frame()) % size;
+            let Some(start) = edge.checked_sub(into) else { continue };
+            for page in (start..start + size).filter(|page| !pages.contains(*page)) {
+                let entry = Self::entry(dir, region, page);
+                if entry.huge() {
+                    Self::publish_same(region, Pages::one(page), entry.with_huge(false), out);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn add_region(&mut self, region: RegionId, space: SpaceId, page_count: u64, backing: Backing) {
+        self.regions.insert(region, RegionInfo { space, page_count, backing, dying: false, transfers: 0 });
+    }
+
+    /// Only the client itself can take its pages out.
+    pub(crate) fn is_private(&self, region: RegionId) -> bool {
+        self.backing(region) == Some(Backing::Private)
+    }
+
+    pub(crate) fn backing(&self, region: RegionId) -> Option<Backing> {
+        self.regions.get(&region).map(|info| info.backing)
     }
 
     /// A region on its end: only its teardown may begin anything.
@@ -231,7 +302,11 @@ impl<P: Policy> Core<P> {
                 let (pages, page_count) = (request.pages, info.page_count);
                 let fits = pages.first.checked_add(pages.count).is_some_and(|end| end <= page_count);
                 let legal = fits && pages.count > 0 && request.target_is_inside();
-                (!legal).then_some(CoreError::OutOfRange { first: pages.first, count: pages.count, page_count })
+                if request.moves_to_device() && info.backing == Backing::File {
+                    Some(CoreError::NotMigratable { region: request.region.0 })
+                } else {
+                    (!legal).then_some(CoreError::OutOfRange { first: pages.first, count: pages.count, page_count })
+                }
             }
         };
         if let Some(error) = refused {
@@ -258,7 +333,7 @@ impl<P: Policy> Core<P> {
     /// A transfer ended or a device came: whoever waited looks again.
     pub(crate) fn unblock_all(&mut self) {
         for (order, request) in &mut self.requests {
-            if std::mem::take(&mut request.blocked) {
+            if request.not_before_us().is_none() && std::mem::take(&mut request.blocked) {
                 self.ready.push_back(*order);
             }
         }
@@ -289,10 +364,21 @@ impl<P: Policy> Core<P> {
             }
             return;
         }
+        self.wake_delayed();
         if let Some(order) = self.ready.pop_front() {
             self.step(dir, order, out);
         } else if self.unknown_mask != 0 {
             self.scrub_unknown(out);
+        }
+    }
+
+    /// Requests whose pause is over look again.
+    fn wake_delayed(&mut self) {
+        let now_us = self.now_us;
+        for (order, request) in &mut self.requests {
+            if request.end_pause(now_us) {
+                self.ready.push_back(*order);
+            }
         }
     }
 
@@ -311,8 +397,11 @@ impl<P: Policy> Core<P> {
 
     /// Tells the request behind a transfer what became of some pages.
     pub(crate) fn note(&mut self, owner: Option<u64>, pages: Pages, status: PageStatus) {
-        if let Some(request) = owner.and_then(|order| self.requests.get_mut(&order)) {
-            request.note(pages, status);
+        let Some(order) = owner else { return };
+        match self.requests.get_mut(&order) {
+            Some(request) => request.note(pages, status),
+            // It ended within the step that began it.
+            None => self.late_notes.push((order, pages, status)),
         }
     }
 
@@ -320,16 +409,16 @@ impl<P: Policy> Core<P> {
         self.frames.get_mut(usize::from(device.0))?.as_mut()
     }
 
-    pub(crate) fn release(&mut self, device: DeviceId, first: u32, count: u64) {
-        if let Some(table) = self.table(device) {
-            table.release(first, count as u32);
+    pub(crate) fn release(&mut self, device: DeviceId, first: u32, count: u64, owner: Owner) {
+        if self.table(device).is_some_and(|table| table.release(first, count as u32, owner)) {
+            self.note_unknown(device);
         }
     }
 
     /// Gives frames back that hold neither what they held before nor anything whole.
-    pub(crate) fn release_torn(&mut self, device: DeviceId, first: u32, count: u64) {
+    pub(crate) fn release_torn(&mut self, device: DeviceId, first: u32, count: u64, owner: Owner) {
         if let Some(table) = self.table(device) {
-            table.release_unknown(first, count as u32);
+            table.release_unknown(first, count as u32, owner);
             self.note_unknown(device);
         }
     }

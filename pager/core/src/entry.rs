@@ -1,11 +1,13 @@
 //! One directory entry: 8 bytes that say where the only valid copy of a page is.
 //!
 //! ```text
-//!  63      56 55   54       53    52     51      44 43            12 11     4 3     0
-//! | poison   |huge|accessed|dirty|pinned| mapped   | frame          | device | state |
+//!  63      56 55   54     53     52     51      44 43            12 11     4 3     0
+//! | poison   |huge|(zero)|shared|pinned| mapped   | frame          | device | state |
 //! ```
 //!
 //! `mapped` has one bit a device: it holds a device mapping of this page (of its own frame, or of the system page in place).
+//! `shared`: other entries may name the same frame (a fork); devices may then only read it. `huge`: one of 512 aligned pages in
+//! 512 aligned frames; cleared in all of them when one goes its own way.
 //! The shell keeps entries in a memfd of the vault as atomic words; nothing else about a page survives a crash.
 
 use crate::event::DeviceId;
@@ -17,6 +19,8 @@ const DEVICE_SHIFT: u32 = 4;
 const FRAME_SHIFT: u32 = 12;
 const MAPPED_SHIFT: u32 = 44;
 const PINNED: u64 = 1 << 52;
+const SHARED: u64 = 1 << 53;
+const HUGE: u64 = 1 << 55;
 const POISON_SHIFT: u32 = 56;
 
 /// Frame of a page that was on its way home when its device lost the memory: only a system page can be found any more.
@@ -138,14 +142,19 @@ impl Entry {
         (self.0 >> FRAME_SHIFT) as u32
     }
 
-    /// Whether the entry owns a device frame.
+    /// Whether the entry names a device frame, which is in use therefore.
     pub fn owns_frame(self) -> bool {
-        matches!(self.state(), PageState::Device | PageState::MovingHome | PageState::Exclusive)
+        self.lives_on_device() || matches!(self.state(), PageState::MovingHome | PageState::Duplicated)
     }
 
-    /// Whether the system backing is the authority and nothing is under way.
+    /// Whether the only valid copy is in a device frame and nothing is under way.
+    pub fn lives_on_device(self) -> bool {
+        matches!(self.state(), PageState::Device | PageState::Exclusive)
+    }
+
+    /// Whether the only valid copy is in the system backing and nothing is under way.
     pub fn is_settled_system(self) -> bool {
-        matches!(self.state(), PageState::Absent | PageState::System | PageState::Duplicated)
+        matches!(self.state(), PageState::Absent | PageState::System)
     }
 
     /// Whether a transfer is under way.
@@ -173,6 +182,28 @@ impl Entry {
     #[must_use]
     pub fn with_pinned(self, on: bool) -> Self {
         Self(if on { self.0 | PINNED } else { self.0 & !PINNED })
+    }
+
+    /// The frame may be named by other entries too.
+    pub fn shared(self) -> bool {
+        self.0 & SHARED != 0
+    }
+
+    /// With or without.
+    #[must_use]
+    pub fn with_shared(self, on: bool) -> Self {
+        Self(if on { self.0 | SHARED } else { self.0 & !SHARED })
+    }
+
+    /// Part of 512 aligned pages in 512 aligned frames.
+    pub fn huge(self) -> bool {
+        self.0 & HUGE != 0
+    }
+
+    /// With or without.
+    #[must_use]
+    pub fn with_huge(self, on: bool) -> Self {
+        Self(if on { self.0 | HUGE } else { self.0 & !HUGE })
     }
 
     /// On its way home, and the frame is lost.
@@ -203,8 +234,10 @@ impl std::fmt::Debug for Entry {
         if self.mapped_mask() != 0 {
             write!(f, " mapped {:#010b}", self.mapped_mask())?;
         }
-        if self.pinned() {
-            write!(f, " pinned")?;
+        for (on, name) in [(self.pinned(), "pinned"), (self.shared(), "shared"), (self.huge(), "huge")] {
+            if on {
+                write!(f, " {name}")?;
+            }
         }
         Ok(())
     }

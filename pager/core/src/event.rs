@@ -32,6 +32,13 @@ impl Pages {
         self.first..self.end()
     }
 
+    /// What both have.
+    pub fn overlap(self, other: Self) -> Option<Self> {
+        let first = self.first.max(other.first);
+        let end = self.end().min(other.end());
+        (first < end).then(|| Self { first, count: end - first })
+    }
+
     /// What is left after the first `count` pages.
     #[must_use]
     pub fn after(self, count: u64) -> Self {
@@ -61,8 +68,23 @@ id! {
     ReqId(u64);
 }
 
+/// What a region's system pages are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A memfd: the pager reads, fills and punches it; every mapping of it shows the same page.
+    Shared,
+    /// Anonymous memory of one process: only its agent can take pages out ([`Action::CopyOut`] moves them away).
+    Private,
+    /// A file that somebody else keeps: always `System`, used in place, never migrated, never filled.
+    File,
+}
+
 /// Read access to the directories. The shell (or the simulator) applies [`Action::Publish`].
 pub trait Directory {
+    /// What was advised for a page, see [`crate::Attr`]. The shell stores it when the client advises.
+    fn attr(&self, region: RegionId, page: u64) -> crate::Attr;
+    /// First page of the region whose address is a multiple of 2 MiB (0..512).
+    fn huge_phase(&self, region: RegionId) -> u64;
     /// Raw entry of a page; pages or regions that do not exist read as zero.
     fn load(&self, region: RegionId, page: u64) -> u64;
     /// Pages of a region, zero when it does not exist.
@@ -106,10 +128,36 @@ pub enum FillStop {
     NoPage,
     /// The copy failed.
     Io,
+    /// `FillHuge` found no huge page, or the place is not one: fill small pages.
+    NotHuge,
+}
+
+/// How the copy of neighbouring private pages ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyRun {
+    /// Pages.
+    pub count: u64,
+    /// What became of them.
+    pub status: CopyStatus,
+}
+
+/// See [`CopyRun`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyStatus {
+    /// In the frames. (Nothing but zeros counts too: the shell has zeroed the frames.)
+    Ok,
+    /// As `Ok`, and the page was part of one that was mapped huge.
+    OkHuge,
+    /// Pinned, or shared and not separable: stays where it is.
+    Busy,
+    /// Unmapped meanwhile.
+    Gone,
+    /// The copy failed; in scratch or where it was.
+    Io,
 }
 
 /// Facts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "field names are the fields' meaning; each variant is documented")]
 pub enum Event {
     /// A driver logged in. `fresh_mappings`: a new incarnation, its old mappings are void. `memory_known`: it was used
@@ -121,14 +169,17 @@ pub enum Event {
     DeviceVoid { device: DeviceId },
     /// It will not return and nobody else can reach its memory.
     DeviceFailed { device: DeviceId },
-    /// A new region, all pages `Absent`.
-    RegionAdded { region: RegionId, space: SpaceId, page_count: u64 },
+    /// A new region; its entries are in the directory (`Absent`, or `System` for memory that existed before).
+    RegionAdded { region: RegionId, space: SpaceId, page_count: u64, backing: Backing },
     /// Give everything of the region back; ends with [`Action::DropRegion`].
     RegionFree { req: Option<ReqId>, region: RegionId },
     /// All regions of the space were dropped: what they left in device memory is scrubbed.
     SpaceGone { space: SpaceId },
     /// At start, for every region of the vault.
-    RecoverRegion { region: RegionId, space: SpaceId, page_count: u64 },
+    RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing },
+    /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
+    /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.
+    Forked { parent: RegionId, child: RegionId, space: SpaceId },
     /// All regions are announced.
     Recovered,
     /// A CPU met a page. `wp`: write to a protected page. `minor`: the backing has the page, the page table does not.
@@ -140,22 +191,44 @@ pub enum Event {
     /// Move, or prefetch.
     Migrate { req: ReqId, region: RegionId, pages: Pages, target: Target },
     /// A device fault: `fault_page` must be mapped, the rest of `pages` may come along.
-    Resolve { req: ReqId, region: RegionId, pages: Pages, fault_page: u64, device: DeviceId, write: bool },
+    /// `whole`: answer when everything from `fault_page` on is mapped, or as much as can be. `exclusive`: the device's alone.
+    Resolve {
+        req: ReqId,
+        region: RegionId,
+        pages: Pages,
+        fault_page: u64,
+        device: DeviceId,
+        write: bool,
+        whole: bool,
+        exclusive: bool,
+    },
+    /// Content is not needed any more: the pages become `Absent`, frames are freed. Answered with [`Outcome::Done`].
+    Discard { req: ReqId, region: RegionId, pages: Pages },
+    /// Take mappings away from these devices (protection or advice changed); what lives on a device stays there.
+    RevokeMappings { req: ReqId, region: RegionId, pages: Pages, devices: u8 },
+    /// Bring pages of the space home from a device, coldest first; 0: all. Answered with [`Outcome::Migrated`] without runs.
+    Evict { req: ReqId, space: SpaceId, device: DeviceId, page_count: u64 },
+    /// Test hook: the n-th allocation from now fails (1: the next one, 0: disarm).
+    InjectAllocation { huge: bool, nth: u32 },
     /// Bring home and keep there, or allow migration again.
     Pin { req: ReqId, region: RegionId, pages: Pages, on: bool },
     /// Answer to [`Action::WriteProtect`].
     WpDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Revoke`].
     RevokeDone { ticket: Ticket, result: StepResult },
-    /// Answer to [`Action::CopyOut`].
+    /// Answer to [`Action::CopyOut`] of shared pages and to [`Action::CopyAcross`].
     CopyDone { ticket: Ticket, result: StepResult },
+    /// Answer to [`Action::CopyOut`] of private pages; the runs cover the pages from the first one on.
+    CopiedRuns { ticket: Ticket, runs: Vec<CopyRun> },
+    /// Answer to [`Action::MoveBack`].
+    MoveBackDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::ZeroFrames`].
     ZeroDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Punch`].
     PunchDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Scrub`].
     ScrubDone { ticket: Ticket, result: StepResult },
-    /// Answer to [`Action::Fill`].
+    /// Answer to [`Action::Fill`] and [`Action::FillHuge`].
     FillDone { ticket: Ticket, done_pages: u64, stop: Option<FillStop> },
     /// Answer to [`Action::ZeroFill`] and [`Action::Continue`].
     CpuFillDone { ticket: Ticket, done_pages: u64, stop: Option<FillStop> },
@@ -201,7 +274,7 @@ pub enum Action {
     Publish { region: RegionId, first: u64, entries: EntryRun },
     /// Protect against CPU writes, or allow them again (which wakes).
     WriteProtect { ticket: Ticket, region: RegionId, pages: Pages, on: bool },
-    /// Remove the system pages, for every process.
+    /// Remove the system pages, for every process. Private: scratch pages are given back.
     Punch { ticket: Ticket, region: RegionId, pages: Pages },
     /// Let waiting CPU accesses fault again.
     Wake { region: RegionId, pages: Pages },
@@ -209,22 +282,61 @@ pub enum Action {
     Poison { region: RegionId, pages: Pages },
     /// Remove device mappings; done when the devices have stopped using them.
     Revoke { ticket: Ticket, region: RegionId, pages: Pages, devices: u8 },
-    /// System pages to consecutive frames.
-    CopyOut { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32, req: ReqId },
+    /// System pages to consecutive frames. Private pages are taken out of the address space first, unless `keep`: then they are
+    /// write-protected already and stay (read-mostly copies).
+    CopyOut { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32, keep: bool, req: ReqId },
+    /// Frames of one device to frames of another.
+    CopyAcross { ticket: Ticket, from: DeviceId, from_frame: u32, to: DeviceId, frame: u32, count: u32 },
+    /// Private pages that `CopyOut` has taken out go back where they were; those that were not taken are there already.
+    MoveBack { ticket: Ticket, region: RegionId, pages: Pages },
     /// Zero frames.
     ZeroFrames { ticket: Ticket, device: DeviceId, frame: u32, count: u32 },
     /// Zero free frames, (first, count) each.
     Scrub { ticket: Ticket, device: DeviceId, runs: Vec<(u32, u32)> },
     /// Consecutive frames to pages that the CPU sees at once.
     Fill { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32 },
+    /// As `Fill`, 512 aligned private pages from 512 frames, as one huge page.
+    FillHuge { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32 },
     /// Zero pages for the CPU.
     ZeroFill { ticket: Ticket, region: RegionId, pages: Pages },
-    /// Map what the backing has.
+    /// Map what the backing has. Private: only tells whether the first page exists (`Exists` or `NoPage`).
     Continue { ticket: Ticket, region: RegionId, pages: Pages },
     /// A request is finished.
     Reply { req: ReqId, outcome: Outcome },
     /// The region owns nothing any more.
     DropRegion { region: RegionId },
+    /// The entries of a forked child's region are complete and nobody writes what it shares: serve its faults.
+    ForkReady { region: RegionId },
+    /// For the trace ring.
+    Trace { kind: TraceKind, cause: Cause, region: RegionId, pages: Pages, from: Target, to: Target },
+}
+
+/// What a trace record tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TraceKind {
+    /// A transfer begins.
+    MigrateStart,
+    /// It ended; `pages` is what moved.
+    MigrateEnd,
+    /// Devices lose mappings.
+    Invalidate,
+    /// A device fault waits because its block thrashes.
+    Throttle,
+}
+
+/// Why something moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// A client asked.
+    Prefetch,
+    /// A CPU fault.
+    CpuFault,
+    /// A device fault.
+    DeviceFault,
+    /// A device was full.
+    Eviction,
+    /// The address space changed.
+    AddressSpace,
 }
 
 /// Fate of a page.
@@ -330,6 +442,42 @@ pub enum CoreError {
     /// The faulting page could not be moved.
     #[error("Page {page} could not be copied")]
     Io {
+        /// Page.
+        page: u64,
+    },
+    /// The faulting page was unmapped.
+    #[error("Page {page} is not mapped any more")]
+    Gone {
+        /// Page.
+        page: u64,
+    },
+    /// The page cannot leave system memory (pinned, or its owner keeps it) and the device cannot reach it there.
+    #[error("Page {page} is pinned or busy and the device cannot reach it in place: try again, or unpin it")]
+    Busy {
+        /// Page.
+        page: u64,
+    },
+    /// The device is full and cannot reach the page in place.
+    #[error("Page {page} finds no room on the device")]
+    NoMemory {
+        /// Page.
+        page: u64,
+    },
+    /// No such device, or it never logged in.
+    #[error("Device {device} is not there")]
+    NoSuchDevice {
+        /// Device.
+        device: u8,
+    },
+    /// The pages are a file's: devices use them in place.
+    #[error("Region {region} shows a file: devices use it in place and it never migrates")]
+    NotMigratable {
+        /// Region.
+        region: u64,
+    },
+    /// The device may not use the page.
+    #[error("Page {page} is not accessible to the device by advice")]
+    NoAccess {
         /// Page.
         page: u64,
     },

@@ -5,6 +5,7 @@
 //!   Absent, System   nothing in the backing  ZeroFill (System is published first: a crash in between leaves a hole, which is zero)
 //!   System           backing has the page    Continue
 //!   System           write-protected         unprotect
+//!   Duplicated       anything                the read-only copies end, then unprotected
 //!   Device           anything                start the way home, with the neighbours that policy lets ride along
 //!   Moving*          anything                nothing: the end of the transfer wakes, and the fault is raised again
 //!   Poisoned         write-protected         punch what is left, then as below
@@ -13,8 +14,8 @@
 
 use crate::core::Core;
 use crate::entry::{Entry, PageState};
-use crate::event::{Action, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
-use crate::policy::Policy;
+use crate::event::{Action, Cause, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
+use crate::policy::{CpuFault, Policy};
 
 /// How often one fault changes its mind between zero fill and continue before it is simply raised again.
 const TURNS_MAX: u8 = 4;
@@ -30,7 +31,7 @@ impl Kind {
     /// A fill needs an entry that says `System`: `Absent` would be taken for empty later.
     fn is_legal_on(self, entry: Entry) -> bool {
         match self {
-            Self::Zero | Self::Continue => matches!(entry.state(), PageState::System | PageState::Duplicated),
+            Self::Zero | Self::Continue => entry.state() == PageState::System,
             Self::Unprotect => entry.is_settled_system(),
         }
     }
@@ -64,26 +65,26 @@ impl<P: Policy> Core<P> {
         match entry.state() {
             _ if self.busy(region, page, entry) => self.stats.parked += 1,
             PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
-            PageState::Device | PageState::Exclusive => {
-                let window = self.policy.fault_around_home(region, page).clamp(1, rest.count);
-                let (run, first, mask) = self.device_run(dir, region, Pages { count: window, ..rest });
-                let (run, first) = if run.count == 0 { (Pages::one(page), entry) } else { (run, first) };
-                self.start_home(region, run, first, mask | entry.mapped_mask(), None, out);
+            PageState::Device | PageState::Exclusive => self.bring_home(dir, region, page, info.page_count, out),
+            // Whatever it wants, a page that was read-mostly is an ordinary one again.
+            PageState::Duplicated => {
+                let (run, first, mask) = self.frame_run(dir, region, Pages::one(page));
+                self.start_collapse(region, run, first, mask, None, out);
             }
             // The old system page is in the way of the poison.
             PageState::Poisoned if wp => self.punch_again(region, Pages::one(page), out),
             PageState::Poisoned => out.push(Action::Poison { region, pages: Pages::one(page) }),
-            PageState::Absent | PageState::System | PageState::Duplicated if wp => {
+            PageState::Absent | PageState::System if wp => {
                 self.unprotect(region, Pages::one(page), out);
             }
-            PageState::System | PageState::Duplicated if minor => {
+            PageState::System if minor => {
                 let window = self.policy.fault_around_zero(region, page).clamp(1, rest.count);
                 let run = Self::run_while(dir, region, Pages { count: window, ..rest }, |_, entry| {
                     entry.state() == PageState::System
                 });
                 self.start_cpu_op(region, run, Kind::Continue, out);
             }
-            PageState::Absent | PageState::System | PageState::Duplicated => {
+            PageState::Absent | PageState::System => {
                 let window = self.policy.fault_around_zero(region, page).clamp(1, rest.count);
                 let run = Self::run_while(dir, region, Pages { count: window, ..rest }, |_, other| other == entry);
                 let run = if run.count == 0 { Pages::one(page) } else { run };
@@ -91,6 +92,29 @@ impl<P: Policy> Core<P> {
                     Self::publish_same(region, run, entry.with_state(PageState::System), out);
                 }
                 self.start_cpu_op(region, run, if minor { Kind::Continue } else { Kind::Zero }, out);
+            }
+        }
+    }
+
+    /// The window that policy names, the faulting page first: the program waits for that one only.
+    fn bring_home(&mut self, dir: &impl Directory, region: RegionId, page: u64, page_count: u64, out: &mut Vec<Action>) {
+        let entry = Self::entry(dir, region, page);
+        let (attr, huge_phase) = (dir.attr(region, page), dir.huge_phase(region));
+        let window = self.policy.cpu_fault(CpuFault { region, page, attr, huge: entry.huge(), huge_phase });
+        let all = Pages { first: 0, count: page_count };
+        let window = window.overlap(all).filter(|window| window.contains(page)).unwrap_or(Pages::one(page));
+        self.split_huge(dir, region, window, out);
+        let from_page = Pages { first: page, count: window.end() - page };
+        let before_page = Pages { first: window.first, count: page - window.first };
+        for part in [from_page, before_page] {
+            let mut left = part;
+            while left.count > 0 {
+                let entry = Self::entry(dir, region, left.first);
+                let (run, first, mask) = self.frame_run(dir, region, left);
+                if entry.lives_on_device() && run.count > 0 {
+                    self.start_home(region, run, first, mask, None, Cause::CpuFault, out);
+                }
+                left = left.after(run.count.max(1));
             }
         }
     }

@@ -1,7 +1,15 @@
 //! Which frame of a device belongs to whom. Derived state: a frame is in use exactly if a directory entry names it, so a
 //! new pager rebuilds this table from the directories and there is nothing to reconcile.
+//!
+//! After a fork several entries name one frame: one owner stands in the frame, the others in `sharers`. The frame is free when
+//! the last of them has given it back.
+
+use std::collections::BTreeMap;
 
 use crate::event::{RegionId, SpaceId};
+
+/// Frames and pages of a huge page.
+pub const HUGE_PAGES: u32 = 512;
 
 /// Owner of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +47,15 @@ pub struct FrameTable {
     next: u32,
     /// Hand of the eviction clock.
     hand: u32,
+    /// Owners beside the one that stands in the frame.
+    sharers: BTreeMap<u32, Vec<Owner>>,
 }
 
 impl FrameTable {
     /// All free; what they hold is unknown.
     pub fn new(frame_count: u32) -> Self {
         let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false };
-        Self { frames: vec![frame; frame_count as usize], free_count: frame_count, next: 0, hand: 0 }
+        Self { frames: vec![frame; frame_count as usize], free_count: frame_count, next: 0, hand: 0, sharers: BTreeMap::new() }
     }
 
     /// The memory is new: there is nothing in it.
@@ -76,6 +86,25 @@ impl FrameTable {
             return None;
         }
         let (start, count) = self.find_run(want)?;
+        self.occupy(start, count, first, space);
+        Some((start, count))
+    }
+
+    /// Takes 512 aligned frames for 512 pages, or none.
+    pub fn allocate_huge(&mut self, first: Owner, space: SpaceId) -> Option<u32> {
+        if self.free_count < HUGE_PAGES {
+            return None;
+        }
+        let free = |start: &u32| {
+            let block = &self.frames[*start as usize..(*start + HUGE_PAGES) as usize];
+            block.iter().all(|frame| frame.owner.is_none())
+        };
+        let start = (0..self.frame_count() / HUGE_PAGES).map(|block| block * HUGE_PAGES).find(free)?;
+        self.occupy(start, HUGE_PAGES, first, space);
+        Some(start)
+    }
+
+    fn occupy(&mut self, start: u32, count: u32, first: Owner, space: SpaceId) {
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             let frame = &mut self.frames[(start + offset) as usize];
@@ -83,7 +112,6 @@ impl FrameTable {
         }
         self.free_count -= count;
         self.next = (start + count) % self.frame_count();
-        Some((start, count))
     }
 
     /// First run long enough after `next`, wrapping; otherwise the longest one seen.
@@ -111,35 +139,71 @@ impl FrameTable {
         best
     }
 
-    /// Recovery: the directory says who owns the frame. `false`: out of range or owned already.
-    pub fn claim(&mut self, frame: u32, owner: Owner, space: SpaceId) -> bool {
+    /// Recovery: the directory says who owns the frame; `shared` entries may name one together. `false`: out of range or owned
+    /// already.
+    pub fn claim(&mut self, frame: u32, owner: Owner, space: SpaceId, shared: bool) -> bool {
         match self.frames.get_mut(frame as usize) {
             Some(slot) if slot.owner.is_none() => {
                 *slot = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: false };
                 self.free_count -= 1;
                 true
             }
+            Some(_) if shared => self.share(frame, owner),
             _ => false,
         }
     }
 
-    /// Gives frames back. What they hold stays noted until they are scrubbed or overwritten.
-    pub fn release(&mut self, first: u32, count: u32) {
-        // Frames that were used lately are warm in every mapping of the device: they go out again first.
-        self.next = self.next.min(first);
-        for frame in &mut self.frames[first as usize..(first + count) as usize] {
-            debug_assert!(frame.owner.is_some(), "frame was free");
-            if frame.owner.take().is_some() {
-                self.free_count += 1;
-            }
+    /// Another entry names the frame from now on. `false`: nobody owns it.
+    pub fn share(&mut self, frame: u32, owner: Owner) -> bool {
+        let Some(slot) = self.frames.get_mut(frame as usize).filter(|slot| slot.owner.is_some()) else { return false };
+        // Whose bytes they are cannot be told any more: they are scrubbed when the last one has gone.
+        slot.last_space = Holder::Unknown;
+        self.sharers.entry(frame).or_default().push(owner);
+        true
+    }
+
+    /// Several entries name the frame.
+    pub fn is_shared(&self, frame: u32) -> bool {
+        self.sharers.contains_key(&frame)
+    }
+
+    /// One of several owners goes: the frame stays in use. `false`: there are no others.
+    fn unshare(&mut self, frame: u32, owner: Owner) -> bool {
+        let Some(others) = self.sharers.get_mut(&frame) else { return false };
+        match others.iter().position(|other| *other == owner) {
+            Some(place) => drop(others.swap_remove(place)),
+            None => self.frames[frame as usize].owner = others.pop(),
         }
+        if others.is_empty() {
+            self.sharers.remove(&frame);
+        }
+        true
+    }
+
+    /// `first` and the owners of the pages after it give consecutive frames back. What they hold stays noted until they are
+    /// scrubbed or overwritten. Returns whether a frame needs a scrub.
+    pub fn release(&mut self, frame: u32, count: u32, first: Owner) -> bool {
+        // Frames that were used lately are warm in every mapping of the device: they go out again first.
+        self.next = self.next.min(frame);
+        let mut unknown = false;
+        for offset in 0..count {
+            let owner = Owner { page: first.page + u64::from(offset), ..first };
+            if self.unshare(frame + offset, owner) {
+                continue;
+            }
+            let slot = &mut self.frames[(frame + offset) as usize];
+            debug_assert!(slot.owner.is_some(), "frame was free");
+            self.free_count += u32::from(slot.owner.take().is_some());
+            unknown |= slot.last_space == Holder::Unknown;
+        }
+        unknown
     }
 
     /// Gives frames back whose content is anybody's guess: they need a scrub.
-    pub fn release_unknown(&mut self, first: u32, count: u32) {
-        self.release(first, count);
-        for frame in &mut self.frames[first as usize..(first + count) as usize] {
-            frame.last_space = Holder::Unknown;
+    pub fn release_unknown(&mut self, frame: u32, count: u32, first: Owner) {
+        self.release(frame, count, first);
+        for slot in &mut self.frames[frame as usize..(frame + count) as usize] {
+            slot.last_space = Holder::Unknown;
         }
     }
 
@@ -179,9 +243,22 @@ impl FrameTable {
         runs
     }
 
-    /// A region ended: its frames go to `keeper` for a scrub.
+    /// A region ended: its frames go to `keeper` for a scrub, except those that others name too.
     pub fn hand_over(&mut self, region: RegionId, keeper: Owner) -> Vec<(u32, u32)> {
         let mut runs: Vec<(u32, u32)> = Vec::new();
+        let shared: Vec<u32> = self.sharers.keys().copied().collect();
+        for frame in shared {
+            if let Some(others) = self.sharers.get_mut(&frame) {
+                others.retain(|owner| owner.region != region);
+            }
+            if self.sharers.get(&frame).is_some_and(Vec::is_empty) {
+                self.sharers.remove(&frame);
+            }
+            let mine = self.frames[frame as usize].owner.filter(|owner| owner.region == region);
+            if let Some(owner) = mine {
+                self.unshare(frame, owner);
+            }
+        }
         for (index, frame) in self.frames.iter_mut().enumerate() {
             if frame.owner.is_none_or(|owner| owner.region != region) {
                 continue;
@@ -198,7 +275,10 @@ impl FrameTable {
     /// The scrub of these runs is through.
     pub fn scrubbed(&mut self, runs: &[(u32, u32)]) {
         for (first, count) in runs {
-            self.release(*first, *count);
+            for slot in &mut self.frames[*first as usize..(*first + *count) as usize] {
+                self.free_count += u32::from(slot.owner.take().is_some());
+            }
+            self.next = self.next.min(*first);
         }
     }
 
@@ -240,7 +320,7 @@ mod tests {
         let mut table = FrameTable::new(16);
         assert_eq!(table.allocate(4, owner(0), SpaceId(1)), Some((0, 4)));
         assert_eq!(table.allocate(4, owner(4), SpaceId(1)), Some((4, 4)));
-        table.release(1, 2);
+        table.release(1, 2, owner(1));
         assert_eq!(table.allocate(10, owner(20), SpaceId(1)), Some((8, 8)), "the longest run there is");
         assert_eq!(table.allocate(4, owner(40), SpaceId(1)), Some((1, 2)));
         assert_eq!(table.allocate(1, owner(50), SpaceId(1)), None);
@@ -250,9 +330,9 @@ mod tests {
     #[test]
     fn a_frame_is_claimed_once() {
         let mut table = FrameTable::new(2);
-        assert!(table.claim(1, owner(0), SpaceId(1)));
-        assert!(!table.claim(1, owner(1), SpaceId(1)));
-        assert!(!table.claim(2, owner(1), SpaceId(1)));
+        assert!(table.claim(1, owner(0), SpaceId(1), false));
+        assert!(!table.claim(1, owner(1), SpaceId(1), false));
+        assert!(!table.claim(2, owner(1), SpaceId(1), false));
     }
 
     #[test]
@@ -262,7 +342,7 @@ mod tests {
         table.scrubbed(&[(0, 8)]);
         table.allocate(2, owner(0), SpaceId(1));
         table.allocate(2, owner(9), SpaceId(2));
-        table.release(0, 2);
+        table.release(0, 2, owner(0));
         assert_eq!(table.begin_scrub(Some(SpaceId(2)), owner(0), usize::MAX), []);
         let runs = table.begin_scrub(Some(SpaceId(1)), owner(0), usize::MAX);
         assert_eq!(runs, [(0, 2)]);
@@ -280,5 +360,39 @@ mod tests {
         table.touch(4);
         assert_eq!(table.victims(4, |_| false), Some((owner(5), 3)));
         assert_eq!(table.victims(4, |_| true), None, "nothing may be taken");
+    }
+
+    #[test]
+    fn a_shared_frame_is_free_when_its_last_owner_has_gone() {
+        let other = Owner { region: RegionId(2), page: 0 };
+        let mut table = FrameTable::new(4);
+        table.mark_all_clean();
+        table.allocate(2, owner(0), SpaceId(1));
+        assert!(table.share(0, other) && table.is_shared(0) && !table.is_shared(1));
+        assert!(!table.release(0, 1, owner(0)), "the other one keeps it");
+        assert_eq!((table.owner(0), table.free_count()), (Some(other), 2));
+        assert!(table.release(0, 1, other), "whose bytes they were is not known any more");
+        assert_eq!(table.free_count(), 3);
+        assert_eq!(table.begin_scrub(None, owner(9), usize::MAX), [(0, 1)]);
+        assert!(!table.share(3, other), "a free frame cannot be shared");
+    }
+
+    #[test]
+    fn a_region_that_ends_leaves_shared_frames_to_the_others() {
+        let other = Owner { region: RegionId(2), page: 0 };
+        let mut table = FrameTable::new(4);
+        table.allocate(3, owner(0), SpaceId(1));
+        table.share(1, other);
+        let keeper = Owner { region: RegionId(99), page: 0 };
+        assert_eq!(table.hand_over(RegionId(1), keeper), [(0, 1), (2, 1)]);
+        assert_eq!((table.owner(1), table.is_shared(1)), (Some(other), false));
+    }
+
+    #[test]
+    fn huge_frames_are_aligned_or_refused() {
+        let mut table = FrameTable::new(1024 + 100);
+        table.allocate(1, owner(0), SpaceId(1));
+        assert_eq!(table.allocate_huge(owner(512), SpaceId(1)), Some(512));
+        assert_eq!(table.allocate_huge(owner(1024), SpaceId(1)), None, "only 511 and 100 are left in a row");
     }
 }

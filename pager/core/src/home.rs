@@ -1,6 +1,7 @@
 //! The second half of the way home: the fill, and what its failures mean.
 //!
 //! ```text
+//!   FillHuge -- not huge ----------------------> Fill
 //!   Fill -- done -------------------------------> System, frames free
 //!    |-- Again --------------------------------> Fill at the next tick
 //!    |-- Exists, after a restart --------------> System: it came home before the crash and is newer
@@ -12,18 +13,60 @@
 //! ```
 
 use crate::core::Core;
-use crate::entry::Entry;
-use crate::event::{Action, FillStop, PageStatus, Pages, Ticket};
+use crate::entry::{Entry, PageState};
+use crate::event::{Action, Cause, FillStop, PageStatus, Pages, RegionId, Ticket, TraceKind};
 use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
 const STRAY_TRIES: u8 = 3;
 
 impl<P: Policy> Core<P> {
+    /// Starts a run of device pages on its way home. `first` is the entry of its first page.
+    #[allow(clippy::too_many_arguments, reason = "one transfer's own fields")]
+    pub(crate) fn start_home(
+        &mut self,
+        region: RegionId,
+        pages: Pages,
+        first: Entry,
+        mask: u8,
+        owner: Option<u64>,
+        cause: Cause,
+        out: &mut Vec<Action>,
+    ) -> Ticket {
+        let moving = first.with_state(PageState::MovingHome).with_huge(false).with_mapped_mask(mask);
+        Self::publish_frames(region, pages, moving, out);
+        // One huge page for a request that has time; a CPU fault is not kept waiting for the agent.
+        let huge = first.huge() && owner.is_some() && cause == Cause::Prefetch && self.is_private(region);
+        let kind = Kind::Home { recovering: false };
+        let transfer = Transfer { owner, cause, huge, ..Transfer::of(region, pages, moving, mask, kind) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::fill);
+        ticket
+    }
+
+    /// What a dead pager had begun. `lost`: the frames hold nothing, only a system page can be found.
+    pub(crate) fn continue_home(
+        &mut self,
+        region: RegionId,
+        pages: Pages,
+        moving: Entry,
+        lost: bool,
+        out: &mut Vec<Action>,
+    ) {
+        let kind = Kind::Home { recovering: true };
+        let transfer = Transfer { lost, ..Transfer::of(region, pages, moving, moving.mapped_mask(), kind) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::fill);
+    }
+
     pub(crate) fn fill(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(wanted) = self.drop_discarded_prefix(ticket, out) else { return };
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        transfer.phase = Phase::Fill;
-        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
+        let whole = wanted == transfer.pages.count;
+        let Transfer { region, device, frame, lost, .. } = *transfer;
+        let pages = Pages { count: wanted, ..transfer.pages };
+        let huge = transfer.huge && whole;
+        transfer.phase = if huge { Phase::FillHuge } else { Phase::Fill };
         if lost {
             self.probe(ticket, out);
             return;
@@ -32,7 +75,11 @@ impl<P: Policy> Core<P> {
             self.doomed.push(ticket);
             return;
         }
-        out.push(Action::Fill { ticket, region, pages, device, frame });
+        out.push(if huge {
+            Action::FillHuge { ticket, region, pages, device, frame }
+        } else {
+            Action::Fill { ticket, region, pages, device, frame }
+        });
     }
 
     pub(crate) fn fill_done(&mut self, ticket: Ticket, done: u64, stop: Option<FillStop>, out: &mut Vec<Action>) {
@@ -49,6 +96,12 @@ impl<P: Policy> Core<P> {
             // A fill may stop early without a reason: go on.
             None => self.fill(ticket, out),
             Some(FillStop::Again) => self.again.push(ticket),
+            Some(FillStop::NotHuge) => {
+                if let Some(transfer) = self.transfers.get_mut(&ticket) {
+                    transfer.huge = false;
+                }
+                self.fill(ticket, out);
+            }
             Some(FillStop::Exists) => self.fill_met_a_page(ticket, out),
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             Some(FillStop::Io | FillStop::NoPage) => {
@@ -89,7 +142,7 @@ impl<P: Policy> Core<P> {
             }
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             // Without an answer nothing can be decided.
-            None | Some(FillStop::Again | FillStop::Io) => self.again.push(ticket),
+            None | Some(FillStop::Again | FillStop::Io | FillStop::NotHuge) => self.again.push(ticket),
         }
     }
 
@@ -116,14 +169,8 @@ impl<P: Policy> Core<P> {
         self.stats.copy_failures += 1;
         match transfer.kind {
             Kind::Out { .. } => self.roll_back(ticket, PageStatus::Io, out),
+            Kind::Across { .. } => self.across_copied(ticket, Some(PageStatus::Io), out),
             _ => self.fill_failed(ticket, out),
-        }
-    }
-
-    /// The frames of the first `count` pages are free. In replaced memory they are so already.
-    pub(crate) fn give_back(&mut self, transfer: &Transfer, count: u64) {
-        if !transfer.lost {
-            self.release(transfer.device, transfer.frame, count);
         }
     }
 
@@ -135,13 +182,14 @@ impl<P: Policy> Core<P> {
             return;
         }
         let before = *transfer;
-        let Transfer { region, pinned, owner, .. } = before;
-        transfer.pages = transfer.pages.after(pages.count);
-        transfer.frame = transfer.frame.wrapping_add(pages.count as u32);
+        let Transfer { region, pinned, owner, device, .. } = before;
+        transfer.skip(pages.count);
         transfer.tries = 0;
         Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
         self.give_back(&before, pages.count);
         self.stats.pages_home += pages.count;
+        self.policy.moved_home(region, pages, device, self.now_us);
+        self.trace(TraceKind::MigrateEnd, &Transfer { pages, ..before }, out);
         self.note(owner, pages, PageStatus::Ok);
     }
 
@@ -161,27 +209,26 @@ impl<P: Policy> Core<P> {
     }
 
     /// The frames stay the authority; if their device is lost for good, the pages are.
-    fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
+    pub(crate) fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
         let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
         self.leave_on_device(ticket, count, status, out);
         self.end(ticket);
     }
 
     /// As `stay_on_device`, for the first `count` pages that are left.
-    fn leave_on_device(&mut self, ticket: Ticket, count: u64, status: PageStatus, out: &mut Vec<Action>) {
+    pub(crate) fn leave_on_device(&mut self, ticket: Ticket, count: u64, status: PageStatus, out: &mut Vec<Action>) {
         let failed = self.transfers.get(&ticket).is_some_and(|transfer| self.is_failed(transfer.device));
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         let before = *transfer;
-        let Transfer { region, device, frame, pinned, owner, lost, .. } = before;
+        let Transfer { region, owner, lost, .. } = before;
         let pages = Pages { count, ..transfer.pages };
-        transfer.pages = transfer.pages.after(count);
-        transfer.frame = transfer.frame.wrapping_add(count as u32);
+        transfer.skip(count);
         if lost || (status == PageStatus::Io && failed) {
             self.poison(region, pages, out);
             self.give_back(&before, pages.count);
             self.note(owner, pages, PageStatus::Poisoned);
         } else {
-            Self::publish_frames(region, pages, Entry::on_device(device, frame).with_pinned(pinned), out);
+            Self::publish_frames(region, pages, before.entry_on_device(), out);
             self.note(owner, pages, status);
         }
         out.push(Action::Wake { region, pages });

@@ -18,25 +18,34 @@
 //! publishes are applied before the next event is handled. What it may not assume: anything about what is in flight, which is
 //! all in here and all lost in a crash. [`Event::RecoverRegion`] rebuilds it from the directories.
 
+mod across;
+mod attr;
 mod core;
+mod discard;
 mod entry;
 mod event;
+mod evict;
 mod fault;
+mod fork;
 mod frames;
 mod home;
+mod out;
 mod policy;
 mod recovery;
 mod request;
+mod resolve;
 pub mod sim;
 mod stats;
 mod transfer;
+mod way;
 
+pub use attr::Attr;
 pub use core::{CHUNK_PAGES, Core};
 pub use entry::{BadEntry, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
 pub use event::{
-    Action, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind, MapRun, Outcome, PageStatus, Pages,
-    RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket,
+    Action, Backing, Cause, CopyRun, CopyStatus, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind,
+    MapRun, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket, TraceKind,
 };
 pub use frames::{FrameTable, Owner};
-pub use policy::{DefaultPolicy, DeviceFaultAction, Policy};
+pub use policy::{CpuFault, DefaultPolicy, DeviceFault, DeviceFaultAction, Policy};
 pub use stats::Stats;

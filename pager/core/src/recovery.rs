@@ -1,7 +1,7 @@
 //! After a crash: what the directories say is what is. Nothing else is known, and nothing else is needed.
 //!
 //! ```text
-//!   MovingOut     the system copy is valid        publish System, unprotect, wake
+//!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first
 //!   Device        the system pages must be gone   punch (again), claim the frame
 //!   MovingHome    the fill may have happened      claim the frame, revoke, fill; Exists: the system page is newer;
 //!                                                 fill impossible: probe for the system page
@@ -12,9 +12,17 @@
 
 use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
-use crate::event::{Action, DeviceId, Directory, Pages, RegionId};
+use crate::event::{Action, Backing, DeviceId, Directory, PageStatus, Pages, RegionId};
 use crate::frames::{FrameTable, Owner};
 use crate::policy::Policy;
+use crate::transfer::{Kind, Phase, Transfer};
+
+/// The entry of a page that a dead device maps no more; nothing is exclusive to it either.
+fn without_device(entry: Entry, bit: u8) -> Entry {
+    let mine = entry.mapped_mask() & bit != 0;
+    let state = if mine && entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
+    entry.with_state(state).with_mapped_mask(entry.mapped_mask() & !bit)
+}
 
 /// A page that a dead pager left on its way home.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -45,23 +53,27 @@ impl<P: Policy> Core<P> {
                 entry.state() == first.state() && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
             });
             match first.state() {
+                PageState::MovingOut if self.is_private(region) => self.put_back(region, run, first, out),
                 PageState::MovingOut => {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());
                     Self::publish_same(region, run, back, out);
                     self.stats.recovered_transfers += 1;
                 }
-                PageState::Device => {
-                    self.punch_again(region, run, out);
-                }
+                PageState::Device | PageState::Exclusive => self.punch_again(region, run, out),
                 PageState::Poisoned => self.recover_poisoned(dir, region, run, out),
                 _ => {}
             }
             left = left.after(run.count.max(1));
         }
+        if self.backing(region) == Some(Backing::File) {
+            return;
+        }
         // Whatever was protected is writable again, and every fault that the dead pager had read is raised anew.
         let mut left = all;
+        let private = self.is_private(region);
         while left.count > 0 {
-            let at_home = |entry: Entry| entry.is_settled_system() || entry.state() == PageState::MovingOut;
+            let at_home =
+                |entry: Entry| !private && (entry.is_settled_system() || entry.state() == PageState::MovingOut);
             let here = at_home(Self::entry(dir, region, left.first));
             let run = Self::run_while(dir, region, left, |_, entry| at_home(entry) == here);
             if here {
@@ -71,6 +83,17 @@ impl<P: Policy> Core<P> {
             }
             left = left.after(run.count);
         }
+    }
+
+    /// A dead pager may have had private pages taken out: where they are only the client's agent knows.
+    fn put_back(&mut self, region: RegionId, pages: Pages, first: Entry, out: &mut Vec<Action>) {
+        let kind = Kind::Out { zero: false, keep: false };
+        let phase = Phase::MoveBack(PageStatus::Busy);
+        // `lost`: frames that no entry names are free already.
+        let transfer = Transfer { phase, lost: true, ..Transfer::of(region, pages, first, first.mapped_mask(), kind) };
+        let ticket = self.begin(transfer, &mut Vec::new());
+        self.stats.recovered_transfers += 1;
+        out.push(Action::MoveBack { ticket, region, pages });
     }
 
     fn recover_poisoned(&mut self, dir: &impl Directory, region: RegionId, run: Pages, out: &mut Vec<Action>) {
@@ -138,8 +161,9 @@ impl<P: Policy> Core<P> {
             for page in 0..page_count {
                 let entry = Self::entry(dir, region, page);
                 let mine = entry.owns_frame() && entry.device() == device;
-                let lost = mine && (memory_lost || !table.claim(entry.frame(), Owner { region, page }, space));
-                let cleared = if fresh_mappings { entry.with_mapped_mask(entry.mapped_mask() & !bit) } else { entry };
+                let mut claim = || table.claim(entry.frame(), Owner { region, page }, space, entry.shared());
+                let lost = mine && (memory_lost || !claim());
+                let cleared = if fresh_mappings { without_device(entry, bit) } else { entry };
                 if mine && entry.state() == PageState::MovingHome {
                     let entry = if lost { cleared.without_frame() } else { cleared };
                     if lost {
@@ -148,6 +172,8 @@ impl<P: Policy> Core<P> {
                     if !leaving.iter().any(|(of, pages)| *of == region && pages.contains(page)) {
                         homecomings.push(Homecoming { region, page, entry, lost });
                     }
+                } else if lost && entry.state() == PageState::Duplicated {
+                    Self::publish_same(region, Pages::one(page), Entry::SYSTEM.with_mapped_mask(cleared.mapped_mask()), out);
                 } else if lost {
                     self.poison(region, Pages::one(page), out);
                 } else if cleared != entry {
@@ -173,7 +199,7 @@ impl<P: Policy> Core<P> {
             // What dies is not brought home: the teardown takes the frames.
             if !self.is_dying(region) {
                 let run = Pages { first: page, count: count as u64 };
-                self.continue_home(region, run, entry, true, lost, None, out);
+                self.continue_home(region, run, entry, lost, out);
             }
         }
     }
@@ -186,8 +212,7 @@ impl<P: Policy> Core<P> {
             for page in 0..page_count {
                 let entry = Self::entry(dir, region, page);
                 if entry.mapped_mask() & bit != 0 && !entry.is_moving() {
-                    let cleared = entry.with_mapped_mask(entry.mapped_mask() & !bit);
-                    Self::publish_same(region, Pages::one(page), cleared, out);
+                    Self::publish_same(region, Pages::one(page), without_device(entry, bit), out);
                 }
             }
         }
@@ -204,9 +229,14 @@ impl<P: Policy> Core<P> {
         for (region, page_count) in regions {
             for page in 0..page_count {
                 let entry = Self::entry(dir, region, page);
-                if entry.state() == PageState::Device && entry.device() == device {
+                let owner = Owner { region, page };
+                if entry.lives_on_device() && entry.device() == device {
                     self.poison(region, Pages::one(page), out);
-                    self.release(device, entry.frame(), 1);
+                    self.release(device, entry.frame(), 1, owner);
+                } else if entry.state() == PageState::Duplicated && entry.device() == device {
+                    let mask = entry.mapped_mask() & !(1 << device.0);
+                    Self::publish_same(region, Pages::one(page), Entry::SYSTEM.with_mapped_mask(mask), out);
+                    self.release(device, entry.frame(), 1, owner);
                 } else if entry.state() == PageState::MovingHome && entry.device() == device {
                     let mask = entry.mapped_mask() & !(1 << device.0);
                     orphans.push(Homecoming {
@@ -219,7 +249,7 @@ impl<P: Policy> Core<P> {
             }
         }
         orphans.retain(|orphan| {
-            let in_flight = |t: &crate::transfer::Transfer| t.region == orphan.region && t.pages.contains(orphan.page);
+            let in_flight = |t: &Transfer| t.region == orphan.region && t.pages.contains(orphan.page);
             !self.transfers.values().any(in_flight)
         });
         self.finish_homecomings(&orphans, out);

@@ -3,24 +3,28 @@
 //! A request that meets pages on the move, a full device or a device that never logged in is *blocked*; the end of any transfer
 //! makes it look again. It owns nothing while it waits, so requests cannot deadlock each other.
 
-use crate::core::{CHUNK_PAGES, Core};
+use crate::core::Core;
 use crate::entry::{Entry, PageState};
 use crate::event::{
-    Action, CoreError, DeviceId, Directory, MapKind, MapRun, Outcome, PageStatus, Pages, RegionId, ReqId, StatusRun,
+    Action, Cause, CoreError, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun,
     Target,
 };
-use crate::frames::Owner;
-use crate::policy::{DeviceFaultAction, Policy};
+use crate::frames::{HUGE_PAGES, Owner};
+use crate::policy::Policy;
+use crate::resolve::Resolve;
+use crate::way::{Leg, Wish};
 
 /// Transfers that one migration keeps in flight, so that a driver's copy engine has something to do.
-const OUTSTANDING_MAX: u32 = 4;
+pub(crate) const OUTSTANDING_MAX: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Migrate { target: Target },
-    Resolve { fault_page: u64, device: DeviceId },
+    Resolve(Resolve),
     Pin { on: bool },
     Discard,
+    Revoke { devices: u8 },
+    Evict { space: SpaceId, device: DeviceId, left: u64 },
     Teardown,
 }
 
@@ -32,12 +36,20 @@ pub(crate) struct Request {
     pub pages: Pages,
     kind: Kind,
     /// First page not dealt with.
-    cursor: u64,
+    pub cursor: u64,
+    /// End of what can be had (range faults).
+    pub limit: u64,
+    /// Rounds over the window (range faults).
+    pub passes: u8,
+    /// This round found nothing to do so far (range faults).
+    pub clean: bool,
+    /// It waits for the clock.
+    not_before_us: Option<u64>,
     /// Fate by page (migrations only).
     status: Vec<PageStatus>,
-    moved_pages: u64,
+    pub moved_pages: u64,
     /// A copy of the page that matters failed.
-    failed: Option<PageStatus>,
+    pub failed: Option<PageStatus>,
     /// Pages that could not leave the device they are on (migrations only).
     stranded: Option<(Pages, PageStatus)>,
     /// Transfers in flight.
@@ -53,6 +65,10 @@ impl Request {
             pages,
             kind,
             cursor: pages.first,
+            limit: pages.end(),
+            passes: 0,
+            clean: true,
+            not_before_us: None,
             status: Vec::new(),
             moved_pages: 0,
             failed: None,
@@ -66,16 +82,27 @@ impl Request {
         Self::new(Some(req), region, pages, Kind::Migrate { target })
     }
 
-    pub fn resolve(req: ReqId, region: RegionId, pages: Pages, fault_page: u64, device: DeviceId) -> Self {
-        Self::new(Some(req), region, pages, Kind::Resolve { fault_page, device })
+    pub fn resolve(req: ReqId, region: RegionId, pages: Pages, wish: Resolve) -> Self {
+        Self::new(Some(req), region, pages, Kind::Resolve(wish))
     }
 
     pub fn pin(req: ReqId, region: RegionId, pages: Pages, on: bool) -> Self {
         Self::new(Some(req), region, pages, Kind::Pin { on })
     }
 
-    pub fn discard(region: RegionId, pages: Pages) -> Self {
-        Self::new(None, region, pages, Kind::Discard)
+    pub fn discard(req: Option<ReqId>, region: RegionId, pages: Pages) -> Self {
+        Self::new(req, region, pages, Kind::Discard)
+    }
+
+    pub fn revoke(req: ReqId, region: RegionId, pages: Pages, devices: u8) -> Self {
+        Self::new(Some(req), region, pages, Kind::Revoke { devices })
+    }
+
+    /// Of no region: it goes through a device.
+    pub fn evict(req: ReqId, space: SpaceId, device: DeviceId, page_count: u64) -> Self {
+        let left = if page_count == 0 { u64::MAX } else { page_count };
+        let nowhere = Pages { first: 0, count: 0 };
+        Self::new(Some(req), RegionId(u64::MAX), nowhere, Kind::Evict { space, device, left })
     }
 
     pub fn teardown(req: Option<ReqId>, region: RegionId, page_count: u64) -> Self {
@@ -92,16 +119,52 @@ impl Request {
 
     /// It goes through many pages and is content with its turn.
     pub fn is_bulk(&self) -> bool {
-        matches!(self.kind, Kind::Migrate { .. } | Kind::Discard | Kind::Teardown)
+        !matches!(self.kind, Kind::Resolve(_) | Kind::Pin { .. })
+    }
+
+    /// It sends pages to a device.
+    pub fn moves_to_device(&self) -> bool {
+        matches!(self.kind, Kind::Migrate { target: Target::Device(_) })
+    }
+
+    /// From this page on a range fault is content with system pages in place.
+    pub fn map_in_place_from(&mut self, page: u64) {
+        if let Kind::Resolve(wish) = &mut self.kind {
+            wish.in_place_from = wish.in_place_from.min(page);
+        }
+    }
+
+    /// So many pages less are left to evict.
+    pub fn take_from_eviction(&mut self, count: u64) {
+        if let Kind::Evict { left, .. } = &mut self.kind {
+            *left = left.saturating_sub(count.max(1));
+        }
+    }
+
+    /// Waits for the clock.
+    pub fn pause(&mut self, until_us: u64) {
+        self.not_before_us = Some(until_us);
+    }
+
+    pub fn not_before_us(&self) -> Option<u64> {
+        self.not_before_us
+    }
+
+    /// Whether its pause is over now.
+    pub fn end_pause(&mut self, now_us: u64) -> bool {
+        let over = self.not_before_us.take_if(|until_us| *until_us <= now_us).is_some();
+        over && std::mem::take(&mut self.blocked)
     }
 
     /// What is named beside the range lies in it, and devices exist.
     pub fn target_is_inside(&self) -> bool {
         match self.kind {
-            Kind::Resolve { fault_page, device } => {
+            Kind::Resolve(Resolve { fault_page, device, .. }) => {
                 self.pages.contains(fault_page) && device.0 < crate::DEVICE_COUNT_MAX
             }
-            Kind::Migrate { target: Target::Device(device) } => device.0 < crate::DEVICE_COUNT_MAX,
+            Kind::Migrate { target: Target::Device(device) } | Kind::Evict { device, .. } => {
+                device.0 < crate::DEVICE_COUNT_MAX
+            }
             _ => true,
         }
     }
@@ -119,9 +182,14 @@ impl Request {
                     self.moved_pages += pages.count;
                 }
             }
-            Kind::Resolve { fault_page, .. } if status != PageStatus::Ok && pages.contains(fault_page) => {
-                self.failed = Some(status);
+            Kind::Resolve(Resolve { fault_page, .. }) if status != PageStatus::Ok => {
+                if pages.contains(fault_page) {
+                    self.failed = Some(status);
+                } else if pages.first > fault_page {
+                    self.limit = self.limit.min(pages.first);
+                }
             }
+            Kind::Evict { .. } if status == PageStatus::Ok => self.moved_pages += pages.count,
             // A page that cannot come home is not waited for for ever.
             Kind::Pin { .. } if status != PageStatus::Ok => self.cursor = self.cursor.max(pages.end()),
             _ => {}
@@ -156,7 +224,7 @@ impl Request {
 }
 
 /// What a step leaves behind.
-enum Next {
+pub(crate) enum Next {
     /// More at the next tick.
     Again,
     /// When a transfer has ended.
@@ -172,13 +240,16 @@ impl<P: Policy> Core<P> {
         let kind = request.kind;
         let next = match kind {
             Kind::Migrate { target } => self.step_migrate(dir, order, &mut request, target, out),
-            Kind::Resolve { fault_page, device } => {
-                self.step_resolve(dir, order, &mut request, fault_page, device, out)
-            }
+            Kind::Resolve(wish) => self.step_resolve(dir, order, &mut request, wish, out),
+            Kind::Revoke { devices } => self.step_revoke(dir, order, &mut request, devices, out),
+            Kind::Evict { space, device, left } => self.step_evict(dir, order, &mut request, (space, device, left), out),
             Kind::Pin { on } => self.step_pin(dir, order, &mut request, on, out),
             Kind::Discard => self.step_discard(dir, order, &mut request, out),
             Kind::Teardown => self.step_teardown(dir, &request, out),
         };
+        for (_, pages, status) in std::mem::take(&mut self.late_notes).into_iter().filter(|note| note.0 == order) {
+            request.note(pages, status);
+        }
         match next {
             Next::Reply(outcome) => self.reply(request.id, outcome, out),
             Next::Again => {
@@ -231,20 +302,28 @@ impl<P: Policy> Core<P> {
         if self.busy(region, left.first, first) {
             return Next::Wait;
         }
+        let on_target = matches!(target, Target::Device(device) if first.device() == device);
         match target {
-            Target::Home if first.state() == PageState::Device => {
-                let (run, first, mask) = self.device_run(dir, region, left);
-                self.start_home(region, run, first, mask, Some(order), out);
+            Target::Home if first.lives_on_device() => {
+                let left = if first.huge() { Self::to_huge_boundary(dir, region, left) } else { left };
+                let (run, first, mask) = self.frame_run(dir, region, left);
+                self.split_huge(dir, region, run, out);
+                let first = first.with_huge(first.huge() && run.count == u64::from(HUGE_PAGES));
+                self.start_home(region, run, first, mask, Some(order), Cause::Prefetch, out);
                 request.cursor = run.end();
                 Next::Again
             }
-            Target::Device(device) if first.state() == PageState::Device && first.device() != device => {
-                // Home first; this request looks at the pages again when they have arrived, or cannot.
-                let (run, first, mask) = self.device_run(dir, region, left);
-                self.start_home(region, run, first, mask, Some(order), out);
-                Next::Wait
+            Target::Home if first.state() == PageState::Duplicated => {
+                let (run, first, mask) = self.frame_run(dir, region, left);
+                self.start_collapse(region, run, first, mask, Some(order), out);
+                request.cursor = run.end();
+                Next::Again
             }
-            Target::Device(device) if first.is_settled_system() && !first.pinned() => {
+            Target::Device(device)
+                if first.is_settled_system() && !first.pinned()
+                    || first.state() == PageState::Duplicated
+                    || first.lives_on_device() && !on_target =>
+            {
                 self.migrate_run_out(dir, order, request, left, device, out)
             }
             _ => {
@@ -274,146 +353,20 @@ impl<P: Policy> Core<P> {
         let (region, begun) = (request.region, request.pages.first..request.cursor);
         // Pages that this same request brought are not pushed out again for its later ones.
         let spare = |owner: Owner| owner.region == region && begun.contains(&owner.page);
-        match self.move_run_out(dir, order, region, left, device, spare, out) {
-            RunOut::Started(run) => {
+        let wish = Wish { device, keep: false, cause: Cause::Prefetch };
+        match self.bring_here(dir, order, region, left, wish, spare, out) {
+            Leg::Started(run) => {
                 request.cursor = run.end();
                 Next::Again
             }
-            RunOut::Wait => Next::Wait,
-            RunOut::Full => {
-                request.record(left, PageStatus::NoMemory);
-                request.cursor = left.end();
+            // This request looks at the pages again when they have arrived, or cannot.
+            Leg::First(_) | Leg::Wait => Next::Wait,
+            Leg::Full(pages) => {
+                request.record(pages, PageStatus::NoMemory);
+                request.cursor = pages.end();
                 Next::Again
             }
         }
-    }
-
-    /// Sends the first pages of `pages` (settled system pages) to the device, or makes room for them.
-    #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
-    fn move_run_out(
-        &mut self,
-        dir: &impl Directory,
-        order: u64,
-        region: RegionId,
-        pages: Pages,
-        device: DeviceId,
-        spare: impl Fn(Owner) -> bool,
-        out: &mut Vec<Action>,
-    ) -> RunOut {
-        let zero = Self::entry(dir, region, pages.first).state() == PageState::Absent;
-        let run = Self::run_while(dir, region, pages, |_, entry| {
-            entry.is_settled_system() && !entry.pinned() && (entry.state() == PageState::Absent) == zero
-        });
-        let Some(space) = self.regions.get(&region).map(|info| info.space) else { return RunOut::Full };
-        if self.is_failed(device) {
-            return RunOut::Full;
-        }
-        let Some(table) = self.table(device) else { return RunOut::Wait };
-        if let Some((frame, count)) = table.allocate(run.count as u32, Owner { region, page: run.first }, space) {
-            let run = Pages { count: u64::from(count), ..run };
-            let mask = run.iter().fold(0, |mask, page| mask | Self::entry(dir, region, page).mapped_mask());
-            self.start_out(region, run, device, frame, mask, zero, order, out);
-            return RunOut::Started(run);
-        }
-        let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
-        if self.evict(dir, device, run.count, spare, order, out) || soon {
-            return RunOut::Wait;
-        }
-        RunOut::Full
-    }
-
-    fn step_resolve(
-        &mut self,
-        dir: &impl Directory,
-        order: u64,
-        request: &mut Request,
-        fault_page: u64,
-        device: DeviceId,
-        out: &mut Vec<Action>,
-    ) -> Next {
-        let region = request.region;
-        match request.failed.take() {
-            Some(PageStatus::Gone) => {
-                return Next::Reply(Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }));
-            }
-            Some(_) => return Next::Reply(Outcome::Failed(CoreError::Io { page: fault_page })),
-            None => {}
-        }
-        let entry = Self::entry(dir, region, fault_page);
-        if self.busy(region, fault_page, entry) {
-            return Next::Wait;
-        }
-        match entry.state() {
-            PageState::Poisoned => Next::Reply(Outcome::Failed(CoreError::Poisoned { page: fault_page })),
-            PageState::Device if entry.device() == device => self.map_window(dir, request, device, false, out),
-            PageState::Device | PageState::Exclusive => {
-                let (run, first, mask) = self.device_run(dir, region, Self::rest_of_window(request, fault_page));
-                self.start_home(region, run, first, mask, Some(order), out);
-                Next::Wait
-            }
-            _ => {
-                let advised = self.regions.get(&region).is_some_and(|info| info.in_place);
-                let action = self.policy.device_fault(region, request.pages, advised);
-                if entry.pinned() || action == DeviceFaultAction::MapInPlace {
-                    return self.map_window(dir, request, device, true, out);
-                }
-                let pages = Self::rest_of_window(request, fault_page);
-                match self.move_run_out(dir, order, region, pages, device, |_| false, out) {
-                    RunOut::Started(_) | RunOut::Wait => Next::Wait,
-                    RunOut::Full => self.map_window(dir, request, device, true, out),
-                }
-            }
-        }
-    }
-
-    /// The window from the faulting page on: the page that matters is in the first run.
-    fn rest_of_window(request: &Request, fault_page: u64) -> Pages {
-        Pages { first: fault_page, count: (request.pages.end() - fault_page).min(CHUNK_PAGES) }
-    }
-
-    /// Maps what can be mapped at this instant; the faulting page can. `in_place`: system pages too.
-    fn map_window(
-        &mut self,
-        dir: &impl Directory,
-        request: &Request,
-        device: DeviceId,
-        in_place: bool,
-        out: &mut Vec<Action>,
-    ) -> Next {
-        let Kind::Resolve { fault_page, .. } = request.kind else { return Next::Wait };
-        let (region, bit) = (request.region, 1u8 << device.0);
-        let mut runs: Vec<MapRun> = Vec::new();
-        for page in request.pages.iter() {
-            let entry = Self::entry(dir, region, page);
-            let kind = match entry.state() {
-                _ if self.busy(region, page, entry) => continue,
-                PageState::Device if entry.device() == device => MapKind::Frame(entry.frame()),
-                // Only the faulting page is mapped in place unasked; neighbours may still migrate.
-                PageState::Absent | PageState::System if entry.pinned() || (in_place && page == fault_page) => {
-                    MapKind::System
-                }
-                PageState::Absent | PageState::System if self.regions.get(&region).is_some_and(|i| i.in_place) => {
-                    MapKind::System
-                }
-                _ => continue,
-            };
-            if let MapKind::Frame(frame) = kind
-                && let Some(table) = self.table(device)
-            {
-                table.touch(frame);
-            }
-            let mapped = match entry.state() {
-                // The device may write it: it is not untouched any more.
-                PageState::Absent => entry.with_state(PageState::System),
-                _ => entry,
-            };
-            let mapped = mapped.with_mapped_mask(entry.mapped_mask() | bit);
-            if mapped != entry {
-                Self::publish_same(region, Pages::one(page), mapped, out);
-            }
-            extend(&mut runs, page, kind);
-        }
-        Next::Reply(Outcome::Resolved { runs })
     }
 
     fn step_pin(
@@ -433,9 +386,15 @@ impl<P: Policy> Core<P> {
         if self.busy(region, left.first, first) {
             return Next::Wait;
         }
-        if on && first.state() == PageState::Device {
-            let (run, first, mask) = self.device_run(dir, region, left);
-            self.start_home(region, run, first, mask, Some(order), out);
+        if on && first.lives_on_device() {
+            let (run, first, mask) = self.frame_run(dir, region, left);
+            self.split_huge(dir, region, run, out);
+            self.start_home(region, run, first, mask, Some(order), Cause::Prefetch, out);
+            return Next::Wait;
+        }
+        if on && first.state() == PageState::Duplicated {
+            let (run, first, mask) = self.frame_run(dir, region, left);
+            self.start_collapse(region, run, first, mask, Some(order), out);
             return Next::Wait;
         }
         let run = Self::run_while(dir, region, left, |_, entry| entry == first);
@@ -457,8 +416,9 @@ impl<P: Policy> Core<P> {
         if self.busy(region, left.first, first) {
             return Next::Wait;
         }
-        let run = if first.state() == PageState::Device {
-            let (run, first, mask) = self.device_run(dir, region, left);
+        let run = if first.owns_frame() {
+            let (run, first, mask) = self.frame_run(dir, region, left);
+            self.split_huge(dir, region, run, out);
             self.start_drop(region, run, first, mask, Some(order), out);
             run
         } else {
@@ -471,6 +431,34 @@ impl<P: Policy> Core<P> {
             }
             run
         };
+        request.cursor = run.end();
+        Next::Again
+    }
+
+    fn step_revoke(
+        &mut self,
+        dir: &impl Directory,
+        order: u64,
+        request: &mut Request,
+        devices: u8,
+        out: &mut Vec<Action>,
+    ) -> Next {
+        let left = request.left();
+        if left.count == 0 {
+            return if request.outstanding > 0 { Next::Wait } else { Next::Reply(Outcome::Done) };
+        }
+        let region = request.region;
+        let first = Self::entry(dir, region, left.first);
+        if self.busy(region, left.first, first) {
+            return Next::Wait;
+        }
+        let mapped = first.mapped_mask() & devices;
+        let run = Self::run_while(dir, region, left, |offset, entry| {
+            entry.mapped_mask() & devices == mapped && !self.busy(region, left.first + offset, entry)
+        });
+        if mapped != 0 {
+            self.start_revoke(region, run, mapped, devices, order, out);
+        }
         request.cursor = run.end();
         Next::Again
     }
@@ -518,33 +506,10 @@ impl<P: Policy> Core<P> {
     }
 }
 
-enum RunOut {
-    Started(Pages),
-    Wait,
-    Full,
-}
-
 fn settled_status(entry: Entry, target: Target) -> PageStatus {
     match entry.state() {
         PageState::Poisoned => PageStatus::Poisoned,
         _ if entry.is_settled_system() && entry.pinned() && target != Target::Home => PageStatus::Pinned,
         _ => PageStatus::AlreadyThere,
     }
-}
-
-fn extend(runs: &mut Vec<MapRun>, page: u64, kind: MapKind) {
-    if let Some(run) = runs.last_mut()
-        && run.first + run.count == page
-    {
-        let follows = match (run.kind, kind) {
-            (MapKind::System, MapKind::System) => true,
-            (MapKind::Frame(first), MapKind::Frame(frame)) => u64::from(first) + run.count == u64::from(frame),
-            _ => false,
-        };
-        if follows {
-            run.count += 1;
-            return;
-        }
-    }
-    runs.push(MapRun { first: page, count: 1, kind, writable: true });
 }

@@ -30,6 +30,16 @@ counters! {
     pages_home,
     /// Of those: because a device was full.
     evicted,
+    /// Pages moved from device to device.
+    pages_across,
+    /// Pages copied to devices for reading, the system page stays.
+    duplicated,
+    /// Such copies that ended.
+    collapsed,
+    /// Pages on devices that a forked child shares with its parent.
+    shared,
+    /// Device faults that had to wait because their block thrashes.
+    throttled,
     /// Pages zeroed for the CPU.
     zero_filled,
     /// Pages mapped for the CPU that the backing had already.

@@ -1,30 +1,45 @@
-//! Transfers: one run of pages of one region on its way out, home, or into nothing.
+//! Transfers: one run of pages of one region on its way out, home, across, or into nothing.
 //!
 //! ```text
-//!  out:   Protect -> [Revoke] -> Copy -> (publish Device) -> Punch -> wake, end
-//!                       \-- failed --> (publish System), unprotect, end
-//!  home:  [Revoke] -> Fill -> (publish System, free frames) -> end     what else can happen: home.rs
-//!  drop:  [Revoke] -> (publish Absent), scrub the frames, end
-//!  teardown: [Revoke] -> DropRegion -> scrub the frames
+//!  out:      [Protect] -> [Revoke] -> Copy -> (publish Device) -> Punch -> wake, end          out.rs
+//!                             \-- failed --> [MoveBack] -> (publish System), unprotect, end
+//!  copy:     Protect -> [Revoke] -> Copy -> (publish Duplicated) -> wake, end                 out.rs, `keep`
+//!  home:     [Revoke] -> Fill -> (publish System, free frames) -> end                         home.rs
+//!  across:   [Revoke] -> Copy -> (publish Device there, free frames here) -> wake, end        across.rs
+//!  collapse: [Revoke] -> (publish System, free frames), unprotect, end                        across.rs
+//!  drop:     [Revoke] -> (publish Absent, free frames) -> wake, end                           discard.rs
+//!  revoke:   Revoke -> (publish unmapped) -> wake, end                                        discard.rs
+//!  fork:     [Revoke] -> (publish unmapped) -> ForkReady, wake, end                           fork.rs
+//!  teardown: [Revoke] -> DropRegion -> scrub the frames                                       discard.rs
 //! ```
 //!
-//! While a transfer is under way its pages are `Moving*` and nobody else touches them. CPU faults on them are ignored: the wake
-//! at the end (or the fill itself) makes the kernel raise them again.
+//! While a transfer is under way its pages are `Moving*`, or held ([`Transfer::holds`]), and nobody else touches them. CPU faults
+//! on them are ignored: the wake at the end (or the fill itself) makes the kernel raise them again.
 
-use crate::core::{Core, KEEPER};
-use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
-use crate::event::{Action, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, StepResult, Ticket};
+use crate::core::Core;
+use crate::entry::{Entry, PoisonReason};
+use crate::event::{
+    Action, Cause, DeviceId, Directory, PageStatus, Pages, RegionId, ReqId, StepResult, Target, Ticket, TraceKind,
+};
 use crate::frames::Owner;
 use crate::policy::Policy;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// System to device; `zero`: nothing to copy.
-    Out { zero: bool },
+    /// System to device; `zero`: nothing to copy. `keep`: the system page stays valid, write-protected.
+    Out { zero: bool, keep: bool },
     /// Device to system. `recovering`: an earlier pager may have filled some pages.
     Home { recovering: bool },
+    /// Device to device; the frames there are named by nobody until the copy is done.
+    Across { to: DeviceId, to_frame: u32, target_lost: bool },
+    /// The read-only copy on a device goes, the system page stays.
+    Collapse,
     /// The content is gone; `frames`: it was on a device.
     Drop { frames: bool },
+    /// Some devices lose their mappings, the pages stay where they are.
+    Revoke { devices: u8 },
+    /// The process forked: what both own must not be written by devices.
+    Fork { child: RegionId },
     /// The whole region goes.
     Teardown,
 }
@@ -34,8 +49,11 @@ pub(crate) enum Phase {
     Protect,
     Revoke,
     Copy,
+    /// Private pages go back where they were.
+    MoveBack(PageStatus),
     Punch,
     PunchStray,
+    FillHuge,
     Fill,
     /// Asks whether the system page exists: `Continue`.
     Probe,
@@ -55,10 +73,15 @@ pub(crate) struct Transfer {
     pub mask: u8,
     /// The pages are pinned (they can only be on their way home).
     pub pinned: bool,
+    /// Other entries may name the frames too.
+    pub shared: bool,
+    /// A huge page that shall come home as one.
+    pub huge: bool,
     /// Request that is told.
     pub owner: Option<u64>,
     /// Request that made room by this eviction: it looks first when the room is there.
     pub sponsor: Option<u64>,
+    pub cause: Cause,
     /// What a log line about the copy names.
     pub req: ReqId,
     pub tries: u8,
@@ -66,8 +89,60 @@ pub(crate) struct Transfer {
     pub lost: bool,
 }
 
+impl Transfer {
+    /// One that begins with its revocation and belongs to no request.
+    pub fn new(region: RegionId, pages: Pages, kind: Kind) -> Self {
+        Self {
+            region,
+            pages,
+            device: DeviceId(0),
+            frame: 0,
+            kind,
+            phase: Phase::Revoke,
+            mask: 0,
+            pinned: false,
+            shared: false,
+            huge: false,
+            owner: None,
+            sponsor: None,
+            cause: Cause::AddressSpace,
+            req: ReqId(0),
+            tries: 0,
+            lost: false,
+        }
+    }
+
+    /// As `new`, of pages whose frames (or mappings) the entry of the first one names.
+    pub fn of(region: RegionId, pages: Pages, first: Entry, mask: u8, kind: Kind) -> Self {
+        let (device, frame) = (first.device(), first.frame());
+        let (pinned, shared) = (first.pinned(), first.shared());
+        Self { device, frame, mask, pinned, shared, ..Self::new(region, pages, kind) }
+    }
+
+    /// Nobody may begin anything with its pages although their entries are settled.
+    pub fn holds(&self) -> bool {
+        self.phase == Phase::Punch || matches!(self.kind, Kind::Revoke { .. } | Kind::Fork { .. })
+    }
+
+    /// Owner of the first frame that is left.
+    pub fn first_owner(&self) -> Owner {
+        Owner { region: self.region, page: self.pages.first }
+    }
+
+    /// The entry of the first page as it is while the frames are the authority.
+    pub fn entry_on_device(&self) -> Entry {
+        Entry::on_device(self.device, self.frame).with_pinned(self.pinned).with_shared(self.shared)
+    }
+
+    /// Goes on without its first `count` pages.
+    pub fn skip(&mut self, count: u64) {
+        self.pages = self.pages.after(count);
+        self.frame = self.frame.wrapping_add(count as u32);
+    }
+}
+
 impl<P: Policy> Core<P> {
-    fn begin(&mut self, transfer: Transfer) -> Ticket {
+    pub(crate) fn begin(&mut self, transfer: Transfer, out: &mut Vec<Action>) -> Ticket {
         let ticket = self.ticket();
         if let Some(info) = self.regions.get_mut(&transfer.region) {
             info.transfers += 1;
@@ -75,12 +150,16 @@ impl<P: Policy> Core<P> {
         if let Some(request) = transfer.owner.and_then(|order| self.requests.get_mut(&order)) {
             request.outstanding += 1;
         }
+        self.holding += u32::from(transfer.holds());
+        self.trace(TraceKind::MigrateStart, &transfer, out);
         self.transfers.insert(ticket, transfer);
         ticket
     }
 
     pub(crate) fn end(&mut self, ticket: Ticket) {
         let Some(transfer) = self.transfers.remove(&ticket) else { return };
+        self.discards.remove(&ticket);
+        self.holding -= u32::from(transfer.holds());
         if let Some(info) = self.regions.get_mut(&transfer.region) {
             info.transfers -= 1;
         }
@@ -93,141 +172,27 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    /// Starts a run of settled system pages on its way to frames that were just allocated.
-    #[allow(clippy::too_many_arguments, reason = "one transfer's own fields")]
-    pub(crate) fn start_out(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        device: DeviceId,
-        frame: u32,
-        mask: u8,
-        zero: bool,
-        owner: u64,
-        out: &mut Vec<Action>,
-    ) {
-        // The mask stays in the entries until the revocation is done: a crash must not forget who maps the system page.
-        let moving = Entry::SYSTEM.with_state(PageState::MovingOut).with_mapped_mask(mask);
-        Self::publish_same(region, pages, moving, out);
-        let kind = Kind::Out { zero };
-        let owner = Some(owner);
-        let ticket = self.begin(Transfer {
-            region,
-            pages,
-            device,
-            frame,
-            kind,
-            phase: Phase::Protect,
-            mask,
-            pinned: false,
-            owner,
-            sponsor: None,
-            req: ReqId(0),
-            tries: 0,
-            lost: false,
-        });
-        out.push(Action::WriteProtect { ticket, region, pages, on: true });
-    }
-
-    /// Starts a run of device pages on its way home. `first` is the entry of its first page.
-    pub(crate) fn start_home(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        first: Entry,
-        mask: u8,
-        owner: Option<u64>,
-        out: &mut Vec<Action>,
-    ) {
-        let moving = first.with_state(PageState::MovingHome).with_mapped_mask(mask);
-        Self::publish_frames(region, pages, moving, out);
-        self.continue_home(region, pages, moving, false, false, owner, out);
-    }
-
-    /// The part of `start_home` that a new pager repeats. `lost`: the frames hold nothing, only a system page can be found.
-    #[allow(clippy::too_many_arguments, reason = "one transfer's own fields")]
-    pub(crate) fn continue_home(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        moving: Entry,
-        recovering: bool,
-        lost: bool,
-        owner: Option<u64>,
-        out: &mut Vec<Action>,
-    ) {
-        let mask = moving.mapped_mask();
-        let transfer = Transfer {
-            region,
-            pages,
-            device: moving.device(),
-            frame: moving.frame(),
-            kind: Kind::Home { recovering },
-            phase: Phase::Revoke,
-            mask,
-            pinned: moving.pinned(),
-            owner,
-            sponsor: None,
-            req: ReqId(0),
-            tries: 0,
-            lost,
-        };
-        let ticket = self.begin(transfer);
-        self.revoke_or(ticket, out, Self::fill);
-    }
-
-    /// Starts dropping a run: device pages in consecutive frames, or system pages that devices map in place.
-    pub(crate) fn start_drop(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        first: Entry,
-        mask: u8,
-        owner: Option<u64>,
-        out: &mut Vec<Action>,
-    ) {
-        let frames = first.owns_frame();
-        if frames {
-            Self::publish_frames(region, pages, first.with_state(PageState::MovingHome).with_mapped_mask(mask), out);
-        } else {
-            Self::publish_same(region, pages, first.with_state(PageState::MovingOut).with_mapped_mask(mask), out);
+    /// A transfer goes into its last step, in which its pages are settled but not free for anybody.
+    pub(crate) fn hold_for_punch(&mut self, ticket: Ticket) {
+        if let Some(transfer) = self.transfers.get_mut(&ticket).filter(|transfer| !transfer.holds()) {
+            transfer.phase = Phase::Punch;
+            self.holding += 1;
         }
-        let ticket = self.begin(Transfer {
-            region,
-            pages,
-            device: first.device(),
-            frame: first.frame(),
-            kind: Kind::Drop { frames },
-            phase: Phase::Revoke,
-            mask,
-            pinned: false,
-            owner,
-            sponsor: None,
-            req: ReqId(0),
-            tries: 0,
-            lost: false,
-        });
-        self.revoke_or(ticket, out, Self::finish_drop);
     }
 
-    /// Starts the end of a region, once nothing of it moves.
-    pub(crate) fn start_teardown(&mut self, region: RegionId, pages: Pages, mask: u8, out: &mut Vec<Action>) {
-        let ticket = self.begin(Transfer {
-            region,
-            pages,
-            device: DeviceId(0),
-            frame: 0,
-            kind: Kind::Teardown,
-            phase: Phase::Revoke,
-            mask,
-            pinned: false,
-            owner: None,
-            sponsor: None,
-            req: ReqId(0),
-            tries: 0,
-            lost: false,
-        });
-        self.revoke_or(ticket, out, Self::finish_teardown);
+    /// For profilers: what moves from where to where.
+    pub(crate) fn trace(&self, kind: TraceKind, transfer: &Transfer, out: &mut Vec<Action>) {
+        let here = Target::Device(transfer.device);
+        let (from, to) = match transfer.kind {
+            Kind::Out { .. } => (Target::Home, here),
+            Kind::Home { recovering: false } => (here, Target::Home),
+            Kind::Across { to, .. } => (here, Target::Device(to)),
+            _ => return,
+        };
+        let Transfer { region, pages, cause, .. } = *transfer;
+        if pages.count > 0 {
+            out.push(Action::Trace { kind, cause, region, pages, from, to });
+        }
     }
 
     pub(crate) fn revoke_or(
@@ -247,133 +212,60 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    pub(crate) fn wp_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
-        if self.cpu_ops.contains_key(&ticket) {
-            self.unprotect_done(ticket, result, out);
-            return;
-        }
-        if !self.transfers.contains_key(&ticket) {
-            return;
-        }
-        match result {
-            StepResult::Ok => self.revoke_or(ticket, out, Self::copy),
-            StepResult::Again => self.again.push(ticket),
-            StepResult::Gone => self.roll_back(ticket, PageStatus::Gone, out),
-            StepResult::Io => self.roll_back(ticket, PageStatus::Io, out),
-        }
-    }
-
-    pub(crate) fn revoke_done(&mut self, _dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
+    pub(crate) fn revoke_done(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.mask = 0;
         match transfer.kind {
-            Kind::Out { .. } => self.copy(ticket, out),
+            Kind::Out { .. } | Kind::Across { .. } => self.copy(ticket, out),
             Kind::Home { .. } => self.fill(ticket, out),
+            Kind::Collapse => self.finish_collapse(ticket, out),
             Kind::Drop { .. } => self.finish_drop(ticket, out),
+            Kind::Revoke { .. } => self.finish_revoke(dir, ticket, out),
+            Kind::Fork { .. } => self.finish_fork(dir, ticket, out),
             Kind::Teardown => self.finish_teardown(ticket, out),
         }
     }
 
-    fn copy(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+    pub(crate) fn copy(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.phase = Phase::Copy;
         let Transfer { region, pages, device, frame, kind, req, lost, .. } = *transfer;
+        let count = pages.count as u32;
         if lost || self.is_failed(device) {
             self.doomed.push(ticket);
             return;
         }
-        if kind == (Kind::Out { zero: true }) {
-            out.push(Action::ZeroFrames { ticket, device, frame, count: pages.count as u32 });
-        } else {
-            out.push(Action::CopyOut { ticket, region, pages, device, frame, req });
+        match kind {
+            Kind::Out { zero: true, .. } => out.push(Action::ZeroFrames { ticket, device, frame, count }),
+            Kind::Out { keep, .. } => out.push(Action::CopyOut { ticket, region, pages, device, frame, keep, req }),
+            Kind::Across { to, target_lost, .. } if target_lost || self.is_failed(to) => self.doomed.push(ticket),
+            Kind::Across { to, to_frame, .. } => {
+                out.push(Action::CopyAcross { ticket, from: device, from_frame: frame, to, frame: to_frame, count });
+            }
+            _ => {}
         }
     }
 
+    /// Answer to a copy that succeeds or fails as a whole.
     pub(crate) fn copy_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
-        let Transfer { region, pages, device, frame, lost, .. } = *transfer;
-        match result {
-            _ if lost => self.roll_back(ticket, PageStatus::Io, out),
-            StepResult::Ok => {
-                transfer.phase = Phase::Punch;
-                self.punching += 1;
-                self.stats.pages_out += pages.count;
-                Self::publish_frames(region, pages, Entry::on_device(device, frame), out);
-                out.push(Action::Punch { ticket, region, pages });
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let failed = match result {
+            StepResult::Again => {
+                self.again.push(ticket);
+                return;
             }
-            StepResult::Again => self.again.push(ticket),
-            StepResult::Gone => self.roll_back(ticket, PageStatus::Gone, out),
+            _ if transfer.lost => Some(PageStatus::Io),
+            StepResult::Ok => None,
+            StepResult::Gone => Some(PageStatus::Gone),
             StepResult::Io => {
                 self.stats.copy_failures += 1;
-                self.roll_back(ticket, PageStatus::Io, out);
+                Some(PageStatus::Io)
             }
-        }
-    }
-
-    /// The system copy stays the authority.
-    pub(crate) fn roll_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let Transfer { region, pages, device, frame, mask, owner, lost, .. } = transfer;
-        Self::publish_same(region, pages, Entry::SYSTEM.with_mapped_mask(mask), out);
-        if !lost {
-            self.release_torn(device, frame, pages.count);
-        }
-        self.unprotect(region, pages, out);
-        self.note(owner, pages, status);
-        self.end(ticket);
-    }
-
-    pub(crate) fn punch_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        if transfer.phase == Phase::PunchStray {
-            self.fill(ticket, out);
-            return;
-        }
-        if matches!(result, StepResult::Io | StepResult::Again) {
-            // Some of the system pages may be gone already: the only way is forward.
-            self.again.push(ticket);
-            return;
-        }
-        let Transfer { region, pages, owner, .. } = transfer;
-        self.punching -= 1;
-        out.push(Action::Wake { region, pages });
-        self.note(owner, pages, PageStatus::Ok);
-        self.end(ticket);
-    }
-
-    pub(crate) fn poison(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        self.stats.poisoned += pages.count;
-        Self::publish_same(region, pages, Entry::poisoned(PoisonReason::DeviceLost), out);
-        out.push(Action::Poison { region, pages });
-    }
-
-    fn finish_drop(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let Transfer { region, pages, kind, owner, .. } = transfer;
-        Self::publish_same(region, pages, Entry::ABSENT, out);
-        if kind == (Kind::Drop { frames: true }) {
-            self.give_back(&transfer, pages.count);
-        }
-        out.push(Action::Wake { region, pages });
-        self.note(owner, pages, PageStatus::Gone);
-        self.end(ticket);
-    }
-
-    fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let region = transfer.region;
-        // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
-        out.push(Action::DropRegion { region });
-        for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
-            let runs = self.table(device).map(|table| table.hand_over(region, KEEPER)).unwrap_or_default();
-            self.start_scrub(device, runs, out);
-        }
-        self.end(ticket);
-        self.regions.remove(&region);
-        self.policy.region_gone(region);
-        let order = self.requests.iter().find(|(_, request)| request.is_teardown_of(region)).map(|(order, _)| *order);
-        if let Some(request) = order.and_then(|order| self.requests.remove(&order)) {
-            self.reply(request.id, Outcome::Done, out);
+        };
+        match (transfer.kind, failed) {
+            (Kind::Across { .. }, failed) => self.across_copied(ticket, failed, out),
+            (_, Some(status)) => self.roll_back(ticket, status, out),
+            (_, None) => self.copied(ticket, false, out),
         }
     }
 
@@ -388,80 +280,46 @@ impl<P: Policy> Core<P> {
         match transfer.phase {
             Phase::Protect => out.push(Action::WriteProtect { ticket, region, pages, on: true }),
             Phase::Copy => self.copy(ticket, out),
-            Phase::Fill => self.fill(ticket, out),
+            Phase::MoveBack(_) => out.push(Action::MoveBack { ticket, region, pages }),
+            Phase::FillHuge | Phase::Fill => self.fill(ticket, out),
             Phase::Probe => self.probe(ticket, out),
             Phase::Punch => out.push(Action::Punch { ticket, region, pages }),
             Phase::Revoke | Phase::PunchStray => {}
         }
     }
 
-    /// The system pages are not valid any more and are punched (again), as the end of the way out.
-    pub(crate) fn punch_again(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        let ticket = self.begin(Transfer {
-            region,
-            pages,
-            device: DeviceId(0),
-            frame: 0,
-            kind: Kind::Out { zero: false },
-            phase: Phase::Punch,
-            mask: 0,
-            pinned: false,
-            owner: None,
-            sponsor: None,
-            req: ReqId(0),
-            tries: 0,
-            lost: false,
-        });
-        self.punching += 1;
-        out.push(Action::Punch { ticket, region, pages });
+    pub(crate) fn poison(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        self.stats.poisoned += pages.count;
+        Self::publish_same(region, pages, Entry::poisoned(PoisonReason::DeviceLost), out);
+        out.push(Action::Poison { region, pages });
+    }
+
+    /// The frames of the first `count` pages are free. In replaced memory they are so already.
+    pub(crate) fn give_back(&mut self, transfer: &Transfer, count: u64) {
+        if !transfer.lost {
+            self.release(transfer.device, transfer.frame, count, transfer.first_owner());
+        }
     }
 
     /// The memory of a device was replaced: whatever moves to it or from it knows.
     pub(crate) fn mark_lost(&mut self, device: DeviceId) {
-        for transfer in self.transfers.values_mut().filter(|transfer| transfer.device == device) {
-            let has_left = transfer.phase == Phase::Punch || transfer.kind == Kind::Teardown;
-            transfer.lost |= !has_left;
+        for transfer in self.transfers.values_mut() {
+            if let Kind::Across { to, target_lost, .. } = &mut transfer.kind {
+                *target_lost |= *to == device;
+            }
+            let has_left = transfer.phase == Phase::Punch
+                || matches!(transfer.kind, Kind::Teardown | Kind::Revoke { .. } | Kind::Fork { .. });
+            transfer.lost |= transfer.device == device && !has_left;
         }
     }
 
     /// Pages on their way from a device.
     pub(crate) fn leaving(&self, device: DeviceId) -> Vec<(RegionId, Pages)> {
-        let leaves =
-            |t: &&Transfer| t.device == device && matches!(t.kind, Kind::Home { .. } | Kind::Drop { frames: true });
+        let leaves = |t: &&Transfer| {
+            let kind = t.kind;
+            let leaving = matches!(kind, Kind::Home { .. } | Kind::Across { .. } | Kind::Collapse);
+            t.device == device && (leaving || matches!(kind, Kind::Drop { frames: true }))
+        };
         self.transfers.values().filter(leaves).map(|t| (t.region, t.pages)).collect()
-    }
-
-    /// Takes a run that a device must give up for the request `order`: starts it home. Returns false when there is nothing to take.
-    #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
-    pub(crate) fn evict(
-        &mut self,
-        dir: &impl Directory,
-        device: DeviceId,
-        want: u64,
-        spare: impl Fn(Owner) -> bool,
-        order: u64,
-        out: &mut Vec<Action>,
-    ) -> bool {
-        let due = self.transfers.values().filter(|transfer| transfer.phase == Phase::Punch);
-        let punching: Vec<_> = due.map(|transfer| (transfer.region, transfer.pages)).collect();
-        let dying: Vec<_> = self.regions.iter().filter(|(_, info)| info.dying).map(|(id, _)| *id).collect();
-        let settled = |owner: Owner| {
-            let entry = Self::entry(dir, owner.region, owner.page);
-            entry.state() == PageState::Device
-                && entry.device() == device
-                && !dying.contains(&owner.region)
-                && !punching.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
-        };
-        let Some(table) = self.table(device) else { return false };
-        let Some((owner, count)) = table.victims(want as u32, |owner| !settled(owner) || spare(owner)) else {
-            return false;
-        };
-        let pages = Pages { first: owner.page, count: u64::from(count) };
-        let (run, first, mask) = self.device_run(dir, owner.region, pages);
-        self.stats.evicted += run.count;
-        self.start_home(owner.region, run, first, mask, None, out);
-        let started = self.transfers.last_entry();
-        started.into_iter().for_each(|mut eviction| eviction.get_mut().sponsor = Some(order));
-        true
     }
 }

@@ -2,7 +2,11 @@
 
 use uhmm_ipc::message::{Call, ErrorCode, Reply, Role, TraceId, WireError, common, pager};
 use uhmm_ipc::{CallId, ConnId};
+use uhmm_pager_core::Backing;
 
+use crate::clients::Opening;
+use crate::create::Wanted;
+use crate::requests::FaultKind;
 use crate::service::Pager;
 
 /// An answer now, or `None` when it comes later.
@@ -43,7 +47,17 @@ impl Pager {
             | pager::Call::FreeRegion { .. }
             | pager::Call::Migrate { .. }
             | pager::Call::Query { .. }
-            | pager::Call::Advise { .. } => role == Role::Client,
+            | pager::Call::Advise { .. }
+            | pager::Call::AdoptRegion { .. }
+            | pager::Call::AttachFile { .. }
+            | pager::Call::ReleaseRange { .. }
+            | pager::Call::Discard { .. }
+            | pager::Call::ProtectionChanged { .. }
+            | pager::Call::Evict { .. }
+            | pager::Call::QueryAttributes { .. }
+            | pager::Call::ReadTrace { .. }
+            | pager::Call::Inject { .. }
+            | pager::Call::AgentDone { .. } => role == Role::Client,
             pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } => role == Role::Driver,
             pager::Call::MirrorLogin
             | pager::Call::OpenMirror { .. }
@@ -57,18 +71,37 @@ impl Pager {
             return refuse(ErrorCode::Permission, format!("A {role:?} may not make this call to the pager"));
         }
         match request {
-            pager::Call::OpenSpace { nonce, uffd, full } => self.open_space(conn, call, nonce, &uffd, full),
-            pager::Call::AttachSpace { space, token } => self.attach_space(conn, space, &token),
+            pager::Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent } => {
+                self.open_space(conn, call, Opening { nonce, uffd, full, sentinel_addr, agent })
+            }
+            pager::Call::AttachSpace { space, token, agent } => self.attach_space(conn, call, space, &token, agent),
             pager::Call::CloseSpace => self.close_space(conn),
             pager::Call::CreateRegion { addr, len_bytes, memory } => {
-                self.create_region(conn, call, addr, len_bytes, memory)
+                let (backing, file) = (Backing::Shared, Some(memory));
+                self.make_region(conn, call, Wanted { addr, len_bytes, backing, file, offset_bytes: 0 })
+            }
+            pager::Call::AdoptRegion { addr, len_bytes } => {
+                let backing = Backing::Private;
+                self.make_region(conn, call, Wanted { addr, len_bytes, backing, file: None, offset_bytes: 0 })
+            }
+            pager::Call::AttachFile { addr, len_bytes, file, offset_bytes } => {
+                let (backing, file) = (Backing::File, Some(file));
+                self.make_region(conn, call, Wanted { addr, len_bytes, backing, file, offset_bytes })
             }
             pager::Call::FreeRegion { region } => self.free_region(conn, call, region),
-            pager::Call::Migrate { addr, len_bytes, target } => {
-                self.migrate(conn, call, trace, addr, len_bytes, target)
+            pager::Call::ReleaseRange { addr, len_bytes } => self.release_range(conn, call, addr, len_bytes),
+            pager::Call::Migrate { addr, len_bytes, target, prefetch } => {
+                self.migrate(conn, call, trace, addr, len_bytes, target, prefetch)
             }
             pager::Call::Query { addr, len_bytes } => Some(self.query(conn, addr, len_bytes)),
             pager::Call::Advise { addr, len_bytes, advice } => self.advise(conn, call, addr, len_bytes, advice),
+            pager::Call::QueryAttributes { addr, len_bytes } => Some(self.query_attributes(conn, addr, len_bytes)),
+            pager::Call::Discard { addr, len_bytes } => self.discard(conn, call, addr, len_bytes),
+            pager::Call::ProtectionChanged { addr, len_bytes } => self.protection_changed(conn, call, addr, len_bytes),
+            pager::Call::Evict { device, page_count } => self.evict(conn, call, device, page_count),
+            pager::Call::ReadTrace { since } => Some(self.read_trace(conn, since)),
+            pager::Call::Inject { point, nth } => self.inject(conn, point, nth),
+            pager::Call::AgentDone { id, runs } => self.agent_done(conn, id, &runs),
             pager::Call::DriverLogin { device, generation, frame_count, aperture, gate, copy_ring } => {
                 Some(self.driver_login(conn, device, generation, frame_count, aperture, gate, copy_ring))
             }
@@ -77,9 +110,20 @@ impl Pager {
             pager::Call::OpenMirror { space, token, device } => Some(self.open_mirror(space, &token, device)),
             pager::Call::CloseMirror { space, device } => Some(self.close_mirror(space, device)),
             pager::Call::Lookup { space, addr } => Some(self.lookup(space, addr)),
-            pager::Call::Resolve { space, region, first_page, page_count, fault_page, device, write } => {
+            pager::Call::Resolve {
+                space,
+                region,
+                first_page,
+                page_count,
+                fault_page,
+                device,
+                write,
+                whole,
+                exclusive,
+            } => {
                 let window = uhmm_pager_core::Pages { first: first_page, count: page_count };
-                self.resolve(conn, call, trace, space, region, window, fault_page, device, write)
+                let kind = FaultKind { write, whole, exclusive };
+                self.resolve(conn, call, trace, space, region, window, fault_page, device, kind)
             }
             pager::Call::InvalidateDone { id, late_mask } => {
                 self.invalidate_done(id, late_mask);

@@ -1,8 +1,9 @@
 //! Clients: making spaces and regions. Nothing a client says is taken on trust, and nothing wrong costs anyone else.
 //!
 //! ```text
-//!  OpenSpace:    UFFDIO_API -> vault (state, uffd, pidfd) -> acknowledged -> SpaceOpened
-//!  CreateRegion: check -> directory -> vault (dir, mem) -> acknowledged -> UFFDIO_REGISTER -> live -> RegionCreated
+//!  OpenSpace:    UFFDIO_API -> vault (state, uffd, pidfd, agent) -> acknowledged -> SpaceOpened
+//!  CreateRegion, AdoptRegion, AttachFile:
+//!                check (create.rs) -> directory -> vault (dir, mem) -> acknowledged -> UFFDIO_REGISTER -> live -> RegionCreated
 //! ```
 //!
 //! A crash before the last step leaves something that recovery forgets; the client's link asks again.
@@ -11,19 +12,19 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::{Features, RegisterMode, Userfaultfd};
-use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd, procmap, random_bytes};
-use uhmm_pager_core::{Event, RegionId, SpaceId};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes};
+use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
 use crate::calls::{Answer, refuse};
-use crate::directory::{DirectoryFile, Header};
 use crate::service::{Pager, VaultWait};
-use crate::space::{Phase, Region, Space, SpaceState, TOKEN_BYTES};
+use crate::space::{Phase, Space, SpaceState, TOKEN_BYTES};
 
-/// What the pager asks of a userfaultfd. Fork is absent: managed ranges are MADV_DONTFORK until private backing comes.
+/// What the pager asks of every userfaultfd.
 const FEATURES: Features = Features::PAGEFAULT_FLAG_WP
     .union(Features::MISSING_SHMEM)
     .union(Features::MINOR_SHMEM)
@@ -33,20 +34,46 @@ const FEATURES: Features = Features::PAGEFAULT_FLAG_WP
     .union(Features::EVENT_REMAP)
     .union(Features::THREAD_ID)
     .union(Features::EXACT_ADDRESS)
-    .union(Features::POISON);
+    .union(Features::POISON)
+    .union(Features::MOVE);
+/// And of one that raises kernel-mode faults, if this kernel grants it to us: forked children are managed too.
+const FORK: Features = Features::EVENT_FORK;
 
-fn io_error(what: &str, error: &HookError) -> WireError {
+/// What a client says when it opens its space.
+pub(crate) struct Opening {
+    pub nonce: u64,
+    pub uffd: Fd,
+    pub full: bool,
+    pub sentinel_addr: u64,
+    pub agent: AgentMemory,
+}
+
+/// The handshake of a client's userfaultfd. An earlier incarnation may have made it before it died: then the kernel refuses, and
+/// what was granted shows in what registering answers.
+fn enable(uffd: &Userfaultfd, full: bool) -> Result<Features, WireError> {
+    let wanted = if full { FEATURES.union(FORK) } else { FEATURES };
+    match uffd.api(wanted) {
+        Ok(features) => Ok(features),
+        Err(error) if error.errno() == Some(EPERM) && full => enable(uffd, false),
+        Err(error) if error.errno() == Some(EINVAL) => Ok(wanted),
+        Err(error) => {
+            let text = format!("The descriptor is not a usable userfaultfd: {error}");
+            Err(WireError::new(ErrorCode::Invalid, text))
+        }
+    }
+}
+
+pub(crate) fn io_error(what: &str, error: &HookError) -> WireError {
     WireError::new(ErrorCode::Io, format!("{what}: {error}"))
 }
 
 impl Pager {
-    pub(crate) fn open_space(&mut self, conn: ConnId, call: CallId, nonce: u64, uffd: &Fd, full: bool) -> Answer {
+    pub(crate) fn open_space(&mut self, conn: ConnId, call: CallId, opening: Opening) -> Answer {
         let pid = self.sessions.get(&conn).map_or(0, |session| session.peer.pid);
+        let nonce = opening.nonce;
         let known = self.spaces.values().find(|s| s.state.nonce == nonce && s.state.pid == pid && !s.dying);
         if let Some(id) = known.map(|space| space.state.id) {
-            if let Some(session) = self.sessions.get_mut(&conn) {
-                session.space = Some(id);
-            }
+            self.session_is(conn, id);
             return Some(Ok(self.space_opened(id)));
         }
         let max = self.service.plan.quota.max_spaces as usize;
@@ -54,62 +81,91 @@ impl Pager {
             let text = format!("{max} processes are managed already (quota.max_spaces in the manifest)");
             return refuse(ErrorCode::NoMemory, text);
         }
-        match self.make_space(nonce, pid, uffd, full) {
+        match self.make_space(pid, opening) {
             Err(error) => Some(Err(error)),
             Ok(id) => {
-                if let Some(session) = self.sessions.get_mut(&conn) {
-                    session.space = Some(id);
-                }
-                self.keep_space(id, conn, call);
+                self.session_is(conn, id);
+                self.keep_space(id, VaultWait::Space { space: id, conn, call });
                 None
             }
         }
     }
 
-    fn make_space(&mut self, nonce: u64, pid: u32, uffd: &Fd, full: bool) -> Result<u64, WireError> {
+    fn session_is(&mut self, conn: ConnId, space: u64) {
+        if let Some(session) = self.sessions.get_mut(&conn) {
+            session.space = Some(space);
+        }
+        self.agent_connected(space, conn);
+    }
+
+    fn make_space(&mut self, pid: u32, opening: Opening) -> Result<u64, WireError> {
+        let Opening { nonce, uffd, full, sentinel_addr, agent } = opening;
+        let agent = self.open_agent(None, &agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
         let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
         let uffd = uffd.try_clone().map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         let uffd = Userfaultfd::from_fd(uffd).map_err(|error| io_error("The userfaultfd cannot be used", &error))?;
-        let features = match uffd.api(FEATURES) {
-            Ok(features) => features,
-            // An earlier incarnation already enabled it before it died: the same set was asked for.
-            Err(error) if error.errno() == Some(libc_einval()) => FEATURES,
-            Err(error) => {
-                let text = format!("The descriptor is not a usable userfaultfd: {error}");
-                return Err(WireError::new(ErrorCode::Invalid, text));
-            }
-        };
+        let features = enable(&uffd, full)?;
+        let sentinel = AddrRange { start: sentinel_addr, len: PAGE_SIZE };
+        uffd.register(sentinel, RegisterMode::MISSING).map_err(|error| {
+            let text = format!("The sentinel page at {sentinel_addr:#x} cannot be registered: {error}");
+            WireError::new(ErrorCode::Invalid, text)
+        })?;
         let mut token = [0u8; TOKEN_BYTES];
         random_bytes(&mut token).map_err(|error| io_error("No randomness for the token", &error))?;
         let id = self.next_space;
         self.next_space += 1;
-        let state = SpaceState { id, nonce, full, features: features.bits(), pid, token };
-        let space = Space { state, uffd, pidfd, regions: BTreeMap::new(), dying: false };
+        let state = SpaceState { id, nonce, full, features: features.bits(), pid, token, sentinel_addr };
+        let space = Space {
+            state,
+            uffd,
+            pidfd: Some(pidfd),
+            segments: BTreeMap::new(),
+            agent: Some(agent),
+            dying: false,
+            incomplete_regions: 0,
+        };
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.spaces.insert(id, space);
         Ok(id)
     }
 
-    fn keep_space(&mut self, id: u64, conn: ConnId, call: CallId) {
-        let Some(space) = self.spaces.get(&id) else { return };
-        let wait = VaultWait::Space { space: id, conn, call };
-        let duplicate = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(Arc::new);
-        let (uffd, pidfd) = (duplicate(space.uffd.as_fd()), duplicate(space.pidfd.as_fd()));
-        let (Ok(state), Ok(uffd), Ok(pidfd)) = (space.state.to_memfd(), uffd, pidfd) else {
-            self.creation_failed(wait, WireError::new(ErrorCode::NoMemory, "Out of descriptors in the pager"));
-            return;
+    fn keep_space(&mut self, id: u64, wait: VaultWait) {
+        let Some(entries) = self.space_entries(id) else {
+            let error = WireError::new(ErrorCode::NoMemory, "Out of descriptors in the pager");
+            return self.creation_failed(wait, error);
         };
-        let prefix = Space::vault_prefix(id);
-        let entries = [("uffd", uffd), ("pidfd", pidfd), ("state", state)];
-        self.put_in_vault(wait, &prefix, entries);
+        self.put_in_vault(wait, &Space::vault_prefix(id), entries);
     }
 
-    fn put_in_vault<const N: usize>(&mut self, wait: VaultWait, prefix: &str, entries: [(&str, Fd); N]) {
+    /// A forked child goes to the vault at once, and nobody waits for it.
+    pub(crate) fn keep_child(&mut self, id: u64) {
+        for (name, fd) in self.space_entries(id).unwrap_or_default() {
+            let name = format!("{}{name}", Space::vault_prefix(id));
+            self.service.vault.put(&mut self.service.reactor, &name, fd);
+        }
+    }
+
+    fn space_entries(&self, id: u64) -> Option<Vec<(&'static str, Fd)>> {
+        let space = self.spaces.get(&id)?;
+        let duplicate = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(Arc::new).ok();
+        let mut entries = vec![("uffd", duplicate(space.uffd.as_fd())?), ("state", space.state.to_memfd().ok()?)];
+        if let Some(pidfd) = &space.pidfd {
+            entries.push(("pidfd", duplicate(pidfd.as_fd())?));
+        }
+        if let Some(agent) = &space.agent {
+            entries.push(("maps", agent.maps.clone()));
+            entries.push(("staging", agent.staging_fd.clone()));
+        }
+        Some(entries)
+    }
+
+    pub(crate) fn put_in_vault(&mut self, wait: VaultWait, prefix: &str, entries: Vec<(&'static str, Fd)>) {
+        let count = entries.len() as u32;
         for (name, fd) in entries {
             let call = self.service.vault.put(&mut self.service.reactor, &format!("{prefix}{name}"), fd);
             self.vault_calls.insert(call, wait);
         }
-        self.vault_left.insert(wait, N as u32);
+        self.vault_left.insert(wait, count);
     }
 
     fn space_opened(&self, id: u64) -> pager::Reply {
@@ -117,17 +173,47 @@ impl Pager {
         pager::Reply::SpaceOpened { space: id, token: state.token.to_vec(), features: state.features }
     }
 
-    pub(crate) fn attach_space(&mut self, conn: ConnId, space: u64, token: &[u8]) -> Answer {
+    pub(crate) fn attach_space(
+        &mut self,
+        conn: ConnId,
+        call: CallId,
+        id: u64,
+        token: &[u8],
+        agent: Option<AgentMemory>,
+    ) -> Answer {
         let pid = self.sessions.get(&conn).map(|session| session.peer.pid);
-        let known = self.spaces.get(&space).filter(|s| !s.dying && s.state.token == *token);
-        if known.is_none_or(|known| Some(known.state.pid) != pid) {
-            let text = format!("Space {space} is not this process's, or its token is wrong");
+        let known = self.spaces.get(&id).filter(|s| !s.dying && s.state.token == *token);
+        let is_child = known.is_some_and(|known| known.state.pid == 0);
+        if known.is_none_or(|known| !is_child && Some(known.state.pid) != pid) {
+            let text = format!("Space {id} is not this process's, or its token is wrong");
             return refuse(ErrorCode::Permission, text);
         }
-        if let Some(session) = self.sessions.get_mut(&conn) {
-            session.space = Some(space);
+        if !is_child {
+            self.session_is(conn, id);
+            return Some(Ok(pager::Reply::Done));
         }
-        Some(Ok(pager::Reply::Done))
+        let Some(agent) = agent else {
+            return refuse(ErrorCode::Invalid, "A forked child's first AttachSpace brings its agent's memory");
+        };
+        match self.adopt_child(id, pid.unwrap_or(0), &agent) {
+            Err(error) => Some(Err(error)),
+            Ok(()) => {
+                self.session_is(conn, id);
+                self.keep_space(id, VaultWait::Child { space: id, conn, call });
+                None
+            }
+        }
+    }
+
+    /// A forked child says who it is: from now on it is a client like any other.
+    fn adopt_child(&mut self, id: u64, pid: u32, agent: &AgentMemory) -> Result<(), WireError> {
+        let agent = self.open_agent(None, agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
+        let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
+        let Some(space) = self.spaces.get_mut(&id) else {
+            return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
+        };
+        (space.state.pid, space.pidfd, space.agent) = (pid, Some(pidfd), Some(agent));
+        self.watch_pid(id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))
     }
 
     pub(crate) fn close_space(&mut self, conn: ConnId) -> Answer {
@@ -135,7 +221,7 @@ impl Pager {
             Ok(id) => id,
             Err(error) => return Some(Err(error)),
         };
-        let left = self.spaces.get(&space_id).map_or(0, |space| space.regions.len());
+        let left = self.spaces.get(&space_id).map_or(0, |space| space.segments.len());
         if left > 0 {
             return refuse(ErrorCode::Busy, format!("{left} regions are still managed: free them first"));
         }
@@ -146,106 +232,6 @@ impl Pager {
         Some(Ok(pager::Reply::Done))
     }
 
-    pub(crate) fn create_region(
-        &mut self,
-        conn: ConnId,
-        call: CallId,
-        addr: u64,
-        len_bytes: u64,
-        memory: Fd,
-    ) -> Answer {
-        let space_id = match self.space_of(conn) {
-            Ok(id) => id,
-            Err(error) => return Some(Err(error)),
-        };
-        if let Some(existing) = self.same_region(space_id, addr, len_bytes) {
-            return Some(Ok(pager::Reply::RegionCreated { region: existing }));
-        }
-        if let Err(error) = self.check_region(space_id, addr, len_bytes, &memory) {
-            return Some(Err(error));
-        }
-        let id = self.next_region;
-        let page_count = len_bytes / PAGE_SIZE;
-        let directory = match DirectoryFile::create(Header { region: id, space: space_id, addr, page_count }) {
-            Ok(directory) => directory,
-            Err(error) => return refuse(ErrorCode::NoMemory, format!("No memory for the directory: {error}")),
-        };
-        self.next_region += 1;
-        let entries = [("mem", memory.clone()), ("dir", directory.fd())];
-        self.regions.insert(Region {
-            id,
-            space: space_id,
-            addr,
-            page_count,
-            memory,
-            directory,
-            phase: Phase::Creating,
-            tables: Default::default(),
-            granted_mask: 0,
-        });
-        if let Some(space) = self.spaces.get_mut(&space_id) {
-            space.regions.insert(addr, id);
-        }
-        let wait = VaultWait::Region { region: id, conn, call };
-        self.put_in_vault(wait, &Space::region_prefix(space_id, id), entries);
-        None
-    }
-
-    fn same_region(&self, space_id: u64, addr: u64, len_bytes: u64) -> Option<u64> {
-        let id = *self.spaces.get(&space_id)?.regions.get(&addr)?;
-        let region = self.regions.get(id)?;
-        (region.phase == Phase::Live && region.page_count * PAGE_SIZE == len_bytes).then_some(id)
-    }
-
-    /// Every lie a client can tell about a region, in the order in which it is cheapest to find.
-    fn check_region(&self, space_id: u64, addr: u64, len_bytes: u64, memory: &Fd) -> Result<(), WireError> {
-        let invalid = |text: String| WireError::new(ErrorCode::Invalid, text);
-        let range = AddrRange::new(addr, len_bytes).map_err(|error| invalid(error.to_string()))?;
-        let quota = &self.service.plan.quota;
-        if len_bytes > quota.max_region_bytes.0 {
-            let text = format!("{len_bytes} bytes are more than quota.max_region_bytes = {}", quota.max_region_bytes.0);
-            return Err(WireError::new(ErrorCode::NoMemory, text));
-        }
-        let Some(space) = self.spaces.get(&space_id).filter(|space| !space.dying) else {
-            return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
-        };
-        if space.regions.len() >= quota.max_regions_per_space as usize {
-            let text = format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space);
-            return Err(WireError::new(ErrorCode::NoMemory, text));
-        }
-        let mine = space.regions.values().filter_map(|id| self.regions.get(*id));
-        if let Some(other) = mine.map(|region| region.range()).find(|other| other.overlaps(&range)) {
-            let text = format!("{range} overlaps region {other}, which is managed already");
-            return Err(invalid(text));
-        }
-        memfd::check_sealed(memory.as_fd(), len_bytes)
-            .map_err(|error| invalid(format!("The memfd is refused: {error}")))?;
-        self.check_mapping(space.state.pid, range, memory)
-    }
-
-    /// The address range must be a shared, writable mapping of this very memfd from its start.
-    fn check_mapping(&self, pid: u32, range: AddrRange, memory: &Fd) -> Result<(), WireError> {
-        let Ok(maps) = procmap::open_maps(pid) else { return Ok(()) };
-        let found = match procmap::query(maps.as_fd(), range.start) {
-            Ok(found) => found,
-            // Kernels before 6.11 have no PROCMAP_QUERY: registration itself still refuses unmapped ranges.
-            Err(_) => return Ok(()),
-        };
-        let fault = |text: String| Err(WireError::new(ErrorCode::Fault, text));
-        let Some(vma) = found.filter(|vma| vma.start <= range.start && vma.end >= range.end()) else {
-            return fault(format!("{range} is not one mapping of this process: map the memfd there first"));
-        };
-        if !(vma.shared && vma.read && vma.write) {
-            return fault(format!("{range} is not mapped shared, readable and writable"));
-        }
-        let inode = memfd::inode(memory.as_fd()).map_err(|error| io_error("The memfd cannot be examined", &error))?;
-        let offset = vma.offset + (range.start - vma.start);
-        if vma.inode != inode || offset != 0 {
-            return fault(format!("{range} maps another file or offset than the memfd that was sent"));
-        }
-        Ok(())
-    }
-
     /// The vault has everything: finish.
     pub(crate) fn creation_kept(&mut self, wait: VaultWait) {
         match wait {
@@ -254,6 +240,17 @@ impl Pager {
                     let opened = self.space_opened(space);
                     self.service.reactor.reply(conn, call, Ok(Reply::Pager(opened)));
                 }
+            }
+            VaultWait::Child { space, conn, call } => {
+                let Some(state) = self.spaces.get(&space) else { return };
+                let answer = match state.uffd.as_fd().try_clone_to_owned() {
+                    Ok(uffd) => {
+                        let (uffd, features) = (Arc::new(uffd), state.state.features);
+                        Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features }))
+                    }
+                    Err(error) => Err(WireError::new(ErrorCode::NoMemory, error.to_string())),
+                };
+                self.service.reactor.reply(conn, call, answer);
             }
             VaultWait::Region { region, conn, call } => match self.start_region(region) {
                 Ok(()) => {
@@ -269,22 +266,28 @@ impl Pager {
         let gone = || WireError::new(ErrorCode::NotFound, "The client ended while its region was made");
         let region = self.regions.get_mut(id).ok_or_else(gone)?;
         let space = self.spaces.get(&region.space).filter(|space| !space.dying).ok_or_else(gone)?;
-        let mode = RegisterMode::MISSING | RegisterMode::MINOR | RegisterMode::WP;
-        space.uffd.register(region.range(), mode).map_err(|error| {
-            let text = format!("{} cannot be registered with userfaultfd: {error}", region.range());
-            WireError::new(ErrorCode::Fault, text)
-        })?;
+        let mode = match region.backing {
+            Backing::Shared => Some(RegisterMode::MISSING | RegisterMode::MINOR | RegisterMode::WP),
+            Backing::Private => Some(RegisterMode::MISSING | RegisterMode::WP),
+            Backing::File => None,
+        };
+        for (mode, (_, range)) in mode.into_iter().flat_map(|mode| region.registered.iter().map(move |on| (mode, on))) {
+            space.uffd.register(*range, mode).map_err(|error| {
+                let text = format!("{range} cannot be registered with userfaultfd: {error}");
+                WireError::new(ErrorCode::Fault, text)
+            })?;
+        }
         region.directory.set_live().map_err(|error| io_error("The directory cannot be written", &error))?;
         region.phase = Phase::Live;
-        let (space, page_count) = (SpaceId(region.space), region.page_count);
-        self.push(Event::RegionAdded { region: RegionId(id), space, page_count });
+        let (space, page_count, backing) = (SpaceId(region.space), region.page_count, region.backing);
+        self.push(Event::RegionAdded { region: RegionId(id), space, page_count, backing });
         Ok(())
     }
 
     /// Undo, and tell the client why.
     pub(crate) fn creation_failed(&mut self, wait: VaultWait, error: WireError) {
         let (conn, call) = match wait {
-            VaultWait::Space { space, conn, call } => {
+            VaultWait::Space { space, conn, call } | VaultWait::Child { space, conn, call } => {
                 self.end_space(space);
                 (conn, call)
             }
@@ -301,10 +304,10 @@ impl Pager {
             Ok(id) => id,
             Err(error) => return Some(Err(error)),
         };
-        let Some(region) = self.regions.get(region_id) else {
+        if self.regions.get(region_id).is_none() {
             return refuse(ErrorCode::NotFound, format!("Region {region_id} does not exist: it was freed already"));
-        };
-        if region.space != space_id {
+        }
+        if !self.regions.showing(region_id, self.all_pages(region_id)).any(|(segment, _)| segment.space == space_id) {
             let text = format!("Region {region_id} belongs to another process");
             return refuse(ErrorCode::Permission, text);
         }
@@ -314,7 +317,6 @@ impl Pager {
     }
 }
 
-/// EINVAL without a libc dependency in this crate.
-fn libc_einval() -> i32 {
-    22
-}
+/// Errors of the kernel without a libc dependency in this crate.
+const EPERM: i32 = 1;
+const EINVAL: i32 = 22;

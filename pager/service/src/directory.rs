@@ -1,12 +1,16 @@
-//! A region's directory: one page of header, then one 8-byte entry a page, in a sealed memfd that the vault keeps.
+//! A region's directory: one page of header, then one 8-byte entry a page, then one 8-byte attribute word a page, in a sealed
+//! memfd that the vault keeps.
 //!
 //! ```text
-//!  0        8          16      24        32       40        48          56        64 ...      4096 + 8 * page
-//!  | magic  | version  | live  | region  | space  | addr    | pages     | flags   | (zero)    | entry entry entry ...
+//!  0        8          16      24        32       40        48          56        64         72
+//!  | magic  | version  | live  | region  | space  | backing | pages     | offset  | bank     | (zero)
+//!  128      128 + 1984 * bank: | count | (segment: id, space, addr, first page, pages) ... |
+//!  4096     entries, 8 bytes a page, rounded up to a page; then attributes, the same
 //! ```
 //!
 //! The pager alone writes it, with atomic stores; the next incarnation reads it back. `live` is stored last when a region
-//! is made, so a half-made region is recognised and dropped.
+//! is made, so a half-made region is recognised and dropped. Segments (which addresses show which pages) are written to the
+//! bank that is not in use, then `bank` is switched: a crash leaves the old list or the new one.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -15,9 +19,10 @@ use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::memfd;
 use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{HookError, PAGE_SIZE};
+use uhmm_pager_core::{Attr, Backing};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-dir");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const HEADER_BYTES: u64 = PAGE_SIZE;
 
 const OFF_MAGIC: u64 = 0;
@@ -25,14 +30,16 @@ const OFF_VERSION: u64 = 8;
 const OFF_LIVE: u64 = 16;
 const OFF_REGION: u64 = 24;
 const OFF_SPACE: u64 = 32;
-const OFF_ADDR: u64 = 40;
+const OFF_BACKING: u64 = 40;
 const OFF_PAGES: u64 = 48;
-const OFF_FLAGS: u64 = 56;
+const OFF_OFFSET: u64 = 56;
+const OFF_BANK: u64 = 64;
 
-/// Devices may only read the region.
-pub const FLAG_DEVICE_READ_ONLY: u64 = 1;
-/// Device faults map system pages in place instead of migrating.
-pub const FLAG_IN_PLACE: u64 = 2;
+const BANKS: u64 = 128;
+const BANK_BYTES: u64 = 1984;
+const SEGMENT_BYTES: u64 = 40;
+/// Segments that a region can have. Further cuts are refused by whoever asks, or end the management of what is cut off.
+pub const SEGMENTS_MAX: usize = ((BANK_BYTES - 8) / SEGMENT_BYTES) as usize;
 
 /// Why a directory of the vault cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -73,10 +80,39 @@ pub struct Header {
     pub region: u64,
     /// Space id.
     pub space: u64,
-    /// First address in the client.
-    pub addr: u64,
+    /// What the system pages are.
+    pub backing: Backing,
     /// Pages.
     pub page_count: u64,
+    /// Offset of the first page in the file behind it, in bytes.
+    pub offset_bytes: u64,
+}
+
+/// Which addresses show which pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentRecord {
+    /// Segment id.
+    pub id: u64,
+    /// Whose addresses.
+    pub space: u64,
+    /// First address.
+    pub addr: u64,
+    /// First page of the region.
+    pub first_page: u64,
+    /// Pages.
+    pub page_count: u64,
+}
+
+fn backing_code(backing: Backing) -> u64 {
+    match backing {
+        Backing::Shared => 0,
+        Backing::Private => 1,
+        Backing::File => 2,
+    }
+}
+
+fn backing_of(code: u64) -> Option<Backing> {
+    [Backing::Shared, Backing::Private, Backing::File].into_iter().find(|backing| backing_code(*backing) == code)
 }
 
 /// See the module head.
@@ -87,8 +123,12 @@ pub struct DirectoryFile {
     page_count: u64,
 }
 
+fn array_bytes(page_count: u64) -> u64 {
+    (page_count * 8).next_multiple_of(PAGE_SIZE)
+}
+
 fn file_bytes(page_count: u64) -> u64 {
-    HEADER_BYTES + (page_count * 8).next_multiple_of(PAGE_SIZE)
+    HEADER_BYTES + 2 * array_bytes(page_count)
 }
 
 impl DirectoryFile {
@@ -100,8 +140,9 @@ impl DirectoryFile {
         window.store_u64(OFF_VERSION, VERSION)?;
         window.store_u64(OFF_REGION, header.region)?;
         window.store_u64(OFF_SPACE, header.space)?;
-        window.store_u64(OFF_ADDR, header.addr)?;
+        window.store_u64(OFF_BACKING, backing_code(header.backing))?;
         window.store_u64(OFF_PAGES, header.page_count)?;
+        window.store_u64(OFF_OFFSET, header.offset_bytes)?;
         Ok(Self { fd: Arc::new(fd), window, page_count: header.page_count })
     }
 
@@ -113,11 +154,13 @@ impl DirectoryFile {
         if magic != MAGIC || version != VERSION {
             return Err(DirectoryError::Format { magic, version });
         }
+        let region = window.load_u64(OFF_REGION)?;
         let header = Header {
-            region: window.load_u64(OFF_REGION)?,
+            region,
             space: window.load_u64(OFF_SPACE)?,
-            addr: window.load_u64(OFF_ADDR)?,
+            backing: backing_of(window.load_u64(OFF_BACKING)?).ok_or(DirectoryError::NotLive { region })?,
             page_count: window.load_u64(OFF_PAGES)?,
+            offset_bytes: window.load_u64(OFF_OFFSET)?,
         };
         if window.load_u64(OFF_LIVE)? != 1 {
             return Err(DirectoryError::NotLive { region: header.region });
@@ -138,20 +181,59 @@ impl DirectoryFile {
         self.window.store_u64(OFF_LIVE, 1)
     }
 
-    /// The client moved the whole region with mremap.
-    pub fn set_addr(&self, addr: u64) -> Result<(), HookError> {
-        self.window.store_u64(OFF_ADDR, addr)
+    /// The region belongs to another space now (the one that made it is gone).
+    pub fn set_space(&self, space: u64) -> Result<(), HookError> {
+        self.window.store_u64(OFF_SPACE, space)
     }
 
-    /// Advice flags.
-    pub fn flags(&self) -> u64 {
-        self.window.load_u64(OFF_FLAGS).unwrap_or(0)
+    /// Replaces the list of segments.
+    pub fn set_segments(&self, segments: &[SegmentRecord]) -> Result<(), HookError> {
+        let bank = 1 - self.window.load_u64(OFF_BANK)?.min(1);
+        let base = BANKS + bank * BANK_BYTES;
+        for (index, segment) in segments.iter().take(SEGMENTS_MAX).enumerate() {
+            let at = base + 8 + index as u64 * SEGMENT_BYTES;
+            let SegmentRecord { id, space, addr, first_page, page_count } = *segment;
+            for (word, value) in [id, space, addr, first_page, page_count].into_iter().enumerate() {
+                self.window.store_u64(at + word as u64 * 8, value)?;
+            }
+        }
+        self.window.store_u64(base, segments.len().min(SEGMENTS_MAX) as u64)?;
+        self.window.store_u64(OFF_BANK, bank)
     }
 
-    /// Sets or clears one advice flag.
-    pub fn set_flag(&self, flag: u64, on: bool) -> Result<(), HookError> {
-        let flags = self.flags();
-        self.window.store_u64(OFF_FLAGS, if on { flags | flag } else { flags & !flag })
+    /// The list of segments.
+    pub fn segments(&self) -> Result<Vec<SegmentRecord>, HookError> {
+        let base = BANKS + self.window.load_u64(OFF_BANK)?.min(1) * BANK_BYTES;
+        let count = self.window.load_u64(base)?.min(SEGMENTS_MAX as u64);
+        let word = |at: u64, word: u64| self.window.load_u64(at + word * 8);
+        (0..count)
+            .map(|index| base + 8 + index * SEGMENT_BYTES)
+            .map(|at| {
+                Ok(SegmentRecord {
+                    id: word(at, 0)?,
+                    space: word(at, 1)?,
+                    addr: word(at, 2)?,
+                    first_page: word(at, 3)?,
+                    page_count: word(at, 4)?,
+                })
+            })
+            .collect()
+    }
+
+    /// What was advised for a page; a page outside the region has the defaults.
+    pub fn attr(&self, page: u64) -> Attr {
+        if page >= self.page_count {
+            return Attr::default();
+        }
+        Attr(self.window.load_u64(HEADER_BYTES + array_bytes(self.page_count) + page * 8).unwrap_or(0))
+    }
+
+    /// Notes what is advised for a page.
+    pub fn set_attr(&self, page: u64, attr: Attr) -> Result<(), HookError> {
+        if page >= self.page_count {
+            return Ok(());
+        }
+        self.window.store_u64(HEADER_BYTES + array_bytes(self.page_count) + page * 8, attr.0)
     }
 
     /// One entry; a page outside the region reads as `Absent`.
@@ -172,6 +254,44 @@ impl DirectoryFile {
         }
         if let Ok(slot) = self.window.atomic_u64(HEADER_BYTES + page * 8) {
             slot.store(entry, std::sync::atomic::Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made() -> DirectoryFile {
+        let header = Header { region: 3, space: 4, backing: Backing::Private, page_count: 600, offset_bytes: 0 };
+        DirectoryFile::create(header).unwrap()
+    }
+
+    fn segment(id: u64) -> SegmentRecord {
+        SegmentRecord { id, space: 4, addr: id << 21, first_page: id, page_count: 7 }
+    }
+
+    #[test]
+    fn a_directory_is_read_back_as_it_was_written() {
+        let made = made();
+        made.store(599, 0x1234);
+        made.set_attr(599, Attr::default().with_read_mostly(true)).unwrap();
+        assert!(matches!(DirectoryFile::adopt(made.fd()), Err(DirectoryError::NotLive { region: 3 })));
+        made.set_live().unwrap();
+        let (read, header) = DirectoryFile::adopt(made.fd()).unwrap();
+        assert_eq!((header.backing, header.page_count, header.space), (Backing::Private, 600, 4));
+        assert_eq!((read.load(599), read.load(600)), (0x1234, 0));
+        assert!(read.attr(599).read_mostly() && read.attr(0) == Attr::default());
+    }
+
+    #[test]
+    fn segments_are_replaced_as_a_whole() {
+        let made = made();
+        assert_eq!(made.segments().unwrap(), []);
+        for count in [1, 3, 2, SEGMENTS_MAX as u64, 0] {
+            let list: Vec<_> = (0..count).map(segment).collect();
+            made.set_segments(&list).unwrap();
+            assert_eq!(made.segments().unwrap(), list);
         }
     }
 }

@@ -12,14 +12,14 @@ use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
 use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
-use uhmm_kernel_hook::PidFd;
-use uhmm_pager_core::{DeviceId, Event};
+use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
+use uhmm_pager_core::{DeviceId, Event, Pages};
 
 use crate::devices::{CopyEngine, Device, DeviceError, map_aperture};
 use crate::requests::residency;
 use crate::revoke::PendingRevoke;
 use crate::service::Pager;
-use crate::space::{DEVICE_SLOTS, Phase};
+use crate::space::{DEVICE_SLOTS, Memory, Phase};
 
 type Result<T> = std::result::Result<T, WireError>;
 
@@ -133,8 +133,11 @@ impl Pager {
 
     /// No device thread of the old incarnation lives: its tables go, and nobody waits for it any more.
     fn void_mappings(&mut self, id: u8) {
+        for segment in self.regions.segments_mut() {
+            segment.tables[usize::from(id)] = None;
+        }
         for region in self.regions.iter_mut() {
-            region.tables[usize::from(id)] = None;
+            region.retired.iter_mut().for_each(|segment| segment.tables[usize::from(id)] = None);
         }
         for through in self.revokes.device_void(id) {
             self.revoke_through(through);
@@ -178,19 +181,19 @@ impl Pager {
         &mut self,
         conn: ConnId,
         space: u64,
-        region_id: u64,
+        segment_id: u64,
         table: &Fd,
     ) -> Result<pager::Reply> {
         let device = self.sessions.get(&conn).and_then(|session| session.device);
         let device = device.ok_or_else(|| WireError::new(ErrorCode::Permission, "Log in before attaching tables"))?;
-        let region = self.regions.get_mut(region_id).filter(|r| r.space == space && r.phase == Phase::Live);
-        let Some(region) = region.filter(|region| region.granted_mask & (1 << device) != 0) else {
-            let text = format!("Region {region_id} of space {space} was not granted to device {device}");
+        let segment = self.regions.segment_mut(segment_id).filter(|segment| segment.space == space);
+        let Some(segment) = segment.filter(|segment| segment.granted_mask & (1 << device) != 0) else {
+            let text = format!("Region {segment_id} of space {space} was not granted to device {device}");
             return Err(WireError::new(ErrorCode::NotFound, text));
         };
-        let opened = Table::open(table.as_fd(), region.page_count)
+        let opened = Table::open(table.as_fd(), segment.page_count)
             .map_err(|error| WireError::new(ErrorCode::Invalid, format!("The device table is refused: {error}")))?;
-        region.tables[usize::from(device)] = Some(opened);
+        segment.tables[usize::from(device)] = Some(opened);
         Ok(pager::Reply::Done)
     }
 
@@ -220,20 +223,30 @@ impl Pager {
     }
 
     pub(crate) fn lookup(&mut self, space: u64, addr: u64) -> Result<pager::Reply> {
-        let region_id = self.spaces.get(&space).and_then(|known| known.region_at(addr, &self.regions));
         let granted = self.open_mirrors.iter().filter(|(of, _)| *of == space).fold(0, |mask, (_, d)| mask | 1 << d);
-        let region = region_id.and_then(|id| self.regions.get_mut(id)).filter(|region| region.phase == Phase::Live);
-        let Some(region) = region else {
-            return Err(WireError::new(ErrorCode::NotFound, format!("No region of space {space} holds {addr:#x}")));
+        let found = self.segment_at(space, addr).map(|segment| (segment.id, segment.region));
+        let region = found.and_then(|(_, id)| self.regions.get(id)).filter(|region| region.phase == Phase::Live);
+        let (Some((segment_id, _)), Some(region)) = (found, region) else {
+            return Err(WireError::new(ErrorCode::Fault, format!("No region of space {space} holds {addr:#x}")));
         };
-        region.granted_mask |= granted;
-        Ok(pager::Reply::Region {
-            region: region.id,
-            addr: region.addr,
-            len_bytes: region.range().len,
-            device_read_only: region.directory.flags() & crate::directory::FLAG_DEVICE_READ_ONLY != 0,
-            memory: region.memory.clone(),
-        })
+        let memory = region.memory.clone();
+        let device_read_only = false;
+        let Some(segment) = self.regions.segment_mut(segment_id) else {
+            return Err(WireError::new(ErrorCode::NotFound, "The region is gone"));
+        };
+        segment.granted_mask |= granted;
+        let memory = match memory {
+            None => pager::Memory::Private,
+            Some(Memory { fd, offset_bytes, sealed }) => {
+                let offset_bytes = offset_bytes + segment.first_page * PAGE_SIZE;
+                match sealed {
+                    true => pager::Memory::Sealed { memory: fd, offset_bytes },
+                    false => pager::Memory::File { file: fd, offset_bytes },
+                }
+            }
+        };
+        let (region, addr, len_bytes) = (segment.id, segment.addr, segment.range().len);
+        Ok(pager::Reply::Region { region, addr, len_bytes, device_read_only, memory })
     }
 
     pub(crate) fn list_regions(&self) -> Vec<RegionStatus> {
@@ -243,7 +256,7 @@ impl Pager {
                 space: region.space,
                 pid: self.spaces.get(&region.space).map_or(0, |space| space.state.pid),
                 region: region.id,
-                addr: region.addr,
+                addr: self.regions.showing(region.id, Pages { first: 0, count: region.page_count }).next().map_or(0, |(s, _)| s.addr),
                 page_count: region.page_count,
                 system_pages: 0,
                 absent_pages: 0,
@@ -255,9 +268,13 @@ impl Pager {
                 match residency(region.directory.load(page)).0 {
                     pager::Residency::Absent => status.absent_pages += 1,
                     pager::Residency::System => status.system_pages += 1,
+                    pager::Residency::Duplicated(id) => {
+                        status.system_pages += 1;
+                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1;
+                    }
                     pager::Residency::Moving => status.moving_pages += 1,
                     pager::Residency::Poisoned => status.poisoned_pages += 1,
-                    pager::Residency::Device(id) => status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1,
+                    pager::Residency::Device(id) | pager::Residency::Exclusive(id) => status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1,
                 }
             }
             status

@@ -7,12 +7,16 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 
 use uhmm_ipc::shared::copy_ring::CopyOp;
-use uhmm_kernel_hook::uffd::{CopyMode, FillOutcome, FillStop as HookStop, WpOutcome};
-use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Action, DeviceId, EntryRun, Event, FillStop, Pages, RegionId, ReqId, StepResult, Ticket};
+use uhmm_ipc::message::pager::FaultPoint;
+use uhmm_kernel_hook::uffd::{CopyMode, FillOutcome, FillStop as HookStop, Userfaultfd, WpOutcome};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
+use uhmm_pager_core::{
+    Action, CopyRun, DeviceId, EntryRun, Event, FillStop, Pages, RegionId, ReqId, StepResult, Ticket,
+};
 
 use crate::devices::EngineJob;
 use crate::service::Pager;
+use crate::space::Segment;
 
 /// A copy that cannot start yet: the ring or the staging area is full, or the driver is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +34,12 @@ pub enum Copy {
     Out { ticket: Ticket, region: RegionId, pages: Pages, frame: u32 },
     /// Frames to the client.
     Home { ticket: Ticket, region: RegionId, pages: Pages, frame: u32 },
+    /// A run of private pages that the agent has put into the staging memory of its space (or found to be zeros) to frames.
+    Staged { ticket: Ticket, space: u64, pages: Pages, frame: u32, staging_page: u64, zero: bool, run: CopyRun },
+    /// Frames of one device to frames of another: the first half brings them to the bounce buffer.
+    Across { ticket: Ticket, from_frame: u32, to: u8, frame: u32, count: u32 },
+    /// The second half of a copy from device to device: the pager's own buffer to frames.
+    Bounced { ticket: Ticket, buffer: u64, frame: u32, count: u32 },
     /// Zero some frames; the last part of a scrub or a zero fill completes the ticket.
     Zero { ticket: Ticket, frame: u32, count: u32, scrub: bool, last: bool },
 }
@@ -55,6 +65,9 @@ impl Pager {
                 let result = self.write_protect(region, pages, on);
                 self.push(Event::WpDone { ticket, result });
             }
+            Action::Punch { ticket, region, pages } if self.is_private(region) => {
+                self.private_punch(ticket, region, pages);
+            }
             Action::Punch { ticket, region, pages } => {
                 let result = self.punch(region, pages);
                 self.push(Event::PunchDone { ticket, result });
@@ -62,7 +75,21 @@ impl Pager {
             Action::Wake { region, pages } => self.wake(region, pages),
             Action::Poison { region, pages } => self.poison(region, pages),
             Action::Revoke { ticket, region, pages, devices } => self.revoke(ticket, region, pages, devices),
-            Action::CopyOut { ticket, region, pages, device, frame, req } => {
+            Action::CopyOut { ticket, region, pages, device, frame, keep, req } if self.is_private(region) => {
+                self.log_copy(req, region, pages, device);
+                self.private_out(ticket, region, pages, (device.0, frame), keep);
+            }
+            Action::MoveBack { ticket, region, pages } => self.private_move_back(ticket, region, pages),
+            Action::FillHuge { ticket, region, pages, device, frame } => {
+                self.private_fill_huge(ticket, region, pages, device.0, frame);
+            }
+            Action::CopyAcross { ticket, from, from_frame, to, frame, count } => {
+                let copy = Copy::Across { ticket, from_frame, to: to.0, frame, count };
+                self.start_copy(Deferred { device: from.0, copy });
+            }
+            Action::ForkReady { region } => self.fork_ready(region),
+            Action::Trace { kind, cause, region, pages, from, to } => self.trace(kind, cause, region, pages, from, to),
+            Action::CopyOut { ticket, region, pages, device, frame, req, .. } => {
                 self.log_copy(req, region, pages, device);
                 self.start_copy(Deferred { device: device.0, copy: Copy::Out { ticket, region, pages, frame } });
             }
@@ -75,12 +102,15 @@ impl Pager {
             }
             Action::Scrub { ticket, device, runs } => self.scrub(ticket, device, &runs),
             Action::ZeroFill { ticket, region, pages } => {
-                let outcome = self.with_uffd(region, pages, |uffd, range| uffd.zeropage(range, false));
-                self.cpu_fill_done(ticket, region, pages, outcome);
+                let (done_pages, stop) = self.fill(region, pages, |uffd, range, _| uffd.zeropage(range, false));
+                self.push(Event::CpuFillDone { ticket, done_pages, stop });
+            }
+            Action::Continue { ticket, region, pages } if self.is_private(region) => {
+                self.private_probe(ticket, region, pages);
             }
             Action::Continue { ticket, region, pages } => {
-                let outcome = self.with_uffd(region, pages, |uffd, range| uffd.cont(range, false, false));
-                self.cpu_fill_done(ticket, region, pages, outcome);
+                let (done_pages, stop) = self.fill(region, pages, |uffd, range, _| uffd.cont(range, false, false));
+                self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer_request(req, outcome),
             Action::DropRegion { region } => self.drop_region(region),
@@ -105,37 +135,74 @@ impl Pager {
         }
     }
 
-    /// Runs a userfaultfd call on the client addresses of some pages. A region that is gone counts as a dead process.
-    fn with_uffd<T>(
+    /// Runs a userfaultfd call on every mapping of some pages. Returns what they said; none when nothing shows the pages.
+    fn everywhere<T>(
         &self,
         region: RegionId,
         pages: Pages,
-        call: impl FnOnce(&uhmm_kernel_hook::uffd::Userfaultfd, uhmm_kernel_hook::AddrRange) -> Result<T, HookError>,
-    ) -> Option<Result<T, HookError>> {
-        let region = self.regions.get(region.0)?;
-        let space = self.spaces.get(&region.space)?;
-        Some(call(&space.uffd, region.addresses(pages.first, pages.count)))
+        call: impl Fn(&Userfaultfd, AddrRange) -> Result<T, HookError>,
+    ) -> Vec<Result<T, HookError>> {
+        let on = |(segment, part): (&Segment, Pages)| {
+            let space = self.spaces.get(&segment.space)?;
+            Some(call(&space.uffd, AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE }))
+        };
+        self.regions.showing(region.0, pages).filter_map(on).collect()
     }
 
-    fn write_protect(&mut self, region: RegionId, pages: Pages, on: bool) -> StepResult {
-        match self.with_uffd(region, pages, |uffd, range| uffd.write_protect(range, on, false)) {
-            Some(Ok(WpOutcome::Done)) => StepResult::Ok,
-            Some(Ok(WpOutcome::Again)) => {
-                self.note_again(region);
-                StepResult::Again
-            }
-            Some(Ok(WpOutcome::NoProcess | WpOutcome::Gone)) | None => StepResult::Gone,
-            Some(Err(error)) => {
-                tracing::warn!(%error, region = region.0, "Write-protect failed");
-                StepResult::Io
+    /// Fills pages in order through a mapping that shows them; `call` gets the addresses and the offset from the first page. Stops
+    /// at the first page that cannot be filled.
+    fn fill(
+        &mut self,
+        region: RegionId,
+        pages: Pages,
+        call: impl Fn(&Userfaultfd, AddrRange, u64) -> Result<FillOutcome, HookError>,
+    ) -> (u64, Option<FillStop>) {
+        let mut done = 0;
+        while done < pages.count {
+            let left = pages.after(done);
+            let shown = self.regions.showing(region.0, left).find(|(_, part)| part.first == left.first);
+            let Some((segment, part)) = shown else { return (done, Some(self.nothing_shows(region))) };
+            let Some(space) = self.spaces.get(&segment.space) else { return (done, Some(FillStop::NoProcess)) };
+            let range = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
+            let outcome = call(&space.uffd, range, done * PAGE_SIZE);
+            let (filled, stop) = self.interpret(region, part, outcome);
+            done += filled;
+            if filled < part.count {
+                return (done, stop);
             }
         }
+        (done, None)
+    }
+
+    fn nothing_shows(&self, region: RegionId) -> FillStop {
+        if self.regions.get(region.0).is_some() { FillStop::Gone } else { FillStop::NoProcess }
+    }
+
+    pub(crate) fn write_protect(&mut self, region: RegionId, pages: Pages, on: bool) -> StepResult {
+        let outcomes = self.everywhere(region, pages, |uffd, range| uffd.write_protect(range, on, false));
+        let mut result = StepResult::Gone;
+        for outcome in outcomes {
+            match outcome {
+                Ok(WpOutcome::Done) if result == StepResult::Gone => result = StepResult::Ok,
+                Ok(WpOutcome::Done | WpOutcome::NoProcess | WpOutcome::Gone) => {}
+                Ok(WpOutcome::Again) => {
+                    self.note_again(region);
+                    return StepResult::Again;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, region = region.0, "Write-protect failed");
+                    return StepResult::Io;
+                }
+            }
+        }
+        result
     }
 
     fn punch(&mut self, region: RegionId, pages: Pages) -> StepResult {
-        let Some(target) = self.regions.get(region.0) else { return StepResult::Gone };
+        let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
+        let Some(memory) = memory else { return StepResult::Gone };
         let (offset, len) = (pages.first * PAGE_SIZE, pages.count * PAGE_SIZE);
-        match memfd::punch_hole(target.memory.as_fd(), offset, len) {
+        match memfd::punch_hole(memory.fd.as_fd(), offset, len) {
             Ok(()) => StepResult::Ok,
             Err(error) => {
                 tracing::warn!(%error, region = region.0, "Punching system pages failed");
@@ -145,49 +212,37 @@ impl Pager {
     }
 
     fn wake(&mut self, region: RegionId, pages: Pages) {
-        if let Some(Err(error)) = self.with_uffd(region, pages, |uffd, range| uffd.wake(range)) {
+        for error in self.everywhere(region, pages, |uffd, range| uffd.wake(range)).into_iter().filter_map(Result::err) {
             tracing::debug!(%error, region = region.0, "Wake failed");
         }
     }
 
     fn poison(&mut self, region: RegionId, pages: Pages) {
         tracing::error!(region = region.0, first_page = pages.first, page_count = pages.count, "Pages are poisoned");
-        if let Some(Err(error)) = self.with_uffd(region, pages, |uffd, range| uffd.poison(range)) {
+        for error in self.everywhere(region, pages, |uffd, range| uffd.poison(range)).into_iter().filter_map(Result::err) {
             tracing::warn!(%error, region = region.0, "Poisoning failed");
         }
     }
 
     /// An answer of EAGAIN means that an event of the space is unread: read on before anything is tried again.
     pub(crate) fn note_again(&mut self, region: RegionId) {
-        if let Some(region) = self.regions.get(region.0) {
-            self.reread.insert(region.space);
-        }
-    }
-
-    fn cpu_fill_done(
-        &mut self,
-        ticket: Ticket,
-        region: RegionId,
-        pages: Pages,
-        outcome: Option<Result<FillOutcome, HookError>>,
-    ) {
-        let (done_pages, stop) = self.interpret(region, pages, outcome);
-        self.push(Event::CpuFillDone { ticket, done_pages, stop });
+        let all = self.all_pages(region.0);
+        let spaces: Vec<u64> = self.regions.showing(region.0, all).map(|(segment, _)| segment.space).collect();
+        self.reread.extend(spaces);
     }
 
     fn interpret(
         &mut self,
         region: RegionId,
         pages: Pages,
-        outcome: Option<Result<FillOutcome, HookError>>,
+        outcome: Result<FillOutcome, HookError>,
     ) -> (u64, Option<FillStop>) {
         let outcome = match outcome {
-            None => return (0, Some(FillStop::NoProcess)),
-            Some(Err(error)) => {
+            Err(error) => {
                 tracing::warn!(%error, region = region.0, first_page = pages.first, "Filling pages failed");
                 return (0, Some(FillStop::Io));
             }
-            Some(Ok(outcome)) => outcome,
+            Ok(outcome) => outcome,
         };
         let stop = outcome.stop.map(|stop| match stop {
             HookStop::Again => {
@@ -219,7 +274,7 @@ impl Pager {
     }
 
     /// Copies through the aperture at once, or hands the copy to the driver.
-    fn start_copy(&mut self, deferred: Deferred) {
+    pub(crate) fn start_copy(&mut self, deferred: Deferred) {
         let has_aperture =
             self.devices[usize::from(deferred.device)].as_ref().is_some_and(|device| device.aperture.is_some());
         if has_aperture {
@@ -235,19 +290,52 @@ impl Pager {
         let Some(aperture) = &device.aperture else { return };
         match deferred.copy {
             Copy::Out { ticket, region, pages, frame } => {
-                let copied = self.regions.get(region.0).map(|target| {
+                let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
+                let copied = memory.map(|memory| {
                     let (from, to) = (pages.first * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
-                    memfd::read_to_window(target.memory.as_fd(), from, aperture, to, pages.count * PAGE_SIZE)
+                    memfd::read_to_window(memory.fd.as_fd(), from, aperture, to, pages.count * PAGE_SIZE)
                 });
                 let result = step_result(copied, region);
+                let result = self.injected(region, FaultPoint::CopyOut, result);
+                self.push(Event::CopyDone { ticket, result });
+            }
+            Copy::Staged { ticket, space, pages, frame, staging_page, zero, run } => {
+                let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
+                let (from, to) = (staging_page * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
+                let len = pages.count * PAGE_SIZE;
+                let copied = match staging {
+                    _ if zero => aperture.fill(to, len, 0),
+                    Some(staging) => staging.copy_to(from, aperture, to, len),
+                    None => return self.staged_done(ticket, pages, run, false),
+                };
+                if let Err(error) = &copied {
+                    tracing::error!(%error, device = deferred.device, frame, "Copying staged pages failed");
+                }
+                let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
+                let result = self.injected_in_space(space, FaultPoint::CopyOut, result);
+                self.staged_done(ticket, pages, run, result == StepResult::Ok);
+            }
+            Copy::Bounced { ticket, buffer, frame, count } => {
+                let (to, len) = (u64::from(frame) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
+                let ok = self.bounces.get(&buffer).is_some_and(|from| from.copy_to(0, aperture, to, len).is_ok());
+                self.bounced(ticket, buffer, ok);
+            }
+            Copy::Across { ticket, from_frame, to, frame, count } => {
+                let target = self.devices[usize::from(to)].as_ref().and_then(|device| device.aperture.as_ref());
+                let Some(target) = target else { return self.bounce(deferred) };
+                let (from, to) = (u64::from(from_frame) * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
+                let copied = aperture.copy_to(from, target, to, u64::from(count) * PAGE_SIZE);
+                if let Err(error) = &copied {
+                    tracing::error!(%error, from = deferred.device, "Copying from device to device failed");
+                }
+                let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
                 self.push(Event::CopyDone { ticket, result });
             }
             Copy::Home { ticket, region, pages, frame } => {
-                let (from, len) = (u64::from(frame) * PAGE_SIZE, pages.count * PAGE_SIZE);
-                let outcome = self.with_uffd(region, pages, |uffd, range| {
-                    uffd.copy(range.start, aperture, from, len, CopyMode::default())
-                });
-                let (done_pages, stop) = self.interpret(region, pages, outcome);
+                if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
+                    return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
+                }
+                let (done_pages, stop) = self.fill_from_device(deferred.device, region, pages, frame);
                 self.push(Event::FillDone { ticket, done_pages, stop });
             }
             Copy::Zero { ticket, frame, count, scrub, last } => {
@@ -262,6 +350,22 @@ impl Pager {
                 self.zero_done(ticket, scrub, last, result);
             }
         }
+    }
+
+    /// UFFDIO_COPY straight from the aperture.
+    fn fill_from_device(&mut self, device: u8, region: RegionId, pages: Pages, frame: u32) -> (u64, Option<FillStop>) {
+        // Taken out for the call: the aperture is read while the fill's bookkeeping changes.
+        let Some(aperture) = self.devices[usize::from(device)].as_mut().and_then(|device| device.aperture.take()) else {
+            return (0, Some(FillStop::Io));
+        };
+        let from = u64::from(frame) * PAGE_SIZE;
+        let filled = self.fill(region, pages, |uffd, range, offset| {
+            uffd.copy(range.start, &aperture, from + offset, range.len, CopyMode::default())
+        });
+        if let Some(device) = self.devices[usize::from(device)].as_mut() {
+            device.aperture = Some(aperture);
+        }
+        filled
     }
 
     fn zero_done(&mut self, ticket: Ticket, scrub: bool, last: bool, result: StepResult) {
@@ -303,6 +407,9 @@ impl Pager {
                     self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
                 }
                 Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, StepResult::Io),
+                Copy::Staged { ticket, pages, run, .. } => self.staged_done(ticket, pages, run, false),
+                Copy::Across { ticket, .. } => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
+                Copy::Bounced { ticket, buffer, .. } => self.bounced(ticket, buffer, false),
             }
         }
     }
@@ -315,6 +422,10 @@ impl Pager {
             Copy::Out { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
             Copy::Home { frame, pages, .. } => (CopyOp::CopyOut, frame, pages.count as u32, true),
             Copy::Zero { frame, count, .. } => (CopyOp::Scrub, frame, count, false),
+            Copy::Staged { frame, pages, zero: true, .. } => (CopyOp::Scrub, frame, pages.count as u32, false),
+            Copy::Staged { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
+            Copy::Across { from_frame, count, .. } => (CopyOp::CopyOut, from_frame, count, true),
+            Copy::Bounced { frame, count, .. } => (CopyOp::CopyIn, frame, count, true),
         };
         let staging_page = if staged {
             let Some(page) = engine.take_staging(count) else { return false };
@@ -323,11 +434,30 @@ impl Pager {
             0
         };
         let staged_count = if staged { count } else { 0 };
+        if let Copy::Staged { ticket, space, pages, staging_page: from, zero: false, run, .. } = deferred.copy {
+            let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
+            let to = u64::from(staging_page) * PAGE_SIZE;
+            let len = pages.count * PAGE_SIZE;
+            if !staging.is_some_and(|staging| staging.copy_to(from * PAGE_SIZE, &engine.staging, to, len).is_ok()) {
+                engine.give_staging(staging_page, staged_count);
+                self.staged_done(ticket, pages, run, false);
+                return true;
+            }
+        }
+        if let Copy::Bounced { ticket, buffer, count, .. } = deferred.copy {
+            let (to, len) = (u64::from(staging_page) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
+            if !self.bounces.get(&buffer).is_some_and(|from| from.copy_to(0, &engine.staging, to, len).is_ok()) {
+                engine.give_staging(staging_page, staged_count);
+                self.bounced(ticket, buffer, false);
+                return true;
+            }
+        }
         if let Copy::Out { ticket, region, pages, .. } = deferred.copy {
-            let copied = self.regions.get(region.0).map(|target| {
+            let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
+            let copied = memory.map(|memory| {
                 let to = u64::from(staging_page) * PAGE_SIZE;
                 let len = pages.count * PAGE_SIZE;
-                memfd::read_to_window(target.memory.as_fd(), pages.first * PAGE_SIZE, &engine.staging, to, len)
+                memfd::read_to_window(memory.fd.as_fd(), pages.first * PAGE_SIZE, &engine.staging, to, len)
             });
             let result = step_result(copied, region);
             if result != StepResult::Ok {
@@ -383,15 +513,19 @@ impl Pager {
         match deferred.copy {
             Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result }),
             Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, result),
+            Copy::Staged { ticket, pages, run, .. } => self.staged_done(ticket, pages, run, ok),
+            Copy::Across { .. } => self.bounce_read(device_id, job, deferred, ok),
+            Copy::Bounced { ticket, buffer, .. } => self.bounced(ticket, buffer, ok),
             Copy::Home { ticket, region, pages, .. } if ok => {
-                let Some(engine) = self.devices[usize::from(device_id)].as_ref().and_then(|d| d.engine.as_ref()) else {
-                    return;
-                };
+                let engine = self.devices[usize::from(device_id)].as_mut().and_then(|device| device.engine.take());
+                let Some(engine) = engine else { return };
                 let from = u64::from(job.staging_page) * PAGE_SIZE;
-                let outcome = self.with_uffd(region, pages, |uffd, range| {
-                    uffd.copy(range.start, &engine.staging, from, pages.count * PAGE_SIZE, CopyMode::default())
+                let (done_pages, stop) = self.fill(region, pages, |uffd, range, offset| {
+                    uffd.copy(range.start, &engine.staging, from + offset, range.len, CopyMode::default())
                 });
-                let (done_pages, stop) = self.interpret(region, pages, outcome);
+                if let Some(device) = self.devices[usize::from(device_id)].as_mut() {
+                    device.engine = Some(engine);
+                }
                 self.push(Event::FillDone { ticket, done_pages, stop });
             }
             Copy::Home { ticket, .. } => {

@@ -8,25 +8,38 @@
 //! | `fault` | userfaultfd events |
 //! | `execute` | the core's actions: every system call of the data path |
 //! | `revoke`, `revoking` | revocation, direct and by message |
+//! | `agent`, `agent_ops` | private memory: what only the client itself can do |
+//! | `bounce` | device to device without two apertures |
 //! | `calls`, `requests` | messages in, answers out |
-//! | `clients` | making spaces and regions, checking what clients say |
+//! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
+//! | `clients`, `create` | making spaces and regions, checking what clients say |
+//! | `segments`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
 //! | `devices`, `space`, `directory` | what there is, and how it lies in the vault |
 //! | `recover` | a new incarnation's first act |
 
+mod advise;
+mod agent;
+mod agent_ops;
+mod bounce;
 mod calls;
 mod clients;
+mod create;
 mod devices;
 mod directory;
 mod drivers;
 mod execute;
 mod fault;
+mod fork;
+mod protection;
 mod recover;
 mod requests;
 mod revoke;
 mod revoking;
+mod segments;
 mod service;
 mod space;
 mod stats;
+mod trace;
 
 pub use service::{Pager, PagerError, run};

@@ -4,15 +4,18 @@
 //! range, because the kernel does not repeat a fault that the dead pager had already read.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 
 use uhmm_ipc::message::Fd;
+use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::Userfaultfd;
-use uhmm_pager_core::{Event, RegionId, SpaceId};
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
+use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
-use crate::directory::DirectoryFile;
+use crate::directory::{DirectoryFile, SegmentRecord};
 use crate::service::{Pager, PagerError};
-use crate::space::{Phase, Region, Space, SpaceState};
+use crate::space::{Memory, Phase, Region, Segment, Space, SpaceState};
 
 /// Vault entries of one space, by the rest of their name.
 type Entries = BTreeMap<String, Fd>;
@@ -35,25 +38,33 @@ impl Pager {
                 self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(id));
             }
         }
+        self.recover_segments();
         self.push(Event::Recovered);
         self.drain();
         Ok(())
     }
 
     fn recover_space(&mut self, id: u64, mut entries: Entries) -> Result<bool, PagerError> {
-        let (Some(state), Some(uffd), Some(pidfd)) =
-            (entries.remove("state"), entries.remove("uffd"), entries.remove("pidfd"))
-        else {
-            return Ok(false);
-        };
+        let (Some(state), Some(uffd)) = (entries.remove("state"), entries.remove("uffd")) else { return Ok(false) };
+        let pidfd = entries.remove("pidfd");
+        let memory = entries.remove("maps").zip(entries.remove("staging"));
         let Some(state) = SpaceState::from_memfd(&state)? else { return Ok(false) };
         let own = |fd: &Fd| fd.try_clone().map_err(|source| uhmm_kernel_hook::HookError::call("dup", None, source));
-        let pidfd = PidFd::from_fd(own(&pidfd)?);
-        if pidfd.exited()? {
+        let pidfd = pidfd.map(|pidfd| own(&pidfd)).transpose()?.map(PidFd::from_fd);
+        if pidfd.is_none() && state.pid != 0 || pidfd.as_ref().map(PidFd::exited).transpose()?.unwrap_or(false) {
             return Ok(false);
         }
         let uffd = Userfaultfd::from_fd(own(&uffd)?)?;
-        let space = Space { state, uffd, pidfd, regions: BTreeMap::new(), dying: false };
+        let agent = memory.map(|(maps, staging)| self.open_agent(None, &AgentMemory { maps, staging })).transpose();
+        let agent = agent.unwrap_or_else(|text| {
+            tracing::warn!(text, space = id, "The agent's memory in the vault cannot be used");
+            None
+        });
+        if pidfd.is_none() {
+            self.service.reactor.add_timer(std::time::Duration::ZERO, crate::fork::TIMER_CHILDREN);
+        }
+        let segments = BTreeMap::new();
+        let space = Space { state, uffd, pidfd, segments, agent, dying: false, incomplete_regions: 0 };
         self.watch_space(&space)?;
         self.spaces.insert(id, space);
         self.stats.recovered_spaces += 1;
@@ -82,32 +93,54 @@ impl Pager {
         mut entries: Entries,
     ) -> Result<(), crate::directory::DirectoryError> {
         let not_live = crate::directory::DirectoryError::NotLive { region: id };
-        let (Some(directory), Some(memory)) = (entries.remove("dir"), entries.remove("mem")) else {
-            return Err(not_live);
-        };
+        let Some(directory) = entries.remove("dir") else { return Err(not_live) };
+        let memory = entries.remove("mem");
         let (directory, header) = DirectoryFile::adopt(directory)?;
-        if header.region != id || header.space != space {
+        let complete = memory.is_some() == (header.backing != Backing::Private);
+        if header.region != id || header.space != space || !complete {
             return Err(not_live);
         }
-        let region = Region {
+        let memory = memory.map(|fd| {
+            let sealed = memfd::len(fd.as_fd()).is_ok_and(|len| memfd::check_sealed(fd.as_fd(), len).is_ok());
+            Memory { fd, offset_bytes: header.offset_bytes, sealed }
+        });
+        let records = directory.segments()?;
+        let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
+        let registered = match header.backing {
+            Backing::File => Vec::new(),
+            _ => records.iter().map(|record| (record.space, range(record))).collect(),
+        };
+        let (page_count, backing) = (header.page_count, header.backing);
+        self.regions.insert(Region {
             id,
             space,
-            addr: header.addr,
-            page_count: header.page_count,
+            backing,
+            page_count,
             memory,
             directory,
             phase: Phase::Live,
-            tables: Default::default(),
-            // Drivers may know the region from before: they are told when it goes.
-            granted_mask: self.plan_device_mask(),
-        };
+            segments: Vec::new(),
+            retired: Vec::new(),
+            registered,
+        });
         self.stats.recovered_regions += 1;
-        if let Some(space) = self.spaces.get_mut(&space) {
-            space.regions.insert(header.addr, id);
-        }
-        self.regions.insert(region);
-        self.push(Event::RecoverRegion { region: RegionId(id), space: SpaceId(space), page_count: header.page_count });
+        self.recovered_segments.extend(records.into_iter().map(|record| (id, record)));
+        self.push(Event::RecoverRegion { region: RegionId(id), space: SpaceId(space), page_count, backing });
         Ok(())
+    }
+
+    /// All spaces are there: segments, which may lie in any of them, are shown again under their old ids.
+    fn recover_segments(&mut self) {
+        // Drivers may know them from before: they are told when they go.
+        let granted_mask = self.plan_device_mask();
+        for (region, record) in std::mem::take(&mut self.recovered_segments) {
+            let SegmentRecord { id, space, addr, first_page, page_count } = record;
+            self.next_segment = self.next_segment.max(id + 1);
+            let Some(owner) = self.spaces.get_mut(&space) else { continue };
+            owner.segments.insert(addr, id);
+            let tables = Default::default();
+            self.regions.show(Segment { id, space, region, addr, first_page, page_count, tables, granted_mask });
+        }
     }
 
     /// Bit d: the plan has a device d.

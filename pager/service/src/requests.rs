@@ -1,6 +1,6 @@
 //! Requests that take the core some time, and the answers that come of its outcomes.
 
-use uhmm_ipc::message::pager::{Advice, MapKind, MapRun, PageStatus, Residency, ResidencyRun, StatusRun, Target};
+use uhmm_ipc::message::pager::{MapKind, MapRun, PageStatus, Residency, ResidencyRun, StatusRun, Target};
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::PAGE_SIZE;
@@ -10,12 +10,11 @@ use uhmm_pager_core::{
 };
 
 use crate::calls::{Answer, refuse};
-use crate::directory::{FLAG_DEVICE_READ_ONLY, FLAG_IN_PLACE};
 use crate::service::Pager;
 use crate::space::{DEVICE_SLOTS, Phase};
 
 /// Runs in one answer: fits 64 KiB with room to spare.
-const ANSWER_RUNS_MAX: usize = 2048;
+pub(crate) const ANSWER_RUNS_MAX: usize = 2048;
 
 /// Who waits for a core request.
 #[derive(Clone, Copy, Debug)]
@@ -25,20 +24,48 @@ pub(crate) struct PendingRequest {
     pub trace: TraceId,
     /// First page that was asked for: answers count from it.
     pub first_page: u64,
-    /// Devices may not write the region.
-    pub read_only: bool,
+    /// What to do with the answer.
+    pub then: Then,
+}
+
+/// What an answer of the core is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// The client (or mirror) is told.
+    Tell,
+    /// Device mappings: page numbers count from the segment's first page; `read_only` pages are mapped so.
+    Map {
+        /// The client may not write there either, or advice says so.
+        read_only: bool,
+    },
+    /// Evicted pages are counted.
+    CountEvicted,
+    /// The range is at home: it is not managed any more.
+    Release {
+        /// First address.
+        addr: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
 }
 
 /// A checked range: one live region of the caller's own space.
 #[derive(Clone, Copy, Debug)]
-struct Located {
-    region: u64,
-    pages: Pages,
-    whole: bool,
+pub(crate) struct Located {
+    pub region: u64,
+    pub pages: Pages,
+}
+
+/// What a device wants of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FaultKind {
+    pub write: bool,
+    pub whole: bool,
+    pub exclusive: bool,
 }
 
 impl Pager {
-    fn ask_core(&mut self, request: PendingRequest) -> ReqId {
+    pub(crate) fn ask_core(&mut self, request: PendingRequest) -> ReqId {
         let id = ReqId(self.next_request);
         self.next_request += 1;
         self.requests.insert(id, request);
@@ -51,8 +78,8 @@ impl Pager {
         space.ok_or_else(|| WireError::new(ErrorCode::Permission, "Open or attach a space before any other call"))
     }
 
-    /// Finds the live region of the caller that holds all of `[addr, addr + len_bytes)`.
-    fn locate(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<Located, WireError> {
+    /// Finds the live region of the caller that shows all of `[addr, addr + len_bytes)`, in consecutive pages.
+    pub(crate) fn locate(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<Located, WireError> {
         let space_id = self.space_of(conn)?;
         let invalid = |text: String| WireError::new(ErrorCode::Invalid, text);
         let shown = || format!("[{addr:#x}, +{len_bytes:#x})");
@@ -64,19 +91,27 @@ impl Pager {
         }
         let end = addr.checked_add(len_bytes);
         let end = end.ok_or_else(|| invalid(format!("Range {} wraps around the address space", shown())))?;
-        let space = self.spaces.get(&space_id);
-        let region = space.and_then(|space| space.region_at(addr, &self.regions)).and_then(|id| self.regions.get(id));
-        let Some(region) = region.filter(|region| region.phase == Phase::Live) else {
-            let text = format!("Range {} is in no region of this process: allocate it first", shown());
+        let first = self.segment_at(space_id, addr).filter(|segment| {
+            self.regions.get(segment.region).is_some_and(|region| region.phase == Phase::Live)
+        });
+        let Some(first) = first else {
+            let text = format!("Range {} is in no region of this process: allocate or adopt it first", shown());
             return Err(WireError::new(ErrorCode::Fault, text));
         };
-        let bounds = region.range();
-        if end > bounds.end() {
-            let text = format!("Range {} leaves its region [{:#x}, {:#x})", shown(), bounds.start, bounds.end());
-            return Err(WireError::new(ErrorCode::Fault, text));
+        let pages = Pages { first: first.first_page + (addr - first.addr) / PAGE_SIZE, count: len_bytes / PAGE_SIZE };
+        let mut at = first;
+        while at.range().end() < end {
+            let next = self.segment_at(space_id, at.range().end());
+            let follows = next.filter(|next| next.region == at.region && next.first_page == at.pages().end());
+            let Some(next) = follows else {
+                let gap = at.range().end();
+                let code = if next.is_some() { ErrorCode::Fault } else { ErrorCode::Invalid };
+                let text = format!("Range {} leaves its region at {gap:#x}: a hole, or another region", shown());
+                return Err(WireError::new(code, text));
+            };
+            at = next;
         }
-        let pages = Pages { first: (addr - bounds.start) / PAGE_SIZE, count: len_bytes / PAGE_SIZE };
-        Ok(Located { region: region.id, pages, whole: pages.count == region.page_count })
+        Ok(Located { region: first.region, pages })
     }
 
     pub(crate) fn migrate(
@@ -87,6 +122,7 @@ impl Pager {
         addr: u64,
         len_bytes: u64,
         target: Target,
+        prefetch: bool,
     ) -> Answer {
         let located = match self.locate(conn, addr, len_bytes) {
             Ok(located) => located,
@@ -101,6 +137,12 @@ impl Pager {
                 return refuse(ErrorCode::NotFound, format!("Device {device} is not in the plan: see `uhmm status`"));
             }
         };
+        if let Err(error) = self.check_mapped(conn, addr, len_bytes) {
+            return Some(Err(error));
+        }
+        if prefetch {
+            self.change_attributes(located, |attr| attr.with_prefetched(Some(target)));
+        }
         tracing::debug!(
             request = trace.0,
             region = located.region,
@@ -108,7 +150,8 @@ impl Pager {
             page_count = located.pages.count,
             "Migrate"
         );
-        let pending = PendingRequest { conn, call, trace, first_page: located.pages.first, read_only: false };
+        let then = Then::Tell;
+        let pending = PendingRequest { conn, call, trace, first_page: located.pages.first, then };
         let req = self.ask_core(pending);
         self.push(Event::Migrate { req, region: RegionId(located.region), pages: located.pages, target });
         None
@@ -124,7 +167,7 @@ impl Pager {
             let seen = residency(region.directory.load(located.pages.first + offset));
             let full = runs.len() == ANSWER_RUNS_MAX;
             match runs.last_mut() {
-                Some(run) if (run.residency, run.pinned, run.mapped_mask) == seen => run.page_count += 1,
+                Some(run) if (run.residency, run.pinned, run.mapped_mask, run.huge) == seen => run.page_count += 1,
                 _ if full => break,
                 _ => runs.push(ResidencyRun {
                     first_page: offset,
@@ -132,50 +175,11 @@ impl Pager {
                     residency: seen.0,
                     pinned: seen.1,
                     mapped_mask: seen.2,
+                    huge: seen.3,
                 }),
             }
         }
         Ok(pager::Reply::Residency { runs })
-    }
-
-    pub(crate) fn advise(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64, advice: Advice) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
-            Err(error) => return Some(Err(error)),
-        };
-        let (flag, on) = match advice {
-            Advice::Pin | Advice::Unpin => {
-                let trace = TraceId::default();
-                let pending = PendingRequest { conn, call, trace, first_page: located.pages.first, read_only: false };
-                let req = self.ask_core(pending);
-                let on = advice == Advice::Pin;
-                self.push(Event::Pin { req, region: RegionId(located.region), pages: located.pages, on });
-                return None;
-            }
-            Advice::InPlace => (FLAG_IN_PLACE, true),
-            Advice::MigrateOnFault => (FLAG_IN_PLACE, false),
-            Advice::DeviceReadOnly => (FLAG_DEVICE_READ_ONLY, true),
-            Advice::DeviceReadWrite => (FLAG_DEVICE_READ_ONLY, false),
-        };
-        if !located.whole {
-            let text = format!("{advice:?} applies to whole regions: give the region's own range");
-            return refuse(ErrorCode::Invalid, text);
-        }
-        self.set_region_flag(located.region, flag, on)
-    }
-
-    /// Takes effect with the next device fault; mappings that contradict it are revoked by moving the pages' owner.
-    fn set_region_flag(&mut self, region_id: u64, flag: u64, on: bool) -> Answer {
-        let Some(region) = self.regions.get_mut(region_id) else {
-            return refuse(ErrorCode::NotFound, "The region is gone");
-        };
-        if let Err(error) = region.directory.set_flag(flag, on) {
-            return refuse(ErrorCode::Io, format!("The directory could not be changed: {error}"));
-        }
-        if flag == FLAG_IN_PLACE {
-            self.core.set_in_place(RegionId(region_id), on);
-        }
-        Some(Ok(pager::Reply::Done))
     }
 
     #[allow(clippy::too_many_arguments, reason = "the message's own fields, checked one by one")]
@@ -185,35 +189,45 @@ impl Pager {
         call: CallId,
         trace: TraceId,
         space: u64,
-        region_id: u64,
+        segment_id: u64,
         window: Pages,
         fault_page: u64,
         device: u8,
-        write: bool,
+        kind: FaultKind,
     ) -> Answer {
-        let region = self.regions.get(region_id).filter(|r| r.space == space && r.phase == Phase::Live);
-        let Some(region) = region else {
-            return refuse(ErrorCode::NotFound, format!("Region {region_id} of space {space} does not exist"));
+        let segment = self.regions.segment(segment_id).filter(|segment| segment.space == space);
+        let live = segment.and_then(|s| self.regions.get(s.region)).is_some_and(|r| r.phase == Phase::Live);
+        let Some(segment) = segment.filter(|_| live) else {
+            return refuse(ErrorCode::NotFound, format!("Region {segment_id} of space {space} does not exist"));
         };
-        let end = window.first.checked_add(window.count).filter(|end| *end <= region.page_count);
+        let end = window.first.checked_add(window.count).filter(|end| *end <= segment.page_count);
         let inside = end.is_some_and(|end| (window.first..end).contains(&fault_page));
         if !inside {
-            let text =
-                format!("Window {}+{} of page {fault_page} leaves region {region_id}", window.first, window.count);
+            let (first, count) = (window.first, window.count);
+            let text = format!("Window {first}+{count} of page {fault_page} leaves region {segment_id}");
             return refuse(ErrorCode::Invalid, text);
         }
-        if usize::from(device) >= DEVICE_SLOTS || region.granted_mask & (1 << device) == 0 {
-            return refuse(ErrorCode::Permission, format!("Region {region_id} was not granted to device {device}"));
+        if usize::from(device) >= DEVICE_SLOTS || segment.granted_mask & (1 << device) == 0 {
+            return refuse(ErrorCode::Permission, format!("Region {segment_id} was not granted to device {device}"));
         }
-        let read_only = region.directory.flags() & FLAG_DEVICE_READ_ONLY != 0;
-        if read_only && write {
-            let text = format!("Region {region_id} is read-only for devices: page {fault_page} cannot be written");
+        let (region, first_page, fault_addr) = (segment.region, segment.first_page, segment.addr + fault_page * PAGE_SIZE);
+        let window_addr = segment.addr + window.first * PAGE_SIZE;
+        let allowed = match self.allowed(space, window_addr, window.count, fault_addr, kind.write || kind.exclusive) {
+            Ok(allowed) => allowed,
+            Err(error) => return Some(Err(error)),
+        };
+        let pages = Pages { first: first_page + window.first + allowed.skip, count: allowed.count };
+        let advised = self.regions.get(region).is_some_and(|r| r.directory.attr(first_page + fault_page).read_only());
+        if advised && kind.write {
+            let text = format!("Address {fault_addr:#x} is read-only for devices by advice");
             return refuse(ErrorCode::Permission, text);
         }
-        let pending = PendingRequest { conn, call, trace, first_page: 0, read_only };
+        let then = Then::Map { read_only: advised || !allowed.writable };
+        let pending = PendingRequest { conn, call, trace, first_page, then };
         let req = self.ask_core(pending);
-        let device = DeviceId(device);
-        self.push(Event::Resolve { req, region: RegionId(region_id), pages: window, fault_page, device, write });
+        let FaultKind { write, whole, exclusive } = kind;
+        let (device, fault_page) = (DeviceId(device), first_page + fault_page);
+        self.push(Event::Resolve { req, region: RegionId(region), pages, fault_page, device, write, whole, exclusive });
         None
     }
 
@@ -222,6 +236,10 @@ impl Pager {
         let Some(pending) = self.requests.remove(&req) else { return };
         let answer = match outcome {
             Outcome::Done => Ok(pager::Reply::Done),
+            Outcome::Migrated { moved_pages, .. } if pending.then == Then::CountEvicted => {
+                Ok(pager::Reply::Evicted { page_count: moved_pages })
+            }
+            Outcome::Migrated { .. } if matches!(pending.then, Then::Release { .. }) => return self.released(pending),
             Outcome::Migrated { runs, moved_pages } => {
                 tracing::debug!(request = pending.trace.0, moved_pages, "Migrated");
                 let runs = runs.iter().map(|run| StatusRun {
@@ -232,16 +250,17 @@ impl Pager {
                 Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs.collect()) })
             }
             Outcome::Resolved { runs } => {
+                let read_only = matches!(pending.then, Then::Map { read_only: true });
                 let runs = runs.iter().map(|run| MapRun {
-                    first_page: run.first,
+                    first_page: run.first - pending.first_page,
                     page_count: run.count,
                     kind: match run.kind {
                         CoreMapKind::Frame(frame) => MapKind::Frame(frame),
                         CoreMapKind::System => MapKind::System,
                     },
-                    writable: run.writable && !pending.read_only,
+                    writable: run.writable && !read_only,
                 });
-                Ok(pager::Reply::Resolved { runs: runs.collect() })
+                Ok(pager::Reply::Resolved { runs: runs.take(ANSWER_RUNS_MAX).collect() })
             }
             Outcome::Failed(error) => Err(WireError::new(wire_code(&error), error.to_string())),
         };
@@ -260,17 +279,19 @@ fn bounded(mut runs: Vec<StatusRun>) -> Vec<StatusRun> {
     runs
 }
 
-/// Residency, pinned, mapped mask of a raw entry. What does not decode is shown as lost: recovery poisons it.
-pub(crate) fn residency(raw: u64) -> (Residency, bool, u8) {
-    let Ok(entry) = Entry::decode(raw) else { return (Residency::Poisoned, false, 0) };
+/// Residency, pinned, mapped mask, huge of a raw entry. What does not decode is shown as lost: recovery poisons it.
+pub(crate) fn residency(raw: u64) -> (Residency, bool, u8, bool) {
+    let Ok(entry) = Entry::decode(raw) else { return (Residency::Poisoned, false, 0, false) };
     let residency = match entry.state() {
         PageState::Absent => Residency::Absent,
-        PageState::System | PageState::Duplicated => Residency::System,
-        PageState::Device | PageState::Exclusive => Residency::Device(entry.device().0),
+        PageState::System => Residency::System,
+        PageState::Duplicated => Residency::Duplicated(entry.device().0),
+        PageState::Device => Residency::Device(entry.device().0),
+        PageState::Exclusive => Residency::Exclusive(entry.device().0),
         PageState::MovingOut | PageState::MovingHome => Residency::Moving,
         PageState::Poisoned => Residency::Poisoned,
     };
-    (residency, entry.pinned(), entry.mapped_mask())
+    (residency, entry.pinned(), entry.mapped_mask(), entry.huge())
 }
 
 fn wire_status(status: CoreStatus) -> PageStatus {
@@ -289,7 +310,12 @@ fn wire_status(status: CoreStatus) -> PageStatus {
 fn wire_code(error: &CoreError) -> ErrorCode {
     match error {
         CoreError::NoSuchRegion { .. } => ErrorCode::NotFound,
+        CoreError::NotMigratable { .. } | CoreError::NoSuchDevice { .. } => ErrorCode::NotFound,
         CoreError::OutOfRange { .. } => ErrorCode::Invalid,
+        CoreError::Gone { .. } => ErrorCode::Fault,
+        CoreError::Busy { .. } => ErrorCode::Busy,
+        CoreError::NoMemory { .. } => ErrorCode::NoMemory,
+        CoreError::NoAccess { .. } => ErrorCode::Permission,
         CoreError::Poisoned { .. } | CoreError::Io { .. } => ErrorCode::Io,
     }
 }

@@ -20,9 +20,9 @@ pub struct PendingRevoke {
     pub purpose: Purpose,
     /// Space.
     pub space: u64,
-    /// Region.
-    pub region: u64,
-    /// First page.
+    /// Segment.
+    pub segment: u64,
+    /// First page of it.
     pub first_page: u64,
     /// Pages.
     pub page_count: u64,
@@ -37,8 +37,11 @@ pub struct PendingRevoke {
 pub enum Purpose {
     /// The core's ticket completes.
     Ticket(u64),
-    /// The region's tables are dropped everywhere: the core may tear it down.
-    Unmap,
+    /// A retired segment is dropped everywhere.
+    Unmap {
+        /// Its region.
+        region: u64,
+    },
 }
 
 /// Revocations in flight, by the id used on the wire.
@@ -120,7 +123,7 @@ mod tests {
         PendingRevoke {
             purpose: Purpose::Ticket(9),
             space: 1,
-            region: 2,
+            segment: 2,
             first_page: 0,
             page_count: 4,
             waiting_mask,

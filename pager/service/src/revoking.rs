@@ -28,47 +28,68 @@ pub(crate) struct GateWatch {
 impl Pager {
     /// Revokes on every device of the mask; directly where page table and gate are shared.
     pub(crate) fn revoke(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device_mask: u8) {
-        let direct_mask = self.swap_shared_entries(region, pages, device_mask);
+        let (direct_mask, messages) = self.swap_shared_entries(region, pages, device_mask);
         let inside = |device: &u8| direct_mask & (1 << device) != 0 && !self.gate_is_empty(*device);
-        let inside_mask = (0..DEVICE_SLOTS as u8).filter(inside).fold(0u8, |mask, device| mask | 1 << device);
-        let left_mask = device_mask & !direct_mask | inside_mask;
-        if left_mask == 0 {
+        let inside: Vec<u8> = (0..DEVICE_SLOTS as u8).filter(inside).collect();
+        let parts = messages.len() + usize::from(!inside.is_empty());
+        if parts == 0 {
             self.stats.revokes_direct += 1;
             self.push(Event::RevokeDone { ticket, result: StepResult::Ok });
             return;
         }
         self.stats.revokes_by_message += 1;
-        let Some(space) = self.regions.get(region.0).map(|region| region.space) else {
-            self.push(Event::RevokeDone { ticket, result: StepResult::Gone });
+        self.revoke_parts.insert(ticket.0, parts as u32);
+        for revoke in messages {
+            self.start_revoke(PendingRevoke { purpose: Purpose::Ticket(ticket.0), ..revoke });
+        }
+        if inside.is_empty() {
             return;
-        };
-        let revoke = PendingRevoke {
+        }
+        let mask = inside.iter().fold(0u8, |mask, device| mask | 1 << device);
+        let watched = PendingRevoke {
             purpose: Purpose::Ticket(ticket.0),
-            space,
-            region: region.0,
-            first_page: pages.first,
-            page_count: pages.count,
-            waiting_mask: left_mask,
-            fenced_mask: inside_mask,
+            space: 0,
+            segment: 0,
+            first_page: 0,
+            page_count: 0,
+            waiting_mask: mask,
+            fenced_mask: mask,
         };
-        let id = self.start_revoke(revoke);
-        for device in (0..DEVICE_SLOTS as u8).filter(|device| inside_mask & (1 << device) != 0) {
+        let id = self.start_revoke(watched);
+        for device in inside {
             self.watch_gate(GateWatch { id, device, since: Instant::now() });
         }
     }
 
-    /// First pass, for all devices before anybody is waited for. Returns the devices that were reached.
-    fn swap_shared_entries(&self, region: RegionId, pages: Pages, device_mask: u8) -> u8 {
-        let Some(region) = self.regions.get(region.0) else { return 0 };
+    /// First pass, for all devices before anybody is waited for. Returns the devices that were reached, and what must go by
+    /// message: one for each segment with devices that do not share a table of it.
+    fn swap_shared_entries(&self, region: RegionId, pages: Pages, device_mask: u8) -> (u8, Vec<PendingRevoke>) {
         let mut direct_mask = 0;
-        for (id, table) in region.tables.iter().enumerate() {
-            let gated = self.devices[id].as_ref().is_some_and(|device| device.gate.is_some());
-            if let Some(table) = table.as_ref().filter(|_| gated && device_mask & (1 << id) != 0) {
-                table.revoke(pages.first, pages.count);
-                direct_mask |= 1 << id;
+        let mut messages = Vec::new();
+        for (segment, part) in self.regions.with_tables(region.0, pages) {
+            let mut by_message = device_mask & segment.granted_mask;
+            let first_page = part.first - segment.first_page;
+            for (id, table) in segment.tables.iter().enumerate() {
+                let gated = self.devices[id].as_ref().is_some_and(|device| device.gate.is_some());
+                if let Some(table) = table.as_ref().filter(|_| gated && by_message & (1 << id) != 0) {
+                    table.revoke(first_page, part.count);
+                    direct_mask |= 1 << id;
+                    by_message &= !(1 << id);
+                }
+            }
+            if by_message != 0 {
+                messages.push(PendingRevoke {
+                    purpose: Purpose::Ticket(0),
+                    space: segment.space,
+                    segment: segment.id,
+                    first_page,
+                    page_count: part.count,
+                    waiting_mask: by_message,
+                    fenced_mask: 0,
+                });
             }
         }
-        direct_mask
+        (direct_mask, messages)
     }
 
     /// Second pass: every device thread that was inside before the swap has left, or its process is dead.
@@ -105,12 +126,12 @@ impl Pager {
         &mut self,
         purpose: Purpose,
         space: u64,
-        region: u64,
+        segment: u64,
         first_page: u64,
         page_count: u64,
         waiting_mask: u8,
     ) {
-        let revoke = PendingRevoke { purpose, space, region, first_page, page_count, waiting_mask, fenced_mask: 0 };
+        let revoke = PendingRevoke { purpose, space, segment, first_page, page_count, waiting_mask, fenced_mask: 0 };
         self.start_revoke(revoke);
     }
 
@@ -126,11 +147,11 @@ impl Pager {
         self.tell_mirror(pager::Event::Invalidate {
             id,
             space: revoke.space,
-            region: revoke.region,
+            region: revoke.segment,
             first_page: revoke.first_page,
             page_count: revoke.page_count,
             device_mask: revoke.waiting_mask & !revoke.fenced_mask,
-            unmap: revoke.purpose == Purpose::Unmap,
+            unmap: matches!(revoke.purpose, Purpose::Unmap { .. }),
             deadline_ms: REVOKE_DEADLINE_MS,
         });
     }
@@ -149,9 +170,14 @@ impl Pager {
     pub(crate) fn revoke_through(&mut self, revoke: PendingRevoke) {
         match revoke.purpose {
             Purpose::Ticket(ticket) => {
-                self.push(Event::RevokeDone { ticket: Ticket(ticket), result: StepResult::Ok });
+                let Some(left) = self.revoke_parts.get_mut(&ticket) else { return };
+                *left -= 1;
+                if *left == 0 {
+                    self.revoke_parts.remove(&ticket);
+                    self.push(Event::RevokeDone { ticket: Ticket(ticket), result: StepResult::Ok });
+                }
             }
-            Purpose::Unmap => self.unmap_through(revoke.region),
+            Purpose::Unmap { region } => self.unmap_through(region, revoke.segment),
         }
     }
 }

@@ -13,17 +13,24 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::{
     Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
+use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
+use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::window::Window;
 use uhmm_kit::{Handled, Service, ServiceArgs};
-use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, RegionId, ReqId, SpaceId};
+use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId, SpaceId};
 
+use crate::agent_ops::Parts;
 use crate::devices::{DeviceRecords, Devices};
+use crate::directory::SegmentRecord;
 use crate::execute::Deferred;
+use crate::fork::TIMER_CHILDREN;
 use crate::requests::PendingRequest;
-use crate::revoke::{PendingRevokes, Purpose};
+use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
-use crate::space::{Phase, Regions, Space};
+use crate::space::{Regions, Space};
 use crate::stats::ShellStats;
+use crate::trace::TraceRing;
 
 /// How long a revocation by message may take before the driver is fenced.
 pub(crate) const REVOKE_DEADLINE_MS: u32 = 2_000;
@@ -60,6 +67,8 @@ pub enum PagerError {
 pub(crate) enum VaultWait {
     /// A space may be reported to its client.
     Space { space: u64, conn: ConnId, call: CallId },
+    /// The same, to a forked child.
+    Child { space: u64, conn: ConnId, call: CallId },
     /// A region may be registered and reported.
     Region { region: u64, conn: ConnId, call: CallId },
 }
@@ -103,6 +112,23 @@ pub struct Pager {
     pub(crate) reread: BTreeSet<u64>,
     pub(crate) next_space: u64,
     pub(crate) next_region: u64,
+    pub(crate) next_segment: u64,
+    /// Segments of the vault, until all spaces are there.
+    pub(crate) recovered_segments: Vec<(u64, SegmentRecord)>,
+    /// Parts of revocations by ticket.
+    pub(crate) revoke_parts: HashMap<u64, u32>,
+    /// What agents work on, by ticket.
+    pub(crate) parts: HashMap<u64, Parts>,
+    /// Private pages that are in their client's scratch memory, as far as this incarnation knows.
+    pub(crate) taken: Vec<(RegionId, Pages)>,
+    /// Copies between devices in the pager's own memory.
+    pub(crate) bounces: HashMap<u64, Window>,
+    pub(crate) next_bounce: u64,
+    /// Copies that shall fail, by space.
+    pub(crate) injections: HashMap<(u64, FaultPoint), u32>,
+    pub(crate) traces: HashMap<u64, TraceRing>,
+    /// What a sentinel page is filled from.
+    pub(crate) sentinel_page: Window,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
     again_armed: bool,
@@ -176,6 +202,16 @@ impl Pager {
             reread: BTreeSet::new(),
             next_space: 1,
             next_region: 1,
+            next_segment: 1,
+            recovered_segments: Vec::new(),
+            revoke_parts: HashMap::new(),
+            parts: HashMap::new(),
+            taken: Vec::new(),
+            bounces: HashMap::new(),
+            next_bounce: 1,
+            injections: HashMap::new(),
+            traces: HashMap::new(),
+            sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
             stats: ShellStats::default(),
             again_armed: false,
@@ -197,7 +233,8 @@ impl Pager {
             Some(until) if Instant::now() < until => Some(Duration::ZERO),
             _ => {
                 self.hot_until = None;
-                None
+                let now_us = self.now_us();
+                self.core.next_deadline_us().map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
             }
         }
     }
@@ -218,6 +255,7 @@ impl Pager {
             Wake::Event { body: WireEvent::Supervisor(event), .. } => self.on_supervisor_event(event),
             Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
             Wake::Timer(TIMER_GATE) => self.check_gates(),
+            Wake::Timer(TIMER_CHILDREN) => self.check_children(),
             _ => {}
         }
     }
@@ -242,7 +280,17 @@ impl Pager {
     /// Watches the descriptors of a space.
     pub(crate) fn watch_space(&mut self, space: &Space) -> Result<(), PagerError> {
         self.service.reactor.add_fd(&space.uffd, FdToken(KIND_UFFD | space.state.id))?;
-        self.service.reactor.add_fd(&space.pidfd, FdToken(KIND_PIDFD | space.state.id))?;
+        if let Some(pidfd) = &space.pidfd {
+            self.service.reactor.add_fd(pidfd, FdToken(KIND_PIDFD | space.state.id))?;
+        }
+        Ok(())
+    }
+
+    /// Watches a process that has just said which one it is.
+    pub(crate) fn watch_pid(&mut self, space_id: u64) -> Result<(), PagerError> {
+        if let Some(pidfd) = self.spaces.get(&space_id).and_then(|space| space.pidfd.as_ref()) {
+            self.service.reactor.add_fd(pidfd, FdToken(KIND_PIDFD | space_id))?;
+        }
         Ok(())
     }
 
@@ -280,6 +328,9 @@ impl Pager {
         if let Some(device) = session.device {
             self.driver_session_lost(device, conn);
         }
+        if let Some(space) = session.space {
+            self.agent_disconnected(space, conn);
+        }
         // A client that only lost its connection still faults through its userfaultfd; its pidfd tells when it dies.
     }
 
@@ -292,7 +343,8 @@ impl Pager {
 
     pub(crate) fn client_exited(&mut self, space_id: u64) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
-        if space.dying || !space.pidfd.exited().unwrap_or(false) {
+        let exited = space.pidfd.as_ref().is_some_and(|pidfd| pidfd.exited().unwrap_or(false));
+        if space.dying || !exited {
             return;
         }
         tracing::info!(space = space_id, pid = space.state.pid, "Client is gone: its pages are reclaimed and scrubbed");
@@ -304,46 +356,57 @@ impl Pager {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
         space.dying = true;
         self.stats.spaces_ended += 1;
-        if let Err(error) = self.service.reactor.remove_fd(&space.pidfd) {
+        if let Some(Err(error)) = space.pidfd.as_ref().map(|pidfd| self.service.reactor.remove_fd(pidfd)) {
             tracing::debug!(%error, "Pidfd was not watched");
         }
-        let regions: Vec<u64> = space.regions.values().copied().collect();
         self.tell_mirror(pager::Event::SpaceGone { space: space_id });
-        for region in regions {
-            self.begin_free(region);
+        self.agent_died(space_id);
+        for cut in self.cut(space_id, 0, u64::MAX) {
+            self.settle_cut(cut);
+        }
+        // Regions that were on their end already, and those that a half-made child never got addresses for.
+        let mine: Vec<u64> = self.regions.iter().filter(|r| r.space == space_id).map(|region| region.id).collect();
+        for region in mine {
+            self.free_or_pass_on(region);
         }
         self.finish_space_if_empty(space_id);
     }
 
-    /// First step of freeing a region: nothing new is mapped, devices drop their tables.
-    pub(crate) fn begin_free(&mut self, region_id: u64) {
+    /// The space of a region ends: the region too, unless a forked child still shows it.
+    fn free_or_pass_on(&mut self, region_id: u64) {
+        let all = self.all_pages(region_id);
+        let heir = self.regions.showing(region_id, all).map(|(segment, _)| segment.space).next();
+        let Some(heir) = heir else { return self.begin_free(region_id) };
         let Some(region) = self.regions.get_mut(region_id) else { return };
-        if region.phase == Phase::Dying {
-            return;
+        let old_prefix = Space::region_prefix(region.space, region_id);
+        region.space = heir;
+        if let Err(error) = region.directory.set_space(heir) {
+            tracing::error!(%error, region = region_id, "A directory cannot be written");
         }
-        let was_live = region.phase == Phase::Live;
-        region.phase = Phase::Dying;
-        let (space, page_count, granted_mask) = (region.space, region.page_count, region.granted_mask);
-        if !was_live {
-            self.drop_region(RegionId(region_id));
-        } else if granted_mask == 0 {
-            self.unmap_through(region_id);
-        } else {
-            self.start_revoke_message(Purpose::Unmap, space, region_id, 0, page_count, granted_mask);
+        let prefix = Space::region_prefix(heir, region_id);
+        let memory = region.memory.as_ref().map(|memory| ("mem", memory.fd.clone()));
+        for (name, fd) in memory.into_iter().chain([("dir", region.directory.fd())]) {
+            self.service.vault.put(&mut self.service.reactor, &format!("{prefix}{name}"), fd);
         }
-    }
-
-    /// Second step: the core revokes what is left, scrubs and lets go.
-    pub(crate) fn unmap_through(&mut self, region_id: u64) {
-        self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
+        self.service.vault.remove(&mut self.service.reactor, &old_prefix);
     }
 
     /// Last step: the core has let go.
     pub(crate) fn drop_region(&mut self, region: RegionId) {
+        for id in self.regions.get(region.0).map(|region| region.segments.clone()).unwrap_or_default() {
+            let hidden = self.regions.hide(id);
+            let space = hidden.as_ref().and_then(|segment| self.spaces.get_mut(&segment.space));
+            if let (Some(space), Some(segment)) = (space, hidden) {
+                space.segments.remove(&segment.addr);
+            }
+        }
         let Some(region) = self.regions.remove(region.0) else { return };
-        if let Some(space) = self.spaces.get_mut(&region.space) {
-            space.regions.remove(&region.addr);
-            if let Err(error) = space.uffd.unregister(region.range()) {
+        self.taken.retain(|(of, _)| of.0 != region.id);
+        for (space, range) in &region.registered {
+            // Somebody else may be shown there by now.
+            let taken = !self.touched(*space, range.start, range.end()).is_empty();
+            let space = self.spaces.get(space).filter(|_| !taken);
+            if let Some(Err(error)) = space.map(|space| space.uffd.unregister(*range)) {
                 tracing::debug!(%error, "Region was not registered any more");
             }
         }
@@ -356,7 +419,8 @@ impl Pager {
     }
 
     fn finish_space_if_empty(&mut self, space_id: u64) {
-        let ended = self.spaces.get(&space_id).is_some_and(|space| space.dying && space.regions.is_empty());
+        let ended = self.spaces.get(&space_id).is_some_and(|space| space.dying && space.segments.is_empty());
+        let ended = ended && !self.regions.iter().any(|region| region.space == space_id);
         if !ended {
             return;
         }
@@ -366,6 +430,8 @@ impl Pager {
             tracing::debug!(%error, "Userfaultfd was not watched");
         }
         self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
+        self.traces.remove(&space_id);
+        self.injections.retain(|(of, _), _| *of != space_id);
         self.push(Event::SpaceGone { space: SpaceId(space_id) });
     }
 

@@ -1,11 +1,12 @@
-//! Spaces (client processes) and their regions, and how they lie in the vault.
+//! Spaces (client processes), their regions and the segments that show them, and how they lie in the vault.
 //!
 //! ```text
 //!  space/ID/state            memfd: id, nonce, token, kind, features, pid
 //!  space/ID/uffd             the process's userfaultfd (closing the last one would turn missing pages into zeros)
 //!  space/ID/pidfd            readable when the process has exited: the one truth about its death
+//!  space/ID/maps, staging    the agent's memory (a forked child has none until it attaches)
 //!  space/ID/region/ID/dir    directory (see `directory.rs`), `live` is stored last
-//!  space/ID/region/ID/mem    the client's memfd
+//!  space/ID/region/ID/mem    the client's memfd or file; none for private memory
 //! ```
 //!
 //! A space or region with a name missing was never reported to its client: recovery drops it and the client asks again.
@@ -21,9 +22,10 @@ use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::Userfaultfd;
 use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
-use uhmm_pager_core::{Directory, RegionId};
+use uhmm_pager_core::{Attr, Backing, Directory, Pages, RegionId};
 
-use crate::directory::DirectoryFile;
+use crate::agent::Agent;
+use crate::directory::{DirectoryFile, SegmentRecord};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-spc");
 const OFF_MAGIC: u64 = 0;
@@ -32,7 +34,8 @@ const OFF_NONCE: u64 = 16;
 const OFF_FULL: u64 = 24;
 const OFF_FEATURES: u64 = 32;
 const OFF_PID: u64 = 40;
-const OFF_TOKEN: u64 = 48;
+const OFF_SENTINEL: u64 = 48;
+const OFF_TOKEN: u64 = 56;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
@@ -52,6 +55,8 @@ pub struct SpaceState {
     pub features: u64,
     /// Process.
     pub pid: u32,
+    /// Where a forked child finds out who it is.
+    pub sentinel_addr: u64,
     /// Proves ownership.
     pub token: [u8; TOKEN_BYTES],
 }
@@ -66,6 +71,7 @@ impl SpaceState {
         window.store_u64(OFF_FULL, u64::from(self.full))?;
         window.store_u64(OFF_FEATURES, self.features)?;
         window.store_u64(OFF_PID, u64::from(self.pid))?;
+        window.store_u64(OFF_SENTINEL, self.sentinel_addr)?;
         window.write(OFF_TOKEN, &self.token)?;
         window.store_u64(OFF_MAGIC, MAGIC)?;
         Ok(Arc::new(fd))
@@ -86,6 +92,7 @@ impl SpaceState {
             full: window.load_u64(OFF_FULL)? != 0,
             features: window.load_u64(OFF_FEATURES)?,
             pid,
+            sentinel_addr: window.load_u64(OFF_SENTINEL)?,
             token,
         }))
     }
@@ -102,37 +109,81 @@ pub enum Phase {
     Dying,
 }
 
-/// One range of a client's addresses under management.
+/// A file that shows a region's system pages to devices.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// Memfd or file.
+    pub fd: Fd,
+    /// Offset of the region's first page.
+    pub offset_bytes: u64,
+    /// It can neither shrink nor grow.
+    pub sealed: bool,
+}
+
+/// An object of pages under management; [`Segment`]s show it at addresses.
 pub struct Region {
     /// Region id.
     pub id: u64,
-    /// Its space.
+    /// The space that made it, or one that still shows it.
     pub space: u64,
-    /// First address.
-    pub addr: u64,
+    /// What the system pages are.
+    pub backing: Backing,
     /// Pages.
     pub page_count: u64,
-    /// The client's memfd.
-    pub memory: Fd,
+    /// What devices can reach in place, and for shared backing what the pager copies from and punches.
+    pub memory: Option<Memory>,
     /// Page states.
     pub directory: DirectoryFile,
     /// Progress.
     pub phase: Phase,
-    /// Device page tables in shared memory, by device id.
+    /// Segments that show it.
+    pub segments: Vec<u64>,
+    /// Segments that show it no more, while devices may still use their tables.
+    pub retired: Vec<Segment>,
+    /// Ranges to unregister when the region is dropped.
+    pub registered: Vec<(u64, AddrRange)>,
+}
+
+/// Addresses of one space that show consecutive pages of a region. Mirror and drivers know segments, by the name "region".
+pub struct Segment {
+    /// Segment id.
+    pub id: u64,
+    /// Whose addresses.
+    pub space: u64,
+    /// Region.
+    pub region: u64,
+    /// First address.
+    pub addr: u64,
+    /// First page of the region.
+    pub first_page: u64,
+    /// Pages.
+    pub page_count: u64,
+    /// Device page tables in shared memory, by device id; entry 0 is the segment's first page.
     pub tables: [Option<Table>; DEVICE_SLOTS],
-    /// Bit d: device d has been told about the region.
+    /// Bit d: device d has been told about the segment.
     pub granted_mask: u8,
 }
 
-impl Region {
-    /// Address range in the client.
+impl Segment {
+    /// Its addresses.
     pub fn range(&self) -> AddrRange {
         AddrRange { start: self.addr, len: self.page_count * PAGE_SIZE }
     }
 
-    /// Client addresses of some pages.
-    pub fn addresses(&self, first_page: u64, page_count: u64) -> AddrRange {
-        AddrRange { start: self.addr + first_page * PAGE_SIZE, len: page_count * PAGE_SIZE }
+    /// Its pages of the region.
+    pub fn pages(&self) -> Pages {
+        Pages { first: self.first_page, count: self.page_count }
+    }
+
+    /// Address of a page of the region.
+    pub fn addr_of(&self, page: u64) -> u64 {
+        self.addr + (page - self.first_page) * PAGE_SIZE
+    }
+
+    /// What the directory keeps of it.
+    pub fn record(&self) -> SegmentRecord {
+        let Self { id, space, addr, first_page, page_count, .. } = *self;
+        SegmentRecord { id, space, addr, first_page, page_count }
     }
 }
 
@@ -143,22 +194,19 @@ pub struct Space {
     pub state: SpaceState,
     /// Its userfaultfd.
     pub uffd: Userfaultfd,
-    /// Tells when it dies.
-    pub pidfd: PidFd,
-    /// Region ids by first address.
-    pub regions: BTreeMap<u64, u64>,
+    /// Tells when it dies; a forked child has none until it attaches.
+    pub pidfd: Option<PidFd>,
+    /// Segment ids by first address.
+    pub segments: BTreeMap<u64, u64>,
+    /// Its agent; a forked child has none until it attaches.
+    pub agent: Option<Agent>,
     /// The process is dead or said goodbye; the space is removed with its last region.
     pub dying: bool,
+    /// A forked child whose regions are not complete: its faults wait.
+    pub incomplete_regions: usize,
 }
 
 impl Space {
-    /// Region that holds an address, by id.
-    pub fn region_at(&self, addr: u64, regions: &Regions) -> Option<u64> {
-        let (start, id) = self.regions.range(..=addr).next_back()?;
-        let region = regions.get(*id)?;
-        (addr - start < region.page_count * PAGE_SIZE).then_some(*id)
-    }
-
     /// Vault prefix of everything that belongs to the space.
     pub fn vault_prefix(id: u64) -> String {
         format!("space/{id}/")
@@ -170,10 +218,11 @@ impl Space {
     }
 }
 
-/// All regions by id: what the core reads through [`Directory`].
+/// All regions and segments by id: what the core reads through [`Directory`].
 #[derive(Default)]
 pub struct Regions {
     by_id: BTreeMap<u64, Region>,
+    segments: BTreeMap<u64, Segment>,
 }
 
 impl Regions {
@@ -192,8 +241,9 @@ impl Regions {
         self.by_id.insert(region.id, region);
     }
 
-    /// Removes one.
+    /// Removes one, with what is left of its segments.
     pub fn remove(&mut self, id: u64) -> Option<Region> {
+        self.segments.retain(|_, segment| segment.region != id);
         self.by_id.remove(&id)
     }
 
@@ -206,6 +256,52 @@ impl Regions {
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Region> {
         self.by_id.values_mut()
     }
+
+    /// A segment that is shown.
+    pub fn segment(&self, id: u64) -> Option<&Segment> {
+        self.segments.get(&id)
+    }
+
+    /// A segment that is shown.
+    pub fn segment_mut(&mut self, id: u64) -> Option<&mut Segment> {
+        self.segments.get_mut(&id)
+    }
+
+    /// All segments that are shown.
+    pub fn segments_mut(&mut self) -> impl Iterator<Item = &mut Segment> {
+        self.segments.values_mut()
+    }
+
+    /// Shows one.
+    pub fn show(&mut self, segment: Segment) {
+        if let Some(region) = self.by_id.get_mut(&segment.region) {
+            region.segments.push(segment.id);
+        }
+        self.segments.insert(segment.id, segment);
+    }
+
+    /// Hides one.
+    pub fn hide(&mut self, id: u64) -> Option<Segment> {
+        let segment = self.segments.remove(&id)?;
+        if let Some(region) = self.by_id.get_mut(&segment.region) {
+            region.segments.retain(|other| *other != id);
+        }
+        Some(segment)
+    }
+
+    /// Segments of a region that show any of the pages.
+    pub fn showing(&self, region: u64, pages: Pages) -> impl Iterator<Item = (&Segment, Pages)> {
+        let ids = self.by_id.get(&region).map_or(&[][..], |region| &region.segments);
+        let segments = ids.iter().filter_map(|id| self.segments.get(id));
+        segments.filter_map(move |segment| Some((segment, segment.pages().overlap(pages)?)))
+    }
+
+    /// The same, and those that are retired: wherever a device may have a table.
+    pub fn with_tables(&self, region: u64, pages: Pages) -> impl Iterator<Item = (&Segment, Pages)> {
+        let retired = self.by_id.get(&region).map_or(&[][..], |region| &region.retired);
+        let retired = retired.iter().filter_map(move |segment| Some((segment, segment.pages().overlap(pages)?)));
+        self.showing(region, pages).chain(retired)
+    }
 }
 
 impl Directory for Regions {
@@ -215,5 +311,18 @@ impl Directory for Regions {
 
     fn page_count(&self, region: RegionId) -> u64 {
         self.by_id.get(&region.0).map_or(0, |r| r.page_count)
+    }
+
+    fn attr(&self, region: RegionId, page: u64) -> Attr {
+        self.by_id.get(&region.0).map_or(Attr::default(), |r| r.directory.attr(page))
+    }
+
+    fn huge_phase(&self, region: RegionId) -> u64 {
+        let first = self.by_id.get(&region.0).and_then(|r| self.segments.get(r.segments.first()?));
+        first.map_or(0, |segment| {
+            let address_page = segment.addr / PAGE_SIZE;
+            // Page p is at address page `address_page + p - first_page`; the smallest p >= 0 with a multiple of 512.
+            (512 - (address_page + 512 - segment.first_page % 512) % 512) % 512
+        })
     }
 }

@@ -17,6 +17,8 @@
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
 //!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
+//!   own_memory       this process's own ranges by number (the SDK's agent)
+//!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
@@ -29,12 +31,15 @@ pub mod bump;
 pub mod bytes;
 pub mod error;
 pub mod event;
+pub mod fork;
 pub mod managed;
 pub mod memfd;
+pub mod own_memory;
 pub mod pagemap;
 pub mod probe;
 pub mod process;
 pub mod procmap;
+pub mod program;
 pub mod range;
 pub mod signal;
 pub mod socket;

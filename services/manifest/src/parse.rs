@@ -200,6 +200,9 @@ impl Default for Quota {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
+    /// Clients may order failures of their own allocations and copies (tests).
+    #[serde(default)]
+    pub fault_injection: bool,
     /// Heartbeats and timeouts.
     #[serde(default)]
     pub supervisor: Supervisor,

@@ -59,6 +59,9 @@ pub struct Channel {
 /// See the module head.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
+    /// Clients may order failures of their own allocations and copies (tests).
+    #[serde(default)]
+    pub fault_injection: bool,
     /// Heartbeats and timeouts.
     pub supervisor: Supervisor,
     /// Limits for clients.

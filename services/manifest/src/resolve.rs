@@ -23,7 +23,8 @@ impl Manifest {
         let services = self.resolve_services()?;
         let channels = self.resolve_channels()?;
         let services = start_order(services)?;
-        Ok(Plan { supervisor: self.supervisor.clone(), quota: self.quota.clone(), services, devices, channels })
+        let (supervisor, quota) = (self.supervisor.clone(), self.quota.clone());
+        Ok(Plan { fault_injection: self.fault_injection, supervisor, quota, services, devices, channels })
     }
 
     fn check_names(&self) -> Result<(), ManifestError> {

@@ -13,12 +13,19 @@
 //! not logged in (the mirror was restarted) is waited for: silence is never taken for consent. Only the pager's word that
 //! the process is dead (`device_void`) or the deadline, which makes the pager fence it, takes a device out.
 //!
-//! A device fault is bracketed as in HMM: `fault_begin` notes the window, an invalidation that overlaps it marks it, and
-//! `fault_end` says whether the answer may still be installed.
+//! A device fault is bracketed as in HMM: `fault_begin` notes the window, invalidations mark the part of it that they overlap
+//! ([`crate::window`]), and `fault_end` leaves of the answer what may still be installed: a fault on a large window gets on
+//! although small parts of it are invalidated all the time. Only a fault whose own page was hit must be asked again. Invalidations
+//! of other devices do not count: the pager's messages keep their order, so an answer that comes after one was found after it
+//! was asked for, and the fault may well be its cause (the page is taken from another device).
 //!
 //! After a crash nothing is restored from disk: drivers log in and open their spaces again, the pager repeats what is pending.
 
 use std::collections::BTreeMap;
+
+use uhmm_ipc::message::pager::MapRun;
+
+use crate::window::Window;
 
 /// Devices are few: one bit each.
 pub const DEVICE_COUNT_MAX: u8 = 8;
@@ -32,15 +39,6 @@ pub struct PageRange {
     pub first_page: u64,
     /// Pages.
     pub page_count: u64,
-}
-
-impl PageRange {
-    /// Whether both name a common page.
-    pub fn overlaps(&self, other: &Self) -> bool {
-        self.region == other.region
-            && self.first_page < other.first_page.saturating_add(other.page_count)
-            && other.first_page < self.first_page.saturating_add(self.page_count)
-    }
 }
 
 /// One interval of a process that devices mirror.
@@ -130,10 +128,19 @@ struct Space {
 #[derive(Debug)]
 struct Fault {
     space: u64,
-    window: PageRange,
+    region: u64,
+    window: Window,
     device: u8,
     sequence: u64,
-    stale: bool,
+}
+
+/// What of a resolved device fault may be installed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installable {
+    /// Sequence number of the space when the fault began.
+    pub sequence: u64,
+    /// The runs without what was invalidated meanwhile; the fault's page is among them if the pager had it.
+    pub runs: Vec<MapRun>,
 }
 
 /// Always-on counters.
@@ -147,8 +154,10 @@ pub struct Counters {
     pub late_devices: u64,
     /// Device faults begun.
     pub faults: u64,
-    /// Device faults that met an invalidation.
+    /// Device faults that must be asked again because their page was invalidated meanwhile.
     pub fault_retries: u64,
+    /// Device faults that were answered without the parts of the window that were invalidated meanwhile.
+    pub fault_trims: u64,
 }
 
 /// See the module head.
@@ -254,29 +263,39 @@ impl MirrorCore {
     }
 
     /// read_begin: a device fault leaves for the pager. The key ends it.
-    pub fn fault_begin(&mut self, space: u64, device: u8, window: PageRange) -> Result<u64, Refusal> {
+    pub fn fault_begin(&mut self, space: u64, device: u8, pages: PageRange, fault_page: u64) -> Result<u64, Refusal> {
         self.is_open(space, device)?;
-        let state = &self.spaces[&space];
-        let known = state.intervals.values().any(|i| i.region == window.region && i.device_mask & bit(device) != 0);
+        let (state, region) = (&self.spaces[&space], pages.region);
+        let known = state.intervals.values().any(|i| i.region == region && i.device_mask & bit(device) != 0);
         if !known {
-            return Err(Refusal::NotMirrored { space, region: window.region, device });
+            return Err(Refusal::NotMirrored { space, region, device });
         }
         self.counters.faults += 1;
         self.next_fault += 1;
-        let stale =
-            self.pending.values().any(|p| p.invalidation.space == space && p.invalidation.range.overlaps(&window));
-        self.faults.insert(self.next_fault, Fault { space, window, device, sequence: state.sequence, stale });
+        let mut window = Window::new(pages.first_page, pages.page_count, fault_page);
+        for pending in self.pending.values().map(|p| p.invalidation) {
+            if pending.space == space && pending.range.region == region && pending.device_mask & bit(device) != 0 {
+                window.invalidate(pending.range.first_page, pending.range.page_count);
+            }
+        }
+        self.faults.insert(self.next_fault, Fault { space, region, window, device, sequence: state.sequence });
         Ok(self.next_fault)
     }
 
-    /// read_retry: `Some(sequence)` when the answer may be installed, `None` when an invalidation overlapped.
-    pub fn fault_end(&mut self, key: u64) -> Option<u64> {
+    /// read_retry: what may be installed of the pager's answer, `None` when the fault's page was invalidated meanwhile.
+    pub fn fault_end(&mut self, key: u64, runs: Vec<MapRun>) -> Option<Installable> {
         let fault = self.faults.remove(&key)?;
-        if fault.stale {
+        let Some(runs) = fault.window.keep(runs) else {
             self.counters.fault_retries += 1;
             return None;
-        }
-        Some(fault.sequence)
+        };
+        self.counters.fault_trims += u64::from(fault.window.is_hit());
+        Some(Installable { sequence: fault.sequence, runs })
+    }
+
+    /// The pager refused to resolve a fault.
+    pub fn fault_failed(&mut self, key: u64) {
+        self.faults.remove(&key);
     }
 
     /// The pager asks for an invalidation. Asking again with the same id begins it anew (it is absolute).
@@ -291,8 +310,12 @@ impl MirrorCore {
             waiting |= holders.fold(0, |mask, i| mask | i.device_mask);
             space.intervals.retain(|_, i| i.region != invalidation.range.region);
         }
-        for fault in self.faults.values_mut() {
-            fault.stale |= fault.space == invalidation.space && fault.window.overlaps(&invalidation.range);
+        let range = invalidation.range;
+        let hit = |fault: &&mut Fault| {
+            fault.space == invalidation.space && fault.region == range.region && waiting & bit(fault.device) != 0
+        };
+        for fault in self.faults.values_mut().filter(hit) {
+            fault.window.invalidate(range.first_page, range.page_count);
         }
         let invalidation = Invalidation { device_mask: waiting, ..invalidation };
         for device in (0..DEVICE_COUNT_MAX).filter(|d| waiting & self.logged_in & bit(*d) != 0) {
@@ -337,7 +360,7 @@ impl MirrorCore {
     pub fn pager_lost(&mut self) {
         self.pending.clear();
         for fault in self.faults.values_mut() {
-            fault.stale = true;
+            fault.window.invalidate_all();
         }
     }
 

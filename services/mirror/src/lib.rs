@@ -5,9 +5,10 @@
 //!   driver <--Mapped- mirror <--Resolved- pager            pager <InvalidateDone- mirror <------Ack----- drivers (the slowest counts)
 //! ```
 //!
-//! [`core`] decides, [`service`] moves messages. The mirror never touches client memory and keeps nothing that must survive it.
+//! [`core`] decides (with [`window`] for what is left of a disturbed fault), [`service`] moves messages. The mirror never touches client memory and keeps nothing that must survive it.
 
 pub mod core;
 pub mod service;
+pub mod window;
 
 pub use service::run;

@@ -9,7 +9,7 @@ use uhmm_ipc::message::{
 use uhmm_ipc::{CallId, ConnId, Endpoint, LinkId, Peer, TimerId, TimerToken, Wake};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 
-use crate::core::{Action, Invalidation, MirrorCore, PageRange};
+use crate::core::{Action, Installable, Invalidation, MirrorCore, PageRange, Refusal};
 
 const TIMER_DEADLINE: TimerToken = TimerToken(1);
 
@@ -159,7 +159,7 @@ impl Mirror {
             Ok(device) => device,
             Err(error) => return Some(Err(error)),
         };
-        let refused = |text: String| Some(Err(WireError::new(ErrorCode::Permission, text)));
+        let refused = |refusal: Refusal| Some(Err(WireError::new(code_of(&refusal), refusal.to_string())));
         let (kind, upward) = match request {
             mirror::Call::Login { .. } => return None,
             mirror::Call::Ack { id } => {
@@ -179,17 +179,27 @@ impl Mirror {
             }
             mirror::Call::Lookup { space, addr } => {
                 if let Err(refusal) = self.core.is_open(space, device) {
-                    return refused(refusal.to_string());
+                    return refused(refusal);
                 }
                 (Forwarded::Lookup { space, device }, pager::Call::Lookup { space, addr })
             }
-            mirror::Call::Fault { space, region, first_page, page_count, fault_page, write } => {
+            mirror::Call::Fault { space, region, first_page, page_count, fault_page, write, whole, exclusive } => {
                 let window = PageRange { region, first_page, page_count };
-                match self.core.fault_begin(space, device, window) {
-                    Err(refusal) => return refused(refusal.to_string()),
+                match self.core.fault_begin(space, device, window, fault_page) {
+                    Err(refusal) => return refused(refusal),
                     Ok(key) => (
                         Forwarded::Fault { key },
-                        pager::Call::Resolve { space, region, first_page, page_count, fault_page, device, write },
+                        pager::Call::Resolve {
+                            space,
+                            region,
+                            first_page,
+                            page_count,
+                            fault_page,
+                            device,
+                            write,
+                            whole,
+                            exclusive,
+                        },
                     ),
                 }
             }
@@ -237,11 +247,7 @@ impl Mirror {
 
     fn translate(&mut self, kind: Forwarded, result: Result<Reply, WireError>) -> Result<mirror::Reply, WireError> {
         if let Forwarded::Fault { key } = kind {
-            let sequence = self.core.fault_end(key);
-            let Reply::Pager(pager::Reply::Resolved { runs }) = result? else { return Err(unexpected()) };
-            let text = "The range was invalidated while the fault was resolved: ask again";
-            let sequence = sequence.ok_or_else(|| WireError::new(ErrorCode::Busy, text))?;
-            return Ok(mirror::Reply::Mapped { sequence, runs });
+            return self.resolved(key, result);
         }
         if let (Forwarded::Open { space, device }, Err(_)) = (&kind, &result) {
             self.tokens.remove(&(*space, *device));
@@ -264,6 +270,17 @@ impl Mirror {
         }
     }
 
+    fn resolved(&mut self, key: u64, result: Result<Reply, WireError>) -> Result<mirror::Reply, WireError> {
+        let Ok(Reply::Pager(pager::Reply::Resolved { runs })) = result else {
+            self.core.fault_failed(key);
+            return Err(result.err().unwrap_or_else(unexpected));
+        };
+        let text = "The page was invalidated while the fault was resolved: ask again";
+        let Installable { sequence, runs } =
+            self.core.fault_end(key, runs).ok_or_else(|| WireError::new(ErrorCode::Busy, text))?;
+        Ok(mirror::Reply::Mapped { sequence, runs })
+    }
+
     fn pager_event(&mut self, event: pager::Event) {
         match event {
             pager::Event::Invalidate { id, space, region, first_page, page_count, device_mask, unmap, deadline_ms } => {
@@ -278,6 +295,8 @@ impl Mirror {
                 self.forget_space(space);
                 self.broadcast(mask, &mirror::Event::SpaceGone { space });
             }
+            // For clients' agents; the pager does not send it here.
+            pager::Event::Agent { .. } => {}
         }
         self.act();
     }
@@ -339,10 +358,19 @@ impl Mirror {
             metric("late_devices", counters.late_devices),
             metric("device_faults", counters.faults),
             metric("device_fault_retries", counters.fault_retries),
+            metric("device_fault_trims", counters.fault_trims),
             metric("intervals", self.core.interval_count() as u64),
             metric("pending_invalidations", self.core.pending_count() as u64),
             metric("open_mirrors", self.core.open_mirrors().map(|(_, mask)| u64::from(mask.count_ones())).sum()),
         ]
+    }
+}
+
+/// A region that is not mirrored may have been replaced by another one: the driver looks its address up again.
+fn code_of(refusal: &Refusal) -> ErrorCode {
+    match refusal {
+        Refusal::NotOpen { .. } => ErrorCode::Permission,
+        Refusal::NotMirrored { .. } => ErrorCode::NotFound,
     }
 }
 

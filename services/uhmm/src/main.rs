@@ -58,6 +58,8 @@ enum Command {
         /// Service name
         service: String,
     },
+    /// Hold a driver against HMM's semantics: the acceptance test of a driver's author
+    Conformance(commands::ConformanceArgs),
     /// What this kernel and account offer, what is missing, what follows, and what fixes it
     Doctor,
     /// (service) Answer CPU faults, keep directories, move pages
@@ -78,6 +80,9 @@ enum Command {
     /// (internal) The demo's client process
     #[command(hide = true)]
     DemoClient(demo::ClientArgs),
+    /// (internal) One case of the conformance suite
+    #[command(hide = true)]
+    ConformanceCase(commands::ConformanceCaseArgs),
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -121,6 +126,8 @@ fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
     match cli.command {
+        Command::Conformance(args) => return commands::conformance(args, cli.run_dir),
+        Command::ConformanceCase(args) => commands::conformance_case(args, run_dir)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
         Command::Up { manifest, adopt, log } => commands::up(manifest.as_deref(), run_dir, adopt, log.into())?,

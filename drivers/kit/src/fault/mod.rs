@@ -37,6 +37,8 @@ pub const MAX_ATTEMPTS: u32 = 64;
 const FIRST_PAUSE: Duration = Duration::from_micros(200);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+/// Pages of one range fault: an answer has at most 2048 runs, and a quarter of these pages in the worst case.
+const RANGE_PAGES_MAX: u64 = 8192;
 /// How often one fault looks its address up again because its region went away under it.
 const MAX_LOOKUPS: u32 = 4;
 
@@ -51,6 +53,15 @@ pub enum Retry {
     Window(WindowId),
     /// Look up in this space again.
     Lookup(u64),
+}
+
+/// What a range fault wants beside the page it stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FaultRange {
+    /// First address behind the range.
+    pub end: u64,
+    /// The pages shall be the device's alone.
+    pub exclusive: bool,
 }
 
 /// What happened.
@@ -68,6 +79,8 @@ pub enum FaultEvent {
         addr: u64,
         /// The access was a write.
         write: bool,
+        /// A range fault: everything from the address on.
+        range: Option<FaultRange>,
     },
     /// Answer to [`FaultAction::Lookup`].
     Found {
@@ -168,6 +181,8 @@ pub enum FaultAction {
         fault_page: u64,
         /// It will be written.
         write: bool,
+        /// The whole window from the page on is wanted.
+        range: Option<FaultRange>,
         /// Never 0, never the one before.
         nonce: u32,
     },
@@ -203,6 +218,7 @@ struct Waiter {
     space: u64,
     addr: u64,
     write: bool,
+    range: Option<FaultRange>,
     lookups: u32,
 }
 
@@ -236,6 +252,8 @@ pub struct Window {
     region_addr: u64,
     fault_page: u64,
     attempt: u32,
+    /// Asked for as a whole, for one waiter; nobody joins.
+    range: Option<FaultRange>,
     waiters: Vec<Waiter>,
 }
 
@@ -270,8 +288,8 @@ impl FaultBook {
     /// One step.
     pub fn handle(&mut self, event: FaultEvent, out: &mut Vec<FaultAction>) {
         match event {
-            FaultEvent::Fault { fault, job, space, addr, write } => {
-                self.place(Waiter { fault, job, space, addr, write, lookups: 0 }, out);
+            FaultEvent::Fault { fault, job, space, addr, write, range } => {
+                self.place(Waiter { fault, job, space, addr, write, range, lookups: 0 }, out);
             }
             FaultEvent::Found { key, addr, page_count } => self.found(key, addr, page_count, out),
             FaultEvent::LookupFailed { space, error } => self.lookup_failed(space, &error, out),
@@ -316,17 +334,39 @@ impl FaultBook {
         }
         let page = (waiter.addr - region_addr) / PAGE_BYTES;
         let key = region.key;
-        if let Some(window) = self.windows.values_mut().find(|w| w.key == key && w.pages.contains(page)) {
+        let joinable = |w: &&mut Window| w.key == key && w.range.is_none() && w.pages.contains(page);
+        if waiter.range.is_none()
+            && let Some(window) = self.windows.values_mut().find(joinable)
+        {
             window.waiters.push(waiter);
             return;
         }
-        let outstanding = self.windows.values().filter(|w| w.key == key).map(|w| w.pages);
-        let pages = region.pattern.window(page, region.page_count, outstanding);
+        let pages = match waiter.range {
+            Some(range) => {
+                let wanted = range.end.saturating_sub(waiter.addr).div_ceil(PAGE_BYTES);
+                let count = wanted.min(region.page_count - page).clamp(1, RANGE_PAGES_MAX);
+                PageRange { first: page, count }
+            }
+            None => {
+                let same = |w: &&Window| w.key == key && w.range.is_none();
+                let outstanding = self.windows.values().filter(same).map(|w| w.pages);
+                region.pattern.window(page, region.page_count, outstanding)
+            }
+        };
         self.next_window += 1;
         let id = WindowId(self.next_window);
         self.windows.insert(
             id,
-            Window { key, pages, nonce: 0, region_addr, fault_page: page, attempt: 0, waiters: vec![waiter] },
+            Window {
+                key,
+                pages,
+                nonce: 0,
+                region_addr,
+                fault_page: page,
+                attempt: 0,
+                range: waiter.range,
+                waiters: vec![waiter],
+            },
         );
         self.ask_again(id, out);
     }
@@ -485,6 +525,7 @@ impl FaultBook {
             pages: window.pages,
             fault_page: window.fault_page,
             write: window.asked_write(),
+            range: window.range,
             nonce: window.nonce,
         });
     }

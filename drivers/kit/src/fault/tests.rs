@@ -15,7 +15,7 @@ fn step(book: &mut FaultBook, event: FaultEvent) -> Vec<FaultAction> {
 
 fn fault(number: u64, page: u64, write: bool) -> FaultEvent {
     let addr = BASE + page * PAGE_BYTES + 8;
-    FaultEvent::Fault { fault: FaultId(number), job: JobId(number), space: 1, addr, write }
+    FaultEvent::Fault { fault: FaultId(number), job: JobId(number), space: 1, addr, write, range: None }
 }
 
 fn run(first_page: u64, page_count: u64, writable: bool) -> MapRun {
@@ -198,7 +198,7 @@ fn a_new_region_over_an_old_one_drops_the_old_table() {
     let mut book = book();
     step(
         &mut book,
-        FaultEvent::Fault { fault: FaultId(5), job: JobId(5), space: 1, addr: BASE + 1000 * PAGE_BYTES, write: false },
+        FaultEvent::Fault { fault: FaultId(5), job: JobId(5), space: 1, addr: BASE + 1000 * PAGE_BYTES, write: false, range: None },
     );
     let newer = RegionKey { space: 1, region: 11 };
     let out = step(&mut book, FaultEvent::Found { key: newer, addr: BASE + 999 * PAGE_BYTES, page_count: 5 });

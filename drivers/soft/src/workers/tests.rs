@@ -6,7 +6,7 @@ use std::time::Duration;
 use uhmm_driver_kit::{
     DeviceError, DeviceEvent, DevicePageTable, PAGE_BYTES, PageRange, RegionKey, RegionMap, SharedTable,
 };
-use uhmm_ipc::message::pager::{MapKind, MapRun};
+use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
 use uhmm_kernel_hook::memfd;
 
 use super::*;
@@ -36,6 +36,7 @@ impl Bench {
     fn new(threads: u32) -> Result<Self, DeviceError> {
         let mut table = SharedTable::create(threads, true)?;
         let memory = Arc::new(memfd::create_sealed("uhmm-test", PAGES * PAGE_BYTES)?);
+        let memory = Memory::Sealed { memory, offset_bytes: 0 };
         table.attach(&RegionMap { key: KEY, addr: AT, page_count: PAGES, device_read_only: false, memory })?;
         let (wake, woken) = channel();
         let port = DevicePort::new(move || {
@@ -86,7 +87,8 @@ impl Bench {
     fn resolve(&mut self, fault: &DeviceFault) -> Result<(), DeviceError> {
         let page = (fault.addr - AT) / PAGE_BYTES;
         let nonce = fault.fault.0 as u32;
-        self.table.begin(KEY, PageRange { first: page, count: 1 }, nonce, fault.write.then_some(page))?;
+        let pages = PageRange { first: page, count: 1 };
+        self.table.begin(KEY, pages, nonce, fault.write.then_some(pages))?;
         let kind = MapKind::Frame(page as u32);
         self.table.install(KEY, nonce, &[MapRun { first_page: page, page_count: 1, kind, writable: fault.write }])?;
         self.workers.resume(fault.fault, Ok(()));
@@ -232,7 +234,8 @@ fn revocation_races_lose_no_addition() -> Result<(), DeviceError> {
                 bench.memory.fill(frame * PAGE_BYTES, PAGE_BYTES, 0)?;
                 frame = target;
                 moves += 1;
-                bench.table.begin(KEY, PageRange { first: 3, count: 1 }, moves, Some(3))?;
+                let pages = PageRange { first: 3, count: 1 };
+                bench.table.begin(KEY, pages, moves, Some(pages))?;
                 let kind = MapKind::Frame(frame as u32);
                 bench.table.install(KEY, moves, &[MapRun { first_page: 3, page_count: 1, kind, writable: true }])?;
                 bench.workers.resume(fault.fault, Ok(()));

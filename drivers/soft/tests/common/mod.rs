@@ -374,6 +374,7 @@ impl World {
             mirror::Call::Lookup { addr, .. } if (AT..AT + PAGES * PAGE_BYTES).contains(&addr) => {
                 self.looked_up = true;
                 let (len_bytes, memory) = (PAGES * PAGE_BYTES, self.memory.clone());
+                let memory = pager::Memory::Sealed { memory, offset_bytes: 0 };
                 Ok(mirror::Reply::Region { region: REGION, addr: AT, len_bytes, device_read_only: false, memory })
             }
             mirror::Call::Lookup { addr, .. } => {

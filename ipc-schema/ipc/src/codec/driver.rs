@@ -2,14 +2,15 @@
 
 use capnp::primitive_list;
 use uhmm_schema::common_capnp::{MAX_NAME_BYTES, MAX_TEXT_BYTES};
-use uhmm_schema::driver_capnp::{call, reply};
+use uhmm_schema::driver_capnp::{access, call, reply};
 use uhmm_schema::sdk_capnp::{MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
 
 use super::error::{DecodeError, EncodeError};
+use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
-use crate::message::driver::{Call, Reply};
+use crate::message::driver::{AccessOp, Call, Reply};
 
-pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>) -> Result<(), EncodeError> {
+pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
         Call::Info => to.set_info(()),
         Call::OpenQueue { space, token } => {
@@ -24,11 +25,25 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>) -> Result<(), E
             to.set_idempotent(*idempotent);
             write_words(args, to.init_args(out_len("submit.args", args.len(), MAX_JOB_WORDS)?));
         }
+        Call::Access { space, addr, len_bytes, op, buffer } => {
+            let mut to = to.init_access();
+            to.set_space(*space);
+            to.set_addr(*addr);
+            to.set_len_bytes(*len_bytes);
+            to.set_buffer_fd(fds.put_optional(buffer.as_ref()));
+            let mut to = to.init_op();
+            match op {
+                AccessOp::Read => to.set_read(()),
+                AccessOp::Write => to.set_write(()),
+                AccessOp::FetchAdd(value) => to.set_fetch_add(*value),
+                AccessOp::MakeExclusive => to.set_make_exclusive(()),
+            }
+        }
     }
     Ok(())
 }
 
-pub(super) fn read_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
+pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Call, DecodeError> {
     Ok(match from.which()? {
         call::Info(()) => Call::Info,
         call::OpenQueue(from) => {
@@ -47,6 +62,18 @@ pub(super) fn read_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
                 idempotent: from.get_idempotent(),
             }
         }
+        call::Access(from) => {
+            let from = from?;
+            let op = match from.get_op().which()? {
+                access::op::Read(()) => AccessOp::Read,
+                access::op::Write(()) => AccessOp::Write,
+                access::op::FetchAdd(value) => AccessOp::FetchAdd(value),
+                access::op::MakeExclusive(()) => AccessOp::MakeExclusive,
+            };
+            let buffer = fds.take_optional("access.bufferFd", from.get_buffer_fd())?;
+            let (space, addr, len_bytes) = (from.get_space(), from.get_addr(), from.get_len_bytes());
+            Call::Access { space, addr, len_bytes, op, buffer }
+        }
     })
 }
 
@@ -62,6 +89,11 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>) -> Result<()
             for (index, kernel) in kernels.iter().enumerate() {
                 list.set(index as u32, out_text("info.kernels", kernel, MAX_TEXT_BYTES)?);
             }
+        }
+        Reply::Accessed { page_count, fault_count } => {
+            let mut to = to.init_accessed();
+            to.set_page_count(*page_count);
+            to.set_fault_count(*fault_count);
         }
         Reply::QueueOpened => to.set_queue_opened(()),
         Reply::Finished { results, fault_count, run_time_ns } => {
@@ -90,6 +122,10 @@ pub(super) fn read_reply(from: reply::Reader<'_>) -> Result<Reply, DecodeError> 
                     .map(|kernel| in_text("info.kernels", kernel, MAX_TEXT_BYTES))
                     .collect::<Result<_, _>>()?,
             }
+        }
+        reply::Accessed(from) => {
+            let from = from?;
+            Reply::Accessed { page_count: from.get_page_count(), fault_count: from.get_fault_count() }
         }
         reply::QueueOpened(()) => Reply::QueueOpened,
         reply::Finished(from) => {

@@ -182,7 +182,7 @@ fn write_body(body: BodyRef<'_>, to: any_pointer::Builder<'_>, fds: &mut FdSink)
         BodyRef::Call(Call::Supervisor(call)) => supervisor::write_call(call, to.init_as(), fds),
         BodyRef::Call(Call::Pager(call)) => pager::write_call(call, to.init_as(), fds),
         BodyRef::Call(Call::Mirror(call)) => mirror::write_call(call, to.init_as()),
-        BodyRef::Call(Call::Driver(call)) => driver::write_call(call, to.init_as()),
+        BodyRef::Call(Call::Driver(call)) => driver::write_call(call, to.init_as(), fds),
         BodyRef::Reply(Reply::Common(reply)) => common::write_reply(reply, to.init_as()),
         BodyRef::Reply(Reply::Supervisor(reply)) => supervisor::write_reply(reply, to.init_as(), fds),
         BodyRef::Reply(Reply::Pager(reply)) => pager::write_reply(reply, to.init_as(), fds),
@@ -246,7 +246,7 @@ fn read_call(scope: Scope, body: any_pointer::Reader<'_>, fds: &mut FdSource) ->
         }
         Scope::Pager => Call::Pager(pager::read_call(body.get_as::<pager_capnp::call::Reader<'_>>()?, fds)?),
         Scope::Mirror => Call::Mirror(mirror::read_call(body.get_as::<mirror_capnp::call::Reader<'_>>()?)?),
-        Scope::Driver => Call::Driver(driver::read_call(body.get_as::<driver_capnp::call::Reader<'_>>()?)?),
+        Scope::Driver => Call::Driver(driver::read_call(body.get_as::<driver_capnp::call::Reader<'_>>()?, fds)?),
     })
 }
 

@@ -9,6 +9,8 @@ pub(crate) enum EncodeError {
     TooManyFds { fd_count: usize, max_fds: usize },
     #[error("The field {field} has {len} elements or bytes, the protocol allows {max}: shorten it")]
     TooLong { field: &'static str, len: usize, max: usize },
+    #[error("The field {field} cannot have the value {value}: correct it")]
+    Value { field: &'static str, value: u64 },
     #[error("The message cannot be built")]
     Capnp(#[from] capnp::Error),
 }

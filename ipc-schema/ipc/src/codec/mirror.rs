@@ -23,7 +23,7 @@ pub(super) fn write_call(from: &Call, to: call::Builder<'_>) -> Result<(), Encod
             to.set_space(*space);
             to.set_addr(*addr);
         }
-        Call::Fault { space, region, first_page, page_count, fault_page, write } => {
+        Call::Fault { space, region, first_page, page_count, fault_page, write, whole, exclusive } => {
             let mut to = to.init_fault();
             to.set_space(*space);
             to.set_region(*region);
@@ -31,6 +31,8 @@ pub(super) fn write_call(from: &Call, to: call::Builder<'_>) -> Result<(), Encod
             to.set_page_count(*page_count);
             to.set_fault_page(*fault_page);
             to.set_write(*write);
+            to.set_whole(*whole);
+            to.set_exclusive(*exclusive);
         }
         Call::Ack { id } => to.init_ack().set_id(*id),
     }
@@ -58,6 +60,8 @@ pub(super) fn read_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
                 page_count: from.get_page_count(),
                 fault_page: from.get_fault_page(),
                 write: from.get_write(),
+                whole: from.get_whole(),
+                exclusive: from.get_exclusive(),
             }
         }
         call::Ack(from) => Call::Ack { id: from?.get_id() },
@@ -68,7 +72,7 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>, fds: &mut Fd
     match from {
         Reply::Done => to.set_done(()),
         Reply::Region { region, addr, len_bytes, device_read_only, memory } => {
-            write_region(to.init_region(), *region, *addr, *len_bytes, *device_read_only, fds.put(memory));
+            write_region(to.init_region(), (*region, *addr, *len_bytes, *device_read_only), memory, fds);
         }
         Reply::Mapped { sequence, runs } => {
             let mut to = to.init_mapped();

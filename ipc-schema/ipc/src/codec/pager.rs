@@ -1,30 +1,40 @@
 //! Pager interface: calls and events. Answers, and the types that the mirror shares, are in [`runs`].
 
-use uhmm_schema::pager_capnp::{call, driver_login, event, migrate, resolve};
-use uhmm_schema::sdk_capnp::{self as sdk, MAX_TOKEN_BYTES, target};
+use uhmm_schema::pager_capnp::{call, driver_login, event, range, resolve};
+use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, out_data};
 use crate::message::Fd;
-use crate::message::pager::{Advice, Call, CopyRing, Event, Target};
+use crate::message::pager::{Call, CopyRing, Event};
 
+mod agent;
+mod places;
 mod runs;
+
+use agent::{read_agent_memory, read_done, read_order, write_agent_memory, write_done, write_order};
+use places::{point_from_wire, point_to_wire, read_advice, read_target, write_advice, write_target};
 
 pub(super) use runs::{read_map_runs, read_region, read_reply, write_map_runs, write_region, write_reply};
 
 pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
-        Call::OpenSpace { nonce, uffd, full } => {
+        Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent } => {
             let mut to = to.init_open_space();
             to.set_nonce(*nonce);
             to.set_uffd_fd(fds.put(uffd));
             to.set_full(*full);
+            to.set_sentinel_addr(*sentinel_addr);
+            write_agent_memory(agent, to.init_agent(), fds);
         }
-        Call::AttachSpace { space, token } => {
+        Call::AttachSpace { space, token, agent } => {
             let mut to = to.init_attach_space();
             to.set_space(*space);
             to.set_token(out_data("attachSpace.token", token, MAX_TOKEN_BYTES)?);
+            if let Some(agent) = agent {
+                write_agent_memory(agent, to.init_agent(), fds);
+            }
         }
         Call::CloseSpace => to.set_close_space(()),
         Call::CreateRegion { addr, len_bytes, memory } => {
@@ -34,17 +44,43 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_memory_fd(fds.put(memory));
         }
         Call::FreeRegion { region } => to.init_free_region().set_region(*region),
-        Call::Migrate { addr, len_bytes, target } => write_migrate(*addr, *len_bytes, *target, to.init_migrate()),
-        Call::Query { addr, len_bytes } => {
-            let mut to = to.init_query();
+        Call::Migrate { addr, len_bytes, target, prefetch } => {
+            let mut to = to.init_migrate();
             to.set_addr(*addr);
             to.set_len_bytes(*len_bytes);
+            to.set_prefetch(*prefetch);
+            write_target(*target, to.init_target());
         }
+        Call::Query { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_query()),
+        Call::AdoptRegion { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_adopt_region()),
+        Call::ReleaseRange { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_release_range()),
+        Call::Discard { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_discard()),
+        Call::ProtectionChanged { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_protection_changed()),
+        Call::QueryAttributes { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_query_attributes()),
+        Call::AttachFile { addr, len_bytes, file, offset_bytes } => {
+            let mut to = to.init_attach_file();
+            to.set_addr(*addr);
+            to.set_len_bytes(*len_bytes);
+            to.set_file_fd(fds.put(file));
+            to.set_offset_bytes(*offset_bytes);
+        }
+        Call::Evict { device, page_count } => {
+            let mut to = to.init_evict();
+            to.set_device(*device);
+            to.set_page_count(*page_count);
+        }
+        Call::ReadTrace { since } => to.init_read_trace().set_since(*since),
+        Call::Inject { point, nth } => {
+            let mut to = to.init_inject();
+            to.set_point(point_to_wire(*point));
+            to.set_nth(*nth);
+        }
+        Call::AgentDone { id, runs } => write_done(*id, runs, to.init_agent_done())?,
         Call::Advise { addr, len_bytes, advice } => {
             let mut to = to.init_advise();
             to.set_addr(*addr);
             to.set_len_bytes(*len_bytes);
-            to.set_advice(advice_to_wire(*advice));
+            write_advice(*advice, to.init_advice())?;
         }
         Call::DriverLogin { device, generation, frame_count, aperture, gate, copy_ring } => {
             let mut to = to.init_driver_login();
@@ -87,18 +123,17 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
     Ok(())
 }
 
-fn write_migrate(addr: u64, len_bytes: u64, target: Target, mut to: migrate::Builder<'_>) {
+fn write_range(addr: u64, len_bytes: u64, mut to: range::Builder<'_>) {
     to.set_addr(addr);
     to.set_len_bytes(len_bytes);
-    let mut to = to.init_target();
-    match target {
-        Target::Home => to.set_home(()),
-        Target::Device(device) => to.set_device(device),
-    }
+}
+
+fn read_range(from: range::Reader<'_>) -> (u64, u64) {
+    (from.get_addr(), from.get_len_bytes())
 }
 
 fn write_resolve(from: &Call, mut to: resolve::Builder<'_>) {
-    if let Call::Resolve { space, region, first_page, page_count, fault_page, device, write } = from {
+    if let Call::Resolve { space, region, first_page, page_count, fault_page, device, write, whole, exclusive } = from {
         to.set_space(*space);
         to.set_region(*region);
         to.set_first_page(*first_page);
@@ -106,6 +141,8 @@ fn write_resolve(from: &Call, mut to: resolve::Builder<'_>) {
         to.set_fault_page(*fault_page);
         to.set_device(*device);
         to.set_write(*write);
+        to.set_whole(*whole);
+        to.set_exclusive(*exclusive);
     }
 }
 
@@ -132,12 +169,15 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::OpenSpace(from) => {
             let from = from?;
             let uffd = fds.take("openSpace.uffdFd", from.get_uffd_fd())?;
-            Call::OpenSpace { nonce: from.get_nonce(), uffd, full: from.get_full() }
+            let agent = read_agent_memory(from.get_agent()?, fds)?;
+            let (nonce, full, sentinel_addr) = (from.get_nonce(), from.get_full(), from.get_sentinel_addr());
+            Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent }
         }
         call::AttachSpace(from) => {
             let from = from?;
             let token = in_data("attachSpace.token", from.get_token(), MAX_TOKEN_BYTES)?;
-            Call::AttachSpace { space: from.get_space(), token }
+            let agent = from.has_agent().then(|| read_agent_memory(from.get_agent()?, fds)).transpose()?;
+            Call::AttachSpace { space: from.get_space(), token, agent }
         }
         call::CloseSpace(()) => Call::CloseSpace,
         call::CreateRegion(from) => {
@@ -149,15 +189,34 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::Migrate(from) => {
             let from = from?;
             let target = read_target(from.get_target()?)?;
-            Call::Migrate { addr: from.get_addr(), len_bytes: from.get_len_bytes(), target }
+            let (addr, len_bytes, prefetch) = (from.get_addr(), from.get_len_bytes(), from.get_prefetch());
+            Call::Migrate { addr, len_bytes, target, prefetch }
         }
-        call::Query(from) => {
+        call::Query(_)
+        | call::AdoptRegion(_)
+        | call::ReleaseRange(_)
+        | call::Discard(_)
+        | call::ProtectionChanged(_)
+        | call::QueryAttributes(_) => read_ranged_call(from)?,
+        call::AttachFile(from) => {
             let from = from?;
-            Call::Query { addr: from.get_addr(), len_bytes: from.get_len_bytes() }
+            let file = fds.take("attachFile.fileFd", from.get_file_fd())?;
+            let (addr, len_bytes, offset_bytes) = (from.get_addr(), from.get_len_bytes(), from.get_offset_bytes());
+            Call::AttachFile { addr, len_bytes, file, offset_bytes }
         }
+        call::Evict(from) => {
+            let from = from?;
+            Call::Evict { device: from.get_device(), page_count: from.get_page_count() }
+        }
+        call::ReadTrace(from) => Call::ReadTrace { since: from?.get_since() },
+        call::Inject(from) => {
+            let from = from?;
+            Call::Inject { point: point_from_wire(from.get_point()?), nth: from.get_nth() }
+        }
+        call::AgentDone(from) => read_done(from?)?,
         call::Advise(from) => {
             let from = from?;
-            let advice = advice_from_wire(from.get_advice()?);
+            let advice = read_advice(from.get_advice()?)?;
             Call::Advise { addr: from.get_addr(), len_bytes: from.get_len_bytes(), advice }
         }
         call::DriverLogin(from) => read_driver_login(from?, fds)?,
@@ -189,10 +248,34 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
     })
 }
 
-fn read_target(from: target::Reader<'_>) -> Result<Target, DecodeError> {
+/// Calls that are a range and nothing else.
+fn read_ranged_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
     Ok(match from.which()? {
-        target::Home(()) => Target::Home,
-        target::Device(device) => Target::Device(device),
+        call::AdoptRegion(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::AdoptRegion { addr, len_bytes }
+        }
+        call::ReleaseRange(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::ReleaseRange { addr, len_bytes }
+        }
+        call::Discard(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::Discard { addr, len_bytes }
+        }
+        call::ProtectionChanged(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::ProtectionChanged { addr, len_bytes }
+        }
+        call::QueryAttributes(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::QueryAttributes { addr, len_bytes }
+        }
+        call::Query(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::Query { addr, len_bytes }
+        }
+        _ => return Err(DecodeError::NoSuchBody { kind: "ranged call", interface: "pager" }),
     })
 }
 
@@ -205,6 +288,8 @@ fn read_resolve(from: resolve::Reader<'_>) -> Call {
         fault_page: from.get_fault_page(),
         device: from.get_device(),
         write: from.get_write(),
+        whole: from.get_whole(),
+        exclusive: from.get_exclusive(),
     }
 }
 
@@ -232,28 +317,6 @@ fn read_driver_login(from: driver_login::Reader<'_>, fds: &mut FdSource) -> Resu
     })
 }
 
-fn advice_to_wire(advice: Advice) -> sdk::Advice {
-    match advice {
-        Advice::Pin => sdk::Advice::Pin,
-        Advice::Unpin => sdk::Advice::Unpin,
-        Advice::InPlace => sdk::Advice::InPlace,
-        Advice::MigrateOnFault => sdk::Advice::MigrateOnFault,
-        Advice::DeviceReadOnly => sdk::Advice::DeviceReadOnly,
-        Advice::DeviceReadWrite => sdk::Advice::DeviceReadWrite,
-    }
-}
-
-fn advice_from_wire(advice: sdk::Advice) -> Advice {
-    match advice {
-        sdk::Advice::Pin => Advice::Pin,
-        sdk::Advice::Unpin => Advice::Unpin,
-        sdk::Advice::InPlace => Advice::InPlace,
-        sdk::Advice::MigrateOnFault => Advice::MigrateOnFault,
-        sdk::Advice::DeviceReadOnly => Advice::DeviceReadOnly,
-        sdk::Advice::DeviceReadWrite => Advice::DeviceReadWrite,
-    }
-}
-
 pub(super) fn write_event(from: &Event, to: event::Builder<'_>) -> Result<(), EncodeError> {
     match from {
         Event::Invalidate { id, space, region, first_page, page_count, device_mask, unmap, deadline_ms } => {
@@ -269,6 +332,7 @@ pub(super) fn write_event(from: &Event, to: event::Builder<'_>) -> Result<(), En
         }
         Event::DeviceVoid { device } => to.init_device_void().set_device(*device),
         Event::SpaceGone { space } => to.init_space_gone().set_space(*space),
+        Event::Agent { .. } => write_order(from, to.init_agent()),
     }
     Ok(())
 }
@@ -290,5 +354,6 @@ pub(super) fn read_event(from: event::Reader<'_>) -> Result<Event, DecodeError> 
         }
         event::DeviceVoid(from) => Event::DeviceVoid { device: from?.get_device() },
         event::SpaceGone(from) => Event::SpaceGone { space: from?.get_space() },
+        event::Agent(from) => read_order(from?)?,
     })
 }

@@ -96,9 +96,10 @@ fn the_samples_cover_every_variant() {
 }
 
 #[test]
-fn only_a_job_that_says_so_is_not_idempotent() {
+fn only_a_job_that_says_so_and_an_addition_are_not_idempotent() {
     for call in calls() {
-        let expected = !matches!(call, Call::Driver(driver::Call::Submit { idempotent: false, .. }));
+        let adds = matches!(call, Call::Driver(driver::Call::Access { op: driver::AccessOp::FetchAdd(_), .. }));
+        let expected = !adds && !matches!(call, Call::Driver(driver::Call::Submit { idempotent: false, .. }));
         assert_eq!(call.idempotent(), expected, "{call:?}");
     }
     let of_both_kinds = calls().iter().filter(|call| matches!(call, Call::Driver(driver::Call::Submit { .. }))).count();
@@ -140,10 +141,130 @@ fn a_long_error_text_is_cut_at_a_character_and_still_arrives() {
 
 #[test]
 fn the_largest_answers_fit_into_one_message() {
-    let run = pager::StatusRun { first_page: u64::MAX, page_count: u64::MAX, status: pager::PageStatus::Gone };
-    let reply = Reply::Pager(pager::Reply::Migrated { moved_pages: 1, runs: vec![run; 2048] });
-    let (words, fds) = encode(BodyRef::Reply(&reply));
-    assert_eq!(text(&read(&words, fds).map(|frame| frame.body)), text(&Ok::<_, String>(FrameBody::Reply(reply))));
+    let (first_page, page_count) = (u64::MAX, u64::MAX);
+    let migrated = pager::StatusRun { first_page, page_count, status: pager::PageStatus::Gone };
+    let mapped = pager::MapRun { first_page, page_count, kind: pager::MapKind::Frame(u32::MAX), writable: true };
+    let residency = pager::Residency::Duplicated(7);
+    let there = pager::ResidencyRun { first_page, page_count, residency, pinned: true, mapped_mask: 0xff, huge: true };
+    let advised = samples::attribute_runs()[1];
+    let traced = samples::trace_records()[1];
+    let replies = [
+        Reply::Pager(pager::Reply::Migrated { moved_pages: 1, runs: vec![migrated; 2048] }),
+        Reply::Pager(pager::Reply::Resolved { runs: vec![mapped; 2048] }),
+        Reply::Mirror(mirror::Reply::Mapped { sequence: 1, runs: vec![mapped; 2048] }),
+        Reply::Pager(pager::Reply::Residency { runs: vec![there; 2048] }),
+        Reply::Pager(pager::Reply::Attributes { runs: vec![advised; 2048] }),
+        Reply::Pager(pager::Reply::Trace { records: vec![traced; 256] }),
+    ];
+    for reply in replies {
+        let (words, fds) = encode(BodyRef::Reply(&reply));
+        assert_eq!(text(&read(&words, fds).map(|frame| frame.body)), text(&Ok::<_, String>(FrameBody::Reply(reply))));
+    }
+    let run = pager::AgentRun { page_count: 1, status: pager::AgentStatus::Failed };
+    let call = Call::Pager(pager::Call::AgentDone { id: 1, runs: vec![run; 512] });
+    let (words, fds) = encode(BodyRef::Call(&call));
+    assert_eq!(text(&read(&words, fds).map(|frame| frame.body)), text(&Ok::<_, String>(FrameBody::Call(call))));
+}
+
+#[test]
+fn values_that_mean_something_else_on_the_wire_are_refused_before_they_are_sent() {
+    let refused = |advice| {
+        let call = Call::Pager(pager::Call::Advise { addr: 0, len_bytes: 4096, advice });
+        Encoder::new().encode(header(), BodyRef::Call(&call), 1 << 16, 16).map(|_| ())
+    };
+    assert!(refused(pager::Advice::Granularity(Some(63))).is_ok());
+    for log2 in [64, 254, 255] {
+        let refused = refused(pager::Advice::Granularity(Some(log2)));
+        assert!(matches!(refused, Err(error::EncodeError::Value { field: "granularity", .. })), "{refused:?}");
+    }
+    for device in [8, 253, 254, 255] {
+        let run = samples::attribute_runs()[0];
+        let preferred = Some(pager::Target::Device(device));
+        let run = pager::AttributeRun { attributes: pager::Attributes { preferred, ..run.attributes }, ..run };
+        let reply = Reply::Pager(pager::Reply::Attributes { runs: vec![run] });
+        let refused = Encoder::new().encode(header(), BodyRef::Reply(&reply), 1 << 16, 16).map(|_| ());
+        assert!(matches!(refused, Err(error::EncodeError::Value { .. })), "{refused:?}");
+    }
+}
+
+/// A message whose body a peer built as it liked.
+fn forged(
+    kind: uhmm_schema::common_capnp::Kind,
+    interface: uhmm_schema::common_capnp::Interface,
+    fd_count: u16,
+    body: impl FnOnce(capnp::any_pointer::Builder<'_>),
+) -> Vec<capnp::Word> {
+    let mut message = capnp::message::Builder::new_default();
+    let mut root: uhmm_schema::common_capnp::envelope::Builder<'_> = message.init_root();
+    root.set_kind(kind);
+    root.set_interface(interface);
+    root.set_fd_count(fd_count);
+    body(root.init_body());
+    let bytes = capnp::serialize::write_message_to_words(&message);
+    let mut words = capnp::Word::allocate_zeroed_vec(bytes.len() / 8);
+    capnp::Word::words_to_bytes_mut(&mut words).copy_from_slice(&bytes);
+    words
+}
+
+#[test]
+fn hostile_values_of_agents_attributes_and_accesses_are_refused() {
+    use uhmm_schema::common_capnp::{Interface as Scope, Kind};
+    use uhmm_schema::{driver_capnp, pager_capnp};
+    type PagerCall<'a> = pager_capnp::call::Builder<'a>;
+    type PagerReply<'a> = pager_capnp::reply::Builder<'a>;
+    let refused = |words: &[capnp::Word], fd_count: u64, part: &str| {
+        let fds = (0..fd_count).map(|_| memfd::create_sealed("codec", 4096).expect("memfd")).collect();
+        let read = read(words, fds);
+        assert!(read.as_ref().is_err_and(|why| why.contains(part)), "{part}: {read:?}");
+    };
+    let runs = |count| {
+        forged(Kind::Call, Scope::Pager, 0, |body| {
+            body.init_as::<PagerCall<'_>>().init_agent_done().init_runs(count);
+        })
+    };
+    assert!(read(&runs(512), Vec::new()).is_ok());
+    refused(&runs(513), 0, "agentDone.runs has 513");
+    // A space without the agent's memory, and an agent that names one descriptor twice.
+    let open = |maps: Option<(u16, u16)>, fd_count| {
+        forged(Kind::Call, Scope::Pager, fd_count, |body| {
+            let mut open = body.init_as::<PagerCall<'_>>().init_open_space();
+            open.set_uffd_fd(0);
+            if let Some((maps, staging)) = maps {
+                let mut agent = open.init_agent();
+                agent.set_maps_fd(maps);
+                agent.set_staging_fd(staging);
+            }
+        })
+    };
+    refused(&open(None, 1), 1, "agent.mapsFd");
+    refused(&open(Some((1, 1)), 3), 3, "agent.stagingFd");
+    refused(&open(Some((0xffff, 1)), 2), 2, "agent.mapsFd");
+    for granularity in [64, 254] {
+        let advice = forged(Kind::Call, Scope::Pager, 0, |body| {
+            body.init_as::<PagerCall<'_>>().init_advise().init_advice().set_granularity(granularity);
+        });
+        refused(&advice, 0, "granularity has the impossible value");
+    }
+    for place in [8, 253] {
+        let attributes = forged(Kind::Reply, Scope::Pager, 0, |body| {
+            body.init_as::<PagerReply<'_>>().init_attributes(1).get(0).set_prefetched(place);
+        });
+        refused(&attributes, 0, "attributes.prefetched has the impossible value");
+    }
+    let trace = forged(Kind::Reply, Scope::Pager, 0, |body| {
+        body.init_as::<PagerReply<'_>>().init_trace(257);
+    });
+    refused(&trace, 0, "trace has 257");
+    let sealed = forged(Kind::Reply, Scope::Pager, 0, |body| {
+        body.init_as::<PagerReply<'_>>().init_region().init_memory().init_sealed().set_file_fd(0xffff);
+    });
+    refused(&sealed, 0, "region.memory.sealed");
+    let access = forged(Kind::Call, Scope::Driver, 1, |body| {
+        let mut access = body.init_as::<driver_capnp::call::Builder<'_>>().init_access();
+        access.set_buffer_fd(0xffff);
+        access.init_op().set_fetch_add(1);
+    });
+    refused(&access, 1, "no field names");
 }
 
 #[test]
@@ -177,20 +298,14 @@ fn missing_surplus_and_repeated_descriptors_are_refused() {
     assert!(read(&words, copies(&fds)).is_err_and(|why| why.contains("3 descriptors came")));
 
     let named = |indices: [u16; 2], count: u16| {
-        let mut message = capnp::message::Builder::new_default();
-        let mut root: uhmm_schema::common_capnp::envelope::Builder<'_> = message.init_root();
-        root.set_kind(uhmm_schema::common_capnp::Kind::Reply);
-        root.set_interface(uhmm_schema::common_capnp::Interface::Supervisor);
-        root.set_fd_count(count);
-        let reply: uhmm_schema::supervisor_capnp::reply::Builder<'_> = root.init_body().init_as();
-        let mut list = reply.init_vault().init_entries(2);
-        for (index, fd) in indices.into_iter().enumerate() {
-            list.reborrow().get(index as u32).set_entry_fd(fd);
-        }
-        let bytes = capnp::serialize::write_message_to_words(&message);
-        let mut words = capnp::Word::allocate_zeroed_vec(bytes.len() / 8);
-        capnp::Word::words_to_bytes_mut(&mut words).copy_from_slice(&bytes);
-        words
+        use uhmm_schema::common_capnp::{Interface as Scope, Kind};
+        forged(Kind::Reply, Scope::Supervisor, count, |body| {
+            let reply: uhmm_schema::supervisor_capnp::reply::Builder<'_> = body.init_as();
+            let mut list = reply.init_vault().init_entries(2);
+            for (index, fd) in indices.into_iter().enumerate() {
+                list.reborrow().get(index as u32).set_entry_fd(fd);
+            }
+        })
     };
     assert!(read(&named([0, 1], 2), copies(&fds[..2])).is_ok());
     for (indices, count) in [([0, 0], 2), ([1, 0], 2), ([0, 2], 2), ([0, 0xffff], 1), ([0, 1], 1), ([0, 1], 3)] {

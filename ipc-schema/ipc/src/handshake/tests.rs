@@ -113,3 +113,12 @@ fn a_welcome_beyond_what_was_asked_is_refused() {
         assert_eq!(check_welcome(&caller, &welcome).map_err(|error| error.code), Err(ErrorCode::Protocol));
     }
 }
+
+#[test]
+fn a_peer_in_a_pid_namespace_that_cannot_be_seen_is_refused_and_told_why() {
+    let seen = PeerCred { pid: 7, uid: 1000, gid: 1000 };
+    assert_eq!(judge_process("app", seen), Ok(seen));
+    let refused = judge_process("app", PeerCred { pid: 0, ..seen }).expect_err("pid 0");
+    assert_eq!(refused.code, ErrorCode::Permission);
+    assert!(refused.text.starts_with("app runs in a pid namespace"), "{refused}");
+}

@@ -1,7 +1,22 @@
 //! Driver interface, for SDK clients: open a queue, submit jobs on virtual addresses.
 
+use super::Fd;
+
+/// What a device does with a range of virtual addresses on its own, without a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AccessOp {
+    /// Range to buffer.
+    Read,
+    /// Buffer to range.
+    Write,
+    /// Adds to every aligned 8-byte word of the range, wrapping; the buffer gets the words from before. Not idempotent.
+    FetchAdd(u64),
+    /// The pages become the device's alone; nothing is read or written.
+    MakeExclusive,
+}
+
 /// Requests to a driver.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Call {
     /// What the device is.
     Info,
@@ -23,6 +38,19 @@ pub enum Call {
         /// The job may be run again from its start (it only reads, or writes absolute values).
         idempotent: bool,
     },
+    /// Read or write a range through the device. Missing pages are faulted in with one range fault.
+    Access {
+        /// Space of an opened queue.
+        space: u64,
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes, a multiple of the page size.
+        len_bytes: u64,
+        /// What.
+        op: AccessOp,
+        /// Sealed memfd of exactly `len_bytes`; `MakeExclusive` does not look at it.
+        buffer: Option<Fd>,
+    },
 }
 
 impl Call {
@@ -31,6 +59,7 @@ impl Call {
         match self {
             Call::Info | Call::OpenQueue { .. } => true,
             Call::Submit { idempotent, .. } => *idempotent,
+            Call::Access { op, .. } => !matches!(op, AccessOp::FetchAdd(_)),
         }
     }
 }
@@ -53,6 +82,13 @@ pub enum Reply {
     },
     /// Answer to `OpenQueue`.
     QueueOpened,
+    /// Answer to `Access`: all pages were done.
+    Accessed {
+        /// Pages.
+        page_count: u64,
+        /// Device faults it met: 1 when nothing was mapped and nobody interfered.
+        fault_count: u64,
+    },
     /// Answer to `Submit`.
     Finished {
         /// What the kernel returned.

@@ -1,7 +1,6 @@
 //! Mirror interface, for drivers: open a mirror on a process, ask for device faults, acknowledge invalidations.
 
-use super::Fd;
-use super::pager::MapRun;
+use super::pager::{MapRun, Memory};
 
 /// Requests to the mirror. All are idempotent.
 #[derive(Clone, Debug)]
@@ -45,6 +44,10 @@ pub enum Call {
         fault_page: u64,
         /// The access was a write.
         write: bool,
+        /// See the pager's `Resolve`.
+        whole: bool,
+        /// See the pager's `Resolve`.
+        exclusive: bool,
     },
     /// The device has really stopped using the range of this invalidation.
     Ack {
@@ -69,7 +72,7 @@ pub enum Reply {
         /// Devices may not write.
         device_read_only: bool,
         /// The backing, granted for in-place mappings.
-        memory: Fd,
+        memory: Memory,
     },
     /// Answer to `Fault`.
     Mapped {

@@ -47,6 +47,10 @@ pub struct StatusRun {
 /// Where a page is, for residency queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Residency {
+    /// Device memory, and no CPU and no other device may look without taking it back (atomics).
+    Exclusive(u8),
+    /// System memory, with a read-only copy on this device.
+    Duplicated(u8),
     /// Never touched; reads as zero.
     Absent,
     /// System memory.
@@ -72,6 +76,8 @@ pub struct ResidencyRun {
     pub pinned: bool,
     /// Bit d: device d maps the page now.
     pub mapped_mask: u8,
+    /// Part of 512 aligned pages in 512 consecutive, aligned frames.
+    pub huge: bool,
 }
 
 /// What a device page table entry shall point to.
@@ -96,7 +102,18 @@ pub struct MapRun {
     pub writable: bool,
 }
 
-/// What the client says about a range.
+/// How a device may use pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AccessMode {
+    /// A device fault moves the page to the device (the default).
+    Migrate,
+    /// A device fault maps the page where it is, if the device can reach it there; else it moves.
+    InPlace,
+    /// The device may not use the page: its faults end with EPERM.
+    None,
+}
+
+/// What the client says about a range. The same value again changes nothing and invalidates nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Advice {
     /// Goes home and stays until `Unpin`.
@@ -111,6 +128,183 @@ pub enum Advice {
     DeviceReadOnly,
     /// Ends `DeviceReadOnly`.
     DeviceReadWrite,
+    /// What one device may do. `InPlace` and `MigrateOnFault` set it for all devices.
+    Access {
+        /// Device.
+        device: u8,
+        /// How.
+        mode: AccessMode,
+    },
+    /// Where the pages shall live if nobody has a better claim; `None`: nowhere in particular (the default).
+    PreferredLocation(Option<Target>),
+    /// Mostly read: reading devices get a copy and the system page stays valid; the first write collapses the copies.
+    ReadMostly(bool),
+    /// One CPU fault brings home an aligned block of 2^n pages; 0..=63. `None`: adaptive (the default).
+    Granularity(Option<u8>),
+}
+
+/// What was advised for neighbouring pages, and where they were prefetched to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attributes {
+    /// See [`Advice::PreferredLocation`].
+    pub preferred: Option<Target>,
+    /// Target of the last `Migrate` with `prefetch`.
+    pub prefetched: Option<Target>,
+    /// Bit d: device d maps in place.
+    pub in_place_mask: u8,
+    /// Bit d: device d may not use the pages.
+    pub no_access_mask: u8,
+    /// See [`Advice::ReadMostly`].
+    pub read_mostly: bool,
+    /// See [`Advice::DeviceReadOnly`].
+    pub device_read_only: bool,
+    /// See [`Advice::Granularity`].
+    pub granularity_log2_pages: Option<u8>,
+    /// See [`Advice::Pin`].
+    pub pinned: bool,
+}
+
+/// Neighbouring pages of the same attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttributeRun {
+    /// Offset in pages from the start of the request.
+    pub first_page: u64,
+    /// Pages.
+    pub page_count: u64,
+    /// What holds for them.
+    pub attributes: Attributes,
+}
+
+/// What the test hook makes fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FaultPoint {
+    /// Allocation of device frames for a run of 512 pages (a huge page): small runs are tried instead.
+    HugeFrames,
+    /// Allocation of device frames.
+    Frames,
+    /// Copy to a device.
+    CopyOut,
+    /// Copy to system memory.
+    CopyHome,
+}
+
+/// What the client's agent is asked to do: what Linux lets only the process itself do. All are absolute and repeatable: the pager
+/// asks again after a restart. The agent does them one after the other and answers each with [`Call::AgentDone`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AgentOp {
+    /// Take private pages out of the address space (UFFDIO_MOVE to scratch memory) and copy them to the staging slot, page i to
+    /// offset i. Pages that cannot be taken stay; so do all pages of a mapping without write permission (answer `ReadOnly`).
+    MoveOut {
+        /// Staging slot of 512 pages.
+        slot: u32,
+    },
+    /// Copy pages to the staging slot and leave them where they are: the pager has write-protected them.
+    CopyOut {
+        /// Staging slot of 512 pages.
+        slot: u32,
+    },
+    /// The copies are valid elsewhere: give back the scratch pages of `MoveOut`, and with `in_place` the pages that `CopyOut`
+    /// left in the address space (MADV_DONTNEED).
+    Drop {
+        /// See above.
+        in_place: bool,
+    },
+    /// Put the scratch pages of `MoveOut` back where they were. Pages that are not in scratch are where they belong.
+    MoveBack,
+    /// Bring 512 pages home as one huge page: scratch huge page, copy from the staging slot, UFFDIO_MOVE. Answer `Moved`, or
+    /// `Failed` when there is no huge page or the range is not one (the pager then fills small pages).
+    FillHuge {
+        /// Staging slot of 512 pages.
+        slot: u32,
+    },
+    /// Tell which pages exist in the address space: `Moved` for those that do, `Zero` for holes.
+    Probe,
+}
+
+/// What became of pages under an [`AgentOp`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AgentStatus {
+    /// Done; for `MoveOut` and `CopyOut` the bytes are in the staging slot.
+    Moved,
+    /// As `Moved`, and part of a page that was mapped huge.
+    MovedHuge,
+    /// Nothing but zeros (a hole or the zero page): taken out, nothing in the staging slot.
+    Zero,
+    /// Pinned, or shared copy-on-write and not separable: stays where it is.
+    Busy,
+    /// No mapping there.
+    Gone,
+    /// The mapping may not be written: nothing was done, ask for `CopyOut` under write protection.
+    ReadOnly,
+    /// It failed for another reason; pages are where they were.
+    Failed,
+}
+
+/// Neighbouring pages of one status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgentRun {
+    /// Pages.
+    pub page_count: u64,
+    /// What became of them.
+    pub status: AgentStatus,
+}
+
+/// Memory of the agent that the pager works with. Kept in the vault.
+#[derive(Clone, Debug)]
+pub struct AgentMemory {
+    /// /proc/self/maps of the client, opened by the client: PROCMAP_QUERY works on it without any right over the process.
+    pub maps: Fd,
+    /// Staging memory, sealed, `staging_slots` times 2 MiB.
+    pub staging: Fd,
+}
+
+/// What happened, for profilers. Kept in a ring of the last 4096 a space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TraceKind {
+    /// Pages begin to move.
+    MigrateStart,
+    /// They have moved (or stay; `page_count` is what moved).
+    MigrateEnd,
+    /// Devices lost their mappings.
+    Invalidate,
+    /// A fault was answered by waiting: the block thrashes.
+    Throttle,
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TraceCause {
+    /// A client asked.
+    Prefetch,
+    /// A CPU fault.
+    CpuFault,
+    /// A device fault.
+    DeviceFault,
+    /// A device was full.
+    Eviction,
+    /// The address space changed (unmap, remap, fork, protection).
+    AddressSpace,
+}
+
+/// One entry of the trace ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceRecord {
+    /// Counts up by one; starts again at 1 with each pager incarnation.
+    pub sequence: u64,
+    /// Nanoseconds of CLOCK_MONOTONIC.
+    pub time_ns: u64,
+    /// What.
+    pub kind: TraceKind,
+    /// Why.
+    pub cause: TraceCause,
+    /// First address.
+    pub addr: u64,
+    /// Pages.
+    pub page_count: u64,
+    /// Where from.
+    pub from: Target,
+    /// Where to.
+    pub to: Target,
 }
 
 /// Requests to the pager. All are idempotent: targets are absolute, creations carry the client's own key.
@@ -124,13 +318,20 @@ pub enum Call {
         uffd: Fd,
         /// Kernel-mode faults (system calls on migrated memory) are raised too.
         full: bool,
+        /// An empty private page of the client that it never touches. The pager registers it; a forked child that reads it
+        /// finds its own space id (8 bytes, little endian) and token (16 bytes) there.
+        sentinel_addr: u64,
+        /// For private memory.
+        agent: AgentMemory,
     },
-    /// Client: same process, new connection.
+    /// Client: same process, new connection. A forked child's first call: with `agent`, once.
     AttachSpace {
         /// Space.
         space: u64,
-        /// From `SpaceOpened`.
+        /// From `SpaceOpened`, or from the sentinel page.
         token: Vec<u8>,
+        /// A forked child's own; `None` when the pager has it.
+        agent: Option<AgentMemory>,
     },
     /// Client: end of management; every region must have been freed.
     CloseSpace,
@@ -143,10 +344,84 @@ pub enum Call {
         /// The memfd.
         memory: Fd,
     },
+    /// Client: private anonymous memory that exists already, in place. Asking again for the same range finds the same region.
+    AdoptRegion {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes, a multiple of the page size.
+        len_bytes: u64,
+    },
+    /// Client: a shared mapping of a file, or shared anonymous memory: devices use it in place, it never migrates.
+    AttachFile {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes, a multiple of the page size.
+        len_bytes: u64,
+        /// The file, opened for what devices may do (read, or read and write).
+        file: Fd,
+        /// Offset in the file of `addr`.
+        offset_bytes: u64,
+    },
     /// Client: forget the region and its content. Unmap after the reply.
     FreeRegion {
         /// Region.
         region: u64,
+    },
+    /// Client: end of management of part of an adopted or attached region: its pages come home first and stay.
+    ReleaseRange {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
+    /// Client: the content is not needed any more: reads as zero from now on. For shared memory; private memory is discarded
+    /// with madvise(MADV_DONTNEED), which the pager sees.
+    Discard {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
+    /// Client: mprotect was called on the range. Answers when no device uses the range under the old protection.
+    ProtectionChanged {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
+    /// Client: bring pages of the caller's space home from a device, coldest first.
+    Evict {
+        /// Device.
+        device: u8,
+        /// How many; 0: all.
+        page_count: u64,
+    },
+    /// Client: what was advised. Answers at most 2048 runs; ask again from where it ended.
+    QueryAttributes {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
+    /// Client: the trace ring from a sequence number on (0: all there is), at most 256 records.
+    ReadTrace {
+        /// First sequence number wanted.
+        since: u64,
+    },
+    /// Client: test hook, refused unless the manifest says `fault_injection = true`: the n-th from now (1: the next one) of the
+    /// caller's space fails; 0 disarms.
+    Inject {
+        /// What.
+        point: FaultPoint,
+        /// Which one.
+        nth: u32,
+    },
+    /// Client's agent: answer to [`Event::Agent`].
+    AgentDone {
+        /// From the event.
+        id: u64,
+        /// What became of the pages, from the first one on.
+        runs: Vec<AgentRun>,
     },
     /// Client: move a range, page by page, partial success reported.
     Migrate {
@@ -156,6 +431,8 @@ pub enum Call {
         len_bytes: u64,
         /// Where to.
         target: Target,
+        /// Note the target as the pages' last prefetch location.
+        prefetch: bool,
     },
     /// Client: where the pages are. Answers at most 2048 runs; ask again from where it ended.
     Query {
@@ -238,6 +515,10 @@ pub enum Call {
         device: u8,
         /// The access was a write.
         write: bool,
+        /// Answer when the whole window from `fault_page` on is mapped, or as much of it as can be: a range fault.
+        whole: bool,
+        /// The pages become the device's alone (atomics); implies `write` and migration.
+        exclusive: bool,
     },
     /// Mirror: answer to [`Event::Invalidate`].
     InvalidateDone {
@@ -277,6 +558,13 @@ pub enum Reply {
         /// Granted userfaultfd features.
         features: u64,
     },
+    /// Answer to a forked child's first `AttachSpace`.
+    ChildAttached {
+        /// The child's own userfaultfd, which the kernel gave to the pager: its agent needs it, and it must not be closed.
+        uffd: Fd,
+        /// Granted userfaultfd features.
+        features: u64,
+    },
     /// Answer to `CreateRegion`.
     RegionCreated {
         /// Region id.
@@ -305,15 +593,51 @@ pub enum Reply {
         /// Devices may not write.
         device_read_only: bool,
         /// The backing, granted to the driver for in-place mappings.
-        memory: Fd,
+        memory: Memory,
     },
     /// Answer to `Resolve`: always covers the faulting page.
     Resolved {
         /// What to map.
         runs: Vec<MapRun>,
     },
+    /// Answer to `QueryAttributes`.
+    Attributes {
+        /// Runs from the start of the range.
+        runs: Vec<AttributeRun>,
+    },
+    /// Answer to `ReadTrace`.
+    Trace {
+        /// In order; empty when there is nothing newer.
+        records: Vec<TraceRecord>,
+    },
+    /// Answer to `Evict`.
+    Evicted {
+        /// Pages that came home.
+        page_count: u64,
+    },
     /// Answer to `ListRegions`.
     Regions(Vec<RegionStatus>),
+}
+
+/// What a region's system pages are, for devices.
+#[derive(Clone, Debug)]
+pub enum Memory {
+    /// Private pages of the client: nobody else can reach them, so they always move.
+    Private,
+    /// A memfd that can neither shrink nor grow: may be mapped.
+    Sealed {
+        /// The memfd.
+        memory: Fd,
+        /// Offset of the region's first page.
+        offset_bytes: u64,
+    },
+    /// Any other file: it may shrink at any time, so it is read and written with pread and pwrite, never mapped.
+    File {
+        /// The file.
+        file: Fd,
+        /// Offset of the region's first page.
+        offset_bytes: u64,
+    },
 }
 
 /// One line of `uhmm status`.
@@ -344,6 +668,21 @@ pub struct RegionStatus {
 /// Downward events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// To the client's agent: do this, answer with `AgentDone`.
+    Agent {
+        /// Echo it.
+        id: u64,
+        /// Region: with the page, the agent's name for what it holds in scratch.
+        region: u64,
+        /// First page inside the region.
+        first_page: u64,
+        /// Address of that page now.
+        addr: u64,
+        /// Pages, at most 512.
+        page_count: u64,
+        /// What.
+        op: AgentOp,
+    },
     /// To the mirror: revoke these pages on these devices, answer with `InvalidateDone`. Absolute and repeatable.
     Invalidate {
         /// Echo it.

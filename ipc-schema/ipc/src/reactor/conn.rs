@@ -9,7 +9,7 @@ use super::source::{MAX_INDEX, Source};
 use super::timers::Due;
 use super::{ACCEPTS_PER_TURN, MESSAGES_PER_TURN, Reactor, Shared, find_conn};
 use crate::codec::{BodyRef, Frame, FrameBody, Header, decode};
-use crate::handshake::{is_service, judge};
+use crate::handshake::{is_service, judge, judge_process};
 use crate::identity::Limits;
 use crate::ids::{CallId, ConnId, TimerId};
 use crate::message::{Call, ErrorCode, Event, Hello, Interface, Reply, TraceId, WireError};
@@ -270,6 +270,7 @@ impl Reactor {
         }
         let Some(conn) = find_conn(&mut self.conns, id) else { return Ok(()) };
         let cred = conn.channel.peer().map_err(End::Gone)?;
+        let cred = judge_process(&hello.name, cred).map_err(End::Refused)?;
         if let State::AwaitHello { timer } = conn.state {
             self.shared.timers.cancel(timer);
         }
@@ -278,7 +279,7 @@ impl Reactor {
         self.guest_count += usize::from(guest);
         conn.channel.max_message_bytes = welcome.max_message_bytes as usize;
         conn.channel.max_fds = usize::from(welcome.max_fds);
-        let peer = Peer { name: hello.name, role: hello.role, incarnation, pid: cred.0, uid: cred.1 };
+        let peer = Peer { name: hello.name, role: hello.role, incarnation, pid: cred.pid, uid: cred.uid };
         self.shared.wakes.push(Wake::Connected { conn: id, peer });
         match conn.send(&mut self.shared, 0, TraceId::default(), BodyRef::Welcome(&welcome)) {
             Ok(()) => Ok(()),

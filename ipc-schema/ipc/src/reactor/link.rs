@@ -207,7 +207,9 @@ impl Reactor {
         for call in link.calls.values_mut() {
             call.sent = false;
         }
-        link.unsent = link.calls.keys().copied().collect();
+        let (first, rest): (Vec<u64>, Vec<u64>) =
+            link.calls.keys().partition(|id| link.calls.get(id).is_some_and(|call| call.is_acknowledgement()));
+        link.unsent = first.into_iter().chain(rest).collect();
         if link.retry.is_none() {
             link.retry = Some(self.shared.timers.add_after(link.pause, Due::Reconnect(id)));
             link.pause = (link.pause * 2).min(LONGEST_PAUSE);

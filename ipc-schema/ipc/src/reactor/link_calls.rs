@@ -33,6 +33,11 @@ impl Pending {
         Self { body, trace, deadline: None, timer: None, sent: false, preamble: Some(index) }
     }
 
+    /// Must not wait behind other calls.
+    pub(super) fn is_acknowledgement(&self) -> bool {
+        is_acknowledgement(&self.body)
+    }
+
     /// Cannot be repeated on another connection.
     pub(super) fn sent_once_only(&self) -> bool {
         self.sent && self.preamble.is_none() && !self.body.idempotent()
@@ -43,7 +48,7 @@ impl Pending {
 fn is_acknowledgement(call: &Call) -> bool {
     matches!(
         call,
-        Call::Pager(pager::Call::InvalidateDone { .. })
+        Call::Pager(pager::Call::InvalidateDone { .. } | pager::Call::AgentDone { .. })
             | Call::Mirror(mirror::Call::Ack { .. })
             | Call::Supervisor(supervisor::Call::Pong { .. })
     )
@@ -85,6 +90,9 @@ impl Reactor {
             self.finish(link, call, Err(WireError::new(ErrorCode::Stale, text)));
         } else if acknowledgement && matches!(entry.phase, Phase::Up) {
             self.send_call(link, call);
+        } else if acknowledgement {
+            entry.unsent.push_front(call);
+            self.pump(link);
         } else {
             entry.unsent.push_back(call);
             self.pump(link);

@@ -20,6 +20,7 @@ fn submit(kernel: &str, idempotent: bool) -> Call {
 
 fn region(addr: u64, memory: &uhmm_ipc::message::Fd) -> Reply {
     let memory = memory.clone();
+    let memory = pager::Memory::Sealed { memory, offset_bytes: 0 };
     Reply::Pager(pager::Reply::Region { region: 9, addr, len_bytes: 4096, device_read_only: true, memory })
 }
 
@@ -68,9 +69,11 @@ fn integration_calls_are_answered_and_descriptors_arrive_both_ways() {
     assert!(caller.until("the region", done(call)).expect("created").contains("RegionCreated"));
     let call = caller.reactor.call(link, lookup(4096), TraceId::fresh(), None);
     let memory = caller.until("the region's memory", |wake| match wake {
-        Wake::Done { call: ended, result: Ok(Reply::Pager(pager::Reply::Region { memory, .. })), .. } => {
-            (*ended == call).then(|| memory.clone())
-        }
+        Wake::Done {
+            call: ended,
+            result: Ok(Reply::Pager(pager::Reply::Region { memory: pager::Memory::Sealed { memory, .. }, .. })),
+            ..
+        } => (*ended == call).then(|| memory.clone()),
         _ => None,
     });
     assert_eq!(text_of(&memory, 14), b"client's bytes");

@@ -1,5 +1,6 @@
 //! Reactors, shared tables and hostile peers, over real sockets and real threads.
 
+mod agent;
 mod hostile;
 mod links;
 mod shared;

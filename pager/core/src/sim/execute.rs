@@ -21,7 +21,8 @@ impl Pending {
             Action::CopyOut { device, .. }
             | Action::ZeroFrames { device, .. }
             | Action::Scrub { device, .. }
-            | Action::Fill { device, .. } => Some(*device),
+            | Action::Fill { device, .. }
+            | Action::CopyAcross { to: device, .. } => Some(*device),
             _ => None,
         }
     }
@@ -69,6 +70,7 @@ impl World {
                 self.regions.remove(&region);
                 self.blocked.retain(|access| access.region != region);
             }
+            Action::Trace { .. } => {}
             action => self.begin(action),
         }
         Ok(())
@@ -198,6 +200,10 @@ impl World {
                 let frames = &self.devices[usize::from(device.0)].frames;
                 (0..pages.count).map(|offset| frames[*frame as usize + offset as usize]).collect()
             }
+            Action::CopyAcross { from, from_frame, count, .. } => {
+                let frames = &self.devices[usize::from(from.0)].frames;
+                (0..*count).map(|offset| frames[(*from_frame + offset) as usize]).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -231,6 +237,11 @@ impl World {
             Action::CopyOut { ticket, region, pages, device, frame, .. } => {
                 self.no_mapping(region, pages, |mapping| mapping == Mapping::InPlace)?;
                 let result = self.write_frames(device, frame, &source, broken);
+                Event::CopyDone { ticket, result }
+            }
+            Action::CopyAcross { ticket, from, to, frame, .. } => {
+                let broken = broken || self.devices[usize::from(from.0)].failed;
+                let result = self.write_frames(to, frame, &source, broken);
                 Event::CopyDone { ticket, result }
             }
             Action::ZeroFrames { ticket, device, frame, count } => {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use super::check::Violation;
 use super::execute::Pending;
 use super::{Faults, Rng};
-use crate::{DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
+use crate::{Attr, DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
 
 /// What memory that nobody may look at holds.
 pub(super) const JUNK: u64 = u64::MAX;
@@ -40,6 +40,8 @@ pub struct RegionModel {
     pub pages: Vec<PageModel>,
     /// Directory of the vault.
     pub directory: Vec<u64>,
+    /// What was advised, for all pages.
+    pub attr: Attr,
     /// The client freed it.
     pub freeing: bool,
 }
@@ -115,6 +117,14 @@ impl Directory for World {
 
     fn page_count(&self, region: RegionId) -> u64 {
         self.regions.get(&region).map_or(0, |region| region.directory.len() as u64)
+    }
+
+    fn attr(&self, region: RegionId, _page: u64) -> Attr {
+        self.regions.get(&region).map_or(Attr::default(), |region| region.attr)
+    }
+
+    fn huge_phase(&self, _region: RegionId) -> u64 {
+        0
     }
 }
 
@@ -246,7 +256,9 @@ impl World {
         let job = Some((device, incarnation, page, write));
         let req = self.request(Open { region, pages: window, job });
         let (device, write) = (DeviceId(device), write.is_some());
-        self.events.push_back(Event::Resolve { req, region, pages: window, fault_page: page, device, write });
+        let (whole, exclusive) = (self.rng.chance(30), false);
+        let resolve = Event::Resolve { req, region, pages: window, fault_page: page, device, write, whole, exclusive };
+        self.events.push_back(resolve);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::Faults;
 use super::check::Violation;
 use super::machine::{CpuAccess, Open, RegionModel, World};
-use crate::{Action, Core, DefaultPolicy, DeviceId, Event, Pages, RegionId, SpaceId, Target};
+use crate::{Action, Backing, Core, DefaultPolicy, DeviceId, Event, Pages, RegionId, SpaceId, Target};
 
 /// Steps after which a machine that is left alone must have come to rest.
 const REST_STEPS_MAX: u32 = 20_000;
@@ -67,6 +67,8 @@ pub struct Simulator {
     spaces: Vec<SpaceId>,
     crash_in: Option<u64>,
     next_id: u64,
+    /// The clock: a microsecond an event, so that histories without pauses look like a fight.
+    now_us: u64,
     /// Drivers that have not found the new pager yet, and whether their mappings are void.
     late: Vec<(usize, bool)>,
     /// Pagers that died.
@@ -85,6 +87,7 @@ impl Simulator {
             slots: Vec::new(),
             spaces: Vec::new(),
             crash_in: None,
+            now_us: 0,
             next_id: 1,
             late: Vec::new(),
             crash_count: 0,
@@ -115,10 +118,11 @@ impl Simulator {
             space,
             pages: vec![Default::default(); page_count as usize],
             directory: vec![0; page_count as usize],
+            attr: Default::default(),
             freeing: false,
         };
         self.world.regions.insert(region, model);
-        self.world.events.push_back(Event::RegionAdded { region, space, page_count });
+        self.world.events.push_back(Event::RegionAdded { region, space, page_count, backing: Backing::Shared });
     }
 
     fn log_in(&mut self, device: usize, fresh_mappings: bool, memory_known: bool) {
@@ -182,7 +186,12 @@ impl Simulator {
                     self.world.events.push_back(Event::Pin { req, region, pages, on });
                 }
             }
-            Op::Advise { region, in_place } => self.core.set_in_place(self.region(region), in_place),
+            Op::Advise { region, in_place } => {
+                let mask = if in_place { u8::MAX } else { 0 };
+                if let Some(model) = self.world.regions.get_mut(&self.region(region)) {
+                    model.attr = model.attr.with_in_place_mask(mask);
+                }
+            }
             Op::Unmap { region, page, count } => {
                 let (region, pages) = self.pages(region, page, count);
                 self.unmap(region, pages);
@@ -294,7 +303,8 @@ impl Simulator {
         self.before(&event);
         self.note(|| format!("{event:?}"));
         let mut actions = Vec::new();
-        self.core.handle(&self.world, 0, event, &mut actions);
+        self.now_us += 1;
+        self.core.handle(&self.world, self.now_us, event.clone(), &mut actions);
         for action in actions {
             self.note(|| format!("  -> {action:?}"));
             if self.crash_in == Some(0) {
@@ -385,7 +395,7 @@ impl Simulator {
             self.world.regions.iter().map(|(id, r)| (*id, r.space, r.directory.len() as u64)).collect();
         for (region, space, page_count) in &regions {
             let (region, space, page_count) = (*region, *space, *page_count);
-            self.world.events.push_back(Event::RecoverRegion { region, space, page_count });
+            self.world.events.push_back(Event::RecoverRegion { region, space, page_count, backing: Backing::Shared });
         }
         self.world.events.push_back(Event::Recovered);
         for (region, ..) in &regions {
@@ -444,6 +454,9 @@ impl Simulator {
                 let index = self.world.rng.next_u64() as usize % 64;
                 self.deliver(index)?;
             } else if self.core.has_runnable_work() || !self.core.again.is_empty() {
+                self.world.events.push_back(Event::Tick);
+            } else if let Some(deadline_us) = self.core.next_deadline_us() {
+                self.now_us = self.now_us.max(deadline_us);
                 self.world.events.push_back(Event::Tick);
             } else if !self.late.is_empty() {
                 self.log_in_late();

@@ -1,3 +1,5 @@
+use uhmm_ipc::message::pager::MapKind;
+
 use super::*;
 
 const RANGE: PageRange = PageRange { region: 7, first_page: 10, page_count: 20 };
@@ -74,30 +76,94 @@ fn a_late_device_is_named_after_the_deadline() {
     assert_eq!(core.counters().late_devices, 1);
 }
 
+/// Begins a fault on the first page of a window of region 7.
+fn begin(core: &mut MirrorCore, device: u8, first_page: u64, page_count: u64) -> u64 {
+    core.fault_begin(1, device, PageRange { region: 7, first_page, page_count }, first_page).unwrap()
+}
+
+/// The whole of a window, mapped in place.
+fn answer(first_page: u64, page_count: u64) -> Vec<MapRun> {
+    vec![MapRun { first_page, page_count, kind: MapKind::System, writable: true }]
+}
+
+/// Pages of an answer that may be installed, as (first, count).
+fn left(installable: Option<Installable>) -> Option<Vec<(u64, u64)>> {
+    installable.map(|good| good.runs.iter().map(|run| (run.first_page, run.page_count)).collect())
+}
+
 #[test]
-fn a_fault_that_overlaps_an_invalidation_must_retry() {
+fn a_fault_whose_page_is_invalidated_must_retry_and_others_go_on() {
     let mut core = core_with_devices(&[0]);
     let mut out = Vec::new();
-    let hit = core.fault_begin(1, 0, PageRange { region: 7, first_page: 0, page_count: 11 }).unwrap();
-    let miss = core.fault_begin(1, 0, PageRange { region: 7, first_page: 30, page_count: 5 }).unwrap();
+    let hit = begin(&mut core, 0, 12, 3);
+    let miss = begin(&mut core, 0, 30, 5);
     core.invalidate(invalidation(5, 0b1), &mut out);
-    let during = core.fault_begin(1, 0, PageRange { region: 7, first_page: 29, page_count: 1 }).unwrap();
-    assert_eq!(core.fault_end(hit), None);
-    assert_eq!(core.fault_end(miss), Some(0));
-    assert_eq!(core.fault_end(during), None, "began while the invalidation ran");
+    let during = begin(&mut core, 0, 29, 1);
+    assert_eq!(core.fault_end(hit, answer(12, 3)), None);
+    assert_eq!(core.fault_end(miss, answer(30, 5)), Some(Installable { sequence: 0, runs: answer(30, 5) }));
+    assert_eq!(core.fault_end(during, answer(29, 1)), None, "began while the invalidation ran");
     core.acknowledge(0, 5, &mut out);
-    let after = core.fault_begin(1, 0, PageRange { region: 7, first_page: 29, page_count: 1 }).unwrap();
-    assert_eq!(core.fault_end(after), Some(1));
-    assert_eq!(core.counters().fault_retries, 2);
+    let after = begin(&mut core, 0, 29, 1);
+    assert_eq!(core.fault_end(after, answer(29, 1)), Some(Installable { sequence: 1, runs: answer(29, 1) }));
+    assert_eq!((core.counters().fault_retries, core.counters().fault_trims), (2, 0));
+}
+
+#[test]
+fn a_range_fault_keeps_what_was_not_invalidated_before_it_and_during_it() {
+    let mut core = core_with_devices(&[0]);
+    let part = |id, first_page, page_count| Invalidation {
+        range: PageRange { region: 7, first_page, page_count },
+        ..invalidation(id, 0b1)
+    };
+    core.invalidate(part(1, 8000, 500), &mut Vec::new());
+    let fault = begin(&mut core, 0, 0, 8192);
+    core.invalidate(part(2, 100, 1), &mut Vec::new());
+    core.invalidate(Invalidation { space: 2, ..part(3, 0, 8192) }, &mut Vec::new());
+    let elsewhere = PageRange { region: 8, first_page: 0, page_count: 8192 };
+    core.invalidate(Invalidation { range: elsewhere, ..invalidation(4, 0b1) }, &mut Vec::new());
+    // Acknowledged or not: the device may have been told about these pages before.
+    core.acknowledge(0, 2, &mut Vec::new());
+    assert_eq!(left(core.fault_end(fault, answer(0, 8192))), Some(vec![(0, 100), (101, 7899)]));
+    assert_eq!((core.counters().fault_retries, core.counters().fault_trims), (0, 1));
+}
+
+/// The fault is the reason why the pages are taken from device 1; asking again would take them back and forth for ever.
+#[test]
+fn a_fault_is_not_disturbed_by_the_revocation_of_other_devices() {
+    let mut core = core_with_devices(&[0, 1]);
+    let exclusive = begin(&mut core, 0, 10, 20);
+    let loser = begin(&mut core, 1, 10, 20);
+    core.invalidate(invalidation(5, 0b10), &mut Vec::new());
+    let later = begin(&mut core, 0, 10, 20);
+    assert_eq!(left(core.fault_end(exclusive, answer(10, 20))), Some(vec![(10, 20)]));
+    assert_eq!(left(core.fault_end(later, answer(10, 20))), Some(vec![(10, 20)]));
+    assert_eq!(core.fault_end(loser, answer(10, 20)), None);
+}
+
+#[test]
+fn an_unmap_disturbs_every_device_that_knows_the_region_whomever_the_pager_names() {
+    let mut core = core_with_devices(&[0, 1]);
+    let fault = begin(&mut core, 0, 10, 20);
+    core.invalidate(Invalidation { unmap: true, ..invalidation(5, 0b10) }, &mut Vec::new());
+    assert_eq!(core.fault_end(fault, answer(10, 20)), None);
+}
+
+#[test]
+fn a_refused_fault_is_over() {
+    let mut core = core_with_devices(&[0]);
+    let fault = begin(&mut core, 0, 10, 20);
+    core.fault_failed(fault);
+    assert_eq!(core.fault_end(fault, answer(10, 20)), None);
+    assert_eq!(core.counters().fault_retries, 0);
 }
 
 #[test]
 fn a_device_cannot_fault_on_what_it_did_not_open_or_look_up() {
     let mut core = core_with_devices(&[0]);
-    assert_eq!(core.fault_begin(2, 0, RANGE), Err(Refusal::NotOpen { space: 2, device: 0 }));
-    assert_eq!(core.fault_begin(1, 1, RANGE), Err(Refusal::NotOpen { space: 1, device: 1 }));
+    assert_eq!(core.fault_begin(2, 0, RANGE, 10), Err(Refusal::NotOpen { space: 2, device: 0 }));
+    assert_eq!(core.fault_begin(1, 1, RANGE, 10), Err(Refusal::NotOpen { space: 1, device: 1 }));
     let foreign = PageRange { region: 8, ..RANGE };
-    assert_eq!(core.fault_begin(1, 0, foreign), Err(Refusal::NotMirrored { space: 1, region: 8, device: 0 }));
+    assert_eq!(core.fault_begin(1, 0, foreign, 10), Err(Refusal::NotMirrored { space: 1, region: 8, device: 0 }));
 }
 
 #[test]
@@ -107,17 +173,17 @@ fn unmap_reaches_every_device_that_knows_the_region() {
     core.invalidate(Invalidation { unmap: true, device_mask: 0, ..invalidation(6, 0) }, &mut out);
     assert_eq!(out.len(), 2);
     assert_eq!(core.interval_count(), 0);
-    assert!(core.fault_begin(1, 0, RANGE).is_err());
+    assert!(core.fault_begin(1, 0, RANGE, 10).is_err());
 }
 
 #[test]
 fn a_lost_pager_leaves_nothing_pending_and_no_fault_installable() {
     let mut core = core_with_devices(&[0]);
-    let fault = core.fault_begin(1, 0, RANGE).unwrap();
+    let fault = core.fault_begin(1, 0, RANGE, 10).unwrap();
     core.invalidate(invalidation(5, 0b1), &mut Vec::new());
     core.pager_lost();
     assert_eq!(core.pending_count(), 0);
-    assert_eq!(core.fault_end(fault), None);
+    assert_eq!(core.fault_end(fault, answer(10, 20)), None);
     let mut out = Vec::new();
     core.acknowledge(0, 5, &mut out);
     assert!(out.is_empty(), "an acknowledgement for the dead pager's id finished something");
@@ -128,8 +194,8 @@ fn a_region_at_an_old_address_replaces_the_old_interval() {
     let mut core = core_with_devices(&[0]);
     core.mirrored(1, 0, 9, 0x18_0000, 0x1000);
     assert_eq!(core.interval_count(), 1);
-    assert!(core.fault_begin(1, 0, RANGE).is_err());
-    assert!(core.fault_begin(1, 0, PageRange { region: 9, first_page: 0, page_count: 1 }).is_ok());
+    assert!(core.fault_begin(1, 0, RANGE, 10).is_err());
+    assert!(core.fault_begin(1, 0, PageRange { region: 9, first_page: 0, page_count: 1 }, 0).is_ok());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The operator's commands: each prints something a person can act on.
 
+mod conformance;
 mod doctor;
 mod show;
 
@@ -11,6 +12,7 @@ use uhmm_manifest::Manifest;
 use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
+pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use doctor::doctor;
 pub use show::{stats, status};
 

@@ -232,7 +232,7 @@ impl Client<'_> {
             self.fault_round(&mut rng, &mut faults)?;
             floor.round(FAULTS_A_ROUND, &mut bare)?;
             let begun = Instant::now();
-            let report = self.session.evict(addr, len_bytes)?;
+            let report = self.session.migrate(addr, len_bytes, uhmm_sdk::Target::Home)?;
             home_rates.push((report.moved_pages * PAGE) as f64 / begun.elapsed().as_secs_f64());
         }
         self.session.migrate(addr, len_bytes, &self.device)?;

@@ -70,7 +70,7 @@ fn kill_amid_work(client: &Client<'_>, service: &str) -> anyhow::Result<Outcome>
     let (addr, len_bytes) = (client.region.addr(), client.region.len_bytes());
     let mut probe = Probe { region: client.session.allocate(PAGE_BYTES)?, value: 0 };
     let mut operator = Operator::connect(Some(client.run_dir))?;
-    client.session.evict(addr, len_bytes)?;
+    client.session.migrate(addr, len_bytes, uhmm_sdk::Target::Home)?;
     let (usual_ms, usual_right) = probe.run(&client.device)?;
     let job = client.submit("postings_walk");
     let migration = client.session.migrate_async(addr, len_bytes, &client.device)?;

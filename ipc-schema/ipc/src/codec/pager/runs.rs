@@ -3,14 +3,17 @@
 use capnp::struct_list;
 use uhmm_schema::pager_capnp::{MAX_REGIONS, map_run, region, reply};
 use uhmm_schema::sdk_capnp::{
-    self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, region_status, residency_run, status_run,
+    self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, region_status, residency_run, status_run,
 };
 
+use super::agent::{read_memory, write_memory};
+use super::places::{read_attribute_run, read_trace_record, write_attribute_run, write_trace_record};
 use crate::codec::error::{DecodeError, EncodeError};
 use crate::codec::fds::{FdSink, FdSource};
 use crate::codec::limits::{in_data, in_len, out_data, out_len};
-use crate::message::Fd;
-use crate::message::pager::{MapKind, MapRun, PageStatus, RegionStatus, Reply, Residency, ResidencyRun, StatusRun};
+use crate::message::pager::{
+    MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun, StatusRun,
+};
 
 pub(in crate::codec) fn write_reply(
     from: &Reply,
@@ -23,6 +26,11 @@ pub(in crate::codec) fn write_reply(
             let mut to = to.init_space_opened();
             to.set_space(*space);
             to.set_token(out_data("spaceOpened.token", token, MAX_TOKEN_BYTES)?);
+            to.set_features(*features);
+        }
+        Reply::ChildAttached { uffd, features } => {
+            let mut to = to.init_child_attached();
+            to.set_uffd_fd(fds.put(uffd));
             to.set_features(*features);
         }
         Reply::RegionCreated { region } => to.init_region_created().set_region(*region),
@@ -41,8 +49,21 @@ pub(in crate::codec) fn write_reply(
             }
         }
         Reply::Region { region, addr, len_bytes, device_read_only, memory } => {
-            write_region(to.init_region(), *region, *addr, *len_bytes, *device_read_only, fds.put(memory));
+            write_region(to.init_region(), (*region, *addr, *len_bytes, *device_read_only), memory, fds);
         }
+        Reply::Attributes { runs } => {
+            let mut list = to.init_attributes(out_len("attributes", runs.len(), MAX_RUNS)?);
+            for (index, run) in runs.iter().enumerate() {
+                write_attribute_run(run, list.reborrow().get(index as u32))?;
+            }
+        }
+        Reply::Trace { records } => {
+            let mut list = to.init_trace(out_len("trace", records.len(), MAX_TRACE_RECORDS)?);
+            for (index, record) in records.iter().enumerate() {
+                write_trace_record(record, list.reborrow().get(index as u32));
+            }
+        }
+        Reply::Evicted { page_count } => to.init_evicted().set_page_count(*page_count),
         Reply::Resolved { runs } => write_map_runs(runs, |count| to.init_resolved(count))?,
         Reply::Regions(regions) => {
             let mut list = to.init_regions(out_len("regions", regions.len(), MAX_REGIONS)?);
@@ -62,6 +83,11 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             let token = in_data("spaceOpened.token", from.get_token(), MAX_TOKEN_BYTES)?;
             Reply::SpaceOpened { space: from.get_space(), token, features: from.get_features() }
         }
+        reply::ChildAttached(from) => {
+            let from = from?;
+            let uffd = fds.take("childAttached.uffdFd", from.get_uffd_fd())?;
+            Reply::ChildAttached { uffd, features: from.get_features() }
+        }
         reply::RegionCreated(from) => Reply::RegionCreated { region: from?.get_region() },
         reply::Migrated(from) => {
             let from = from?;
@@ -79,6 +105,17 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             let (region, addr, len_bytes, device_read_only, memory) = read_region(from?, fds)?;
             Reply::Region { region, addr, len_bytes, device_read_only, memory }
         }
+        reply::Attributes(list) => {
+            let list = list?;
+            in_len("attributes", list.len(), MAX_RUNS)?;
+            Reply::Attributes { runs: list.iter().map(read_attribute_run).collect::<Result<_, _>>()? }
+        }
+        reply::Trace(list) => {
+            let list = list?;
+            in_len("trace", list.len(), MAX_TRACE_RECORDS)?;
+            Reply::Trace { records: list.iter().map(read_trace_record).collect::<Result<_, _>>()? }
+        }
+        reply::Evicted(from) => Reply::Evicted { page_count: from?.get_page_count() },
         reply::Resolved(list) => Reply::Resolved { runs: read_map_runs(list?)? },
         reply::Regions(list) => {
             let list = list?;
@@ -90,24 +127,22 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
 
 pub(in crate::codec) fn write_region(
     mut to: region::Builder<'_>,
-    region: u64,
-    addr: u64,
-    len_bytes: u64,
-    device_read_only: bool,
-    memory_fd: u16,
+    (region, addr, len_bytes, device_read_only): (u64, u64, u64, bool),
+    memory: &Memory,
+    fds: &mut FdSink,
 ) {
     to.set_region(region);
     to.set_addr(addr);
     to.set_len_bytes(len_bytes);
     to.set_device_read_only(device_read_only);
-    to.set_memory_fd(memory_fd);
+    write_memory(memory, to.init_memory(), fds);
 }
 
 pub(in crate::codec) fn read_region(
     from: region::Reader<'_>,
     fds: &mut FdSource,
-) -> Result<(u64, u64, u64, bool, Fd), DecodeError> {
-    let memory = fds.take("region.memoryFd", from.get_memory_fd())?;
+) -> Result<(u64, u64, u64, bool, Memory), DecodeError> {
+    let memory = read_memory(from.get_memory(), fds)?;
     Ok((from.get_region(), from.get_addr(), from.get_len_bytes(), from.get_device_read_only(), memory))
 }
 
@@ -182,10 +217,13 @@ fn write_residency_run(from: &ResidencyRun, mut to: residency_run::Builder<'_>) 
     to.set_page_count(from.page_count);
     to.set_pinned(from.pinned);
     to.set_mapped_mask(from.mapped_mask);
+    to.set_huge(from.huge);
     let (residency, device) = match from.residency {
         Residency::Absent => (sdk::Residency::Absent, 0),
         Residency::System => (sdk::Residency::System, 0),
         Residency::Device(device) => (sdk::Residency::Device, device),
+        Residency::Exclusive(device) => (sdk::Residency::Exclusive, device),
+        Residency::Duplicated(device) => (sdk::Residency::Duplicated, device),
         Residency::Moving => (sdk::Residency::Moving, 0),
         Residency::Poisoned => (sdk::Residency::Poisoned, 0),
     };
@@ -197,6 +235,8 @@ fn read_residency_run(from: residency_run::Reader<'_>) -> Result<ResidencyRun, D
     let device = from.get_device();
     let residency = match from.get_residency()? {
         sdk::Residency::Device => Residency::Device(device),
+        sdk::Residency::Exclusive => Residency::Exclusive(device),
+        sdk::Residency::Duplicated => Residency::Duplicated(device),
         _ if device != 0 => {
             return Err(DecodeError::Value { field: "residency.device", value: u64::from(device) });
         }
@@ -211,6 +251,7 @@ fn read_residency_run(from: residency_run::Reader<'_>) -> Result<ResidencyRun, D
         residency,
         pinned: from.get_pinned(),
         mapped_mask: from.get_mapped_mask(),
+        huge: from.get_huge(),
     })
 }
 

@@ -19,10 +19,11 @@ pub(super) fn call_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Call: Stats),
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
-        variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise DriverLogin
-            AttachTable MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
+        variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
+            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes ReadTrace Inject AgentDone
+            DriverLogin AttachTable MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
-        variants!("Driver", driver::Call: Info OpenQueue Submit),
+        variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
     .concat()
     .into_iter()
@@ -33,9 +34,10 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Reply: Stats),
         variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed),
-        variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions),
+        variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
+            Evicted ChildAttached),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
-        variants!("Driver", driver::Reply: Info QueueOpened Finished),
+        variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
     .concat()
     .into_iter()
@@ -45,7 +47,7 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
 pub(super) fn event_variants() -> BTreeSet<String> {
     [
         variants!("Supervisor", supervisor::Event: Ping ServiceDied Stop),
-        variants!("Pager", pager::Event: Invalidate DeviceVoid SpaceGone),
+        variants!("Pager", pager::Event: Invalidate DeviceVoid SpaceGone Agent),
         variants!("Mirror", mirror::Event: Invalidate SpaceGone),
     ]
     .concat()
@@ -77,24 +79,50 @@ fn supervisor_calls() -> Vec<Call> {
     .to_vec()
 }
 
+fn agent() -> pager::AgentMemory {
+    pager::AgentMemory { maps: fd(4096), staging: fd(8192) }
+}
+
 fn client_calls() -> Vec<Call> {
     use pager::Advice::*;
     use pager::Call::*;
     let (addr, len_bytes) = (0x7f00_0000_0000, 1 << 21);
     let mut calls = vec![
-        OpenSpace { nonce: u64::MAX, uffd: fd(4096), full: true },
-        AttachSpace { space: 1, token: vec![5; 16] },
+        OpenSpace { nonce: u64::MAX, uffd: fd(4096), full: true, sentinel_addr: addr, agent: agent() },
+        AttachSpace { space: 1, token: vec![5; 16], agent: None },
+        AttachSpace { space: 1, token: vec![5; 16], agent: Some(agent()) },
         CloseSpace,
         CreateRegion { addr, len_bytes, memory: fd(8192) },
         FreeRegion { region: 2 },
-        Migrate { addr, len_bytes, target: pager::Target::Device(7) },
-        Migrate { addr, len_bytes, target: pager::Target::Home },
+        Migrate { addr, len_bytes, target: pager::Target::Device(7), prefetch: true },
+        Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false },
+        AdoptRegion { addr, len_bytes },
+        AttachFile { addr, len_bytes, file: fd(12288), offset_bytes: 4096 },
+        ReleaseRange { addr, len_bytes },
+        Discard { addr, len_bytes },
+        ProtectionChanged { addr, len_bytes },
+        QueryAttributes { addr, len_bytes },
+        Evict { device: 7, page_count: u64::MAX },
+        ReadTrace { since: 12 },
         Query { addr, len_bytes },
         ListRegions,
     ];
-    for advice in [Pin, Unpin, InPlace, MigrateOnFault, DeviceReadOnly, DeviceReadWrite] {
+    let simple =
+        [Pin, Unpin, InPlace, MigrateOnFault, DeviceReadOnly, DeviceReadWrite, ReadMostly(true), ReadMostly(false)];
+    let modes = [pager::AccessMode::Migrate, pager::AccessMode::InPlace, pager::AccessMode::None];
+    let access = modes.map(|mode| Access { device: 7, mode });
+    let targets = [None, Some(pager::Target::Home), Some(pager::Target::Device(0)), Some(pager::Target::Device(7))];
+    let places = targets.map(PreferredLocation);
+    let blocks = [None, Some(0), Some(9), Some(63)].map(Granularity);
+    for advice in simple.into_iter().chain(access).chain(places).chain(blocks) {
         calls.push(Advise { addr, len_bytes, advice });
     }
+    use pager::FaultPoint::*;
+    calls.extend([HugeFrames, Frames, CopyOut, CopyHome].map(|point| Inject { point, nth: 3 }));
+    use pager::AgentStatus::*;
+    let runs = [Moved, MovedHuge, Zero, Busy, Gone, ReadOnly, Failed];
+    let runs = runs.map(|status| pager::AgentRun { page_count: 512, status }).to_vec();
+    calls.push(AgentDone { id: 9, runs });
     calls.into_iter().map(Call::Pager).collect()
 }
 
@@ -109,6 +137,17 @@ fn service_calls() -> Vec<Call> {
         gate,
         copy_ring,
     };
+    let resolve = |write, whole, exclusive| Resolve {
+        space: 1,
+        region: 2,
+        first_page: 3,
+        page_count: 4,
+        fault_page: 5,
+        device: 6,
+        write,
+        whole,
+        exclusive,
+    };
     [
         login(Some(fd(20480)), Some(fd(4096)), None),
         login(None, Some(fd(4096)), Some(ring.clone())),
@@ -119,7 +158,9 @@ fn service_calls() -> Vec<Call> {
         OpenMirror { space: 1, token: vec![6; 16], device: 3 },
         CloseMirror { space: 1, device: 3 },
         Lookup { space: 1, addr: 4097 },
-        Resolve { space: 1, region: 2, first_page: 3, page_count: 4, fault_page: 5, device: 6, write: true },
+        resolve(true, false, false),
+        resolve(false, true, false),
+        resolve(false, false, true),
         InvalidateDone { id: 8, late_mask: 0x81 },
     ]
     .map(Call::Pager)
@@ -128,12 +169,24 @@ fn service_calls() -> Vec<Call> {
 
 fn mirror_calls() -> Vec<Call> {
     use mirror::Call::*;
+    let fault = |write, whole, exclusive| Fault {
+        space: 1,
+        region: 2,
+        first_page: 3,
+        page_count: 4,
+        fault_page: 5,
+        write,
+        whole,
+        exclusive,
+    };
     [
         Login { device: 4 },
         Open { space: 1, token: vec![1, 2] },
         Close { space: 1 },
         Lookup { space: 1, addr: 2 },
-        Fault { space: 1, region: 2, first_page: 3, page_count: 4, fault_page: 5, write: true },
+        fault(true, false, false),
+        fault(false, true, false),
+        fault(false, false, true),
         Ack { id: 6 },
     ]
     .map(Call::Mirror)
@@ -143,7 +196,12 @@ fn mirror_calls() -> Vec<Call> {
 fn driver_calls() -> Vec<Call> {
     use driver::Call::*;
     let submit = |idempotent| Submit { space: 1, kernel: "sum".into(), args: vec![1, u64::MAX, 3], idempotent };
-    [Info, OpenQueue { space: 1, token: vec![3; 16] }, submit(true), submit(false)].map(Call::Driver).to_vec()
+    use driver::AccessOp::*;
+    let ops = [Read, Write, FetchAdd(u64::MAX), MakeExclusive];
+    let access =
+        |op| Access { space: 1, addr: 4096, len_bytes: 8192, op, buffer: (op != MakeExclusive).then(|| fd(8192)) };
+    let simple = [Info, OpenQueue { space: 1, token: vec![3; 16] }, submit(true), submit(false)];
+    simple.into_iter().chain(ops.map(access)).map(Call::Driver).collect()
 }
 
 pub(super) fn replies() -> Vec<Reply> {
@@ -188,12 +246,67 @@ fn map_runs() -> Vec<pager::MapRun> {
         .to_vec()
 }
 
+pub(super) fn attribute_runs() -> Vec<pager::AttributeRun> {
+    let none = pager::Attributes {
+        preferred: None,
+        prefetched: Some(pager::Target::Home),
+        in_place_mask: 0,
+        no_access_mask: 0x80,
+        read_mostly: false,
+        device_read_only: true,
+        granularity_log2_pages: None,
+        pinned: false,
+    };
+    let all = pager::Attributes {
+        preferred: Some(pager::Target::Device(7)),
+        prefetched: Some(pager::Target::Device(0)),
+        in_place_mask: 0xff,
+        no_access_mask: 0,
+        read_mostly: true,
+        device_read_only: false,
+        granularity_log2_pages: Some(9),
+        pinned: true,
+    };
+    [none, all].map(|attributes| pager::AttributeRun { first_page: 1, page_count: 2, attributes }).to_vec()
+}
+
+pub(super) fn trace_records() -> Vec<pager::TraceRecord> {
+    use pager::{TraceCause as Cause, TraceKind as Kind};
+    let (from, to) = (pager::Target::Home, pager::Target::Device(6));
+    let record = |kind, cause| pager::TraceRecord {
+        sequence: 1,
+        time_ns: u64::MAX,
+        kind,
+        cause,
+        addr: 4096,
+        page_count: 512,
+        from,
+        to,
+    };
+    let kinds = [Kind::MigrateStart, Kind::MigrateEnd, Kind::Invalidate, Kind::Throttle];
+    let causes = [Cause::Prefetch, Cause::CpuFault, Cause::DeviceFault, Cause::Eviction, Cause::AddressSpace];
+    let of_kinds = kinds.map(|kind| record(kind, Cause::Prefetch));
+    of_kinds.into_iter().chain(causes.map(|cause| record(Kind::MigrateEnd, cause))).collect()
+}
+
 fn pager_replies() -> Vec<Reply> {
     use pager::PageStatus::*;
     use pager::{RegionStatus, Reply as R, Residency, ResidencyRun, StatusRun};
     let statuses = [Moved, AlreadyThere, Busy, Pinned, NoMemory, Io, Poisoned, Gone];
-    let places = [Residency::Absent, Residency::System, Residency::Device(0), Residency::Device(7), Residency::Moving];
-    let place = |residency| ResidencyRun { first_page: 1, page_count: 2, residency, pinned: true, mapped_mask: 0x81 };
+    let places = [
+        Residency::Absent,
+        Residency::System,
+        Residency::Device(0),
+        Residency::Device(7),
+        Residency::Exclusive(7),
+        Residency::Duplicated(3),
+        Residency::Moving,
+        Residency::Poisoned,
+    ];
+    let place = |residency| {
+        let huge = residency == Residency::Device(7);
+        ResidencyRun { first_page: 1, page_count: 2, residency, pinned: true, mapped_mask: 0x81, huge }
+    };
     let region = RegionStatus {
         space: 1,
         pid: 2,
@@ -209,13 +322,17 @@ fn pager_replies() -> Vec<Reply> {
     [
         R::Done,
         R::SpaceOpened { space: 1, token: vec![4; 16], features: 0x1ffff },
+        R::ChildAttached { uffd: fd(4096), features: 0x1ffff },
         R::RegionCreated { region: 2 },
         R::Migrated {
             moved_pages: 3,
             runs: statuses.map(|status| StatusRun { first_page: 1, page_count: 2, status }).to_vec(),
         },
-        R::Residency { runs: places.map(place).into_iter().chain([place(Residency::Poisoned)]).collect() },
-        R::Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: fd(4096) },
+        R::Residency { runs: places.map(place).to_vec() },
+        R::Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: pager::Memory::Private },
+        R::Attributes { runs: attribute_runs() },
+        R::Trace { records: trace_records() },
+        R::Evicted { page_count: 77 },
         R::Resolved { runs: map_runs() },
         R::Regions(vec![region.clone(), region]),
     ]
@@ -225,9 +342,11 @@ fn pager_replies() -> Vec<Reply> {
 
 fn mirror_replies() -> Vec<Reply> {
     use mirror::Reply::*;
+    let region = |memory| Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory };
     [
         Done,
-        Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: fd(4096) },
+        region(pager::Memory::Sealed { memory: fd(4096), offset_bytes: 8192 }),
+        region(pager::Memory::File { file: fd(4096), offset_bytes: 0 }),
         Mapped { sequence: 4, runs: map_runs() },
     ]
     .map(Reply::Mirror)
@@ -240,6 +359,7 @@ fn driver_replies() -> Vec<Reply> {
     [
         Info { driver: "soft".into(), device: 2, memory_bytes: 1 << 30, aperture: true, kernels },
         QueueOpened,
+        Accessed { page_count: 1024, fault_count: 1 },
         Finished { results: vec![1, 2, 3], fault_count: 4, run_time_ns: 5 },
     ]
     .map(Reply::Driver)
@@ -259,10 +379,15 @@ pub(super) fn events() -> Vec<Event> {
         pager::Event::DeviceVoid { device: 7 },
         pager::Event::SpaceGone { space },
     ];
+    use pager::AgentOp::*;
+    let ops = [MoveOut { slot: 15 }, CopyOut { slot: 0 }, Drop { in_place: true }, Drop { in_place: false }, MoveBack];
+    let ops = ops.into_iter().chain([FillHuge { slot: 3 }, Probe]);
+    let agent = ops.map(|op| pager::Event::Agent { id, region, first_page, addr: 4096, page_count, op });
+    let pager: Vec<_> = pager.into_iter().chain(agent).collect();
     let mirror = [
         mirror::Event::Invalidate { id, space, region, first_page, page_count, unmap, sequence },
         mirror::Event::SpaceGone { space },
     ];
     let supervisor = supervisor.map(Event::Supervisor).to_vec();
-    [supervisor, pager.map(Event::Pager).to_vec(), mirror.map(Event::Mirror).to_vec()].concat()
+    [supervisor, pager.into_iter().map(Event::Pager).collect(), mirror.map(Event::Mirror).to_vec()].concat()
 }

@@ -1,0 +1,72 @@
+//! Pages of a file that devices use in place by reading and writing it. Linux keeps a shared mapping and the file's reads and writes
+//! coherent, so the client sees what a device writes at once. Mapping it here would let the client end the driver with SIGBUS, by
+//! truncating the file.
+
+use uhmm_ipc::message::Fd;
+
+/// A file and where the region begins in it.
+#[derive(Clone, Debug)]
+pub struct FilePages {
+    file: Fd,
+    offset_bytes: u64,
+}
+
+impl FilePages {
+    /// Of a region that begins at this offset.
+    pub fn new(file: Fd, offset_bytes: u64) -> Self {
+        Self { file, offset_bytes }
+    }
+
+    /// Reads bytes at an offset of the region. What lies behind the end of the file reads as zero, as in a mapping's last page.
+    ///
+    /// # Errors
+    /// Those of pread.
+    pub fn read(&self, offset: u64, mut into: &mut [u8]) -> std::io::Result<()> {
+        let mut at = self.offset_bytes + offset;
+        while !into.is_empty() {
+            let count = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *into, at))?;
+            if count == 0 {
+                into.fill(0);
+                return Ok(());
+            }
+            at += count as u64;
+            into = &mut into[count..];
+        }
+        Ok(())
+    }
+
+    /// Writes bytes at an offset of the region.
+    ///
+    /// # Errors
+    /// Those of pwrite.
+    pub fn write(&self, offset: u64, mut from: &[u8]) -> std::io::Result<()> {
+        let mut at = self.offset_bytes + offset;
+        while !from.is_empty() {
+            let count = rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, from, at))?;
+            at += count as u64;
+            from = &from[count..];
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use uhmm_kernel_hook::memfd;
+
+    use super::*;
+
+    #[test]
+    fn bytes_go_to_the_right_place_and_the_end_reads_as_zero() {
+        let file = Arc::new(memfd::create_sealed("uhmm-file-pages", 8192).unwrap());
+        let pages = FilePages::new(file.clone(), 4096);
+        pages.write(10, &[7; 20]).unwrap();
+        let mut bytes = [1; 24];
+        FilePages::new(file, 0).read(4096 + 8, &mut bytes).unwrap();
+        assert_eq!((&bytes[..2], bytes[2], bytes[21], bytes[22]), (&[0, 0][..], 7, 7, 0));
+        pages.read(4090, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 24]);
+    }
+}

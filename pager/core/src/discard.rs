@@ -1,0 +1,208 @@
+//! Giving things up: content that nobody wants any more, mappings that devices may not keep, whole regions.
+//!
+//! When private memory is unmapped or discarded (munmap, MADV_DONTNEED, MADV_FREE) the kernel has dropped the system pages by the
+//! time the event is read, and the program may touch the range again at once: it must find zeros. So nothing of that range may
+//! come home any more from this instant on:
+//!
+//! ```text
+//!   System        a hole reads as zero already                          -
+//!   Device        drop at once; faults are parked until it is done      Drop
+//!   on the way    noted with its transfer: dropped where it arrives     `discards`
+//! ```
+
+use crate::core::{Core, KEEPER};
+use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState};
+use crate::event::{Action, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, Ticket};
+use crate::policy::Policy;
+use crate::transfer::{Kind, Transfer};
+
+impl<P: Policy> Core<P> {
+    /// The program dropped the content of private pages.
+    pub(crate) fn discard_now(&mut self, dir: &impl Directory, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let page_count = self.regions.get(&region).map_or(0, |info| info.page_count);
+        let end = pages.end().min(page_count);
+        let mut left = Pages { first: pages.first, count: end.saturating_sub(pages.first) };
+        let moving: Vec<(Ticket, Pages)> = self.transfers.iter().filter(|(_, t)| t.region == region).map(of).collect();
+        for (ticket, of) in moving {
+            if let Some(overlap) = of.overlap(left) {
+                self.discards.entry(ticket).or_default().push(overlap);
+            }
+        }
+        while left.count > 0 {
+            let first = Self::entry(dir, region, left.first);
+            let has_frame = first.owns_frame() && !self.busy(region, left.first, first);
+            if has_frame {
+                let (run, first, mask) = self.frame_run(dir, region, left);
+                self.split_huge(dir, region, run, out);
+                self.start_drop(region, run, first, mask, None, out);
+                left = left.after(run.count);
+            } else {
+                left = left.after(1);
+            }
+        }
+    }
+
+    /// A transfer that goes on as several: each may meet a part of what was discarded.
+    pub(crate) fn inherit_discards(&mut self, from: Ticket, to: Ticket) {
+        let Some(transfer) = self.transfers.get(&to) else { return };
+        let pages = transfer.pages;
+        let of = |all: &Vec<Pages>| all.iter().filter_map(|part| part.overlap(pages)).collect::<Vec<_>>();
+        let mine = self.discards.get(&from).map(of).unwrap_or_default();
+        if !mine.is_empty() {
+            self.discards.insert(to, mine);
+        }
+    }
+
+    /// Before a fill: what was discarded at the front of the transfer is dropped. Returns how many pages may be filled now, `None`
+    /// when the transfer is over.
+    pub(crate) fn drop_discarded_prefix(&mut self, ticket: Ticket, out: &mut Vec<Action>) -> Option<u64> {
+        loop {
+            let transfer = self.transfers.get(&ticket).copied()?;
+            let pages = transfer.pages;
+            let Some(discards) = self.discards.get(&ticket) else { return Some(pages.count) };
+            let in_front = discards.iter().filter_map(|part| part.overlap(pages)).min_by_key(|part| part.first);
+            let Some(part) = in_front else { return Some(pages.count) };
+            if part.first > pages.first {
+                return Some(part.first - pages.first);
+            }
+            Self::publish_same(transfer.region, part, Entry::ABSENT, out);
+            self.give_back(&transfer, part.count);
+            out.push(Action::Wake { region: transfer.region, pages: part });
+            self.note(transfer.owner, part, PageStatus::Gone);
+            if let Some(transfer) = self.transfers.get_mut(&ticket) {
+                transfer.skip(part.count);
+                if transfer.pages.count == 0 {
+                    self.end(ticket);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// A transfer has brought pages to a device; what was discarded meanwhile is dropped there, before anybody can fault on it.
+    pub(crate) fn drop_discarded(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let mut parts = self.discards.remove(&ticket).unwrap_or_default();
+        parts.sort_by_key(|part| part.first);
+        let mut done = transfer.pages.first;
+        for part in parts {
+            let from = part.first.max(done);
+            let Some(part) = (Pages { first: from, count: part.end().saturating_sub(from) }).overlap(transfer.pages)
+            else {
+                continue;
+            };
+            done = part.end();
+            let ahead = Transfer { frame: transfer.frame + (from - transfer.pages.first) as u32, ..transfer };
+            self.start_drop(transfer.region, part, ahead.entry_on_device(), 0, None, out);
+        }
+    }
+
+    /// Starts dropping a run: device pages in consecutive frames, or system pages that devices map in place.
+    pub(crate) fn start_drop(
+        &mut self,
+        region: RegionId,
+        pages: Pages,
+        first: Entry,
+        mask: u8,
+        owner: Option<u64>,
+        out: &mut Vec<Action>,
+    ) {
+        let frames = first.owns_frame();
+        if frames {
+            let moving = first.with_state(PageState::MovingHome).with_huge(false).with_mapped_mask(mask);
+            Self::publish_frames(region, pages, moving, out);
+        } else {
+            Self::publish_same(region, pages, first.with_state(PageState::MovingOut).with_mapped_mask(mask), out);
+        }
+        let transfer = Transfer { owner, ..Transfer::of(region, pages, first, mask, Kind::Drop { frames }) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::finish_drop);
+    }
+
+    pub(crate) fn finish_drop(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let Transfer { region, pages, kind, owner, .. } = transfer;
+        Self::publish_same(region, pages, Entry::ABSENT, out);
+        if kind != (Kind::Drop { frames: false }) {
+            self.give_back(&transfer, pages.count);
+        }
+        out.push(Action::Wake { region, pages });
+        self.note(owner, pages, PageStatus::Gone);
+        self.end(ticket);
+    }
+
+    /// Starts taking mappings away from pages that stay where they are.
+    pub(crate) fn start_revoke(
+        &mut self,
+        region: RegionId,
+        pages: Pages,
+        mask: u8,
+        devices: u8,
+        owner: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let (owner, mask) = (Some(owner), mask & devices);
+        let transfer = Transfer { owner, mask, ..Transfer::new(region, pages, Kind::Revoke { devices }) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, |core, ticket, _| core.end(ticket));
+    }
+
+    pub(crate) fn finish_revoke(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let Transfer { region, pages, kind, owner, .. } = transfer;
+        let Kind::Revoke { devices } = kind else { return };
+        self.clear_mapped_of(dir, region, pages, devices, out);
+        out.push(Action::Wake { region, pages });
+        self.note(owner, pages, PageStatus::Ok);
+        self.end(ticket);
+    }
+
+    /// Takes devices out of the entries of pages that they do not map any more. A page that loses its only device is not exclusive.
+    pub(crate) fn clear_mapped_of(
+        &self,
+        dir: &impl Directory,
+        region: RegionId,
+        pages: Pages,
+        devices: u8,
+        out: &mut Vec<Action>,
+    ) {
+        for page in pages.iter() {
+            let entry = Self::entry(dir, region, page);
+            let mask = entry.mapped_mask() & !devices;
+            if entry.is_moving() || mask == entry.mapped_mask() && entry.state() != PageState::Exclusive {
+                continue;
+            }
+            let state = if entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
+            Self::publish_same(region, Pages::one(page), entry.with_state(state).with_mapped_mask(mask), out);
+        }
+    }
+
+    /// Starts the end of a region, once nothing of it moves.
+    pub(crate) fn start_teardown(&mut self, region: RegionId, pages: Pages, mask: u8, out: &mut Vec<Action>) {
+        let ticket = self.begin(Transfer { mask, ..Transfer::new(region, pages, Kind::Teardown) }, out);
+        self.revoke_or(ticket, out, Self::finish_teardown);
+    }
+
+    pub(crate) fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let region = transfer.region;
+        // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
+        out.push(Action::DropRegion { region });
+        for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
+            let runs = self.table(device).map(|table| table.hand_over(region, KEEPER)).unwrap_or_default();
+            self.start_scrub(device, runs, out);
+        }
+        self.end(ticket);
+        self.regions.remove(&region);
+        self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
+        self.policy.region_gone(region);
+        let order = self.requests.iter().find(|(_, request)| request.is_teardown_of(region)).map(|(order, _)| *order);
+        if let Some(request) = order.and_then(|order| self.requests.remove(&order)) {
+            self.reply(request.id, Outcome::Done, out);
+        }
+    }
+}
+
+fn of((ticket, transfer): (&Ticket, &Transfer)) -> (Ticket, Pages) {
+    (*ticket, transfer.pages)
+}

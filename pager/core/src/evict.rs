@@ -1,0 +1,105 @@
+//! Making room: pages leave a device because others want its frames, or because somebody says so. The clock of the frame table
+//! picks them: what was not used since it last came by goes first.
+
+use crate::core::Core;
+use crate::entry::PageState;
+use crate::event::{Action, Cause, CoreError, DeviceId, Directory, Outcome, Pages, RegionId, ReqId, SpaceId};
+use crate::frames::Owner;
+use crate::policy::Policy;
+use crate::request::{Next, OUTSTANDING_MAX, Request};
+
+impl<P: Policy> Core<P> {
+    /// Takes a run that a device must give up for the request `order`: starts it home. Returns false when there is nothing to take.
+    pub(crate) fn evict(
+        &mut self,
+        dir: &impl Directory,
+        device: DeviceId,
+        want: u64,
+        spare: impl Fn(Owner) -> bool,
+        order: u64,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let ticket = self.evict_run(dir, device, want, spare, None, out);
+        let Some(transfer) = ticket.and_then(|ticket| self.transfers.get_mut(&ticket)) else { return ticket.is_some() };
+        transfer.sponsor = Some(order);
+        true
+    }
+
+    fn evict_run(
+        &mut self,
+        dir: &impl Directory,
+        device: DeviceId,
+        want: u64,
+        spare: impl Fn(Owner) -> bool,
+        owner: Option<u64>,
+        out: &mut Vec<Action>,
+    ) -> Option<crate::Ticket> {
+        let held: Vec<(RegionId, Pages)> =
+            self.transfers.values().filter(|transfer| transfer.holds()).map(|t| (t.region, t.pages)).collect();
+        let dying: Vec<_> = self.regions.iter().filter(|(_, info)| info.dying).map(|(id, _)| *id).collect();
+        let settled = |owner: Owner| {
+            let entry = Self::entry(dir, owner.region, owner.page);
+            (entry.lives_on_device() || entry.state() == PageState::Duplicated)
+                && entry.device() == device
+                && !dying.contains(&owner.region)
+                && !held.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
+        };
+        let table = self.table(device)?;
+        let (first, count) = table.victims(want.min(u64::from(u32::MAX)) as u32, |owner| !settled(owner) || spare(owner))?;
+        let region = first.region;
+        let (run, entry, mask) = self.frame_run(dir, region, Pages { first: first.page, count: u64::from(count) });
+        self.stats.evicted += run.count;
+        if entry.state() == PageState::Duplicated {
+            return Some(self.start_collapse(region, run, entry, mask, owner, out));
+        }
+        self.split_huge(dir, region, run, out);
+        Some(self.start_home(region, run, entry, mask, owner, Cause::Eviction, out))
+    }
+
+    pub(crate) fn accept_evict(
+        &mut self,
+        req: ReqId,
+        space: SpaceId,
+        device: DeviceId,
+        page_count: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let request = Request::evict(req, space, device, page_count);
+        if !request.target_is_inside() || self.table(device).is_none() {
+            let error = CoreError::NoSuchDevice { device: device.0 };
+            self.reply(Some(req), Outcome::Failed(error), out);
+            return;
+        }
+        let order = self.next_request_order();
+        self.requests.insert(order, request);
+        self.ready.push_back(order);
+    }
+
+    /// One run of the space's pages leaves the device.
+    pub(crate) fn step_evict(
+        &mut self,
+        dir: &impl Directory,
+        order: u64,
+        request: &mut Request,
+        (space, device, left): (SpaceId, DeviceId, u64),
+        out: &mut Vec<Action>,
+    ) -> Next {
+        if request.outstanding >= OUTSTANDING_MAX {
+            return Next::Wait;
+        }
+        let mine: Vec<RegionId> =
+            self.regions.iter().filter(|(_, info)| info.space == space).map(|(id, _)| *id).collect();
+        let others = |owner: Owner| !mine.contains(&owner.region);
+        if left > 0
+            && let Some(ticket) = self.evict_run(dir, device, left.min(crate::CHUNK_PAGES), others, Some(order), out)
+        {
+            let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
+            request.take_from_eviction(count);
+            return Next::Again;
+        }
+        if request.outstanding > 0 {
+            return Next::Wait;
+        }
+        Next::Reply(Outcome::Migrated { runs: Vec::new(), moved_pages: request.moved_pages })
+    }
+}

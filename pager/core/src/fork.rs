@@ -1,0 +1,215 @@
+//! Fork: both processes keep their bytes.
+//!
+//! The kernel has copied the address space (copy on write) when the event is read. What it cannot copy is what is not there:
+//! pages that live on a device. Their frames get a second owner, and devices may only read them until one of the two has gone.
+//!
+//! ```text
+//!   parent's page          child's entry
+//!   Absent, System         System (its page tables hold a copy, or a hole that reads as zero)
+//!   Duplicated             System
+//!   Device, Exclusive      Device shared, and the parent's becomes Device shared
+//!   MovingHome             Device shared: nothing of it was filled before the event (fills fail while it is unread)
+//!   MovingHome, dropped    Absent
+//!   MovingOut              waits for the parent's transfer: taken out before the fork, or after it? Then home, where a page that
+//!                          is there already wins
+//!   Poisoned               Poisoned
+//! ```
+//! The parent's device mappings are revoked before the child's faults are served ([`Action::ForkReady`]): what a device writes
+//! from then on meets a shared frame, goes home first and gets a frame of its own.
+
+use crate::core::Core;
+use crate::entry::{Entry, PageState};
+use crate::event::{Action, DeviceId, Directory, Pages, RegionId, SpaceId, Ticket};
+use crate::frames::Owner;
+use crate::policy::Policy;
+use crate::transfer::{Kind, Transfer};
+
+/// What a page of the parent is for the child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Nothing,
+    Present,
+    Shared,
+    Waits,
+    Lost,
+}
+
+/// Pages of a child that wait for what becomes of the parent's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ForkWait {
+    pub parent: RegionId,
+    pub child: RegionId,
+    pub pages: Pages,
+}
+
+impl<P: Policy> Core<P> {
+    pub(crate) fn forked(
+        &mut self,
+        dir: &impl Directory,
+        parent: RegionId,
+        child: RegionId,
+        space: SpaceId,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(info) = self.regions.get(&parent).copied() else {
+            out.push(Action::ForkReady { region: child });
+            return;
+        };
+        self.add_region(child, space, info.page_count, info.backing);
+        let all = Pages { first: 0, count: info.page_count };
+        let mut mask = 0;
+        let mut left = all;
+        while left.count > 0 {
+            let run = self.fork_run(dir, parent, child, left, &mut mask, out);
+            left = left.after(run);
+        }
+        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child }) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::fork_is_done);
+    }
+
+    fn fork_is_done(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(Transfer { kind: Kind::Fork { child }, .. }) = self.transfers.get(&ticket).copied() else { return };
+        self.end(ticket);
+        out.push(Action::ForkReady { region: child });
+    }
+
+    /// Gives the child the first pages of `left` that are alike; returns how many.
+    fn fork_run(
+        &mut self,
+        dir: &impl Directory,
+        parent: RegionId,
+        child: RegionId,
+        left: Pages,
+        mask: &mut u8,
+        out: &mut Vec<Action>,
+    ) -> u64 {
+        let first = Self::entry(dir, parent, left.first);
+        let fate = |page: u64, entry: Entry| self.fate_at_fork(parent, page, entry);
+        let first_fate = fate(left.first, first);
+        let run = Self::run_while(dir, parent, left, |offset, entry| {
+            let follows = !entry.owns_frame()
+                || entry.device() == first.device() && entry.frame().wrapping_sub(first.frame()) as u64 == offset;
+            follows && fate(left.first + offset, entry) == first_fate
+        });
+        for page in run.iter() {
+            *mask |= if first.lives_on_device() { Self::entry(dir, parent, page).mapped_mask() } else { 0 };
+        }
+        let shared = Entry::on_device(first.device(), first.frame()).with_shared(true);
+        match first_fate {
+            Fate::Nothing => {}
+            Fate::Present => Self::publish_same(child, run, Entry::SYSTEM, out),
+            Fate::Lost => Self::publish_same(child, run, first, out),
+            Fate::Waits => {
+                Self::publish_same(child, run, Entry::SYSTEM.with_state(PageState::MovingOut), out);
+                self.fork_waits.push(ForkWait { parent, child, pages: run });
+            }
+            Fate::Shared => {
+                self.share_frames(child, run, first.device(), first.frame());
+                self.mark_shared(dir, parent, run, out);
+                Self::publish_frames(child, run, shared, out);
+                self.stats.shared += run.count;
+            }
+        }
+        run.count
+    }
+
+    /// The parent's entries say that their frames have other owners too; they are marked before the child names them.
+    fn mark_shared(&mut self, dir: &impl Directory, parent: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        for page in pages.iter() {
+            let entry = Self::entry(dir, parent, page);
+            let state = if entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
+            Self::publish_same(parent, Pages::one(page), entry.with_state(state).with_shared(true), out);
+        }
+        for transfer in self.transfers.values_mut().filter(|transfer| transfer.region == parent) {
+            transfer.shared |= transfer.pages.overlap(pages).is_some();
+        }
+    }
+
+    fn share_frames(&mut self, child: RegionId, pages: Pages, device: DeviceId, frame: u32) {
+        let Some(table) = self.table(device) else { return };
+        for offset in 0..pages.count {
+            table.share(frame + offset as u32, Owner { region: child, page: pages.first + offset });
+        }
+    }
+
+    fn fate_at_fork(&self, region: RegionId, page: u64, entry: Entry) -> Fate {
+        match entry.state() {
+            PageState::Absent => Fate::Nothing,
+            PageState::System | PageState::Duplicated => Fate::Present,
+            PageState::Poisoned => Fate::Lost,
+            PageState::MovingOut => Fate::Waits,
+            PageState::Device | PageState::Exclusive => Fate::Shared,
+            PageState::MovingHome => {
+                let mover = self.transfers.iter().find(|(_, t)| t.region == region && t.pages.contains(page));
+                let discarded = |ticket| {
+                    self.discards.get(ticket).is_some_and(|parts| parts.iter().any(|part| part.contains(page)))
+                };
+                match mover {
+                    Some((_, Transfer { kind: Kind::Drop { .. }, .. })) => Fate::Nothing,
+                    Some((ticket, _)) if discarded(ticket) => Fate::Nothing,
+                    Some((_, Transfer { kind: Kind::Collapse, .. })) => Fate::Present,
+                    _ => Fate::Shared,
+                }
+            }
+        }
+    }
+
+    pub(crate) fn finish_fork(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let Transfer { region, pages, .. } = transfer;
+        self.clear_mapped_of(dir, region, pages, u8::MAX, out);
+        out.push(Action::Wake { region, pages });
+        self.fork_is_done(ticket, out);
+    }
+
+    /// Pages that were on their way out when the process forked have arrived: children that wait get a share. Whether they need
+    /// it nobody knows: they come home at once, and a page that is there already wins.
+    pub(crate) fn share_with_children(
+        &mut self,
+        parent: RegionId,
+        pages: Pages,
+        device: DeviceId,
+        frame: u32,
+        out: &mut Vec<Action>,
+    ) {
+        for (child, part) in self.take_waits(parent, pages) {
+            let frame = frame + (part.first - pages.first) as u32;
+            self.share_frames(child, part, device, frame);
+            let shared = Entry::on_device(device, frame).with_shared(true);
+            let ahead = Pages { first: part.first, count: part.count };
+            Self::publish_frames(parent, ahead, shared, out);
+            let moving = shared.with_state(PageState::MovingHome);
+            Self::publish_frames(child, part, moving, out);
+            self.continue_home(child, part, moving, false, out);
+        }
+    }
+
+    /// Pages on their way out have gone back to the parent. Those that were taken out before the fork are lost to the child:
+    /// loudly, for the poison stays only where no page is.
+    pub(crate) fn fail_children(&mut self, parent: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        for (child, part) in self.take_waits(parent, pages) {
+            Self::publish_same(child, part, Entry::SYSTEM, out);
+            out.push(Action::Poison { region: child, pages: part });
+            out.push(Action::Wake { region: child, pages: part });
+        }
+    }
+
+    fn take_waits(&mut self, parent: RegionId, pages: Pages) -> Vec<(RegionId, Pages)> {
+        let mut taken = Vec::new();
+        let mut kept = Vec::new();
+        for wait in std::mem::take(&mut self.fork_waits) {
+            let Some(part) = wait.pages.overlap(pages).filter(|_| wait.parent == parent) else {
+                kept.push(wait);
+                continue;
+            };
+            taken.push((wait.child, part));
+            let before = Pages { first: wait.pages.first, count: part.first - wait.pages.first };
+            let after = Pages { first: part.end(), count: wait.pages.end() - part.end() };
+            let rest = [before, after].into_iter().filter(|rest| rest.count > 0);
+            kept.extend(rest.map(|pages| ForkWait { pages, ..wait }));
+        }
+        self.fork_waits = kept;
+        taken
+    }
+}

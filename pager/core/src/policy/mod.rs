@@ -1,0 +1,165 @@
+//! Policy: how much comes along with a fault, and what a device fault does. Mechanism asks, policy answers; nothing here
+//! changes any state but its own.
+//!
+//! ```text
+//!   streams.rs    walks in order bring more and more neighbours along
+//!   thrash.rs     blocks that CPU and device take from each other: first slowed down, then left in place, then forgotten
+//! ```
+//!
+//! What a client has advised ([`Attr`]) goes before everything that is guessed here:
+//!
+//! ```text
+//!   device fault on a system page        no access -> refused (by the core)
+//!                                        in place, pinned, a file -> in place (by the core)
+//!                                        preferred in system memory, and reachable -> in place
+//!                                        read-mostly, and only read -> copy
+//!                                        thrashing -> wait, then in place if reachable
+//!                                        else -> move
+//!   CPU fault on a device page           granularity -> that block
+//!                                        a huge page -> all of it
+//!                                        else -> the stream's window
+//! ```
+
+mod streams;
+mod thrash;
+
+use crate::attr::Attr;
+use crate::event::{DeviceId, Pages, RegionId, Target};
+use streams::Streams;
+use thrash::{Thrash, Verdict};
+
+/// A device met a system page that it does not map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceFault {
+    /// Region.
+    pub region: RegionId,
+    /// Page.
+    pub page: u64,
+    /// Device.
+    pub device: DeviceId,
+    /// It wants to write.
+    pub write: bool,
+    /// What was advised.
+    pub attr: Attr,
+    /// The device could use the page where it is.
+    pub in_place: bool,
+    /// Clock.
+    pub now_us: u64,
+}
+
+/// What a device fault on a system page does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceFaultAction {
+    /// The page moves to the device.
+    Migrate,
+    /// The device gets a copy to read, the system page stays.
+    Copy,
+    /// Later: the page was taken too often lately.
+    Wait {
+        /// When to ask again.
+        until_us: u64,
+    },
+}
+
+/// A CPU met a page that lives on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuFault {
+    /// Region.
+    pub region: RegionId,
+    /// Page.
+    pub page: u64,
+    /// What was advised.
+    pub attr: Attr,
+    /// The page is part of a huge page.
+    pub huge: bool,
+    /// First page whose address is a multiple of 2 MiB.
+    pub huge_phase: u64,
+}
+
+/// The interface of every policy.
+pub trait Policy {
+    /// Which pages a CPU fault on a device page brings home; the faulting one is among them. The core cuts them to the region.
+    fn cpu_fault(&mut self, fault: CpuFault) -> Pages;
+    /// How many pages, beginning with the faulting one, a first touch zeroes (at least 1).
+    fn fault_around_zero(&mut self, region: RegionId, page: u64) -> u64;
+    /// What a device fault on a system page does.
+    fn device_fault(&mut self, fault: DeviceFault) -> DeviceFaultAction;
+    /// Whether a system page that devices could use in place shall stay.
+    fn keeps_in_place(&self, region: RegionId, page: u64, attr: Attr) -> bool;
+    /// Pages have arrived on a device.
+    fn moved_out(&mut self, region: RegionId, pages: Pages, device: DeviceId, now_us: u64);
+    /// Pages have come home.
+    fn moved_home(&mut self, region: RegionId, pages: Pages, device: DeviceId, now_us: u64);
+    /// A region ended: forget it.
+    fn region_gone(&mut self, region: RegionId);
+}
+
+/// Most pages that one CPU fault brings home (256 KiB: 1.6 us a page against 8.6 for one, paging-floors.md section 3).
+const HOME_PAGES_MAX: u64 = 64;
+/// Most pages that one first touch zeroes (2 MiB).
+const ZERO_PAGES_MAX: u64 = 512;
+const HUGE_PAGES: u64 = 512;
+
+/// The built-in policy.
+#[derive(Debug, Default)]
+pub struct DefaultPolicy {
+    home: Streams,
+    zero: Streams,
+    thrash: Thrash,
+}
+
+/// The aligned block of `size` pages that holds `page`, where page `phase` begins a block.
+fn block(page: u64, size: u64, phase: u64) -> Pages {
+    let into = (page + size - phase % size) % size;
+    let first = page.saturating_sub(into);
+    Pages { first, count: size - into + (page - first) }
+}
+
+impl Policy for DefaultPolicy {
+    fn cpu_fault(&mut self, fault: CpuFault) -> Pages {
+        let CpuFault { region, page, attr, huge, huge_phase } = fault;
+        if let Some(log2) = attr.granularity_log2_pages() {
+            // Larger than any region: all of it.
+            return block(page, 1 << log2.min(40), huge_phase);
+        }
+        if huge {
+            return block(page, HUGE_PAGES, huge_phase);
+        }
+        Pages { first: page, count: self.home.window(region, page, HOME_PAGES_MAX) }
+    }
+
+    fn fault_around_zero(&mut self, region: RegionId, page: u64) -> u64 {
+        self.zero.window(region, page, ZERO_PAGES_MAX)
+    }
+
+    fn device_fault(&mut self, fault: DeviceFault) -> DeviceFaultAction {
+        if fault.attr.read_mostly() && !fault.write {
+            return DeviceFaultAction::Copy;
+        }
+        match self.thrash.verdict(fault.region, fault.page, fault.now_us) {
+            Verdict::Wait { until_us } => DeviceFaultAction::Wait { until_us },
+            Verdict::Calm | Verdict::Pinned => DeviceFaultAction::Migrate,
+        }
+    }
+
+    fn keeps_in_place(&self, region: RegionId, page: u64, attr: Attr) -> bool {
+        attr.preferred() == Some(Target::Home) || self.thrash.is_pinned(region, page)
+    }
+
+    fn moved_out(&mut self, region: RegionId, pages: Pages, _device: DeviceId, now_us: u64) {
+        self.thrash.moved(region, pages, thrash::Direction::Out, now_us);
+    }
+
+    fn moved_home(&mut self, region: RegionId, pages: Pages, _device: DeviceId, now_us: u64) {
+        self.thrash.moved(region, pages, thrash::Direction::Home, now_us);
+    }
+
+    fn region_gone(&mut self, region: RegionId) {
+        self.home.forget(region);
+        self.zero.forget(region);
+        self.thrash.forget(region);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+use super::thrash::{Direction, Thrash, Verdict};
+use super::*;
+
+const REGION: RegionId = RegionId(1);
+
+fn fault(region: u64, page: u64) -> CpuFault {
+    CpuFault { region: RegionId(region), page, attr: Attr::default(), huge: false, huge_phase: 0 }
+}
+
+#[test]
+fn a_sequential_walk_doubles_and_a_jump_starts_again() {
+    let mut policy = DefaultPolicy::default();
+    let mut page = 100;
+    let mut windows = Vec::new();
+    for _ in 0..9 {
+        let window = policy.cpu_fault(fault(1, page));
+        assert_eq!(window.first, page);
+        windows.push(window.count);
+        page += window.count;
+    }
+    assert_eq!(windows, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+    assert_eq!(policy.cpu_fault(fault(1, 5)).count, 1);
+    assert_eq!(policy.cpu_fault(fault(2, page)).count, 1, "another region is another stream");
+}
+
+#[test]
+fn interleaved_streams_do_not_disturb_each_other() {
+    let mut policy = DefaultPolicy::default();
+    let (mut a, mut b) = (0, 10_000);
+    for _ in 0..5 {
+        a += policy.fault_around_zero(REGION, a);
+        b += policy.fault_around_zero(REGION, b);
+    }
+    assert_eq!((a, b), (31, 10_031));
+}
+
+#[test]
+fn granularity_is_an_aligned_block_around_the_page() {
+    let mut policy = DefaultPolicy::default();
+    let mut blocks = |log2, page, huge_phase| {
+        let attr = Attr::default().with_granularity(Some(log2));
+        let window = policy.cpu_fault(CpuFault { attr, huge_phase, ..fault(1, page) });
+        (window.first, window.end())
+    };
+    assert_eq!(blocks(0, 77, 0), (77, 78));
+    assert_eq!(blocks(4, 77, 0), (64, 80));
+    assert_eq!(blocks(4, 77, 3), (67, 83), "blocks are aligned by address");
+    assert_eq!(blocks(9, 2, 500), (0, 500), "the first block of a region is cut");
+    assert_eq!(blocks(63, 77, 0).0, 0);
+}
+
+#[test]
+fn a_huge_page_comes_home_whole() {
+    let mut policy = DefaultPolicy::default();
+    let window = policy.cpu_fault(CpuFault { huge: true, huge_phase: 100, ..fault(1, 700) });
+    assert_eq!((window.first, window.count), (612, 512));
+}
+
+/// One turn: out and home again, `gap_us` apart. Returns what the device fault met and the time after it.
+fn turn(thrash: &mut Thrash, mut now_us: u64, gap_us: u64) -> (Verdict, u64) {
+    let verdict = thrash.verdict(REGION, 3, now_us);
+    if let Verdict::Wait { until_us } = verdict {
+        assert_eq!(thrash.verdict(REGION, 3, now_us), verdict, "asking again does not help");
+        now_us = until_us;
+        assert_eq!(thrash.verdict(REGION, 3, now_us), Verdict::Calm, "it has waited");
+    }
+    let pages = Pages { first: 3, count: 1 };
+    thrash.moved(REGION, pages, Direction::Out, now_us);
+    thrash.moved(REGION, pages, Direction::Home, now_us + gap_us);
+    (verdict, now_us + 2 * gap_us)
+}
+
+#[test]
+fn a_fight_is_slowed_down_then_pinned_then_forgotten() {
+    let mut thrash = Thrash::default();
+    let mut now_us = 1_000_000;
+    let mut met = Vec::new();
+    for _ in 0..20 {
+        let (verdict, later) = turn(&mut thrash, now_us, 100);
+        met.push(verdict);
+        now_us = later;
+        if verdict == Verdict::Pinned {
+            break;
+        }
+    }
+    let calm = met.iter().take_while(|verdict| **verdict == Verdict::Calm).count();
+    let waits = met[calm..].iter().filter(|verdict| matches!(verdict, Verdict::Wait { .. })).count();
+    assert_eq!((calm, waits, met.last()), (4, 10, Some(&Verdict::Pinned)));
+    assert!(thrash.is_pinned(REGION, 3) && !thrash.is_pinned(REGION, 600), "the block, not the region");
+    assert_eq!(thrash.verdict(REGION, 3, now_us + 700_000), Verdict::Calm);
+    assert!(!thrash.is_pinned(REGION, 3));
+}
+
+#[test]
+fn slow_turns_are_no_fight() {
+    let mut thrash = Thrash::default();
+    let mut now_us = 0;
+    for _ in 0..50 {
+        let (verdict, later) = turn(&mut thrash, now_us, 10_000);
+        assert_eq!(verdict, Verdict::Calm);
+        now_us = later;
+    }
+}

@@ -1,0 +1,145 @@
+//! Bringing a run of pages to a device, wherever they are: room is made, and the first leg of their way begins.
+
+use crate::core::Core;
+use crate::entry::PageState;
+use crate::event::{Action, Cause, DeviceId, Directory, Pages, RegionId, SpaceId};
+use crate::frames::{HUGE_PAGES, Owner};
+use crate::out::Way;
+use crate::policy::Policy;
+
+/// Where to, how and why.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wish {
+    pub device: DeviceId,
+    /// The system pages stay valid (read-mostly).
+    pub keep: bool,
+    pub cause: Cause,
+}
+
+/// What has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leg {
+    /// These pages will be on the device when their transfer ends.
+    Started(Pages),
+    /// These pages do something else first: look at them again.
+    First(Pages),
+    /// Room is being made, or the device is not there yet.
+    Wait,
+    /// There is no room for these pages and none can be made.
+    Full(Pages),
+}
+
+/// Frames, none, or a failure that somebody ordered.
+enum Allocated {
+    Frames(u32, u32),
+    None,
+    Injected,
+}
+
+impl<P: Policy> Core<P> {
+    /// `pages` begins with a page that is not busy, not pinned, not poisoned and not on the device already.
+    #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
+    pub(crate) fn bring_here(
+        &mut self,
+        dir: &impl Directory,
+        order: u64,
+        region: RegionId,
+        pages: Pages,
+        wish: Wish,
+        spare: impl Fn(Owner) -> bool,
+        out: &mut Vec<Action>,
+    ) -> Leg {
+        let first = Self::entry(dir, region, pages.first);
+        if first.state() == PageState::Duplicated {
+            let (run, first, mask) = self.frame_run(dir, region, pages);
+            self.start_collapse(region, run, first, mask, Some(order), out);
+            return Leg::First(run);
+        }
+        let Some(space) = self.regions.get(&region).map(|info| info.space) else { return Leg::Full(pages) };
+        if self.is_failed(wish.device) {
+            return Leg::Full(pages);
+        }
+        if self.table(wish.device).is_none() {
+            return Leg::Wait;
+        }
+        if first.lives_on_device() {
+            let source_is_up = !self.is_failed(first.device()) && self.table(first.device()).is_some();
+            let (run, first, mask) = self.frame_run(dir, region, pages);
+            let allocated = if source_is_up { self.allocate(wish.device, region, run, space) } else { Allocated::None };
+            self.split_huge(dir, region, run, out);
+            if let Allocated::Frames(frame, count) = allocated {
+                let run = Pages { count: u64::from(count), ..run };
+                self.start_across(region, run, first, mask, (wish.device, frame), order, wish.cause, out);
+                return Leg::Started(run);
+            }
+            // Home first, where it waits for room.
+            self.start_home(region, run, first, mask, Some(order), wish.cause, out);
+            return Leg::First(run);
+        }
+        self.send_out(dir, order, region, pages, space, wish, spare, out)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
+    fn send_out(
+        &mut self,
+        dir: &impl Directory,
+        order: u64,
+        region: RegionId,
+        pages: Pages,
+        space: SpaceId,
+        wish: Wish,
+        spare: impl Fn(Owner) -> bool,
+        out: &mut Vec<Action>,
+    ) -> Leg {
+        let zero = Self::entry(dir, region, pages.first).state() == PageState::Absent && !wish.keep;
+        let pages = Self::to_huge_boundary(dir, region, pages);
+        let mut mask = 0;
+        let run = Self::run_while(dir, region, pages, |offset, entry| {
+            let same = entry.is_settled_system() && (entry.state() == PageState::Absent) == zero;
+            let free = !entry.pinned() && !self.busy(region, pages.first + offset, entry);
+            if same && free {
+                mask |= entry.mapped_mask();
+            }
+            same && free
+        });
+        match self.allocate(wish.device, region, run, space) {
+            Allocated::Frames(frame, count) => {
+                let run = Pages { count: u64::from(count), ..run };
+                let Wish { device, keep, cause } = wish;
+                self.start_out(region, run, Way { device, frame, mask, zero, keep, cause }, order, out);
+                return Leg::Started(run);
+            }
+            Allocated::Injected => return Leg::Full(Pages::one(run.first)),
+            Allocated::None => {}
+        }
+        let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
+        if self.evict(dir, wish.device, run.count, spare, order, out) || soon {
+            return Leg::Wait;
+        }
+        Leg::Full(pages)
+    }
+
+    fn allocate(&mut self, device: DeviceId, region: RegionId, run: Pages, space: SpaceId) -> Allocated {
+        let first = Owner { region, page: run.first };
+        let huge = run.count == u64::from(HUGE_PAGES) && self.is_private(region);
+        if huge && !self.allocation_fails(true) {
+            let frame = self.table(device).and_then(|table| table.allocate_huge(first, space));
+            if let Some(frame) = frame {
+                return Allocated::Frames(frame, HUGE_PAGES);
+            }
+        }
+        if self.allocation_fails(false) {
+            return Allocated::Injected;
+        }
+        let frames = self.table(device).and_then(|table| table.allocate(run.count as u32, first, space));
+        frames.map_or(Allocated::None, |(frame, count)| Allocated::Frames(frame, count))
+    }
+
+    /// The test hook's countdown.
+    fn allocation_fails(&mut self, huge: bool) -> bool {
+        let left = &mut self.failing_allocation[usize::from(huge)];
+        let fails = *left == 1;
+        *left = left.saturating_sub(1);
+        fails
+    }
+}

@@ -1,0 +1,280 @@
+//! A client's agent as the pager sees it: what it was asked, what waits, and the staging memory between the two.
+//!
+//! ```text
+//!   ask -> [waits for a slot] -> outstanding, Event::Agent --> agent thread (one after the other) --> AgentDone -> answered
+//!                                      \-- connection or pager lost: asked again, in order
+//! ```
+//! Everything asked is absolute and repeatable, so asking twice does no harm. An agent that never answers keeps its own process's
+//! migrations waiting, and nobody else's.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use uhmm_ipc::ConnId;
+use uhmm_ipc::message::Fd;
+use uhmm_ipc::message::pager::AgentOp;
+use uhmm_kernel_hook::window::Window;
+use uhmm_pager_core::{Pages, RegionId, Ticket};
+
+/// Pages of a staging slot.
+pub const SLOT_PAGES: u64 = 512;
+
+/// What the answer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Pages to frames of a device; the answer says which are in the slot.
+    Out {
+        /// The core's ticket.
+        ticket: Ticket,
+        /// Device.
+        device: u8,
+        /// Frame of the job's first page.
+        frame: u32,
+    },
+    /// Scratch pages (and perhaps pages in place) are given back.
+    Punch {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
+    /// Pages go back.
+    MoveBack {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
+    /// Whether the first page exists.
+    Probe {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
+    /// One huge page home.
+    FillHuge {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
+}
+
+impl Purpose {
+    /// The core's ticket.
+    pub fn ticket(self) -> Ticket {
+        match self {
+            Self::Out { ticket, .. }
+            | Self::Punch { ticket }
+            | Self::MoveBack { ticket }
+            | Self::Probe { ticket }
+            | Self::FillHuge { ticket } => ticket,
+        }
+    }
+}
+
+/// What needs a staging slot says so before it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Take pages out.
+    MoveOut,
+    /// Copy pages that stay.
+    CopyOut,
+    /// Give pages back.
+    Drop {
+        /// Those in the address space too.
+        in_place: bool,
+    },
+    /// Put pages back.
+    MoveBack,
+    /// Bring a huge page home from the slot, which holds its bytes already.
+    FillHuge {
+        /// Slot.
+        slot: u32,
+    },
+    /// Look.
+    Probe,
+}
+
+/// One thing to do, on consecutive addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// Region.
+    pub region: RegionId,
+    /// Pages of it.
+    pub pages: Pages,
+    /// What.
+    pub order: Order,
+    /// Why.
+    pub purpose: Purpose,
+    /// Slot, once it has one.
+    pub slot: Option<u32>,
+}
+
+impl Job {
+    fn needs_slot(&self) -> bool {
+        self.slot.is_none() && matches!(self.order, Order::MoveOut | Order::CopyOut)
+    }
+
+    /// As it goes on the wire.
+    pub fn op(&self) -> AgentOp {
+        let slot = self.slot.unwrap_or(0);
+        match self.order {
+            Order::MoveOut => AgentOp::MoveOut { slot },
+            Order::CopyOut => AgentOp::CopyOut { slot },
+            Order::Drop { in_place } => AgentOp::Drop { in_place },
+            Order::MoveBack => AgentOp::MoveBack,
+            Order::FillHuge { slot } => AgentOp::FillHuge { slot },
+            Order::Probe => AgentOp::Probe,
+        }
+    }
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct Agent {
+    /// Connection to the client, while there is one.
+    pub conn: Option<ConnId>,
+    /// /proc/PID/maps of the client.
+    pub maps: Fd,
+    /// Staging memory.
+    pub staging: Window,
+    /// The same, for the vault.
+    pub staging_fd: Fd,
+    free_slots: Vec<u32>,
+    waiting: VecDeque<Job>,
+    outstanding: BTreeMap<u64, Job>,
+    next_id: u64,
+}
+
+impl Agent {
+    /// `first_id` differs between incarnations, so that an answer meant for a dead pager names nothing.
+    pub fn new(conn: Option<ConnId>, maps: Fd, staging: Window, staging_fd: Fd, first_id: u64) -> Self {
+        let slots = u32::try_from(staging.len() / (SLOT_PAGES * uhmm_kernel_hook::PAGE_SIZE)).unwrap_or(0);
+        Self {
+            conn,
+            maps,
+            staging,
+            staging_fd,
+            free_slots: (0..slots).rev().collect(),
+            waiting: VecDeque::new(),
+            outstanding: BTreeMap::new(),
+            next_id: first_id,
+        }
+    }
+
+    /// Queues a job.
+    pub fn ask(&mut self, job: Job) {
+        self.waiting.push_back(job);
+    }
+
+    /// Jobs that can be sent now, in order. Those that need a slot hold back others of their kind, not those that free slots.
+    pub fn ready(&mut self) -> Vec<(u64, Job)> {
+        let mut ready = Vec::new();
+        let mut kept = VecDeque::new();
+        while let Some(mut job) = self.waiting.pop_front() {
+            if job.needs_slot() {
+                job.slot = self.free_slots.pop();
+            }
+            if job.needs_slot() {
+                kept.push_back(job);
+                continue;
+            }
+            self.outstanding.insert(self.next_id, job);
+            ready.push((self.next_id, job));
+            self.next_id += 1;
+        }
+        self.waiting = kept;
+        ready
+    }
+
+    /// What a new connection must be asked again, in order.
+    pub fn unanswered(&self) -> Vec<(u64, Job)> {
+        self.outstanding.iter().map(|(id, job)| (*id, *job)).collect()
+    }
+
+    /// The answer to a job came. Its slot, if it has one, is the caller's until [`Agent::free_slot`].
+    pub fn answered(&mut self, id: u64) -> Option<Job> {
+        self.outstanding.remove(&id)
+    }
+
+    /// A slot for the pager's own use (to bring a huge page home).
+    pub fn take_slot(&mut self) -> Option<u32> {
+        self.free_slots.pop()
+    }
+
+    /// The slot's content is not needed any more.
+    pub fn free_slot(&mut self, slot: u32) {
+        self.free_slots.push(slot);
+    }
+
+    /// The process is gone: nobody will answer.
+    pub fn give_up(&mut self) -> Vec<Job> {
+        let outstanding = std::mem::take(&mut self.outstanding).into_values();
+        outstanding.chain(std::mem::take(&mut self.waiting)).collect()
+    }
+
+    /// An own madvise of the agent is under way on exactly these pages: its event is not the program's.
+    pub fn is_dropping(&self, region: RegionId, pages: Pages) -> bool {
+        let drops = |job: &Job| job.order == Order::Drop { in_place: true } && job.region == region;
+        self.outstanding.values().any(|job| drops(job) && job.pages.overlap(pages) == Some(pages))
+    }
+
+    /// Jobs that wait or are under way.
+    pub fn len(&self) -> usize {
+        self.waiting.len() + self.outstanding.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    use uhmm_kernel_hook::memfd;
+    use uhmm_kernel_hook::window::Prot;
+
+    use super::*;
+
+    fn agent(slots: u64) -> Agent {
+        let len = slots * SLOT_PAGES * 4096;
+        let memory = memfd::create_sealed("uhmm-test-staging", len).unwrap();
+        let staging = Window::map(memory.as_fd(), 0, len, Prot::ReadWrite).unwrap();
+        let memory = Arc::new(memory);
+        Agent::new(None, memory.clone(), staging, memory, 1 << 32)
+    }
+
+    fn job(order: Order, first: u64) -> Job {
+        let purpose = Purpose::Out { ticket: Ticket(first), device: 0, frame: 0 };
+        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None }
+    }
+
+    #[test]
+    fn jobs_without_a_slot_wait_and_others_pass_them() {
+        let mut agent = agent(1);
+        for order in [Order::MoveOut, Order::MoveOut, Order::Drop { in_place: false }] {
+            agent.ask(job(order, 0));
+        }
+        let ready = agent.ready();
+        assert_eq!(ready.iter().map(|(_, job)| job.order).collect::<Vec<_>>(), [
+            Order::MoveOut,
+            Order::Drop { in_place: false }
+        ]);
+        assert!(agent.ready().is_empty());
+        let done = agent.answered(ready[0].0).unwrap();
+        agent.free_slot(done.slot.unwrap());
+        assert_eq!(agent.ready().len(), 1);
+    }
+
+    #[test]
+    fn a_new_connection_is_asked_what_was_not_answered_in_order() {
+        let mut agent = agent(4);
+        (0..3).for_each(|first| agent.ask(job(Order::MoveOut, first * 8)));
+        let sent = agent.ready();
+        assert!(agent.answered(sent[1].0).is_some() && agent.answered(sent[1].0).is_none());
+        assert_eq!(agent.unanswered(), [sent[0], sent[2]]);
+        assert_eq!(agent.give_up().len(), 2);
+    }
+
+    #[test]
+    fn only_an_own_drop_of_exactly_these_pages_is_recognised() {
+        let mut agent = agent(1);
+        agent.ask(job(Order::Drop { in_place: true }, 8));
+        agent.ready();
+        let pages = |first, count| Pages { first, count };
+        assert!(agent.is_dropping(RegionId(1), pages(8, 8)) && agent.is_dropping(RegionId(1), pages(9, 2)));
+        assert!(!agent.is_dropping(RegionId(1), pages(7, 9)) && !agent.is_dropping(RegionId(2), pages(8, 8)));
+    }
+}

@@ -1,0 +1,204 @@
+//! Regions are made: of a memfd, of private memory that exists already, or of a file that is used in place. Every lie that a client
+//! can tell about one ends in an error that names it.
+
+use std::os::fd::AsFd;
+
+use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
+use uhmm_ipc::{CallId, ConnId};
+use uhmm_kernel_hook::procmap::Vma;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
+use uhmm_pager_core::{Backing, Entry, Pages};
+
+use crate::calls::{Answer, refuse};
+use crate::clients::io_error;
+use crate::directory::{DirectoryFile, Header};
+use crate::service::{Pager, VaultWait};
+use crate::space::{Memory, Phase, Region, Space};
+
+/// What a client wants to have managed.
+pub(crate) struct Wanted {
+    pub addr: u64,
+    pub len_bytes: u64,
+    pub backing: Backing,
+    /// Memfd or file; none for private memory.
+    pub file: Option<Fd>,
+    pub offset_bytes: u64,
+}
+
+fn invalid(text: impl Into<String>) -> WireError {
+    WireError::new(ErrorCode::Invalid, text)
+}
+
+fn fault(text: impl Into<String>) -> WireError {
+    WireError::new(ErrorCode::Fault, text)
+}
+
+impl Pager {
+    pub(crate) fn make_region(&mut self, conn: ConnId, call: CallId, wanted: Wanted) -> Answer {
+        let space_id = match self.space_of(conn) {
+            Ok(id) => id,
+            Err(error) => return Some(Err(error)),
+        };
+        if let Some(region) = self.same_region(space_id, &wanted) {
+            return Some(Ok(pager::Reply::RegionCreated { region }));
+        }
+        let (range, memory) = match self.check_region(space_id, &wanted) {
+            Ok(checked) => checked,
+            Err(error) => return Some(Err(error)),
+        };
+        let id = self.next_region;
+        let (page_count, offset_bytes) = (wanted.len_bytes / PAGE_SIZE, wanted.offset_bytes);
+        let header = Header { region: id, space: space_id, backing: wanted.backing, page_count, offset_bytes };
+        let directory = match DirectoryFile::create(header) {
+            Ok(directory) => directory,
+            Err(error) => return refuse(ErrorCode::NoMemory, format!("No memory for the directory: {error}")),
+        };
+        if wanted.backing != Backing::Shared {
+            // Nobody knows which of these pages were touched before.
+            (0..page_count).for_each(|page| directory.store(page, Entry::SYSTEM.bits()));
+        }
+        self.next_region += 1;
+        let mut entries = vec![("dir", directory.fd())];
+        entries.extend(memory.as_ref().map(|memory| ("mem", memory.fd.clone())));
+        let registered = if Self::is_registered(wanted.backing) { vec![(space_id, range)] } else { Vec::new() };
+        self.regions.insert(Region {
+            id,
+            space: space_id,
+            backing: wanted.backing,
+            page_count,
+            memory,
+            directory,
+            phase: Phase::Creating,
+            segments: Vec::new(),
+            retired: Vec::new(),
+            registered,
+        });
+        self.show(space_id, id, wanted.addr, Pages { first: 0, count: page_count });
+        self.keep_segments(id);
+        self.put_in_vault(VaultWait::Region { region: id, conn, call }, &Space::region_prefix(space_id, id), entries);
+        None
+    }
+
+    fn same_region(&self, space_id: u64, wanted: &Wanted) -> Option<u64> {
+        let segment = self.segment_at(space_id, wanted.addr)?;
+        let region = self.regions.get(segment.region)?;
+        let same = segment.addr == wanted.addr
+            && segment.page_count * PAGE_SIZE == wanted.len_bytes
+            && segment.page_count == region.page_count
+            && region.backing == wanted.backing;
+        (same && region.phase == Phase::Live).then_some(region.id)
+    }
+
+    /// In the order in which it is cheapest to find.
+    fn check_region(&self, space_id: u64, wanted: &Wanted) -> Result<(AddrRange, Option<Memory>), WireError> {
+        let Wanted { addr, len_bytes, backing, ref file, offset_bytes } = *wanted;
+        let range = AddrRange::new(addr, len_bytes).map_err(|error| invalid(error.to_string()))?;
+        let quota = &self.service.plan.quota;
+        if len_bytes > quota.max_region_bytes.0 {
+            let text = format!("{len_bytes} bytes are more than quota.max_region_bytes = {}", quota.max_region_bytes.0);
+            return Err(WireError::new(ErrorCode::NoMemory, text));
+        }
+        let Some(space) = self.spaces.get(&space_id).filter(|space| !space.dying) else {
+            return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
+        };
+        if space.segments.len() >= quota.max_regions_per_space as usize {
+            let text = format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space);
+            return Err(WireError::new(ErrorCode::NoMemory, text));
+        }
+        let overlapping = space.segments.values().filter_map(|id| self.regions.segment(*id)).map(|s| s.range());
+        if let Some(other) = overlapping.into_iter().find(|other| other.overlaps(&range)) {
+            let text = format!("{range} overlaps region {other}, which is managed already");
+            return Err(invalid(text));
+        }
+        match (backing, file) {
+            (Backing::Shared, Some(memory)) => {
+                memfd::check_sealed(memory.as_fd(), len_bytes)
+                    .map_err(|error| invalid(format!("The memfd is refused: {error}")))?;
+                self.check_mapping(space_id, range, memory, 0, true)?;
+                Ok((range, Some(Memory { fd: memory.clone(), offset_bytes: 0, sealed: true })))
+            }
+            (Backing::File, Some(file)) => {
+                if !offset_bytes.is_multiple_of(PAGE_SIZE) {
+                    return Err(invalid(format!("File offset {offset_bytes} is not a multiple of {PAGE_SIZE}")));
+                }
+                self.check_mapping(space_id, range, file, offset_bytes, false)?;
+                let whole = offset_bytes.saturating_add(len_bytes);
+                let file_len = memfd::len(file.as_fd()).unwrap_or(0);
+                let sealed = file_len >= whole && memfd::check_sealed(file.as_fd(), file_len).is_ok();
+                Ok((range, Some(Memory { fd: file.clone(), offset_bytes, sealed })))
+            }
+            (Backing::Private, _) => self.check_private(space_id, range).map(|()| (range, None)),
+            _ => Err(invalid("A region of a file needs the file")),
+        }
+    }
+
+    /// The address range must be a shared mapping of this very file from the offset on.
+    fn check_mapping(
+        &self,
+        space_id: u64,
+        range: AddrRange,
+        file: &Fd,
+        offset_bytes: u64,
+        writable: bool,
+    ) -> Result<(), WireError> {
+        let Some(vmas) = self.vmas(space_id, range) else { return Ok(()) };
+        let Some(vma) = vmas.first().filter(|vma| vma.start <= range.start && vma.end >= range.end()) else {
+            return Err(fault(format!("{range} is not one mapping of this process: map the memfd there first")));
+        };
+        if !vma.shared || writable && !(vma.read && vma.write) {
+            return Err(fault(format!("{range} is not mapped shared, readable and writable")));
+        }
+        let inode = memfd::inode(file.as_fd()).map_err(|error| io_error("The memfd cannot be examined", &error))?;
+        let offset = vma.offset + (range.start - vma.start);
+        if vma.inode != inode || offset != offset_bytes {
+            return Err(fault(format!("{range} maps another file or offset than the one that was sent")));
+        }
+        Ok(())
+    }
+
+    /// Private anonymous memory without holes.
+    fn check_private(&self, space_id: u64, range: AddrRange) -> Result<(), WireError> {
+        let Some(vmas) = self.vmas(space_id, range) else { return Ok(()) };
+        let mut next = range.start;
+        for vma in vmas {
+            if vma.start > next {
+                break;
+            }
+            let named = vma.range();
+            if vma.shared || vma.inode != 0 {
+                let text = format!("{named} is not private anonymous memory: attach a shared mapping of a file instead");
+                return Err(fault(text));
+            }
+            if vma.page_size_bytes != PAGE_SIZE {
+                return Err(fault(format!("{named} consists of hugetlb pages, which cannot be taken out page by page")));
+            }
+            next = vma.end;
+        }
+        if next < range.end() {
+            return Err(fault(format!("{range} has a hole at {next:#x}: give a range that is mapped as a whole")));
+        }
+        Ok(())
+    }
+
+    /// Mappings of a client that touch a range, in order; `None` where the kernel cannot be asked (before 6.11).
+    pub(crate) fn vmas(&self, space_id: u64, range: AddrRange) -> Option<Vec<Vma>> {
+        let maps = &self.spaces.get(&space_id)?.agent.as_ref()?.maps;
+        let mut vmas = Vec::new();
+        let mut addr = range.start;
+        while addr < range.end() {
+            match uhmm_kernel_hook::procmap::query(maps.as_fd(), addr) {
+                Ok(Some(vma)) => {
+                    addr = vma.end;
+                    vmas.push(vma);
+                }
+                // A hole: whoever asked stops there.
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::debug!(%error, "Mappings of a client cannot be asked for");
+                    return None;
+                }
+            }
+        }
+        Some(vmas)
+    }
+}

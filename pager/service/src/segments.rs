@@ -1,0 +1,224 @@
+//! Which addresses show which pages, and how that changes under munmap, mremap and release.
+//!
+//! ```text
+//!   [----------- segment 7 -----------]        munmap of the middle:  [-- 8 --]          [---- 9 ----]
+//!   id 7 is retired: devices are told to drop it (Invalidate, unmap), and its tables are kept until they have;
+//!   8 and 9 are new: devices look the addresses up at their next fault
+//! ```
+//! A segment never changes while devices know it, so neither mirror nor drivers need any notion of parts.
+
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_pager_core::{Backing, Event, Pages, RegionId};
+
+use crate::directory::SEGMENTS_MAX;
+use crate::revoke::Purpose;
+use crate::service::Pager;
+use crate::space::{Phase, Segment};
+
+/// A part of a region that lost its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cut {
+    pub region: u64,
+    pub pages: Pages,
+    /// Where it was.
+    pub range: AddrRange,
+}
+
+impl Pager {
+    /// A fresh segment.
+    pub(crate) fn show(&mut self, space: u64, region: u64, addr: u64, pages: Pages) {
+        let id = self.next_segment;
+        self.next_segment += 1;
+        let (first_page, page_count) = (pages.first, pages.count);
+        let tables = Default::default();
+        let segment = Segment { id, space, region, addr, first_page, page_count, tables, granted_mask: 0 };
+        if let Some(space) = self.spaces.get_mut(&space) {
+            space.segments.insert(addr, id);
+        }
+        self.regions.show(segment);
+    }
+
+    /// Writes a region's list of segments to its directory.
+    pub(crate) fn keep_segments(&mut self, region_id: u64) {
+        let all = Pages { first: 0, count: u64::MAX };
+        let list: Vec<_> = self.regions.showing(region_id, all).map(|(segment, _)| segment.record()).collect();
+        let Some(region) = self.regions.get(region_id) else { return };
+        if let Err(error) = region.directory.set_segments(&list) {
+            tracing::error!(%error, region = region_id, "A directory's segments could not be written");
+        }
+    }
+
+    /// Takes a segment away: nobody can look it up any more, and devices drop it.
+    fn retire(&mut self, id: u64) -> Option<(u64, Pages, u64)> {
+        let segment = self.regions.hide(id)?;
+        if let Some(space) = self.spaces.get_mut(&segment.space) {
+            space.segments.remove(&segment.addr);
+        }
+        let (region_id, pages, addr) = (segment.region, segment.pages(), segment.addr);
+        if segment.granted_mask != 0 {
+            let (space, granted_mask) = (segment.space, segment.granted_mask);
+            if let Some(region) = self.regions.get_mut(region_id) {
+                region.retired.push(segment);
+            }
+            let purpose = Purpose::Unmap { region: region_id };
+            self.start_revoke_message(purpose, space, id, 0, pages.count, granted_mask);
+        }
+        Some((region_id, pages, addr))
+    }
+
+    /// Devices have dropped a retired segment.
+    pub(crate) fn unmap_through(&mut self, region_id: u64, segment: u64) {
+        let Some(region) = self.regions.get_mut(region_id) else { return };
+        region.retired.retain(|retired| retired.id != segment);
+        let free_now = region.phase == Phase::Dying && region.retired.is_empty();
+        if free_now {
+            self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
+        }
+    }
+
+    /// First step of freeing a region: nothing new is mapped, devices drop their tables.
+    pub(crate) fn begin_free(&mut self, region_id: u64) {
+        let Some(region) = self.regions.get_mut(region_id) else { return };
+        if region.phase == Phase::Dying {
+            return;
+        }
+        let was_live = region.phase == Phase::Live;
+        region.phase = Phase::Dying;
+        for id in region.segments.clone() {
+            self.retire(id);
+        }
+        if !was_live {
+            self.drop_region(RegionId(region_id));
+        } else if self.regions.get(region_id).is_some_and(|region| region.retired.is_empty()) {
+            self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
+        }
+    }
+
+    /// Takes an address range out of a space. What is left of the segments goes on under new ids.
+    pub(crate) fn cut(&mut self, space_id: u64, start: u64, end: u64) -> Vec<Cut> {
+        let mut cuts = Vec::new();
+        for id in self.touched(space_id, start, end) {
+            let Some((region, pages, addr)) = self.retire(id) else { continue };
+            let segment_end = addr + pages.count * PAGE_SIZE;
+            let (from, to) = (start.max(addr), end.min(segment_end));
+            let before = Pages { first: pages.first, count: (from - addr) / PAGE_SIZE };
+            let gone = Pages { first: before.end(), count: (to - from) / PAGE_SIZE };
+            let after = Pages { first: gone.end(), count: (segment_end - to) / PAGE_SIZE };
+            if before.count > 0 {
+                self.show(space_id, region, addr, before);
+            }
+            if after.count > 0 {
+                self.show(space_id, region, to, after);
+            }
+            cuts.push(Cut { region, pages: gone, range: AddrRange { start: from, len: to - from } });
+        }
+        for cut in &cuts {
+            self.limit_segments(cut.region);
+            self.keep_segments(cut.region);
+        }
+        cuts
+    }
+
+    /// More segments than a directory can list: the last ones are not managed any more. Their content is brought to the program by
+    /// nobody, so this must not happen silently; it takes dozens of holes in one allocation.
+    fn limit_segments(&mut self, region_id: u64) {
+        let Some(region) = self.regions.get(region_id) else { return };
+        if region.segments.len() > SEGMENTS_MAX {
+            let (count, max) = (region.segments.len(), SEGMENTS_MAX);
+            tracing::error!(region = region_id, count, max, "A region is in too many pieces: after a restart some are lost");
+        }
+    }
+
+    /// Live segments of a space that lie in an address range, in order.
+    pub(crate) fn touched(&self, space_id: u64, start: u64, end: u64) -> Vec<u64> {
+        let Some(space) = self.spaces.get(&space_id) else { return Vec::new() };
+        let before = space.segments.range(..=start).next_back().map(|(_, id)| *id);
+        let inside = space.segments.range(start..end).map(|(_, id)| *id);
+        let mut ids: Vec<u64> = before.into_iter().chain(inside).collect();
+        ids.dedup();
+        let touches = |id: &u64| {
+            let segment = self.regions.segment(*id);
+            let live = segment.and_then(|s| self.regions.get(s.region)).is_some_and(|r| r.phase == Phase::Live);
+            live && segment.is_some_and(|s| s.addr < end && s.range().end() > start)
+        };
+        ids.retain(touches);
+        ids
+    }
+
+    /// The segment at an address.
+    pub(crate) fn segment_at(&self, space_id: u64, addr: u64) -> Option<&Segment> {
+        let space = self.spaces.get(&space_id)?;
+        let (_, id) = space.segments.range(..=addr).next_back()?;
+        self.regions.segment(*id).filter(|segment| addr < segment.range().end())
+    }
+
+    /// Parts of live regions that lie in an address range.
+    pub(crate) fn pieces(&self, space_id: u64, start: u64, end: u64) -> Vec<(u64, Pages)> {
+        let segments = self.touched(space_id, start, end);
+        let piece = |id: &u64| {
+            let segment = self.regions.segment(*id)?;
+            let (from, to) = (start.max(segment.addr), end.min(segment.range().end()));
+            let first = segment.first_page + (from - segment.addr) / PAGE_SIZE;
+            Some((segment.region, Pages { first, count: (to - from) / PAGE_SIZE }))
+        };
+        segments.iter().filter_map(piece).collect()
+    }
+
+    /// munmap: the addresses are gone. The content too, unless another mapping shows it; a region without addresses is freed.
+    pub(crate) fn on_unmapped(&mut self, space_id: u64, start: u64, end: u64) {
+        for cut in self.cut(space_id, start, end) {
+            self.settle_cut(cut);
+        }
+    }
+
+    pub(crate) fn settle_cut(&mut self, cut: Cut) {
+        let still_shown = self.regions.showing(cut.region, cut.pages).next().is_some();
+        if !still_shown {
+            self.push(Event::Unmapped { region: RegionId(cut.region), pages: cut.pages });
+        }
+        if self.regions.get(cut.region).is_some_and(|region| region.segments.is_empty()) {
+            self.begin_free(cut.region);
+        }
+    }
+
+    /// MADV_DONTNEED drops private content; it keeps that of shared memory, and MADV_REMOVE punches it: the backing is asked anyway,
+    /// and pages on a device are not the backing's to lose.
+    pub(crate) fn on_removed(&mut self, space_id: u64, start: u64, end: u64) {
+        for (region, pages) in self.pieces(space_id, start, end) {
+            let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
+            if !agent.is_some_and(|agent| agent.is_dropping(RegionId(region), pages)) {
+                self.push(Event::Removed { region: RegionId(region), pages });
+            }
+        }
+    }
+
+    /// mremap: pages go on at their new addresses. The old range either is unmapped (an event of its own follows, which finds
+    /// nothing) or stays as an empty registered range that nobody manages.
+    pub(crate) fn on_remapped(&mut self, space_id: u64, from: u64, to: u64, len: u64) {
+        let cuts = self.cut(space_id, from, from + len);
+        for cut in &cuts {
+            let addr = to + (cut.range.start - from);
+            self.show(space_id, cut.region, addr, cut.pages);
+            self.keep_segments(cut.region);
+            if let Some(region) = self.regions.get_mut(cut.region) {
+                region.registered.push((space_id, AddrRange { start: addr, len: cut.range.len }));
+            }
+        }
+        self.unmanage(space_id, cuts.iter().map(|cut| cut.range).collect());
+    }
+
+    /// A range that shows nothing any more: MREMAP_DONTUNMAP leaves it registered, and its faults would wait for ever.
+    fn unmanage(&mut self, space_id: u64, ranges: Vec<AddrRange>) {
+        let Some(space) = self.spaces.get(&space_id) else { return };
+        for range in ranges {
+            if let Err(error) = space.uffd.unregister(range) {
+                tracing::debug!(%error, %range, "Nothing is left of a range that was moved away");
+            }
+        }
+    }
+
+    /// Whether a backing is registered with userfaultfd.
+    pub(crate) fn is_registered(backing: Backing) -> bool {
+        backing != Backing::File
+    }
+}

@@ -1,0 +1,117 @@
+//! Jobs: kernels of a device on the program's own pointers.
+
+use std::ffi::{c_char, c_int};
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use uhmm_sdk::{Job, JobResult};
+
+use crate::buffers::{self, Out, copy_items, items, items_mut};
+use crate::device::uhmm_device;
+use crate::error::{Failure, guard};
+use crate::handles;
+use crate::pending::{Answer, uhmm_pending};
+
+/// The job only reads, or writes absolute values: it is run again from its start after a restart of the driver. Other jobs end with
+/// -ESTALE then.
+pub const UHMM_JOB_IDEMPOTENT: u32 = 1;
+
+/// What a job brought, beside its results.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct uhmm_job_report {
+    /// Results that the kernel returned; the caller's array may hold fewer.
+    pub result_count: usize,
+    /// Device faults that the job met.
+    pub fault_count: u64,
+    /// Time on the device in nanoseconds, faults included.
+    pub run_time_ns: u64,
+}
+
+/// Runs a kernel and waits. `args` are its `arg_count` arguments: pointers, lengths, constants, as uhmm_device_kernel() lists them.
+/// Nothing has to be moved before. `flags` is 0 or UHMM_JOB_IDEMPOTENT; a `deadline_ms` of 0 is none. At most `capacity` results are
+/// copied to `results` (may be NULL with capacity 0). `report` may be NULL.
+///
+/// Errors: those of the kernel and of its faults; -ETIMEDOUT the deadline passed; -ESTALE the driver died and the job is not
+/// idempotent.
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "a C function without a structure for its arguments")]
+pub unsafe extern "C" fn uhmm_run(
+    device: *mut uhmm_device,
+    kernel: *const c_char,
+    args: *const u64,
+    arg_count: usize,
+    flags: u32,
+    deadline_ms: u32,
+    report: *mut uhmm_job_report,
+    results: *mut u64,
+    capacity: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable, or null.
+        let report = unsafe { Out::optional(report, "report") }?;
+        // SAFETY: the caller's array of `capacity`.
+        let results = unsafe { items_mut(results, capacity, "results") }?;
+        // SAFETY: text that ends with a zero, and an array of `arg_count`.
+        let job = unsafe { job(kernel, args, arg_count, flags, deadline_ms) }?;
+        tell(&handles::get(device)?.run(job)?, report, results);
+        Ok(())
+    })
+}
+
+/// uhmm_run() without waiting: the answer comes through `pending`, see uhmm_pending_finished().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn uhmm_submit(
+    device: *mut uhmm_device,
+    kernel: *const c_char,
+    args: *const u64,
+    arg_count: usize,
+    flags: u32,
+    deadline_ms: u32,
+    pending: *mut *mut uhmm_pending,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable.
+        let pending = unsafe { Out::new(pending, "pending") }?;
+        // SAFETY: text that ends with a zero, and an array of `arg_count`.
+        let job = unsafe { job(kernel, args, arg_count, flags, deadline_ms) }?;
+        pending.set(crate::pending::open(handles::get(device)?.submit(job), Answer::Finished));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `kernel` is null or text that ends with a zero, `args` null or an array of `arg_count`.
+unsafe fn job(
+    kernel: *const c_char,
+    args: *const u64,
+    arg_count: usize,
+    flags: u32,
+    deadline_ms: u32,
+) -> Result<Job, Failure> {
+    // SAFETY: the same contract.
+    let kernel = unsafe { buffers::text(kernel, "kernel") }?;
+    // SAFETY: the same contract.
+    let args = unsafe { items(args, arg_count, "args") }?;
+    let mut job = Job::new(kernel, args);
+    match flags {
+        0 => {}
+        UHMM_JOB_IDEMPOTENT => job = job.idempotent(),
+        other => {
+            let expected = "0 or UHMM_JOB_IDEMPOTENT";
+            return Err(Failure::BadValue { name: "flags", value: other.into(), expected });
+        }
+    }
+    Ok(if deadline_ms == 0 { job } else { job.deadline(Duration::from_millis(deadline_ms.into())) })
+}
+
+pub(crate) fn tell(done: &JobResult, report: Option<Out<uhmm_job_report>>, results: &mut [MaybeUninit<u64>]) {
+    copy_items(done.results.iter().copied(), results);
+    if let Some(report) = report {
+        report.set(uhmm_job_report {
+            result_count: done.results.len(),
+            fault_count: done.fault_count,
+            run_time_ns: done.run_time_ns,
+        });
+    }
+}

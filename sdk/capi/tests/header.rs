@@ -1,0 +1,108 @@
+//! `include/uhmm.h` is what the source says.
+
+use std::path::{Path, PathBuf};
+
+use cbindgen::{Builder, Config, DocumentationStyle, Language, Style};
+
+/// In the order of the header.
+const SOURCES: [&str; 11] = [
+    "error.rs",
+    "session.rs",
+    "memory.rs",
+    "device.rs",
+    "device_async.rs",
+    "migrate.rs",
+    "jobs.rs",
+    "pending.rs",
+    "policy.rs",
+    "observe.rs",
+    "stats.rs",
+];
+
+const HEAD: &str = "\
+/*
+ * uhmm: memory whose pages move between system memory and devices while every pointer stays what it is.
+ * Link with -luhmm. A system must run: `uhmm up`.
+ *
+ * Errors. A function answers 0 (where it says so, another number from 0 on) or a negative number of <errno.h>:
+ *   -EFAULT    no mapping there, or not readable          -ENOMEM    device full, or no memory
+ *   -EPERM     read-only, or not allowed                  -EIO       the device or a system call failed, or a bug here
+ *   -EINVAL    misaligned, a hole, a wrong argument       -ESTALE    the service died; the call may or may not be done
+ *   -ENOENT    nothing there                              -ETIMEDOUT the deadline passed
+ *   -EBUSY     invalidated meanwhile: try again           -EPROTO    the service speaks another protocol
+ *   -ENOTCONN  no system runs in the run directory
+ * uhmm_last_error() has the text of it. When a function fails, what it would have answered is not written; a buffer for data
+ * may be written in part.
+ *
+ * Addresses and lengths of ranges are multiples of UHMM_PAGE_BYTES; nothing is rounded.
+ *
+ * Pointers. A pointer to a variable or buffer may be NULL only where it is said; otherwise it points to live memory of the
+ * length that is given with it, which nobody else writes during the call. Handles (uhmm_session *, uhmm_device *,
+ * uhmm_pending *) are numbers: a handle that is NULL, closed, or of another kind is -EINVAL, never a crash. After fork() the
+ * parent's handles are refused in the child: see uhmm_in_child().
+ *
+ * Threads. Every function may be called from every thread, with the same handles.
+ *
+ * Generated from sdk/capi/src by sdk/capi/tests/header.rs: do not edit.
+ */";
+
+fn committed() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("include/uhmm.h")
+}
+
+fn generate() -> String {
+    let config = Config {
+        language: Language::C,
+        style: Style::Type,
+        header: Some(HEAD.into()),
+        include_guard: Some("UHMM_H".into()),
+        no_includes: true,
+        sys_includes: ["errno.h", "stdbool.h", "stddef.h", "stdint.h"].map(String::from).to_vec(),
+        cpp_compat: true,
+        documentation_style: DocumentationStyle::Doxy,
+        line_length: 120,
+        usize_is_size_t: true,
+        ..Config::default()
+    };
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let builder = SOURCES.iter().fold(Builder::new().with_config(config), |all, file| all.with_src(source.join(file)));
+    let mut text = Vec::new();
+    builder.generate().expect("cbindgen reads the source").write(&mut text);
+    String::from_utf8(text).expect("the header is UTF-8")
+}
+
+/// Names of the exported functions.
+fn exported(source: &str) -> impl Iterator<Item = &str> {
+    source.lines().filter_map(|line| Some(line.split_once("extern \"C\" fn uhmm_")?.1.split_once('(')?.0))
+}
+
+#[test]
+fn the_header_is_what_the_source_says() {
+    let text = generate();
+    if std::env::var_os("UHMM_BLESS").is_some_and(|value| value == "1") {
+        std::fs::write(committed(), &text).expect("the header is written");
+    }
+    let found = std::fs::read_to_string(committed()).unwrap_or_default();
+    let first_difference = found.lines().zip(text.lines()).position(|(old, new)| old != new);
+    assert!(
+        found == text,
+        "{} is not what the source says (first difference in line {:?}): run this test with UHMM_BLESS=1 and commit it",
+        committed().display(),
+        first_difference.map_or(found.lines().count().min(text.lines().count()) + 1, |index| index + 1)
+    );
+}
+
+#[test]
+fn every_source_file_with_an_exported_function_is_in_the_header() {
+    let text = generate();
+    let mut count = 0;
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("the source is there") {
+        let path = file.expect("a file").path();
+        let source = std::fs::read_to_string(&path).expect("source is text");
+        for name in exported(&source) {
+            assert!(text.contains(&format!("uhmm_{name}(")), "uhmm_{name} of {} is not in the header", path.display());
+            count += 1;
+        }
+    }
+    assert!(count > 40, "only {count} exported functions were found in the source");
+}

@@ -1,0 +1,498 @@
+//! What the pager asks of this process and nobody else can do: taking private pages out of the address space, putting them back,
+//! dropping them.
+//!
+//! ```text
+//!   MoveOut   address range --UFFDIO_MOVE--> scratch block --copy--> staging slot (shared with the pager)
+//!   Drop      scratch block is free (a huge page is kept for a later arrival)
+//!   MoveBack  scratch block --UFFDIO_MOVE--> address range
+//!   FillHuge  staging slot --copy--> scratch huge page --UFFDIO_MOVE--> address range
+//! ```
+//!
+//! A block is 2 MiB of anonymous memory, aligned, registered for write protection only: UFFDIO_MOVE takes it as a destination, and
+//! a hole in it is the kernel's business, not the pager's. It is registered while it holds something and not while it is
+//! emptied, so that no REMOVE event goes out. What is in scratch is known by (region, page): every operation can be repeated.
+//!
+//! Nothing here holds a reference into the program's memory; ranges are numbers, and the kernel checks them.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
+use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
+use uhmm_kernel_hook::pagemap::{self, Categories};
+use uhmm_kernel_hook::{
+    AddrRange, Advice, FillStop, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window, WpOutcome,
+    process,
+};
+
+const HUGE_BYTES: u64 = 2 << 20;
+const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE;
+/// How often an operation that met an unread event tries again before it reports the pages as busy.
+const AGAIN_TRIES: u32 = 2000;
+/// Huge pages kept for arrivals.
+const KEPT_HUGE_MAX: usize = 4;
+/// Copies between our own memory and the staging area.
+const COPY_BYTES: usize = 64 << 10;
+
+/// One thing to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    pub region: u64,
+    pub first_page: u64,
+    pub addr: u64,
+    pub page_count: u64,
+    pub op: AgentOp,
+}
+
+impl Order {
+    fn range(&self, from: u64, count: u64) -> AddrRange {
+        AddrRange { start: self.addr + from * PAGE_SIZE, len: count * PAGE_SIZE }
+    }
+}
+
+/// A page in scratch.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    block: usize,
+    /// Page inside the block.
+    page: u64,
+    status: AgentStatus,
+}
+
+struct Block {
+    memory: Window,
+    /// Offset of the aligned part.
+    head: u64,
+    /// Pages of it that are taken.
+    used: u64,
+    /// All of it is one huge page.
+    huge: bool,
+}
+
+impl Block {
+    fn range(&self) -> AddrRange {
+        AddrRange { start: self.memory.addr() + self.head, len: HUGE_BYTES }
+    }
+
+    fn addr_of(&self, page: u64) -> u64 {
+        self.range().start + page * PAGE_SIZE
+    }
+}
+
+/// See the module head.
+pub(crate) struct Executor {
+    uffd: Userfaultfd,
+    staging: Window,
+    pagemap: OwnedFd,
+    blocks: Vec<Block>,
+    free: Vec<usize>,
+    /// Empty but for one huge page each.
+    kept_huge: Vec<usize>,
+    taken: BTreeMap<(u64, u64), Taken>,
+}
+
+impl Executor {
+    pub(crate) fn new(uffd: Userfaultfd, staging: Window) -> Result<Self, HookError> {
+        let pagemap = pagemap::open_pagemap(std::process::id())?;
+        Ok(Self {
+            uffd,
+            staging,
+            pagemap,
+            blocks: Vec::new(),
+            free: Vec::new(),
+            kept_huge: Vec::new(),
+            taken: BTreeMap::new(),
+        })
+    }
+
+    /// Does one thing. What fails is told by page; an error of the whole is `Failed` for all of them.
+    pub(crate) fn run(&mut self, order: &Order) -> Vec<AgentRun> {
+        let slot_offset = |slot: u32| u64::from(slot) * HUGE_BYTES;
+        let result = match order.op {
+            _ if order.page_count > HUGE_PAGES => Err(HookError::Strange {
+                call: "agent order",
+                detail: format!("{} pages are more than a slot has", order.page_count),
+            }),
+            AgentOp::MoveOut { slot } => self.move_out(order, slot_offset(slot)),
+            AgentOp::CopyOut { slot } => self.copy_out(order, slot_offset(slot)),
+            AgentOp::Drop { in_place } => self.drop_pages(order, in_place),
+            AgentOp::MoveBack => self.move_back(order),
+            AgentOp::FillHuge { slot } => self.fill_huge(order, slot_offset(slot)),
+            AgentOp::Probe => self.probe(order),
+        };
+        result.unwrap_or_else(|error| {
+            tracing::warn!(%error, ?order, "The agent could not do what the pager asked");
+            vec![AgentRun { page_count: order.page_count, status: AgentStatus::Failed }]
+        })
+    }
+
+    /// What the pages of a range are: `None` for a hole.
+    fn look(&self, order: &Order) -> Result<Vec<Option<Categories>>, HookError> {
+        let any = Categories::PRESENT | Categories::SWAPPED | Categories::PFNZERO | Categories::HUGE;
+        let range = order.range(0, order.page_count);
+        let mut pages = vec![None; order.page_count as usize];
+        for run in pagemap::scan(self.pagemap.as_fd(), range, any)? {
+            let from = run.start.max(range.start).saturating_sub(range.start) / PAGE_SIZE;
+            let to = (run.end.min(range.end()) - range.start) / PAGE_SIZE;
+            for page in &mut pages[from as usize..to as usize] {
+                *page = Some(run.categories);
+            }
+        }
+        Ok(pages)
+    }
+
+    /// How much of the range is one piece of registered private memory, and whether it may be written.
+    fn mapped(&self, order: &Order) -> Result<(u64, bool), HookError> {
+        let range = order.range(0, order.page_count);
+        let mut next = range.start;
+        let mut writable = true;
+        for vma in own_memory::mappings(range)? {
+            if vma.start > next || vma.shared || vma.inode != 0 {
+                break;
+            }
+            writable &= vma.write;
+            next = vma.end.min(range.end());
+        }
+        let count = (next - range.start) / PAGE_SIZE;
+        // Somebody may have put other memory in its place: only what this userfaultfd guards is ours to move.
+        let guarded = count > 0 && self.is_guarded(order.range(0, count))?;
+        Ok((if guarded { count } else { 0 }, writable))
+    }
+
+    fn is_guarded(&self, range: AddrRange) -> Result<bool, HookError> {
+        let first = AddrRange { start: range.start, len: PAGE_SIZE };
+        let last = AddrRange { start: range.end() - PAGE_SIZE, len: PAGE_SIZE };
+        for page in [first, last] {
+            let outcome = again(|| self.uffd.write_protect(page, false, true), |done| *done == WpOutcome::Again)?;
+            if outcome != WpOutcome::Done {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn move_out(&mut self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
+        let (count, writable) = self.mapped(order)?;
+        let known: Vec<bool> = (order.first_page..order.first_page + order.page_count)
+            .map(|page| self.taken.contains_key(&(order.region, page)))
+            .collect();
+        if !writable && count > 0 && !known.contains(&true) {
+            return Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::ReadOnly }]);
+        }
+        let kinds = self.look(order)?;
+        let missing = |page: u64| kinds[page as usize].is_some() && !known[page as usize];
+        let block = match (0..count).find(|page| missing(*page)) {
+            Some(_) => Some(self.take_block()?),
+            None => None,
+        };
+        // A huge page stays huge when both places have the same offset in 2 MiB.
+        let into = order.addr / PAGE_SIZE % HUGE_PAGES;
+        let base = if into + order.page_count <= HUGE_PAGES { into } else { 0 };
+        let mut statuses = vec![AgentStatus::Gone; order.page_count as usize];
+        let mut page = 0;
+        while page < count {
+            if let Some(taken) = self.taken.get(&(order.region, order.first_page + page)) {
+                statuses[page as usize] = taken.status;
+                page += 1;
+                continue;
+            }
+            let Some(block) = block.filter(|_| kinds[page as usize].is_some()) else {
+                statuses[page as usize] = AgentStatus::Zero;
+                page += 1;
+                continue;
+            };
+            let run = (page..count).take_while(|at| missing(*at)).count() as u64;
+            let (done, stop) = self.move_run(order, page, run, block, base)?;
+            for at in page..page + done {
+                let status = status_of(kinds[at as usize]);
+                self.taken.insert((order.region, order.first_page + at), Taken { block, page: base + at, status });
+                self.blocks[block].used += 1;
+                statuses[at as usize] = status;
+            }
+            page += done;
+            if let Some(status) = stop {
+                statuses[page as usize] = status;
+                page += 1;
+            }
+        }
+        if let Some(block) = block {
+            let whole = self.blocks[block].used == HUGE_PAGES;
+            self.blocks[block].huge = whole && statuses.iter().all(|status| *status == AgentStatus::MovedHuge);
+            self.free_if_empty(block)?;
+        }
+        self.stage(order, &statuses, slot_offset)?;
+        Ok(runs(&statuses))
+    }
+
+    /// Moves pages until one cannot be moved; then its status is told.
+    fn move_run(
+        &self,
+        order: &Order,
+        first: u64,
+        count: u64,
+        block: usize,
+        base: u64,
+    ) -> Result<(u64, Option<AgentStatus>), HookError> {
+        let mut done = 0;
+        let mut separated = false;
+        while done < count {
+            let source = order.range(first + done, count - done);
+            let to = self.blocks[block].addr_of(base + first + done);
+            let outcome = again(
+                || self.uffd.move_pages(to, source.start, source.len, true),
+                |outcome| outcome.done_bytes == 0 && outcome.stop == Some(FillStop::Again),
+            )?;
+            done += outcome.done_bytes / PAGE_SIZE;
+            separated &= outcome.done_bytes == 0;
+            match outcome.stop {
+                None => return Ok((done.min(count), None)),
+                // One of several owners after a fork: with a copy of its own it can be moved. A pinned page stays busy.
+                Some(FillStop::Busy) if !separated => {
+                    separated = true;
+                    if own_memory::advise(order.range(first + done, 1), RangeAdvice::PopulateWrite).is_err() {
+                        return Ok((done, Some(AgentStatus::Busy)));
+                    }
+                }
+                Some(FillStop::Again) if outcome.done_bytes > 0 => {}
+                Some(FillStop::Busy | FillStop::Again | FillStop::Exists) => return Ok((done, Some(AgentStatus::Busy))),
+                Some(FillStop::Gone | FillStop::NoPage | FillStop::NoProcess) => {
+                    return Ok((done, Some(AgentStatus::Gone)));
+                }
+                Some(FillStop::NoMemory | FillStop::Other(_)) => return Ok((done, Some(AgentStatus::Failed))),
+            }
+        }
+        Ok((done, None))
+    }
+
+    /// Copies what was taken out to the staging slot.
+    fn stage(&self, order: &Order, statuses: &[AgentStatus], slot_offset: u64) -> Result<(), HookError> {
+        let mut page = 0;
+        while page < order.page_count {
+            let place = |at: u64| {
+                let moved = matches!(statuses[at as usize], AgentStatus::Moved | AgentStatus::MovedHuge);
+                self.taken.get(&(order.region, order.first_page + at)).filter(|_| moved)
+            };
+            let Some(first) = place(page) else {
+                page += 1;
+                continue;
+            };
+            let follows = |at: &u64| {
+                place(*at).is_some_and(|taken| taken.block == first.block && taken.page == first.page + (at - page))
+            };
+            let count = (page..order.page_count).take_while(follows).count() as u64;
+            let block = &self.blocks[first.block];
+            let from = block.head + first.page * PAGE_SIZE;
+            block.memory.copy_to(from, &self.staging, slot_offset + page * PAGE_SIZE, count * PAGE_SIZE)?;
+            page += count;
+        }
+        Ok(())
+    }
+
+    /// Pages that stay where they are; nobody can write them now.
+    fn copy_out(&self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
+        let (count, _) = self.mapped(order)?;
+        let kinds = self.look(order)?;
+        let mut statuses = vec![AgentStatus::Gone; order.page_count as usize];
+        let mut buffer = vec![0; COPY_BYTES];
+        for page in 0..count {
+            statuses[page as usize] = match kinds[page as usize] {
+                None => AgentStatus::Zero,
+                Some(kind) if kind.contains(Categories::PFNZERO) => AgentStatus::Zero,
+                Some(_) => AgentStatus::Moved,
+            };
+        }
+        let mut page = 0;
+        while page < count {
+            let data = (page..count).take_while(|at| statuses[*at as usize] == AgentStatus::Moved);
+            let run = data.take(COPY_BYTES / PAGE_SIZE as usize).count() as u64;
+            if run == 0 {
+                page += 1;
+                continue;
+            }
+            let bytes = &mut buffer[..(run * PAGE_SIZE) as usize];
+            let read = process::vm_read(std::process::id(), order.range(page, run).start, bytes)?;
+            if read != bytes.len() {
+                return Err(HookError::Strange { call: "process_vm_readv", detail: format!("{read} bytes came") });
+            }
+            self.staging.write(slot_offset + page * PAGE_SIZE, bytes)?;
+            page += run;
+        }
+        Ok(runs(&statuses))
+    }
+
+    fn drop_pages(&mut self, order: &Order, in_place: bool) -> Result<Vec<AgentRun>, HookError> {
+        let mut touched = Vec::new();
+        for page in order.first_page..order.first_page + order.page_count {
+            if let Some(taken) = self.taken.remove(&(order.region, page)) {
+                self.blocks[taken.block].used -= 1;
+                touched.push(taken.block);
+            }
+        }
+        touched.dedup();
+        for block in touched {
+            self.free_if_empty(block)?;
+        }
+        if in_place && order.addr != 0 {
+            let (count, _) = self.mapped(order)?;
+            let present = self.look(order)?;
+            if present[..count as usize].iter().any(Option::is_some) {
+                own_memory::advise(order.range(0, count), RangeAdvice::DontNeed)?;
+            }
+        }
+        Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+    }
+
+    fn move_back(&mut self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
+        for page in 0..order.page_count {
+            let Some(taken) = self.taken.get(&(order.region, order.first_page + page)).copied() else { continue };
+            let to = order.range(page, 1).start;
+            let from = self.blocks[taken.block].addr_of(taken.page);
+            let outcome = again(
+                || self.uffd.move_pages(to, from, PAGE_SIZE, true),
+                |outcome| outcome.done_bytes == 0 && matches!(outcome.stop, Some(FillStop::Again | FillStop::NoMemory)),
+            )?;
+            match outcome.stop {
+                // Not now: the pager asks again, and the page is safe where it is.
+                Some(FillStop::Again | FillStop::NoMemory | FillStop::Other(_)) => {
+                    return Err(HookError::Strange { call: "UFFDIO_MOVE", detail: format!("{outcome:?} on the way back") });
+                }
+                // There already, or there is no such place any more.
+                _ => {
+                    self.taken.remove(&(order.region, order.first_page + page));
+                    self.blocks[taken.block].used -= 1;
+                    self.free_if_empty(taken.block)?;
+                }
+            }
+        }
+        Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+    }
+
+    fn fill_huge(&mut self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
+        let failed = Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Failed }]);
+        if order.page_count != HUGE_PAGES || !order.addr.is_multiple_of(HUGE_BYTES) {
+            return failed;
+        }
+        let Some(block) = self.huge_block()? else { return failed };
+        let (from, to) = (self.blocks[block].range().start, order.addr);
+        self.staging.copy_to(slot_offset, &self.blocks[block].memory, self.blocks[block].head, HUGE_BYTES)?;
+        let outcome = again(
+            || self.uffd.move_pages(to, from, HUGE_BYTES, false),
+            |outcome| outcome.done_bytes == 0 && outcome.stop == Some(FillStop::Again),
+        )?;
+        if outcome.is_complete() {
+            self.blocks[block].huge = false;
+            self.free.push(block);
+            return Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::MovedHuge }]);
+        }
+        if outcome.done_bytes > 0 {
+            // It was split after all; what did not arrive is filled page by page by the pager.
+            tracing::debug!(?outcome, "A huge page came home in part");
+        }
+        self.empty(block)?;
+        failed
+    }
+
+    fn probe(&self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
+        let (count, _) = self.mapped(order)?;
+        let kinds = self.look(order)?;
+        let status = |page: usize| match kinds[page] {
+            _ if page as u64 >= count => AgentStatus::Gone,
+            None => AgentStatus::Zero,
+            Some(_) => AgentStatus::Moved,
+        };
+        Ok(runs(&(0..order.page_count as usize).map(status).collect::<Vec<_>>()))
+    }
+
+    /// An empty, registered block.
+    fn take_block(&mut self) -> Result<usize, HookError> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                let memory = Window::anonymous(2 * HUGE_BYTES)?;
+                memory.advise(0, memory.len(), Advice::DontFork)?;
+                let head = memory.addr().next_multiple_of(HUGE_BYTES) - memory.addr();
+                self.blocks.push(Block { memory, head, used: 0, huge: false });
+                self.blocks.len() - 1
+            }
+        };
+        self.uffd.register(self.blocks[index].range(), RegisterMode::WP)?;
+        Ok(index)
+    }
+
+    /// A block that is one huge page, if the kernel has one.
+    fn huge_block(&mut self) -> Result<Option<usize>, HookError> {
+        if let Some(block) = self.kept_huge.pop() {
+            return Ok(Some(block));
+        }
+        let block = self.take_block()?;
+        let Block { memory, head, .. } = &self.blocks[block];
+        memory.advise(*head, HUGE_BYTES, Advice::HugePage)?;
+        memory.advise(*head, HUGE_BYTES, Advice::PopulateWrite)?;
+        let range = self.blocks[block].range();
+        let runs = pagemap::scan(self.pagemap.as_fd(), range, Categories::HUGE)?;
+        if runs.iter().map(|run| run.end - run.start).sum::<u64>() == HUGE_BYTES {
+            return Ok(Some(block));
+        }
+        self.empty(block)?;
+        Ok(None)
+    }
+
+    fn free_if_empty(&mut self, block: usize) -> Result<(), HookError> {
+        if self.blocks[block].used > 0 {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.blocks[block].huge) && self.kept_huge.len() < KEPT_HUGE_MAX {
+            self.kept_huge.push(block);
+            return Ok(());
+        }
+        self.empty(block)
+    }
+
+    /// Gives a block's memory back to the kernel, without an event.
+    fn empty(&mut self, block: usize) -> Result<(), HookError> {
+        let Block { memory, head, .. } = &self.blocks[block];
+        self.uffd.unregister(self.blocks[block].range())?;
+        memory.advise(*head, HUGE_BYTES, Advice::DontNeed)?;
+        self.free.push(block);
+        Ok(())
+    }
+}
+
+/// Repeats what met an unread event of this address space: the pager is reading it, or will.
+fn again<T>(
+    mut call: impl FnMut() -> Result<T, HookError>,
+    is_again: impl Fn(&T) -> bool,
+) -> Result<T, HookError> {
+    let mut outcome = call()?;
+    for _ in 0..AGAIN_TRIES {
+        if !is_again(&outcome) {
+            break;
+        }
+        std::thread::yield_now();
+        outcome = call()?;
+    }
+    Ok(outcome)
+}
+
+fn status_of(kind: Option<Categories>) -> AgentStatus {
+    match kind {
+        Some(kind) if kind.contains(Categories::PFNZERO) => AgentStatus::Zero,
+        Some(kind) if kind.contains(Categories::HUGE) => AgentStatus::MovedHuge,
+        _ => AgentStatus::Moved,
+    }
+}
+
+fn runs(statuses: &[AgentStatus]) -> Vec<AgentRun> {
+    let mut runs: Vec<AgentRun> = Vec::new();
+    for status in statuses {
+        match runs.last_mut() {
+            Some(run) if run.status == *status => run.page_count += 1,
+            _ => runs.push(AgentRun { page_count: 1, status: *status }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests;
+

@@ -1,0 +1,305 @@
+//! Memory that exists already: adopting it, and everything that is said about ranges of it.
+
+use uhmm_ipc::message::pager::{
+    AttributeRun, Attributes, FaultPoint, Residency, ResidencyRun, Target, TraceRecord,
+};
+use uhmm_ipc::message::{Call, ErrorCode, Reply, pager};
+use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
+use uhmm_kernel_hook::pagemap::{self, Categories};
+use uhmm_kernel_hook::procmap::Vma;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::agent::Peer;
+use crate::device::Device;
+use crate::range::{PAGE_BYTES, check_range};
+use crate::{Error, Session};
+
+/// What adopting has made of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdoptedKind {
+    /// Private anonymous memory: devices use it by moving it.
+    Private,
+    /// A shared mapping of a file, or shared anonymous memory: devices use it in place, it never moves.
+    Shared,
+}
+
+/// A range under management.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Number at the pager.
+    pub region: u64,
+    /// What it is.
+    pub kind: AdoptedKind,
+}
+
+/// One value for all pages of a range, or several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uniform<T> {
+    /// All pages agree.
+    Same(T),
+    /// They do not.
+    Mixed,
+}
+
+impl<T: Copy + PartialEq> Uniform<T> {
+    fn of(runs: &[AttributeRun], value: impl Fn(&Attributes) -> T) -> Self {
+        let mut values = runs.iter().map(|run| value(&run.attributes));
+        match values.next() {
+            Some(first) if values.all(|other| other == first) => Self::Same(first),
+            _ => Self::Mixed,
+        }
+    }
+}
+
+/// What was advised for a range, and where it was prefetched to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeAttributes {
+    /// See [`Advice::PreferredLocation`](crate::Advice::PreferredLocation).
+    pub preferred: Uniform<Option<Target>>,
+    /// Target of the last [`Session::prefetch`].
+    pub prefetched: Uniform<Option<Target>>,
+    /// Bit d: device d maps in place.
+    pub in_place_mask: Uniform<u8>,
+    /// Bit d: device d may not use the pages.
+    pub no_access_mask: Uniform<u8>,
+    /// See [`Advice::ReadMostly`](crate::Advice::ReadMostly).
+    pub read_mostly: Uniform<bool>,
+    /// See [`Advice::DeviceReadOnly`](crate::Advice::DeviceReadOnly).
+    pub device_read_only: Uniform<bool>,
+    /// See [`Advice::Granularity`](crate::Advice::Granularity).
+    pub granularity_log2_pages: Uniform<Option<u8>>,
+    /// See [`Session::pin`].
+    pub pinned: Uniform<bool>,
+}
+
+/// One page as a device would find it, without a fault. The values are those of the kernel's HMM selftests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotPage(u8);
+
+impl SnapshotPage {
+    /// Not mapped, or may not be read.
+    pub const ERROR: Self = Self(0xff);
+    /// Nothing that this device could use now.
+    pub const NONE: Self = Self(0);
+    /// May be read.
+    pub const READ: Self = Self(1);
+    /// May be written (and read).
+    pub const WRITE: Self = Self(2);
+    /// Part of a 2 MiB page with these rights.
+    pub const PMD: Self = Self(4);
+    /// Reads as zero, and nothing has been written.
+    pub const ZERO: Self = Self(0x10);
+    /// In this device's memory.
+    pub const DEVICE_LOCAL: Self = Self(0x20);
+
+    /// The raw value.
+    pub fn bits(self) -> u8 {
+        self.0
+    }
+
+    fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl Session {
+    /// Puts memory that exists already under management, in place: nothing is copied, no address changes. Whole pages; round an
+    /// allocation inwards, so that what the allocator keeps beside it stays out.
+    ///
+    /// Private anonymous memory (from any allocator, or mmap) can then move to devices. A shared mapping of a file, and shared
+    /// anonymous memory, is used by devices where it is.
+    ///
+    /// # Errors
+    /// `Fault` for a hole or memory of another kind, `Invalid` for a range that is managed already.
+    pub fn adopt(&self, addr: u64, len_bytes: u64) -> Result<Adopted, Error> {
+        check_range(addr, len_bytes)?;
+        let range = AddrRange { start: addr, len: len_bytes };
+        let vmas = own_memory::mappings(range).map_err(Error::kernel("Looking at the mappings of a range"))?;
+        let refused = |code, text| Err(Error::Service { code, text });
+        let mut next = addr;
+        for vma in vmas.iter().take_while(|vma| vma.start <= addr) {
+            next = vma.end;
+        }
+        for vma in vmas.iter().skip_while(|vma| vma.start <= addr) {
+            if vma.start != next {
+                break;
+            }
+            next = vma.end;
+        }
+        if next < range.end() {
+            let text = format!("{range} has a hole at {next:#x}: adopt memory that is mapped as a whole");
+            return refused(ErrorCode::Fault, text);
+        }
+        let shared = vmas.iter().any(|vma| vma.shared);
+        match vmas.first() {
+            Some(vma) if shared && vma.end >= range.end() && vma.shared => self.attach_file(range, vma),
+            _ if shared => {
+                let text = format!("{range} spans several mappings, some of them shared: adopt each on its own");
+                refused(ErrorCode::Invalid, text)
+            }
+            _ if vmas.iter().any(|vma| vma.inode != 0) => {
+                let text = format!("{range} is a private mapping of a file, which the kernel lets nobody else manage: copy it to anonymous memory");
+                refused(ErrorCode::Fault, text)
+            }
+            _ => self.adopt_private(range),
+        }
+    }
+
+    fn adopt_private(&self, range: AddrRange) -> Result<Adopted, Error> {
+        if !self.fork_supported() {
+            own_memory::advise(range, RangeAdvice::DontFork).map_err(Error::kernel("Keeping a range out of children"))?;
+        }
+        let call = pager::Call::AdoptRegion { addr: range.start, len_bytes: range.len };
+        self.region_made(call).map(|region| Adopted { region, kind: AdoptedKind::Private })
+    }
+
+    fn attach_file(&self, range: AddrRange, vma: &Vma) -> Result<Adopted, Error> {
+        let file = own_memory::open_mapped_file(vma).map_err(Error::kernel("Opening the file behind a mapping"))?;
+        let offset_bytes = vma.offset + (range.start - vma.start);
+        let (addr, len_bytes) = (range.start, range.len);
+        let call = pager::Call::AttachFile { addr, len_bytes, file: Arc::new(file), offset_bytes };
+        self.region_made(call).map(|region| Adopted { region, kind: AdoptedKind::Shared })
+    }
+
+    fn region_made(&self, call: pager::Call) -> Result<u64, Error> {
+        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
+            _ => Err(Error::StrangeReply { question: "AdoptRegion" }),
+        });
+        answer.wait()
+    }
+
+    /// Gives adopted memory back to the kernel alone: its pages come home first. The range may be a part of what was adopted.
+    pub fn release(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
+        check_range(addr, len_bytes)?;
+        self.inner.done("ReleaseRange", pager::Call::ReleaseRange { addr, len_bytes }, None).wait()?;
+        if !self.fork_supported() {
+            let range = AddrRange { start: addr, len: len_bytes };
+            own_memory::advise(range, RangeAdvice::DoFork).map_err(Error::kernel("Letting children have a range"))?;
+        }
+        Ok(())
+    }
+
+    /// The content of a range is not needed any more: it reads as zero from now on, wherever it was.
+    pub fn discard(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
+        check_range(addr, len_bytes)?;
+        let range = AddrRange { start: addr, len: len_bytes };
+        let vmas = own_memory::mappings(range).map_err(Error::kernel("Looking at the mappings of a range"))?;
+        if vmas.iter().any(|vma| vma.shared) {
+            return self.inner.done("Discard", pager::Call::Discard { addr, len_bytes }, None).wait();
+        }
+        // The pager sees this and drops what is on devices.
+        own_memory::advise(range, RangeAdvice::DontNeed).map_err(Error::kernel("Dropping the content of a range"))
+    }
+
+    /// mprotect, told to the devices: when this returns none of them uses the range under its old protection.
+    pub fn protect(&self, addr: u64, len_bytes: u64, read: bool, write: bool) -> Result<(), Error> {
+        check_range(addr, len_bytes)?;
+        let range = AddrRange { start: addr, len: len_bytes };
+        own_memory::protect(range, read, write).map_err(Error::kernel("Changing the protection of a range"))?;
+        self.inner.done("ProtectionChanged", pager::Call::ProtectionChanged { addr, len_bytes }, None).wait()
+    }
+
+    /// What was advised for a range.
+    pub fn attributes(&self, addr: u64, len_bytes: u64) -> Result<RangeAttributes, Error> {
+        let page_count = check_range(addr, len_bytes)?;
+        let mut runs: Vec<AttributeRun> = Vec::new();
+        let mut done_pages = 0;
+        while done_pages < page_count {
+            let start = addr + done_pages * PAGE_BYTES;
+            let call = pager::Call::QueryAttributes { addr: start, len_bytes: (page_count - done_pages) * PAGE_BYTES };
+            let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+                Reply::Pager(pager::Reply::Attributes { runs }) => Ok(runs),
+                _ => Err(Error::StrangeReply { question: "QueryAttributes" }),
+            });
+            let answer = answer.wait()?;
+            let covered: u64 = answer.iter().map(|run| run.page_count).sum();
+            if covered == 0 || covered > page_count - done_pages {
+                return Err(Error::StrangeReply { question: "QueryAttributes" });
+            }
+            done_pages += covered;
+            runs.extend(answer);
+        }
+        Ok(RangeAttributes {
+            preferred: Uniform::of(&runs, |a| a.preferred),
+            prefetched: Uniform::of(&runs, |a| a.prefetched),
+            in_place_mask: Uniform::of(&runs, |a| a.in_place_mask),
+            no_access_mask: Uniform::of(&runs, |a| a.no_access_mask),
+            read_mostly: Uniform::of(&runs, |a| a.read_mostly),
+            device_read_only: Uniform::of(&runs, |a| a.device_read_only),
+            granularity_log2_pages: Uniform::of(&runs, |a| a.granularity_log2_pages),
+            pinned: Uniform::of(&runs, |a| a.pinned),
+        })
+    }
+
+    /// Test hook: the n-th allocation or copy of this process from now on fails (1: the next one; 0 disarms). Refused unless the
+    /// manifest says `fault_injection = true`.
+    pub fn inject(&self, point: FaultPoint, nth: u32) -> Result<(), Error> {
+        self.inner.done("Inject", pager::Call::Inject { point, nth }, None).wait()
+    }
+
+    /// What happened to this process's pages, from a sequence number on; at most 256 records. Empty: nothing newer. Numbers start
+    /// again after a restart of the pager.
+    pub fn read_trace(&self, since: u64) -> Result<Vec<TraceRecord>, Error> {
+        let call = pager::Call::ReadTrace { since };
+        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::Trace { records }) => Ok(records),
+            _ => Err(Error::StrangeReply { question: "ReadTrace" }),
+        });
+        answer.wait()
+    }
+
+    /// # Errors
+    /// [`ErrorCode::Permission`] while any page of the range is exclusive to a device.
+    pub fn check_exclusive(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
+        let runs = self.residency(addr, len_bytes)?;
+        let exclusive = runs.iter().find(|run| matches!(run.residency, Residency::Exclusive(_)));
+        let Some(run) = exclusive else { return Ok(()) };
+        let text = format!("{} pages at {:#x} are a device's alone", run.page_count, addr + run.first_page * PAGE_BYTES);
+        Err(Error::Service { code: ErrorCode::Permission, text })
+    }
+
+    /// How a device would find every page of a range, without any fault. Pages may move while it is taken.
+    pub fn snapshot(&self, device: &Device, addr: u64, len_bytes: u64) -> Result<Vec<SnapshotPage>, Error> {
+        let page_count = check_range(addr, len_bytes)?;
+        let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
+        let failed = || Error::kernel("Looking at the mappings of a range");
+        let pagemap = pagemap::open_pagemap(std::process::id()).map_err(failed())?;
+        for page in 0..page_count {
+            let range = AddrRange { start: addr + page * PAGE_SIZE, len: PAGE_SIZE };
+            let vma = own_memory::mappings(range).map_err(failed())?.first().copied();
+            let Some(vma) = vma.filter(|vma| vma.read && vma.start <= range.start) else { continue };
+            let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
+            let runs = pagemap::scan(pagemap.as_fd(), range, any).map_err(failed())?;
+            let run = self.residency(range.start, PAGE_SIZE).ok().and_then(|runs| runs.first().copied());
+            pages[page as usize] = shown(device, &vma, runs.first().map(|run| run.categories), run.as_ref());
+        }
+        Ok(pages)
+    }
+}
+
+/// One page of a snapshot from what the pager and the kernel say.
+fn shown(device: &Device, vma: &Vma, kind: Option<Categories>, run: Option<&ResidencyRun>) -> SnapshotPage {
+    let right = if vma.write { SnapshotPage::WRITE } else { SnapshotPage::READ };
+    let huge = |page: SnapshotPage, huge: bool| if huge { page.with(SnapshotPage::PMD) } else { page };
+    match run.map(|run| run.residency) {
+        Some(Residency::Device(id) | Residency::Exclusive(id)) if id == device.id() => {
+            huge(SnapshotPage::DEVICE_LOCAL.with(right), run.is_some_and(|run| run.huge))
+        }
+        Some(Residency::Device(_) | Residency::Exclusive(_) | Residency::Moving) => SnapshotPage::NONE,
+        Some(Residency::Poisoned) => SnapshotPage::ERROR,
+        Some(Residency::Duplicated(_)) => SnapshotPage::READ,
+        Some(Residency::Absent) => SnapshotPage::NONE,
+        Some(Residency::System) | None => match kind {
+            None => SnapshotPage::NONE,
+            Some(kind) if kind.contains(Categories::PFNZERO) => SnapshotPage::ZERO.with(SnapshotPage::READ),
+            Some(kind) => {
+                let large = kind.contains(Categories::HUGE) || vma.page_size_bytes > PAGE_SIZE;
+                huge(right, large)
+            }
+        },
+    }
+}

@@ -1,0 +1,149 @@
+//! This process's own memory, by number: what the SDK's agent does to ranges that the program owns, without ever holding a
+//! reference into them.
+//!
+//! Everything here either leaves every byte as it is, or is documented as destroying content; then its caller was told by the
+//! program (or by the pager, for pages whose valid copy is elsewhere) that nobody needs it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use crate::error::HookError;
+use crate::procmap::{self, Vma};
+use crate::range::AddrRange;
+
+/// What to tell the kernel about a range of our own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeAdvice {
+    /// Drop the pages: private ones read as zero from now on. The caller answers for the content. Sends a REMOVE event on
+    /// registered ranges, and returns when that was read.
+    DontNeed,
+    /// Make every page writable and its own now (ends copy-on-write sharing). Content stays.
+    PopulateWrite,
+    /// Leave the range out of children made by fork.
+    DontFork,
+    /// Undo `DontFork`.
+    DoFork,
+}
+
+fn place(range: AddrRange) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(range.start as usize)
+}
+
+/// Gives advice about a range of this process.
+///
+/// # Errors
+/// `Call`: ENOMEM for a hole, EINVAL, EFAULT.
+pub fn advise(range: AddrRange, advice: RangeAdvice) -> Result<(), HookError> {
+    let range = AddrRange::new(range.start, range.len)?;
+    let (call, code) = match advice {
+        RangeAdvice::DontNeed => ("madvise(DONTNEED)", libc::MADV_DONTNEED),
+        RangeAdvice::PopulateWrite => ("madvise(POPULATE_WRITE)", libc::MADV_POPULATE_WRITE),
+        RangeAdvice::DontFork => ("madvise(DONTFORK)", libc::MADV_DONTFORK),
+        RangeAdvice::DoFork => ("madvise(DOFORK)", libc::MADV_DOFORK),
+    };
+    // SAFETY: only DONTNEED changes bytes, and its caller answers for them (see the module head). No mapping appears or goes.
+    if unsafe { libc::madvise(place(range), range.len as usize, code) } == 0 {
+        return Ok(());
+    }
+    Err(HookError::on(call, range, io::Error::last_os_error(), ""))
+}
+
+/// Changes what the program may do with a range of its own. Accesses that are not allowed any more raise SIGSEGV, as the program
+/// asked.
+///
+/// # Errors
+/// `Call`: ENOMEM for a hole, EACCES for a file opened otherwise.
+pub fn protect(range: AddrRange, read: bool, write: bool) -> Result<(), HookError> {
+    let range = AddrRange::new(range.start, range.len)?;
+    let prot = if read { libc::PROT_READ } else { 0 } | if write { libc::PROT_READ | libc::PROT_WRITE } else { 0 };
+    // SAFETY: no byte changes; the program asks for its own range.
+    if unsafe { libc::mprotect(place(range), range.len as usize, prot) } == 0 {
+        return Ok(());
+    }
+    Err(HookError::on("mprotect", range, io::Error::last_os_error(), ""))
+}
+
+/// The mappings that a range of this process consists of, in order, up to its first hole.
+///
+/// # Errors
+/// `Call` on kernels before 6.11.
+pub fn mappings(range: AddrRange) -> Result<Vec<Vma>, HookError> {
+    let maps = procmap::open_maps(std::process::id())?;
+    let mut found = Vec::new();
+    let mut addr = range.start;
+    while addr < range.end() {
+        let Some(vma) = procmap::query(maps.as_fd(), addr)? else { break };
+        addr = vma.end;
+        found.push(vma);
+    }
+    Ok(found)
+}
+
+/// Opens the file behind a shared mapping of this process, for what the mapping may do. Works for shared anonymous memory too when
+/// the account may follow /proc/self/map_files (CAP_CHECKPOINT_RESTORE); else the path in /proc/self/maps must still lead there.
+///
+/// # Errors
+/// `Call`: EPERM, ENOENT; `Strange` when the path leads to another file by now.
+pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
+    let open = |path: &str| File::options().read(true).write(vma.write).open(path);
+    let link = format!("/proc/self/map_files/{:x}-{:x}", vma.start, vma.end);
+    if let Ok(file) = open(&link) {
+        return Ok(file.into());
+    }
+    let hint = "Run with CAP_CHECKPOINT_RESTORE, or allocate the memory from uhmm";
+    let failed = |error: io::Error| HookError::hinted("open(file of a mapping)", error, hint);
+    let maps = std::fs::read_to_string("/proc/self/maps").map_err(failed)?;
+    let start = format!("{:x}-", vma.start);
+    let line = maps.lines().find(|line| line.trim_start_matches('0').starts_with(&start));
+    let path = line.and_then(|line| line.find('/').map(|at| line[at..].to_owned()));
+    let path = path.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let file = open(&path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.ino() != vma.inode {
+        return Err(HookError::Strange { call: "open(file of a mapping)", detail: format!("{path} is another file now") });
+    }
+    Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memfd;
+    use crate::window::{Prot, Window};
+
+    #[test]
+    fn mappings_end_at_a_hole_and_tell_protection() {
+        let window = Window::anonymous(4 * 4096).unwrap();
+        let middle = window.range().sub_pages(1, 1).unwrap();
+        protect(middle, true, false).unwrap();
+        let found = mappings(window.range()).unwrap();
+        assert!(found.iter().any(|vma| vma.range() == middle && !vma.write && vma.read));
+        protect(middle, false, false).unwrap();
+        assert!(mappings(middle).unwrap().iter().all(|vma| !vma.read));
+        protect(window.range(), true, true).unwrap();
+        assert!(mappings(AddrRange { start: 4096, len: 4096 }).unwrap().is_empty());
+    }
+
+    #[test]
+    fn dropped_pages_read_as_zero_and_populating_keeps_bytes() {
+        let window = Window::anonymous(2 * 4096).unwrap();
+        window.fill(0, 8192, 7).unwrap();
+        advise(window.range(), RangeAdvice::PopulateWrite).unwrap();
+        assert_eq!(window.load_u8(5000).unwrap(), 7);
+        advise(window.range().sub_pages(1, 1).unwrap(), RangeAdvice::DontNeed).unwrap();
+        assert_eq!((window.load_u8(0).unwrap(), window.load_u8(5000).unwrap()), (7, 0));
+    }
+
+    #[test]
+    fn the_file_behind_a_mapping_is_found() {
+        let path = std::env::temp_dir().join(format!("uhmm-own-memory-{}", std::process::id()));
+        std::fs::write(&path, [9u8; 4096]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let window = Window::map(file.as_fd(), 0, 4096, Prot::ReadWrite).unwrap();
+        let vma = mappings(window.range()).unwrap()[0];
+        let opened = open_mapped_file(&vma).unwrap();
+        assert_eq!(memfd::inode(opened.as_fd()).unwrap(), memfd::inode(file.as_fd()).unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -1,0 +1,152 @@
+//! The system under test: one of our own with two devices of the driver, or the one in `--run-dir`.
+//!
+//! Devices are small, so that pressure and eviction are reached quickly; test hooks are on.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use uhmm_sdk::{Operator, ServiceStatus};
+
+use crate::error::ConformanceError;
+
+/// Memory of each device: sixteen huge pages.
+const DEVICE_MEMORY: &str = "32MiB";
+/// Devices of a system of our own.
+const DEVICE_COUNT: usize = 2;
+/// Longest wait for services that have been killed.
+const READY_PATIENCE: Duration = Duration::from_secs(30);
+/// Between two questions about a state that has no event.
+const POLL: Duration = Duration::from_millis(5);
+
+/// A running system.
+pub(crate) struct System {
+    run_dir: PathBuf,
+    own: Option<Child>,
+    /// Kept after a failure.
+    keep_log: bool,
+}
+
+fn manifest(driver: &str) -> String {
+    // Drills kill often: short waits, never held.
+    let restart = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 100000 }";
+    let mut text = format!(
+        "fault_injection = true\n\n[supervisor]\nheartbeat_ms = 1000\nmissed_limit = 20\n\n\
+         [[service]]\nname = \"pager\"\nkind = \"pager\"\n{restart}\n\n[[service]]\nname = \"mirror\"\nkind = \"mirror\"\n{restart}\n"
+    );
+    for index in 0..DEVICE_COUNT {
+        text += &format!(
+            "\n[[service]]\nname = \"{driver}{index}\"\nkind = \"driver\"\ndriver = \"{driver}\"\n{restart}\n\n\
+             [[device]]\nname = \"{driver}{index}\"\nservice = \"{driver}{index}\"\nmemory_bytes = \"{DEVICE_MEMORY}\"\n"
+        );
+    }
+    text
+}
+
+impl System {
+    /// Starts a system of our own.
+    pub(crate) fn start(exe: &Path, driver: &str) -> Result<Self, ConformanceError> {
+        let run_dir = std::env::temp_dir().join(format!("uhmm-conformance-{}", std::process::id()));
+        // Not recursive and private: a folder that somebody else has put there must not be used.
+        std::fs::DirBuilder::new().mode(0o700).create(&run_dir).map_err(ConformanceError::path(&run_dir))?;
+        let manifest_path = run_dir.join("manifest.toml");
+        let log_path = run_dir.join("services.log");
+        std::fs::write(&manifest_path, manifest(driver)).map_err(ConformanceError::path(&manifest_path))?;
+        let log = File::create(&log_path).map_err(ConformanceError::path(&log_path))?;
+        let mut command = Command::new(exe);
+        command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest_path);
+        // A process group of its own: Ctrl-C ends the runner, and the runner's end ends the system in order.
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+        let mut child = command.spawn().map_err(ConformanceError::process("Starting the supervisor"))?;
+        let stdout = child.stdout.take();
+        let system = Self { run_dir, own: Some(child), keep_log: false };
+        let mut line = String::new();
+        if let Some(stdout) = stdout {
+            BufReader::new(stdout)
+                .read_line(&mut line)
+                .map_err(ConformanceError::process("Reading the supervisor's answer"))?;
+        }
+        if line.trim() != "ready" {
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            return Err(ConformanceError::NotReady { log: log.trim().to_owned() });
+        }
+        Ok(system)
+    }
+
+    /// Uses a system that runs already.
+    pub(crate) fn existing(run_dir: PathBuf) -> Self {
+        Self { run_dir, own: None, keep_log: false }
+    }
+
+    pub(crate) fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// The supervisor's process, where it is ours.
+    pub(crate) fn supervisor_pid(&self) -> Option<u32> {
+        self.own.as_ref().map(Child::id)
+    }
+
+    /// Copies the services' log out of the run directory, which goes away. Returns where it is.
+    pub(crate) fn save_log(&mut self) -> Option<PathBuf> {
+        self.own.as_ref()?;
+        let to = std::env::temp_dir().join(format!("uhmm-conformance-{}.log", std::process::id()));
+        std::fs::copy(self.run_dir.join("services.log"), &to).ok()?;
+        self.keep_log = true;
+        Some(to)
+    }
+
+    pub(crate) fn operator(&self) -> Result<Operator, ConformanceError> {
+        Ok(Operator::connect(Some(&self.run_dir))?)
+    }
+}
+
+/// Waits until every service of the plan is ready.
+pub(crate) fn wait_ready(operator: &mut Operator) -> Result<Vec<ServiceStatus>, ConformanceError> {
+    let end = Instant::now() + READY_PATIENCE;
+    loop {
+        let services = operator.status()?;
+        if services.iter().all(|service| service.state == "ready") {
+            return Ok(services);
+        }
+        if Instant::now() > end {
+            let state = services.iter().map(|service| format!("{} {}", service.name, service.state));
+            let state = state.collect::<Vec<_>>().join(", ");
+            return Err(ConformanceError::NeverReady { seconds: READY_PATIENCE.as_secs(), state });
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        let Some(mut supervisor) = self.own.take() else { return };
+        let ended = matches!(supervisor.try_wait(), Ok(Some(_)));
+        if !ended && Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err() {
+            // It does not answer: end it hard.
+            let killed = supervisor.kill();
+            tracing::warn!(?killed, "The supervisor did not answer and was killed");
+        }
+        let removed = supervisor.wait().and_then(|_| std::fs::remove_dir_all(&self.run_dir));
+        if let Err(error) = removed {
+            eprintln!("{} could not be removed: {error}", self.run_dir.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_manifest_has_two_devices_of_the_driver_and_test_hooks() {
+        let text = manifest("nvme");
+        assert!(text.starts_with("fault_injection = true"));
+        assert_eq!(text.matches("driver = \"nvme\"").count(), 2);
+        assert!(text.contains("name = \"nvme0\"") && text.contains("name = \"nvme1\""));
+    }
+}
