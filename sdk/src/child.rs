@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use uhmm_ipc::message::pager::AgentMemory;
-use uhmm_kernel_hook::{PAGE_SIZE, Window, memfd, procmap};
+use uhmm_kernel_hook::{Advice, PAGE_SIZE, Window, memfd, procmap};
 
 use crate::Error;
 
@@ -29,17 +29,15 @@ impl Sentinel {
         self.page.addr()
     }
 
-    /// Space and token of this process. Only in a child: reading it here would make it useless for all children to come.
+    /// Space and token of this process. The page is empty again afterwards, so that children of this process find theirs.
     pub(crate) fn identity(&self) -> Result<(u64, Vec<u8>), Error> {
         let failed = Error::kernel("Reading the sentinel page");
-        let mut token = vec![0; TOKEN_BYTES];
-        let space = self.page.load_u64(0).and_then(|space| self.page.read(8, &mut token).map(|()| space));
-        space.map(|space| (space, token)).map_err(failed)
-    }
-
-    /// The same page in a child, which has been read: the child's own children cannot be told who they are.
-    pub(crate) fn inherited(&self) -> Self {
-        self.clone()
+        let mut bytes = [0; 8 + TOKEN_BYTES];
+        let read = self.page.read(0, &mut bytes).and_then(|()| self.page.advise(0, PAGE_SIZE, Advice::DontNeed));
+        read.map_err(failed)?;
+        let (space, token) = bytes.split_at(8);
+        let space = space.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        Ok((space, token.to_vec()))
     }
 }
 

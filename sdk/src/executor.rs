@@ -16,21 +16,26 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
-    AddrRange, Advice, FillStop, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window, WpOutcome,
-    process,
+    AddrRange, Advice, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window, process,
 };
 
 const HUGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE;
 /// How often an operation that met an unread event tries again before it reports the pages as busy.
 const AGAIN_TRIES: u32 = 2000;
+/// How long pages on their way back wait for the event to be read. As long as a pager may take to be started again.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Huge pages kept for arrivals.
 const KEPT_HUGE_MAX: usize = 4;
+/// What UFFDIO_MOVE says when only one of the two places is locked (and for other differences, which locking does not mend), and
+/// UFFDIO_CONTINUE of any private memory that is registered.
+const EINVAL: i32 = 22;
 /// Copies between our own memory and the staging area.
 const COPY_BYTES: usize = 64 << 10;
 
@@ -48,6 +53,27 @@ impl Order {
     fn range(&self, from: u64, count: u64) -> AddrRange {
         AddrRange { start: self.addr + from * PAGE_SIZE, len: count * PAGE_SIZE }
     }
+
+    /// Where a page of this order goes in a block. A huge page stays huge when both places have the same offset in 2 MiB.
+    fn page_in_block(&self, page: u64) -> u64 {
+        let into = self.addr / PAGE_SIZE % HUGE_PAGES;
+        if into + self.page_count <= HUGE_PAGES { into + page } else { page }
+    }
+
+    fn whole(&self) -> AddrRange {
+        self.range(0, self.page_count)
+    }
+}
+
+/// What is mapped where an order applies.
+#[derive(Debug, Default)]
+struct Mapped {
+    /// Pages from the first one on that are managed private memory.
+    page_count: u64,
+    /// The page after the last one of each mapping: nothing is moved across.
+    ends: Vec<u64>,
+    /// All of it may be written.
+    writable: bool,
 }
 
 /// A page in scratch.
@@ -67,6 +93,8 @@ struct Block {
     used: u64,
     /// All of it is one huge page.
     huge: bool,
+    /// Locked like the memory that it holds: UFFDIO_MOVE wants both alike.
+    locked: bool,
 }
 
 impl Block {
@@ -127,10 +155,9 @@ impl Executor {
     }
 
     /// What the pages of a range are: `None` for a hole.
-    fn look(&self, order: &Order) -> Result<Vec<Option<Categories>>, HookError> {
+    fn look(&self, range: AddrRange) -> Result<Vec<Option<Categories>>, HookError> {
         let any = Categories::PRESENT | Categories::SWAPPED | Categories::PFNZERO | Categories::HUGE;
-        let range = order.range(0, order.page_count);
-        let mut pages = vec![None; order.page_count as usize];
+        let mut pages = vec![None; (range.len / PAGE_SIZE) as usize];
         for run in pagemap::scan(self.pagemap.as_fd(), range, any)? {
             let from = run.start.max(range.start).saturating_sub(range.start) / PAGE_SIZE;
             let to = (run.end.min(range.end()) - range.start) / PAGE_SIZE;
@@ -141,54 +168,43 @@ impl Executor {
         Ok(pages)
     }
 
-    /// How much of the range is one piece of registered private memory, and whether it may be written.
-    fn mapped(&self, order: &Order) -> Result<(u64, bool), HookError> {
-        let range = order.range(0, order.page_count);
+    /// What is there, up to the first page that is not managed private memory.
+    fn mapped(&self, order: &Order) -> Result<Mapped, HookError> {
+        let range = order.whole();
         let mut next = range.start;
-        let mut writable = true;
+        let mut mapped = Mapped { writable: true, ..Mapped::default() };
         for vma in own_memory::mappings(range)? {
-            if vma.start > next || vma.shared || vma.inode != 0 {
+            let end = vma.end.min(range.end());
+            let usable = vma.start <= next && !vma.shared && vma.inode == 0;
+            if !usable || !self.is_managed(AddrRange { start: next, len: end - next })? {
                 break;
             }
-            writable &= vma.write;
-            next = vma.end.min(range.end());
+            mapped.writable &= vma.write;
+            mapped.page_count = (end - range.start) / PAGE_SIZE;
+            mapped.ends.push(mapped.page_count);
+            next = end;
         }
-        let count = (next - range.start) / PAGE_SIZE;
-        // Somebody may have put other memory in its place: only what this userfaultfd guards is ours to move.
-        let guarded = count > 0 && self.is_guarded(order.range(0, count))?;
-        Ok((if guarded { count } else { 0 }, writable))
+        Ok(mapped)
     }
 
-    fn is_guarded(&self, range: AddrRange) -> Result<bool, HookError> {
-        let first = AddrRange { start: range.start, len: PAGE_SIZE };
-        let last = AddrRange { start: range.end() - PAGE_SIZE, len: PAGE_SIZE };
-        for page in [first, last] {
-            let outcome = again(|| self.uffd.write_protect(page, false, true), |done| *done == WpOutcome::Again)?;
-            if outcome != WpOutcome::Done {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+    /// Whether a part of one private mapping is registered: somebody may have put other memory in its place. UFFDIO_CONTINUE is
+    /// not for private memory, so it changes nothing, but the kernel looks for the registration first.
+    fn is_managed(&self, part: AddrRange) -> Result<bool, HookError> {
+        let outcome = again(|| self.uffd.cont(part, false, true), |outcome| outcome.stop == Some(FillStop::Again))?;
+        Ok(outcome.stop == Some(FillStop::Other(EINVAL)))
     }
 
     fn move_out(&mut self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
-        let (count, writable) = self.mapped(order)?;
-        let known: Vec<bool> = (order.first_page..order.first_page + order.page_count)
-            .map(|page| self.taken.contains_key(&(order.region, page)))
-            .collect();
+        let Mapped { page_count: count, ends, writable } = self.mapped(order)?;
+        let pages = order.first_page..order.first_page + order.page_count;
+        let known: Vec<bool> = pages.map(|page| self.taken.contains_key(&(order.region, page))).collect();
         if !writable && count > 0 && !known.contains(&true) {
             return Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::ReadOnly }]);
         }
-        let kinds = self.look(order)?;
+        let kinds = self.look(order.whole())?;
         let missing = |page: u64| kinds[page as usize].is_some() && !known[page as usize];
-        let block = match (0..count).find(|page| missing(*page)) {
-            Some(_) => Some(self.take_block()?),
-            None => None,
-        };
-        // A huge page stays huge when both places have the same offset in 2 MiB.
-        let into = order.addr / PAGE_SIZE % HUGE_PAGES;
-        let base = if into + order.page_count <= HUGE_PAGES { into } else { 0 };
         let mut statuses = vec![AgentStatus::Gone; order.page_count as usize];
+        let mut blocks: Vec<usize> = Vec::new();
         let mut page = 0;
         while page < count {
             if let Some(taken) = self.taken.get(&(order.region, order.first_page + page)) {
@@ -196,26 +212,25 @@ impl Executor {
                 page += 1;
                 continue;
             }
-            let Some(block) = block.filter(|_| kinds[page as usize].is_some()) else {
+            let end = ends.iter().copied().find(|end| *end > page).unwrap_or(count);
+            let run = (page..end).take_while(|at| missing(*at)).count() as u64;
+            if run == 0 {
+                // A hole stays one: its touch is a fault, and waits.
                 statuses[page as usize] = AgentStatus::Zero;
                 page += 1;
                 continue;
-            };
-            let run = (page..count).take_while(|at| missing(*at)).count() as u64;
-            let (done, stop) = self.move_run(order, page, run, block, base)?;
-            for at in page..page + done {
-                let status = status_of(kinds[at as usize]);
-                self.taken.insert((order.region, order.first_page + at), Taken { block, page: base + at, status });
-                self.blocks[block].used += 1;
-                statuses[at as usize] = status;
             }
-            page += done;
+            let stop = self.move_run(order, page, run, &mut blocks)?;
+            while page < end && self.taken.contains_key(&(order.region, order.first_page + page)) {
+                statuses[page as usize] = self.taken[&(order.region, order.first_page + page)].status;
+                page += 1;
+            }
             if let Some(status) = stop {
                 statuses[page as usize] = status;
                 page += 1;
             }
         }
-        if let Some(block) = block {
+        for block in blocks {
             let whole = self.blocks[block].used == HUGE_PAGES;
             self.blocks[block].huge = whole && statuses.iter().all(|status| *status == AgentStatus::MovedHuge);
             self.free_if_empty(block)?;
@@ -224,44 +239,76 @@ impl Executor {
         Ok(runs(&statuses))
     }
 
-    /// Moves pages until one cannot be moved; then its status is told.
+    /// Moves pages of one mapping until one cannot be moved; then its status is told. `blocks`: those that this order fills, the
+    /// last one is filled now.
     fn move_run(
-        &self,
+        &mut self,
         order: &Order,
         first: u64,
         count: u64,
-        block: usize,
-        base: u64,
-    ) -> Result<(u64, Option<AgentStatus>), HookError> {
+        blocks: &mut Vec<usize>,
+    ) -> Result<Option<AgentStatus>, HookError> {
         let mut done = 0;
-        let mut separated = false;
+        let (mut separated, mut matched) = (false, false);
         while done < count {
+            let block = match blocks.last() {
+                Some(block) => *block,
+                None => self.begin_block(blocks)?,
+            };
             let source = order.range(first + done, count - done);
-            let to = self.blocks[block].addr_of(base + first + done);
+            let into = order.page_in_block(first + done);
+            let to = self.blocks[block].addr_of(into);
             let outcome = again(
                 || self.uffd.move_pages(to, source.start, source.len, true),
                 |outcome| outcome.done_bytes == 0 && outcome.stop == Some(FillStop::Again),
             )?;
-            done += outcome.done_bytes / PAGE_SIZE;
-            separated &= outcome.done_bytes == 0;
+            let moved = outcome.done_bytes / PAGE_SIZE;
+            self.note_taken(order, first + done, moved, block)?;
+            done += moved;
+            separated &= moved == 0;
             match outcome.stop {
-                None => return Ok((done.min(count), None)),
+                None => return Ok(None),
                 // One of several owners after a fork: with a copy of its own it can be moved. A pinned page stays busy.
                 Some(FillStop::Busy) if !separated => {
                     separated = true;
                     if own_memory::advise(order.range(first + done, 1), RangeAdvice::PopulateWrite).is_err() {
-                        return Ok((done, Some(AgentStatus::Busy)));
+                        return Ok(Some(AgentStatus::Busy));
                     }
                 }
-                Some(FillStop::Again) if outcome.done_bytes > 0 => {}
-                Some(FillStop::Busy | FillStop::Again | FillStop::Exists) => return Ok((done, Some(AgentStatus::Busy))),
-                Some(FillStop::Gone | FillStop::NoPage | FillStop::NoProcess) => {
-                    return Ok((done, Some(AgentStatus::Gone)));
+                Some(FillStop::Again) if moved > 0 => {}
+                Some(FillStop::Busy | FillStop::Again | FillStop::Exists) => return Ok(Some(AgentStatus::Busy)),
+                Some(FillStop::Gone | FillStop::NoPage | FillStop::NoProcess) => return Ok(Some(AgentStatus::Gone)),
+                Some(FillStop::Other(EINVAL)) if !matched => {
+                    matched = true;
+                    let locked = self.blocks[block].locked;
+                    let block = if self.blocks[block].used == 0 { block } else { self.begin_block(blocks)? };
+                    self.lock(block, !locked)?;
                 }
-                Some(FillStop::NoMemory | FillStop::Other(_)) => return Ok((done, Some(AgentStatus::Failed))),
+                Some(FillStop::NoMemory | FillStop::Other(_)) => return Ok(Some(AgentStatus::Failed)),
             }
         }
-        Ok((done, None))
+        Ok(None)
+    }
+
+    fn begin_block(&mut self, blocks: &mut Vec<usize>) -> Result<usize, HookError> {
+        let block = self.take_block()?;
+        blocks.push(block);
+        Ok(block)
+    }
+
+    /// Notes what has arrived in scratch, from what is there now: until it was moved, a page could still be written.
+    fn note_taken(&mut self, order: &Order, first: u64, count: u64, block: usize) -> Result<(), HookError> {
+        if count == 0 {
+            return Ok(());
+        }
+        let into = order.page_in_block(first);
+        let range = AddrRange { start: self.blocks[block].addr_of(into), len: count * PAGE_SIZE };
+        for (at, kind) in (0..).zip(self.look(range)?) {
+            let taken = Taken { block, page: into + at, status: status_of(kind) };
+            self.taken.insert((order.region, order.first_page + first + at), taken);
+            self.blocks[block].used += 1;
+        }
+        Ok(())
     }
 
     /// Copies what was taken out to the staging slot.
@@ -290,8 +337,8 @@ impl Executor {
 
     /// Pages that stay where they are; nobody can write them now.
     fn copy_out(&self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
-        let (count, _) = self.mapped(order)?;
-        let kinds = self.look(order)?;
+        let count = self.mapped(order)?.page_count;
+        let kinds = self.look(order.whole())?;
         let mut statuses = vec![AgentStatus::Gone; order.page_count as usize];
         let mut buffer = vec![0; COPY_BYTES];
         for page in 0..count {
@@ -333,8 +380,8 @@ impl Executor {
             self.free_if_empty(block)?;
         }
         if in_place && order.addr != 0 {
-            let (count, _) = self.mapped(order)?;
-            let present = self.look(order)?;
+            let count = self.mapped(order)?.page_count;
+            let present = self.look(order.whole())?;
             if present[..count as usize].iter().any(Option::is_some) {
                 own_memory::advise(order.range(0, count), RangeAdvice::DontNeed)?;
             }
@@ -343,28 +390,61 @@ impl Executor {
     }
 
     fn move_back(&mut self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
-        for page in 0..order.page_count {
-            let Some(taken) = self.taken.get(&(order.region, order.first_page + page)).copied() else { continue };
-            let to = order.range(page, 1).start;
-            let from = self.blocks[taken.block].addr_of(taken.page);
-            let outcome = again(
-                || self.uffd.move_pages(to, from, PAGE_SIZE, true),
-                |outcome| outcome.done_bytes == 0 && matches!(outcome.stop, Some(FillStop::Again | FillStop::NoMemory)),
-            )?;
-            match outcome.stop {
-                // Not now: the pager asks again, and the page is safe where it is.
-                Some(FillStop::Again | FillStop::NoMemory | FillStop::Other(_)) => {
-                    return Err(HookError::Strange { call: "UFFDIO_MOVE", detail: format!("{outcome:?} on the way back") });
-                }
-                // There already, or there is no such place any more.
-                _ => {
-                    self.taken.remove(&(order.region, order.first_page + page));
-                    self.blocks[taken.block].used -= 1;
-                    self.free_if_empty(taken.block)?;
-                }
+        let mut page = 0;
+        while page < order.page_count {
+            let place = |at: u64| self.taken.get(&(order.region, order.first_page + at));
+            let Some(first) = place(page).copied() else {
+                page += 1;
+                continue;
+            };
+            let follows =
+                |at: &u64| place(*at).is_some_and(|t| t.block == first.block && t.page == first.page + (at - page));
+            let count = (page..order.page_count).take_while(follows).count() as u64;
+            let done = self.put_back(order.range(page, count), first)?;
+            for at in page..page + done {
+                self.taken.remove(&(order.region, order.first_page + at));
             }
+            let block = &mut self.blocks[first.block];
+            block.used -= done;
+            // Part of it is missing now.
+            block.huge = false;
+            self.free_if_empty(first.block)?;
+            page += done;
         }
         Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+    }
+
+    /// Puts some of the pages at `first` in scratch back, at least one; returns how many of them scratch need not keep.
+    fn put_back(&self, to: AddrRange, first: Taken) -> Result<u64, HookError> {
+        let block = &self.blocks[first.block];
+        let not_now = |outcome: &FillOutcome| {
+            outcome.done_bytes == 0 && matches!(outcome.stop, Some(FillStop::Again | FillStop::NoMemory))
+        };
+        let move_pages = |len: u64| {
+            let from = block.addr_of(first.page);
+            patiently(|| self.uffd.move_pages(to.start, from, len, true), not_now)
+        };
+        let outcome = move_pages(to.len)?;
+        if outcome.done_bytes > 0 {
+            return Ok(outcome.done_bytes / PAGE_SIZE);
+        }
+        // The place may be several mappings by now, and some of them gone: a page is in one.
+        let mut outcome = move_pages(PAGE_SIZE)?;
+        if let Some(FillStop::Other(_) | FillStop::Busy) = outcome.stop {
+            // Its protection has changed meanwhile: a copy goes anywhere.
+            let offset = block.head + first.page * PAGE_SIZE;
+            let copy = || self.uffd.copy(to.start, &block.memory, offset, PAGE_SIZE, CopyMode::default());
+            outcome = patiently(copy, not_now)?;
+        }
+        match outcome.stop {
+            None => Ok(1),
+            // There already, or there is no such place any more.
+            Some(FillStop::Exists | FillStop::Gone | FillStop::NoProcess | FillStop::NoPage) => Ok(1),
+            // Not now: the page is safe where it is, and the pager may ask again.
+            Some(_) => {
+                Err(HookError::Strange { call: "UFFDIO_MOVE", detail: format!("{outcome:?} on the way back to {to}") })
+            }
+        }
     }
 
     fn fill_huge(&mut self, order: &Order, slot_offset: u64) -> Result<Vec<AgentRun>, HookError> {
@@ -393,8 +473,8 @@ impl Executor {
     }
 
     fn probe(&self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
-        let (count, _) = self.mapped(order)?;
-        let kinds = self.look(order)?;
+        let count = self.mapped(order)?.page_count;
+        let kinds = self.look(order.whole())?;
         let status = |page: usize| match kinds[page] {
             _ if page as u64 >= count => AgentStatus::Gone,
             None => AgentStatus::Zero,
@@ -411,7 +491,7 @@ impl Executor {
                 let memory = Window::anonymous(2 * HUGE_BYTES)?;
                 memory.advise(0, memory.len(), Advice::DontFork)?;
                 let head = memory.addr().next_multiple_of(HUGE_BYTES) - memory.addr();
-                self.blocks.push(Block { memory, head, used: 0, huge: false });
+                self.blocks.push(Block { memory, head, used: 0, huge: false, locked: false });
                 self.blocks.len() - 1
             }
         };
@@ -441,15 +521,24 @@ impl Executor {
         if self.blocks[block].used > 0 {
             return Ok(());
         }
-        if std::mem::take(&mut self.blocks[block].huge) && self.kept_huge.len() < KEPT_HUGE_MAX {
+        if std::mem::take(&mut self.blocks[block].huge) && !self.blocks[block].locked && self.kept_huge.len() < KEPT_HUGE_MAX {
             self.kept_huge.push(block);
             return Ok(());
         }
         self.empty(block)
     }
 
+    fn lock(&mut self, block: usize, on: bool) -> Result<(), HookError> {
+        own_memory::lock(self.blocks[block].range(), on)?;
+        self.blocks[block].locked = on;
+        Ok(())
+    }
+
     /// Gives a block's memory back to the kernel, without an event.
     fn empty(&mut self, block: usize) -> Result<(), HookError> {
+        if self.blocks[block].locked {
+            self.lock(block, false)?;
+        }
         let Block { memory, head, .. } = &self.blocks[block];
         self.uffd.unregister(self.blocks[block].range())?;
         memory.advise(*head, HUGE_BYTES, Advice::DontNeed)?;
@@ -474,11 +563,27 @@ fn again<T>(
     Ok(outcome)
 }
 
+/// As [`again`] for what must not be given up: until the pager, or the next one, has read its events.
+fn patiently<T>(
+    mut call: impl FnMut() -> Result<T, HookError>,
+    is_again: impl Fn(&T) -> bool,
+) -> Result<T, HookError> {
+    let end = Instant::now() + PATIENCE;
+    let mut outcome = again(&mut call, &is_again)?;
+    while is_again(&outcome) && Instant::now() < end {
+        // Nothing tells when somebody else has read an event.
+        std::thread::park_timeout(Duration::from_millis(1));
+        outcome = call()?;
+    }
+    Ok(outcome)
+}
+
 fn status_of(kind: Option<Categories>) -> AgentStatus {
     match kind {
+        None => AgentStatus::Zero,
         Some(kind) if kind.contains(Categories::PFNZERO) => AgentStatus::Zero,
         Some(kind) if kind.contains(Categories::HUGE) => AgentStatus::MovedHuge,
-        _ => AgentStatus::Moved,
+        Some(_) => AgentStatus::Moved,
     }
 }
 

@@ -35,6 +35,9 @@ impl Region {
             memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
         let mapping =
             ManagedMapping::map(memory.as_fd(), len_bytes, None).map_err(Error::kernel("Mapping a region's memory"))?;
+        if session.forks() {
+            mapping.allow_fork().map_err(Error::kernel("Letting children have a region"))?;
+        }
         let memory: Fd = Arc::new(memory);
         let create = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes, memory: memory.clone() };
         let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, |reply| match reply {

@@ -103,12 +103,12 @@ impl Session {
         let who = Identification::Child { space, token };
         let run_dir = self.inner.run_dir.clone();
         let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: None };
-        Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.inherited())
+        Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.clone())
     }
 
     /// Whether forked children are managed too. Without it managed memory is left out of children.
     pub fn fork_supported(&self) -> bool {
-        Features::from_bits_truncate(self.inner.space.features).contains(Features::EVENT_FORK)
+        self.inner.forks()
     }
 
     /// Test hook: the agent thread stands still for this long. What is under way waits; CPU faults do not need it.
@@ -263,6 +263,11 @@ impl Session {
 }
 
 impl Inner {
+    /// Forked children are managed too.
+    pub(crate) fn forks(&self) -> bool {
+        Features::from_bits_truncate(self.space.features).contains(Features::EVENT_FORK)
+    }
+
     /// A call to the pager that is answered with `Done`.
     pub(crate) fn done(&self, question: &'static str, call: pager::Call, deadline: Option<Duration>) -> Pending<()> {
         self.agent.call(Peer::Pager, Call::Pager(call), deadline, move |reply| match reply {

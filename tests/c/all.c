@@ -194,7 +194,7 @@ void threads(const struct bench *bench)
 }
 
 /* The child's part of `forks`: its own session, its own bytes. */
-static void child(const struct bench *parents, uint64_t *memory, uint64_t len_bytes, uint64_t *buffer)
+static void child(const struct bench *parents, uint64_t *memory, uint64_t *shared, uint64_t len_bytes, uint64_t *buffer)
 {
     struct bench own = {.run_dir = parents->run_dir};
     uint64_t space = 0, parents_space = 0;
@@ -216,6 +216,12 @@ static void child(const struct bench *parents, uint64_t *memory, uint64_t len_by
     memset(buffer, 0, len_bytes);
     OK(uhmm_device_read(own.device, memory, buffer, len_bytes, NULL));
     EXPECT(buffer, len_bytes, 71);
+    /* Shared memory has one content for both; only the parent's session can free it. */
+    EXPECT(shared, len_bytes, 72);
+    fill(buffer, len_bytes, 73);
+    OK(uhmm_device_write(own.device, shared, buffer, len_bytes, NULL));
+    EXPECT(shared, len_bytes, 73);
+    FAILS(uhmm_free(own.session, shared), ENOENT);
     OK(uhmm_device_close(own.device));
     OK(uhmm_disconnect(own.session));
     /* The parent's handles are left alone. */
@@ -227,18 +233,19 @@ static void child(const struct bench *parents, uint64_t *memory, uint64_t len_by
 void forks(const struct bench *bench)
 {
     const uint64_t len = 16 * PAGE;
-    uint64_t *memory = anonymous(len), *buffer = malloc(len);
+    uint64_t *memory = anonymous(len), *buffer = malloc(len), *shared = NULL;
+    uhmm_session *none = NULL;
     uhmm_migrate_report moved;
     int status = -1, supported = uhmm_fork_supported(bench->session);
 
     TRUE_THAT(buffer != NULL);
-    if (supported == 0) {
-        puts("the kernel grants no fork events: the child's part is left out");
-    }
     fill(memory, len, 70);
     OK(uhmm_adopt(bench->session, memory, len));
+    OK(uhmm_allocate(bench->session, len, (void **)&shared));
     for (int migrated = 0; migrated < 2; migrated++) {
+        fill(shared, len, 72);
         if (migrated) {
+            OK(uhmm_migrate(bench->session, shared, len, bench->device, NULL, NULL, 0));
             OK(uhmm_migrate(bench->session, memory, len, bench->device, &moved, NULL, 0));
             SAME(moved.pages[UHMM_PAGE_MOVED] + moved.pages[UHMM_PAGE_ALREADY_THERE], len / PAGE);
         }
@@ -246,14 +253,19 @@ void forks(const struct bench *bench)
         pid_t pid = fork();
         TRUE_THAT(pid >= 0);
         if (pid == 0) {
+            /* Without fork events the child has none of the managed memory, and is told so. */
             if (supported == 1)
-                child(bench, memory, len, buffer);
+                child(bench, memory, shared, len, buffer);
+            else
+                FAILS(uhmm_in_child(bench->session, &none), ENOENT);
             _exit(0);
         }
         SAME(waitpid(pid, &status, 0), pid);
         SAME(status, 0);
         EXPECT(memory, len, 70);
+        EXPECT(shared, len, supported == 1 ? 73 : 72);
     }
+    OK(uhmm_free(bench->session, shared));
     OK(uhmm_release(bench->session, memory, len));
     EXPECT(memory, len, 70);
     OK(munmap(memory, len));

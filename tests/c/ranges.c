@@ -76,6 +76,7 @@ void private_memory(const struct bench *bench)
     fill(memory, len, 3);
     FAILS(uhmm_adopt(bench->session, memory, 100), EINVAL);
     FAILS(uhmm_adopt(bench->session, NULL, PAGE), EINVAL);
+    FAILS(uhmm_migrate(bench->session, memory, len, bench->device, &report, NULL, 0), EINVAL);
     OK(uhmm_adopt(bench->session, memory, len));
     EXPECT(memory, len, 3);
     OK(uhmm_migrate(bench->session, memory, len, bench->device, &report, NULL, 0));
@@ -96,7 +97,7 @@ void private_memory(const struct bench *bench)
     EXPECT(memory, len, 4);
     OK(uhmm_migrate(bench->session, memory + len / 2, len / 2, bench->device, &report, NULL, 0));
     SAME(report.moved_pages, pages / 2);
-    TRUE_THAT(uhmm_migrate(bench->session, memory, len / 2, bench->device, &report, NULL, 0) < 0);
+    FAILS(uhmm_migrate(bench->session, memory, len / 2, bench->device, &report, NULL, 0), EINVAL);
     OK(uhmm_discard(bench->session, memory + len / 2, MIB));
     EXPECT(memory, len / 2, 4);
     EXPECT_BYTE(memory + len / 2, MIB, 0);
@@ -105,6 +106,7 @@ void private_memory(const struct bench *bench)
     OK(uhmm_release(bench->session, memory + len / 2, len / 2));
     FAILS(uhmm_release(bench->session, memory, 0), EINVAL);
     OK(munmap(memory, len));
+    FAILS(uhmm_adopt(bench->session, memory, len), EFAULT);
 
     /* A shared file mapping: used by the device in place, and the file gets the bytes. */
     char path[] = "/tmp/uhmm-c-XXXXXX";

@@ -152,8 +152,8 @@ impl<D: Driver> DriverLoop<D> {
                 Ok(false) => return Turn::Missing,
                 Err(error) => return Turn::Failed(broken(addr, &error.to_string())),
             }
-            if let Err(text) = result {
-                return Turn::Failed(broken(addr, &text));
+            if let Err(failure) = result {
+                return Turn::Failed(failure.at(addr));
             }
             access.done_pages += 1;
         }
@@ -223,11 +223,44 @@ fn check(wanted: &Wanted) -> Result<Option<Window>, WireError> {
     Window::map(buffer.as_fd(), 0, *len_bytes, Prot::ReadWrite).map(Some).map_err(refused)
 }
 
+/// Why a page could not be accessed.
+#[derive(Debug)]
+struct TransferError {
+    code: ErrorCode,
+    text: String,
+}
+
+impl TransferError {
+    fn at(self, addr: u64) -> WireError {
+        WireError::new(self.code, format!("Device access of address {addr:#x} failed: {}", self.text))
+    }
+}
+
+impl From<HookError> for TransferError {
+    fn from(error: HookError) -> Self {
+        Self { code: ErrorCode::Io, text: error.to_string() }
+    }
+}
+
+impl From<&str> for TransferError {
+    fn from(text: &str) -> Self {
+        Self { code: ErrorCode::Io, text: text.into() }
+    }
+}
+
+impl From<std::io::Error> for TransferError {
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => Self { code: ErrorCode::Fault, text: "it lies behind the end of its file".into() },
+            _ => Self { code: ErrorCode::Io, text: error.to_string() },
+        }
+    }
+}
+
 /// One page.
-fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_>) -> Result<(), String> {
+fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_>) -> Result<(), TransferError> {
     let (Some(buffer), op) = (&access.buffer, access.wanted.op) else { return Ok(()) };
     let at = access.done_pages * PAGE_BYTES;
-    let text = |error: HookError| error.to_string();
     let (bytes, offset) = match place {
         Place::Frame(frame) => (memory.ok_or("the device has no aperture")?, u64::from(frame) * PAGE_BYTES),
         Place::System(SystemPages::Mapped(window), page) => (window, page * PAGE_BYTES),
@@ -235,29 +268,33 @@ fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_>) -> Resul
         Place::System(SystemPages::File(file), page) => {
             let mut page_bytes = vec![0; PAGE_BYTES as usize];
             let offset = page * PAGE_BYTES;
-            return match op {
-                AccessOp::Read => file
-                    .read(offset, &mut page_bytes)
-                    .map_err(|error| error.to_string())
-                    .and_then(|()| buffer.write(at, &page_bytes).map_err(text)),
-                AccessOp::Write => buffer
-                    .read(at, &mut page_bytes)
-                    .map_err(text)
-                    .and_then(|()| file.write(offset, &page_bytes).map_err(|error| error.to_string())),
-                AccessOp::FetchAdd(_) => Err("a file's pages cannot be changed atomically from here".into()),
-                AccessOp::MakeExclusive => Ok(()),
-            };
+            match op {
+                AccessOp::Read => {
+                    file.read(offset, &mut page_bytes)?;
+                    buffer.write(at, &page_bytes)?;
+                }
+                AccessOp::Write => {
+                    buffer.read(at, &mut page_bytes)?;
+                    file.write(offset, &page_bytes)?;
+                }
+                AccessOp::FetchAdd(_) => return Err("a file's pages cannot be changed atomically from here".into()),
+                AccessOp::MakeExclusive => {}
+            }
+            return Ok(());
         }
     };
     match op {
-        AccessOp::Read => bytes.copy_to(offset, buffer, at, PAGE_BYTES).map_err(text),
-        AccessOp::Write => buffer.copy_to(at, bytes, offset, PAGE_BYTES).map_err(text),
-        AccessOp::FetchAdd(value) => (0..PAGE_BYTES).step_by(8).try_for_each(|word| {
-            let before = bytes.atomic_u64(offset + word).map_err(text)?.fetch_add(value, Ordering::SeqCst);
-            buffer.store_u64(at + word, before).map_err(text)
-        }),
-        AccessOp::MakeExclusive => Ok(()),
+        AccessOp::Read => bytes.copy_to(offset, buffer, at, PAGE_BYTES)?,
+        AccessOp::Write => buffer.copy_to(at, bytes, offset, PAGE_BYTES)?,
+        AccessOp::FetchAdd(value) => {
+            for word in (0..PAGE_BYTES).step_by(8) {
+                let before = bytes.atomic_u64(offset + word)?.fetch_add(value, Ordering::SeqCst);
+                buffer.store_u64(at + word, before)?;
+            }
+        }
+        AccessOp::MakeExclusive => {}
     }
+    Ok(())
 }
 
 fn broken(addr: u64, why: &str) -> WireError {

@@ -4,6 +4,8 @@
 
 use uhmm_ipc::message::Fd;
 
+use crate::device::PAGE_BYTES;
+
 /// A file and where the region begins in it.
 #[derive(Clone, Debug)]
 pub struct FilePages {
@@ -17,17 +19,24 @@ impl FilePages {
         Self { file, offset_bytes }
     }
 
-    /// Reads bytes at an offset of the region. What lies behind the end of the file reads as zero, as in a mapping's last page.
+    /// Reads bytes at an offset of the region. The rest of the file's last page reads as zero, as in a mapping.
     ///
     /// # Errors
-    /// Those of pread.
+    /// Those of pread; `UnexpectedEof` for a page behind the end of the file, where a mapping would raise SIGBUS.
     pub fn read(&self, offset: u64, mut into: &mut [u8]) -> std::io::Result<()> {
         let mut at = self.offset_bytes + offset;
         while !into.is_empty() {
             let count = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *into, at))?;
             if count == 0 {
-                into.fill(0);
-                return Ok(());
+                let end = rustix::fs::fstat(&self.file)?.st_size as u64;
+                if at.next_multiple_of(PAGE_BYTES) > end.next_multiple_of(PAGE_BYTES) || at >= end.next_multiple_of(PAGE_BYTES) {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+                let rest = (end.next_multiple_of(PAGE_BYTES) - at).min(into.len() as u64) as usize;
+                into[..rest].fill(0);
+                at += rest as u64;
+                into = &mut into[rest..];
+                continue;
             }
             at += count as u64;
             into = &mut into[count..];
@@ -35,12 +44,18 @@ impl FilePages {
         Ok(())
     }
 
-    /// Writes bytes at an offset of the region.
+    /// Writes bytes at an offset of the region; never lengthens the file, as a mapping does not.
     ///
     /// # Errors
-    /// Those of pwrite.
+    /// Those of pwrite; `UnexpectedEof` for a page behind the end of the file.
     pub fn write(&self, offset: u64, mut from: &[u8]) -> std::io::Result<()> {
         let mut at = self.offset_bytes + offset;
+        let end = rustix::fs::fstat(&self.file)?.st_size as u64;
+        if at + from.len() as u64 > end.next_multiple_of(PAGE_BYTES) {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        // What a mapping keeps behind the end of the file in its last page goes nowhere.
+        from = &from[..from.len().min(end.saturating_sub(at) as usize)];
         while !from.is_empty() {
             let count = rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, from, at))?;
             at += count as u64;
@@ -66,7 +81,7 @@ mod tests {
         let mut bytes = [1; 24];
         FilePages::new(file, 0).read(4096 + 8, &mut bytes).unwrap();
         assert_eq!((&bytes[..2], bytes[2], bytes[21], bytes[22]), (&[0, 0][..], 7, 7, 0));
-        pages.read(4090, &mut bytes).unwrap();
-        assert_eq!(bytes, [0; 24]);
+        assert!(pages.read(4090, &mut bytes).is_err() && pages.write(4096, &bytes).is_err(), "behind the end");
+        pages.write(4096 - 24, &bytes).unwrap();
     }
 }

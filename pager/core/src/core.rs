@@ -60,12 +60,14 @@ pub struct Core<P> {
     pub(crate) holding: u32,
     /// Content that was given up while its pages were on the way, by transfer.
     pub(crate) discards: BTreeMap<Ticket, Vec<Pages>>,
+    /// CPU faults that wait for the end of a device's timeslice: when, where.
+    pub(crate) late_wakes: Vec<(u64, RegionId, u64)>,
     /// What transfers told a request whose step is under way.
     pub(crate) late_notes: Vec<(u64, Pages, PageStatus)>,
     /// Pages of forked children that wait for the parent's.
     pub(crate) fork_waits: Vec<ForkWait>,
-    /// Test hook: allocations until one fails, small and huge.
-    pub(crate) failing_allocation: [u32; 2],
+    /// Test hook: allocations until one fails, by space; huge ones apart.
+    pub(crate) failing_allocation: BTreeMap<(SpaceId, bool), u32>,
     /// Clock of the event that is being handled.
     pub(crate) now_us: u64,
     next_ticket: u64,
@@ -93,7 +95,8 @@ impl<P: Policy> Core<P> {
             discards: BTreeMap::new(),
             fork_waits: Vec::new(),
             late_notes: Vec::new(),
-            failing_allocation: [0; 2],
+            late_wakes: Vec::new(),
+            failing_allocation: BTreeMap::new(),
             now_us: 0,
             next_ticket: 1,
             next_order: 1,
@@ -113,7 +116,8 @@ impl<P: Policy> Core<P> {
 
     /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
     pub fn next_deadline_us(&self) -> Option<u64> {
-        self.requests.values().filter_map(Request::not_before_us).min()
+        let paused = self.requests.values().filter_map(Request::not_before_us);
+        paused.chain(self.late_wakes.iter().map(|(until_us, ..)| *until_us)).min()
     }
 
     /// Nothing is in flight and nobody waits.
@@ -168,7 +172,9 @@ impl<P: Policy> Core<P> {
                 self.accept(Request::revoke(req, region, pages, devices), out);
             }
             Event::Evict { req, space, device, page_count } => self.accept_evict(req, space, device, page_count, out),
-            Event::InjectAllocation { huge, nth } => self.failing_allocation[usize::from(huge)] = nth,
+            Event::InjectAllocation { space, huge, nth } => {
+                self.failing_allocation.insert((space, huge), nth);
+            }
             Event::Forked { parent, child, space } => self.forked(dir, parent, child, space, out),
             // A hole in a settled system page reads as zero anyway; pages on a device are not the backing's to lose.
             Event::Removed { .. } | Event::DeviceDown { .. } => {}
@@ -365,6 +371,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         self.wake_delayed();
+        self.wake_late(out);
         if let Some(order) = self.ready.pop_front() {
             self.step(dir, order, out);
         } else if self.unknown_mask != 0 {

@@ -14,7 +14,7 @@ use crate::core::{Core, KEEPER};
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState};
 use crate::event::{Action, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, Ticket};
 use crate::policy::Policy;
-use crate::transfer::{Kind, Transfer};
+use crate::transfer::{Kind, Phase, Transfer};
 
 impl<P: Policy> Core<P> {
     /// The program dropped the content of private pages.
@@ -120,6 +120,19 @@ impl<P: Policy> Core<P> {
     }
 
     pub(crate) fn finish_drop(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let Transfer { region, pages, kind, phase, .. } = transfer;
+        if kind == (Kind::Drop { frames: false }) && phase != Phase::Punch {
+            // The content goes before anybody may take the page for untouched.
+            self.hold_for_punch(ticket);
+            out.push(Action::Punch { ticket, region, pages });
+            return;
+        }
+        self.dropped(ticket, out);
+    }
+
+    /// Nothing is left of the content.
+    pub(crate) fn dropped(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, kind, owner, .. } = transfer;
         Self::publish_same(region, pages, Entry::ABSENT, out);

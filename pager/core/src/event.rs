@@ -208,8 +208,8 @@ pub enum Event {
     RevokeMappings { req: ReqId, region: RegionId, pages: Pages, devices: u8 },
     /// Bring pages of the space home from a device, coldest first; 0: all. Answered with [`Outcome::Migrated`] without runs.
     Evict { req: ReqId, space: SpaceId, device: DeviceId, page_count: u64 },
-    /// Test hook: the n-th allocation from now fails (1: the next one, 0: disarm).
-    InjectAllocation { huge: bool, nth: u32 },
+    /// Test hook: the n-th allocation for the space from now on fails (1: the next one, 0: disarm).
+    InjectAllocation { space: SpaceId, huge: bool, nth: u32 },
     /// Bring home and keep there, or allow migration again.
     Pin { req: ReqId, region: RegionId, pages: Pages, on: bool },
     /// Answer to [`Action::WriteProtect`].

@@ -15,11 +15,10 @@ impl<P: Policy> Core<P> {
         dir: &impl Directory,
         device: DeviceId,
         want: u64,
-        spare: impl Fn(Owner) -> bool,
         order: u64,
         out: &mut Vec<Action>,
     ) -> bool {
-        let ticket = self.evict_run(dir, device, want, spare, None, out);
+        let ticket = self.evict_run(dir, device, want, |_| false, None, out);
         let Some(transfer) = ticket.and_then(|ticket| self.transfers.get_mut(&ticket)) else { return ticket.is_some() };
         transfer.sponsor = Some(order);
         true

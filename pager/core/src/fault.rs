@@ -65,7 +65,12 @@ impl<P: Policy> Core<P> {
         match entry.state() {
             _ if self.busy(region, page, entry) => self.stats.parked += 1,
             PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
-            PageState::Device | PageState::Exclusive => self.bring_home(dir, region, page, info.page_count, out),
+            PageState::Device | PageState::Exclusive => {
+                match self.policy.cpu_waits_until_us(region, page, self.now_us) {
+                    Some(until_us) => self.wake_later(region, page, until_us),
+                    None => self.bring_home(dir, region, page, info.page_count, out),
+                }
+            }
             // Whatever it wants, a page that was read-mostly is an ordinary one again.
             PageState::Duplicated => {
                 let (run, first, mask) = self.frame_run(dir, region, Pages::one(page));
@@ -94,6 +99,26 @@ impl<P: Policy> Core<P> {
                 self.start_cpu_op(region, run, if minor { Kind::Continue } else { Kind::Zero }, out);
             }
         }
+    }
+
+    /// Nothing now; the kernel raises the fault again when it is woken.
+    fn wake_later(&mut self, region: RegionId, page: u64, until_us: u64) {
+        self.stats.parked += 1;
+        let wake = (until_us, region, page);
+        if !self.late_wakes.contains(&wake) {
+            self.late_wakes.push(wake);
+        }
+    }
+
+    /// Faults whose timeslice is over.
+    pub(crate) fn wake_late(&mut self, out: &mut Vec<Action>) {
+        let now_us = self.now_us;
+        self.late_wakes.retain(|(until_us, region, page)| {
+            if *until_us <= now_us {
+                out.push(Action::Wake { region: *region, pages: Pages::one(*page) });
+            }
+            *until_us > now_us
+        });
     }
 
     /// The window that policy names, the faulting page first: the program waits for that one only.

@@ -199,6 +199,9 @@ impl<P: Policy> Core<P> {
             self.again.push(ticket);
             return;
         }
+        if matches!(transfer.kind, Kind::Drop { .. }) {
+            return self.dropped(ticket, out);
+        }
         let Transfer { region, pages, owner, .. } = transfer;
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Ok);

@@ -9,7 +9,7 @@ use crate::event::{
     Action, Cause, CoreError, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun,
     Target,
 };
-use crate::frames::{HUGE_PAGES, Owner};
+use crate::frames::HUGE_PAGES;
 use crate::policy::Policy;
 use crate::resolve::Resolve;
 use crate::way::{Leg, Wish};
@@ -350,11 +350,9 @@ impl<P: Policy> Core<P> {
         device: DeviceId,
         out: &mut Vec<Action>,
     ) -> Next {
-        let (region, begun) = (request.region, request.pages.first..request.cursor);
-        // Pages that this same request brought are not pushed out again for its later ones.
-        let spare = |owner: Owner| owner.region == region && begun.contains(&owner.page);
+        let region = request.region;
         let wish = Wish { device, keep: false, cause: Cause::Prefetch };
-        match self.bring_here(dir, order, region, left, wish, spare, out) {
+        match self.bring_here(dir, order, region, left, wish, out) {
             Leg::Started(run) => {
                 request.cursor = run.end();
                 Next::Again
@@ -424,7 +422,7 @@ impl<P: Policy> Core<P> {
         } else {
             let run = Self::run_while(dir, region, left, |_, entry| entry == first);
             let run = if run.count == 0 { Pages::one(left.first) } else { run };
-            if first.mapped_mask() != 0 {
+            if first.mapped_mask() != 0 || first.state() == PageState::System {
                 self.start_drop(region, run, first, first.mapped_mask(), Some(order), out);
             } else if first != Entry::ABSENT {
                 Self::publish_same(region, run, Entry::ABSENT, out);

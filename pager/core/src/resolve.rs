@@ -70,6 +70,9 @@ impl<P: Policy> Core<P> {
         if request.cursor < fault_page {
             request.cursor = fault_page;
         }
+        // More than the device can hold beside others would push out its own first pages.
+        let frame_count = self.table(wish.device).map_or(1, |table| table.frame_count());
+        request.limit = request.limit.min(fault_page + u64::from(frame_count / 2).max(1));
         let end = if wish.whole { request.limit } else { (fault_page + 1).min(request.limit) };
         if request.cursor >= end {
             return self.window_passed(dir, request, wish, out);
@@ -136,7 +139,7 @@ impl<P: Policy> Core<P> {
             _ => {
                 let wanted = wish;
                 let wish = Wish { device: wish.device, keep: need == Need::Copy, cause: Cause::DeviceFault };
-                match self.bring_here(dir, order, region, left, wish, |_| false, out) {
+                match self.bring_here(dir, order, region, left, wish, out) {
                     Leg::Started(run) | Leg::First(run) => run,
                     Leg::Wait => return Next::Wait,
                     Leg::Full(_) => return self.no_room(dir, request, wanted),

@@ -46,7 +46,6 @@ impl<P: Policy> Core<P> {
         region: RegionId,
         pages: Pages,
         wish: Wish,
-        spare: impl Fn(Owner) -> bool,
         out: &mut Vec<Action>,
     ) -> Leg {
         let first = Self::entry(dir, region, pages.first);
@@ -76,7 +75,7 @@ impl<P: Policy> Core<P> {
             self.start_home(region, run, first, mask, Some(order), wish.cause, out);
             return Leg::First(run);
         }
-        self.send_out(dir, order, region, pages, space, wish, spare, out)
+        self.send_out(dir, order, region, pages, space, wish, out)
     }
 
     #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]
@@ -88,7 +87,6 @@ impl<P: Policy> Core<P> {
         pages: Pages,
         space: SpaceId,
         wish: Wish,
-        spare: impl Fn(Owner) -> bool,
         out: &mut Vec<Action>,
     ) -> Leg {
         let zero = Self::entry(dir, region, pages.first).state() == PageState::Absent && !wish.keep;
@@ -113,7 +111,7 @@ impl<P: Policy> Core<P> {
             Allocated::None => {}
         }
         let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
-        if self.evict(dir, wish.device, run.count, spare, order, out) || soon {
+        if self.evict(dir, wish.device, run.count, order, out) || soon {
             return Leg::Wait;
         }
         Leg::Full(pages)
@@ -121,25 +119,28 @@ impl<P: Policy> Core<P> {
 
     fn allocate(&mut self, device: DeviceId, region: RegionId, run: Pages, space: SpaceId) -> Allocated {
         let first = Owner { region, page: run.first };
+        if self.allocation_fails(space, false) {
+            return Allocated::Injected;
+        }
         let huge = run.count == u64::from(HUGE_PAGES) && self.is_private(region);
-        if huge && !self.allocation_fails(true) {
+        if huge && !self.allocation_fails(space, true) {
             let frame = self.table(device).and_then(|table| table.allocate_huge(first, space));
             if let Some(frame) = frame {
                 return Allocated::Frames(frame, HUGE_PAGES);
             }
-        }
-        if self.allocation_fails(false) {
-            return Allocated::Injected;
         }
         let frames = self.table(device).and_then(|table| table.allocate(run.count as u32, first, space));
         frames.map_or(Allocated::None, |(frame, count)| Allocated::Frames(frame, count))
     }
 
     /// The test hook's countdown.
-    fn allocation_fails(&mut self, huge: bool) -> bool {
-        let left = &mut self.failing_allocation[usize::from(huge)];
+    fn allocation_fails(&mut self, space: SpaceId, huge: bool) -> bool {
+        let Some(left) = self.failing_allocation.get_mut(&(space, huge)) else { return false };
         let fails = *left == 1;
         *left = left.saturating_sub(1);
+        if *left == 0 {
+            self.failing_allocation.remove(&(space, huge));
+        }
         fails
     }
 }

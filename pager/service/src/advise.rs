@@ -6,10 +6,12 @@
 use uhmm_ipc::message::pager::{AccessMode, Advice, AttributeRun, Attributes, FaultPoint, Target};
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
-use uhmm_pager_core::{Attr, DeviceId, Entry, Event, RegionId, SpaceId, StepResult, Target as CoreTarget};
+use uhmm_pager_core::{
+    Attr, Backing, DeviceId, Entry, Event, Pages, RegionId, ReqId, SpaceId, StepResult, Target as CoreTarget,
+};
 
 use crate::calls::{Answer, refuse};
-use crate::requests::{ANSWER_RUNS_MAX, Located, PendingRequest, Then};
+use crate::requests::{ANSWER_RUNS_MAX, Located, PendingRequest, Piece, Then};
 use crate::service::Pager;
 use crate::space::DEVICE_SLOTS;
 
@@ -25,6 +27,11 @@ pub(crate) fn wire_target(target: CoreTarget) -> Target {
         CoreTarget::Home => Target::Home,
         CoreTarget::Device(device) => Target::Device(device.0),
     }
+}
+
+/// Every device loses its mappings, and faults anew.
+pub(crate) fn revoke_all(req: ReqId, region: RegionId, pages: Pages) -> Event {
+    Event::RevokeMappings { req, region, pages, devices: u8::MAX }
 }
 
 /// The word after some advice; `None` for advice that is not kept in it.
@@ -47,27 +54,28 @@ fn advised(attr: Attr, advice: Advice) -> Option<Attr> {
 
 impl Pager {
     pub(crate) fn advise(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64, advice: Advice) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
+        let pieces = match self.locate(conn, addr, len_bytes) {
+            Ok(pieces) => pieces,
             Err(error) => return Some(Err(error)),
         };
         if let Err(error) = self.check_advice(advice) {
             return Some(Err(error));
         }
-        let (region, pages) = (RegionId(located.region), located.pages);
-        let pending =
-            PendingRequest { conn, call, trace: TraceId::default(), first_page: pages.first, then: Then::Tell };
+        let who = (conn, call, TraceId::default());
         if matches!(advice, Advice::Pin | Advice::Unpin) {
-            let req = self.ask_core(pending);
-            self.push(Event::Pin { req, region, pages, on: advice == Advice::Pin });
+            let on = advice == Advice::Pin;
+            self.ask_pieces(who, &pieces, Then::Tell, |req, region, pages| Event::Pin { req, region, pages, on });
             return None;
         }
-        if !self.change_attributes(located, |attr| advised(attr, advice).unwrap_or(attr)) {
+        let mut changed = false;
+        for piece in &pieces {
+            changed |= self.change_attributes(piece.located, |attr| advised(attr, advice).unwrap_or(attr));
+        }
+        if !changed {
             return Some(Ok(pager::Reply::Done));
         }
         // Devices ask again, and are answered by the new advice.
-        let req = self.ask_core(pending);
-        self.push(Event::RevokeMappings { req, region, pages, devices: u8::MAX });
+        self.ask_pieces(who, &pieces, Then::Tell, revoke_all);
         None
     }
 
@@ -109,12 +117,12 @@ impl Pager {
         addr: u64,
         len_bytes: u64,
     ) -> Result<pager::Reply, WireError> {
-        let located = self.locate(conn, addr, len_bytes)?;
-        let Some(region) = self.regions.get(located.region) else {
-            return Err(WireError::new(ErrorCode::NotFound, "The region is gone"));
-        };
+        let pieces = self.locate(conn, addr, len_bytes)?;
         let mut runs: Vec<AttributeRun> = Vec::new();
-        for (offset, page) in located.pages.iter().enumerate() {
+        for (offset, (region, page)) in pieces.iter().flat_map(Piece::pages).enumerate() {
+            let Some(region) = self.regions.get(region) else {
+                return Err(WireError::new(ErrorCode::NotFound, "The region is gone"));
+            };
             let attr = region.directory.attr(page);
             let pinned = Entry::decode(region.directory.load(page)).is_ok_and(Entry::pinned);
             let attributes = Attributes {
@@ -138,19 +146,19 @@ impl Pager {
     }
 
     pub(crate) fn discard(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
+        let pieces = match self.locate(conn, addr, len_bytes) {
+            Ok(pieces) => pieces,
             Err(error) => return Some(Err(error)),
         };
-        let (region, pages) = (RegionId(located.region), located.pages);
-        if self.regions.get(region.0).is_none_or(|region| region.backing != uhmm_pager_core::Backing::Shared) {
+        let shared = |piece: &Piece| {
+            self.regions.get(piece.located.region).is_some_and(|region| region.backing == Backing::Shared)
+        };
+        if !pieces.iter().all(shared) {
             let text = "Only shared memory is discarded by a call: use madvise(MADV_DONTNEED) on private memory";
             return refuse(ErrorCode::Invalid, text);
         }
-        let pending =
-            PendingRequest { conn, call, trace: TraceId::default(), first_page: pages.first, then: Then::Tell };
-        let req = self.ask_core(pending);
-        self.push(Event::Discard { req, region, pages });
+        let who = (conn, call, TraceId::default());
+        self.ask_pieces(who, &pieces, Then::Tell, |req, region, pages| Event::Discard { req, region, pages });
         None
     }
 
@@ -160,7 +168,7 @@ impl Pager {
             Err(error) => return Some(Err(error)),
         };
         let pending =
-            PendingRequest { conn, call, trace: TraceId::default(), first_page: 0, then: Then::CountEvicted };
+            PendingRequest { conn, call, trace: TraceId::default(), first_page: 0, then: Then::CountEvicted, group: 0 };
         let req = self.ask_core(pending);
         self.push(Event::Evict { req, space, device: DeviceId(device), page_count });
         None
@@ -176,8 +184,10 @@ impl Pager {
             return refuse(ErrorCode::Permission, text);
         }
         match point {
-            FaultPoint::HugeFrames => self.push(Event::InjectAllocation { huge: true, nth }),
-            FaultPoint::Frames => self.push(Event::InjectAllocation { huge: false, nth }),
+            FaultPoint::HugeFrames | FaultPoint::Frames => {
+                let huge = point == FaultPoint::HugeFrames;
+                self.push(Event::InjectAllocation { space: SpaceId(space), huge, nth });
+            }
             FaultPoint::CopyOut | FaultPoint::CopyHome => {
                 self.injections.insert((space, point), nth);
             }

@@ -215,6 +215,8 @@ impl Pager {
                 AgentStatus::Moved | AgentStatus::Zero => CopyStatus::Ok,
                 AgentStatus::MovedHuge => CopyStatus::OkHuge,
                 AgentStatus::Busy | AgentStatus::ReadOnly => CopyStatus::Busy,
+                // Moved to other addresses meanwhile (mremap), or its unmapping has not been read yet: to be looked at again.
+                AgentStatus::Gone if self.is_shown(job.region, job.pages.first + at) => CopyStatus::Busy,
                 AgentStatus::Gone => CopyStatus::Gone,
                 AgentStatus::Failed => CopyStatus::Io,
             };
@@ -247,6 +249,10 @@ impl Pager {
             self.start_copy(Deferred { device, copy });
         }
         self.part_done(ticket, job.purpose);
+    }
+
+    fn is_shown(&self, region: RegionId, page: u64) -> bool {
+        self.regions.showing(region.0, Pages::one(page)).next().is_some()
     }
 
     /// A run that the agent has staged is in its frames, or is not.

@@ -254,8 +254,13 @@ impl Pager {
             }
             VaultWait::Region { region, conn, call } => match self.start_region(region) {
                 Ok(()) => {
-                    let created = pager::Reply::RegionCreated { region };
-                    self.service.reactor.reply(conn, call, Ok(Reply::Pager(created)));
+                    let Some(left) = self.makings.get_mut(&(conn, call)) else { return };
+                    *left -= 1;
+                    if *left == 0 {
+                        self.makings.remove(&(conn, call));
+                        let created = pager::Reply::RegionCreated { region };
+                        self.service.reactor.reply(conn, call, Ok(Reply::Pager(created)));
+                    }
                 }
                 Err(error) => self.creation_failed(wait, error),
             },
@@ -293,6 +298,9 @@ impl Pager {
             }
             VaultWait::Region { region, conn, call } => {
                 self.drop_region(RegionId(region));
+                if self.makings.remove(&(conn, call)).is_none() {
+                    return;
+                }
                 (conn, call)
             }
         };

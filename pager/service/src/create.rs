@@ -7,13 +7,13 @@ use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Backing, Entry, Pages};
+use uhmm_pager_core::{Backing, Entry, Pages, RegionId};
 
-use crate::calls::{Answer, refuse};
+use crate::calls::Answer;
 use crate::clients::io_error;
 use crate::directory::{DirectoryFile, Header};
 use crate::service::{Pager, VaultWait};
-use crate::space::{Memory, Phase, Region, Space};
+use crate::space::{Memory, Phase, Region, Segment, Space};
 
 /// What a client wants to have managed.
 pub(crate) struct Wanted {
@@ -46,13 +46,65 @@ impl Pager {
             Ok(checked) => checked,
             Err(error) => return Some(Err(error)),
         };
+        let gaps = self.unmanaged(space_id, range);
+        if let (true, Some(segment)) = (gaps.is_empty(), self.segment_at(space_id, range.start)) {
+            return Some(Ok(pager::Reply::RegionCreated { region: segment.region }));
+        }
+        let mut made = Vec::new();
+        for gap in &gaps {
+            match self.new_region(space_id, *gap, &wanted, memory.clone()) {
+                Ok(region) => made.push(region),
+                Err(error) => {
+                    made.into_iter().for_each(|(id, _)| self.drop_region(RegionId(id)));
+                    return Some(Err(error));
+                }
+            }
+        }
+        // Answered when the last one is kept.
+        self.makings.insert((conn, call), made.len() as u32);
+        for (id, entries) in made {
+            let prefix = Space::region_prefix(space_id, id);
+            self.put_in_vault(VaultWait::Region { region: id, conn, call }, &prefix, entries);
+        }
+        None
+    }
+
+    /// The parts of a range that are not managed yet.
+    fn unmanaged(&self, space_id: u64, range: AddrRange) -> Vec<AddrRange> {
+        let mut gaps = Vec::new();
+        let mut next = range.start;
+        let mut managed: Vec<AddrRange> = self
+            .spaces
+            .get(&space_id)
+            .into_iter()
+            .flat_map(|space| space.segments.values())
+            .filter_map(|id| self.regions.segment(*id).map(|segment| segment.range()))
+            .filter(|other| other.overlaps(&range))
+            .collect();
+        managed.push(AddrRange { start: range.end(), len: 0 });
+        for other in managed {
+            if other.start > next {
+                gaps.push(AddrRange { start: next, len: other.start - next });
+            }
+            next = next.max(other.end());
+        }
+        gaps
+    }
+
+    /// Directory and segment of a region that is not kept yet.
+    fn new_region(
+        &mut self,
+        space_id: u64,
+        range: AddrRange,
+        wanted: &Wanted,
+        memory: Option<Memory>,
+    ) -> Result<(u64, Vec<(&'static str, Fd)>), WireError> {
         let id = self.next_region;
-        let (page_count, offset_bytes) = (wanted.len_bytes / PAGE_SIZE, wanted.offset_bytes);
+        let (page_count, offset_bytes) = (range.len / PAGE_SIZE, wanted.offset_bytes);
         let header = Header { region: id, space: space_id, backing: wanted.backing, page_count, offset_bytes };
-        let directory = match DirectoryFile::create(header) {
-            Ok(directory) => directory,
-            Err(error) => return refuse(ErrorCode::NoMemory, format!("No memory for the directory: {error}")),
-        };
+        let directory = DirectoryFile::create(header).map_err(|error| {
+            WireError::new(ErrorCode::NoMemory, format!("No memory for the directory: {error}"))
+        })?;
         if wanted.backing != Backing::Shared {
             // Nobody knows which of these pages were touched before.
             (0..page_count).for_each(|page| directory.store(page, Entry::SYSTEM.bits()));
@@ -73,10 +125,9 @@ impl Pager {
             retired: Vec::new(),
             registered,
         });
-        self.show(space_id, id, wanted.addr, Pages { first: 0, count: page_count });
+        self.show(space_id, id, range.start, Pages { first: 0, count: page_count });
         self.keep_segments(id);
-        self.put_in_vault(VaultWait::Region { region: id, conn, call }, &Space::region_prefix(space_id, id), entries);
-        None
+        Ok((id, entries))
     }
 
     fn same_region(&self, space_id: u64, wanted: &Wanted) -> Option<u64> {
@@ -105,9 +156,12 @@ impl Pager {
             let text = format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space);
             return Err(WireError::new(ErrorCode::NoMemory, text));
         }
-        let overlapping = space.segments.values().filter_map(|id| self.regions.segment(*id)).map(|s| s.range());
-        if let Some(other) = overlapping.into_iter().find(|other| other.overlaps(&range)) {
-            let text = format!("{range} overlaps region {other}, which is managed already");
+        // Private memory may be adopted in overlapping pieces: what is managed already stays as it is.
+        let private = |region: u64| self.regions.get(region).is_some_and(|r| r.backing == Backing::Private);
+        let mut shown = space.segments.values().filter_map(|id| self.regions.segment(*id));
+        let in_the_way = |s: &&Segment| s.range().overlaps(&range) && (backing != Backing::Private || !private(s.region));
+        if let Some(other) = shown.find(in_the_way) {
+            let text = format!("{range} overlaps region {}, which is managed already", other.range());
             return Err(invalid(text));
         }
         match (backing, file) {

@@ -102,14 +102,14 @@ impl Pager {
             }
             Action::Scrub { ticket, device, runs } => self.scrub(ticket, device, &runs),
             Action::ZeroFill { ticket, region, pages } => {
-                let (done_pages, stop) = self.fill(region, pages, |uffd, range, _| uffd.zeropage(range, false));
+                let (done_pages, stop) = self.fill(region, pages, true, |uffd, range, _| uffd.zeropage(range, false));
                 self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Continue { ticket, region, pages } if self.is_private(region) => {
                 self.private_probe(ticket, region, pages);
             }
             Action::Continue { ticket, region, pages } => {
-                let (done_pages, stop) = self.fill(region, pages, |uffd, range, _| uffd.cont(range, false, false));
+                let (done_pages, stop) = self.fill(region, pages, true, |uffd, range, _| uffd.cont(range, false, false));
                 self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer_request(req, outcome),
@@ -150,11 +150,13 @@ impl Pager {
     }
 
     /// Fills pages in order through a mapping that shows them; `call` gets the addresses and the offset from the first page. Stops
-    /// at the first page that cannot be filled.
+    /// at the first page that cannot be filled. Other mappings of the same memory are served with what is there then: whose fault
+    /// it was is not known any more.
     fn fill(
         &mut self,
         region: RegionId,
         pages: Pages,
+        serves_others: bool,
         call: impl Fn(&Userfaultfd, AddrRange, u64) -> Result<FillOutcome, HookError>,
     ) -> (u64, Option<FillStop>) {
         let mut done = 0;
@@ -164,8 +166,20 @@ impl Pager {
             let Some((segment, part)) = shown else { return (done, Some(self.nothing_shows(region))) };
             let Some(space) = self.spaces.get(&segment.space) else { return (done, Some(FillStop::NoProcess)) };
             let range = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
+            let others: Vec<_> = self.regions.showing(region.0, part).filter(|(s, _)| s.id != segment.id).collect();
             let outcome = call(&space.uffd, range, done * PAGE_SIZE);
-            let (filled, stop) = self.interpret(region, part, outcome);
+            let mut served = 0;
+            for (other, shown) in others.iter().filter(|(_, shown)| shown.first == part.first) {
+                let Some(space) = self.spaces.get(&other.space) else { continue };
+                let range = AddrRange { start: other.addr_of(shown.first), len: shown.count * PAGE_SIZE };
+                if let Ok(outcome) = space.uffd.cont(range, false, false) {
+                    served = served.max(outcome.done_bytes / PAGE_SIZE);
+                }
+            }
+            let (mut filled, mut stop) = self.interpret(region, part, outcome);
+            if filled == 0 && stop == Some(FillStop::Exists) && served > 0 && serves_others {
+                (filled, stop) = (served, None);
+            }
             done += filled;
             if filled < part.count {
                 return (done, stop);
@@ -359,7 +373,7 @@ impl Pager {
             return (0, Some(FillStop::Io));
         };
         let from = u64::from(frame) * PAGE_SIZE;
-        let filled = self.fill(region, pages, |uffd, range, offset| {
+        let filled = self.fill(region, pages, false, |uffd, range, offset| {
             uffd.copy(range.start, &aperture, from + offset, range.len, CopyMode::default())
         });
         if let Some(device) = self.devices[usize::from(device)].as_mut() {
@@ -520,7 +534,7 @@ impl Pager {
                 let engine = self.devices[usize::from(device_id)].as_mut().and_then(|device| device.engine.take());
                 let Some(engine) = engine else { return };
                 let from = u64::from(job.staging_page) * PAGE_SIZE;
-                let (done_pages, stop) = self.fill(region, pages, |uffd, range, offset| {
+                let (done_pages, stop) = self.fill(region, pages, false, |uffd, range, offset| {
                     uffd.copy(range.start, &engine.staging, from + offset, range.len, CopyMode::default())
                 });
                 if let Some(device) = self.devices[usize::from(device_id)].as_mut() {

@@ -4,10 +4,11 @@
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{Event, Pages, RegionId, Target};
+use uhmm_pager_core::{Entry, Event, PageState, Target};
 
+use crate::advise::revoke_all;
 use crate::calls::Answer;
-use crate::requests::{PendingRequest, Then};
+use crate::requests::{Piece, Then};
 use crate::service::Pager;
 
 /// The part of a window that a device may have.
@@ -80,73 +81,60 @@ impl Pager {
 
     /// The client called mprotect: whatever devices map of the range was allowed by the old protection.
     pub(crate) fn protection_changed(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
+        let pieces = match self.locate(conn, addr, len_bytes) {
+            Ok(pieces) => pieces,
             Err(error) => return Some(Err(error)),
         };
-        let (region, pages) = (RegionId(located.region), located.pages);
-        let pending =
-            PendingRequest { conn, call, trace: TraceId::default(), first_page: pages.first, then: Then::Tell };
-        let req = self.ask_core(pending);
-        self.push(Event::RevokeMappings { req, region, pages, devices: u8::MAX });
+        self.ask_pieces((conn, call, TraceId::default()), &pieces, Then::Tell, revoke_all);
         None
     }
 
     /// First half of giving a range back to the kernel alone: its pages come home.
     pub(crate) fn release_range(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
+        let pieces = match self.locate(conn, addr, len_bytes) {
+            Ok(pieces) => pieces,
             // Repeated after a restart: the first one had got through.
             Err(error) if error.code == ErrorCode::Fault => return Some(Ok(pager::Reply::Done)),
             Err(error) => return Some(Err(error)),
         };
-        self.bring_home_to_release(conn, call, located.region, located.pages, addr, len_bytes);
+        self.bring_home_to_release(conn, call, &pieces, addr, len_bytes);
         None
     }
 
-    fn bring_home_to_release(
-        &mut self,
-        conn: ConnId,
-        call: CallId,
-        region: u64,
-        pages: Pages,
-        addr: u64,
-        len_bytes: u64,
-    ) {
+    fn bring_home_to_release(&mut self, conn: ConnId, call: CallId, pieces: &[Piece], addr: u64, len_bytes: u64) {
         let then = Then::Release { addr, len_bytes };
-        let pending = PendingRequest { conn, call, trace: TraceId::default(), first_page: pages.first, then };
-        let req = self.ask_core(pending);
-        self.push(Event::Migrate { req, region: RegionId(region), pages, target: Target::Home });
+        self.ask_pieces((conn, call, TraceId::default()), pieces, then, |req, region, pages| Event::Migrate {
+            req,
+            region,
+            pages,
+            target: Target::Home,
+        });
     }
 
     /// Second half: the pages are at home, so nothing is lost when nobody looks after them any more. Pages that a device took
     /// again meanwhile are brought home again; pages that cannot come home end it with an error.
-    pub(crate) fn released(&mut self, pending: PendingRequest) {
-        let Then::Release { addr, len_bytes } = pending.then else { return };
-        let (conn, call) = (pending.conn, pending.call);
+    pub(crate) fn released(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) {
         let answer = |pager: &mut Self, result: Result<pager::Reply, WireError>| {
             pager.service.reactor.reply(conn, call, result.map(uhmm_ipc::message::Reply::Pager));
         };
-        let Ok(located) = self.locate(conn, addr, len_bytes) else {
+        let Ok(pieces) = self.locate(conn, addr, len_bytes) else {
             return answer(self, Ok(pager::Reply::Done));
         };
-        let entries = self.regions.get(located.region).map(|region| &region.directory);
-        let entry = |page| entries.map_or(0, |directory| directory.load(page));
-        let (mut moving, mut lost) = (false, None);
-        for page in located.pages.iter() {
-            match uhmm_pager_core::Entry::decode(entry(page)) {
+        let (mut moving, mut lost) = (false, false);
+        for (region, page) in pieces.iter().flat_map(Piece::pages) {
+            let raw = self.regions.get(region).map_or(0, |region| region.directory.load(page));
+            match Entry::decode(raw) {
                 Ok(entry) if entry.is_settled_system() => {}
-                Ok(entry) if entry.state() != uhmm_pager_core::PageState::Poisoned => moving = true,
-                _ => lost = Some(page),
+                Ok(entry) if entry.state() != PageState::Poisoned => moving = true,
+                _ => lost = true,
             }
         }
-        if let Some(page) = lost {
-            let text = format!("Page {page} of the range was lost with its device: release the range around it");
+        if lost {
+            let text = format!("Pages of [{addr:#x}, +{len_bytes:#x}) were lost with their device: release the range around them");
             return answer(self, Err(WireError::new(ErrorCode::Io, text)));
         }
         if moving {
-            let (region, pages) = (located.region, located.pages);
-            return self.bring_home_to_release(conn, call, region, pages, addr, len_bytes);
+            return self.bring_home_to_release(conn, call, &pieces, addr, len_bytes);
         }
         let Ok(space_id) = self.space_of(conn) else { return };
         let range = AddrRange { start: addr, len: len_bytes };

@@ -11,7 +11,7 @@ use uhmm_pager_core::{
 
 use crate::calls::{Answer, refuse};
 use crate::service::Pager;
-use crate::space::{DEVICE_SLOTS, Phase};
+use crate::space::{DEVICE_SLOTS, Phase, Segment};
 
 /// Runs in one answer: fits 64 KiB with room to spare.
 pub(crate) const ANSWER_RUNS_MAX: usize = 2048;
@@ -26,6 +26,28 @@ pub(crate) struct PendingRequest {
     pub first_page: u64,
     /// What to do with the answer.
     pub then: Then,
+    /// One of several requests behind one call; 0: the only one.
+    pub group: u64,
+}
+
+/// One call over several regions.
+#[derive(Debug)]
+pub(crate) struct Group {
+    conn: ConnId,
+    call: CallId,
+    then: Then,
+    left: usize,
+    moved_pages: u64,
+    runs: Vec<StatusRun>,
+    error: Option<WireError>,
+}
+
+/// A part of a range that lies in one region.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub located: Located,
+    /// Pages before it in the range.
+    pub offset: u64,
 }
 
 /// What an answer of the core is for.
@@ -64,6 +86,14 @@ pub(crate) struct FaultKind {
     pub exclusive: bool,
 }
 
+impl Piece {
+    /// Every page, with its region.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, u64)> {
+        let region = self.located.region;
+        self.located.pages.iter().map(move |page| (region, page))
+    }
+}
+
 impl Pager {
     pub(crate) fn ask_core(&mut self, request: PendingRequest) -> ReqId {
         let id = ReqId(self.next_request);
@@ -78,8 +108,8 @@ impl Pager {
         space.ok_or_else(|| WireError::new(ErrorCode::Permission, "Open or attach a space before any other call"))
     }
 
-    /// Finds the live region of the caller that shows all of `[addr, addr + len_bytes)`, in consecutive pages.
-    pub(crate) fn locate(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<Located, WireError> {
+    /// The regions that show `[addr, addr + len_bytes)`, part by part; each part is consecutive pages of one live region.
+    pub(crate) fn locate(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<Vec<Piece>, WireError> {
         let space_id = self.space_of(conn)?;
         let invalid = |text: String| WireError::new(ErrorCode::Invalid, text);
         let shown = || format!("[{addr:#x}, +{len_bytes:#x})");
@@ -91,27 +121,80 @@ impl Pager {
         }
         let end = addr.checked_add(len_bytes);
         let end = end.ok_or_else(|| invalid(format!("Range {} wraps around the address space", shown())))?;
-        let first = self.segment_at(space_id, addr).filter(|segment| {
-            self.regions.get(segment.region).is_some_and(|region| region.phase == Phase::Live)
-        });
-        let Some(first) = first else {
-            let text = format!("Range {} is in no region of this process: allocate or adopt it first", shown());
-            return Err(WireError::new(ErrorCode::Fault, text));
-        };
-        let pages = Pages { first: first.first_page + (addr - first.addr) / PAGE_SIZE, count: len_bytes / PAGE_SIZE };
-        let mut at = first;
-        while at.range().end() < end {
-            let next = self.segment_at(space_id, at.range().end());
-            let follows = next.filter(|next| next.region == at.region && next.first_page == at.pages().end());
-            let Some(next) = follows else {
-                let gap = at.range().end();
-                let code = if next.is_some() { ErrorCode::Fault } else { ErrorCode::Invalid };
-                let text = format!("Range {} leaves its region at {gap:#x}: a hole, or another region", shown());
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut at = addr;
+        while at < end {
+            let live = |s: &&Segment| self.regions.get(s.region).is_some_and(|region| region.phase == Phase::Live);
+            let Some(segment) = self.segment_at(space_id, at).filter(live) else {
+                let (code, text) = if pieces.is_empty() {
+                    (ErrorCode::Fault, format!("Range {} is in no region of this process: allocate or adopt it first", shown()))
+                } else {
+                    (ErrorCode::Invalid, format!("Range {} leaves its region at {at:#x}: there is a hole", shown()))
+                };
                 return Err(WireError::new(code, text));
             };
-            at = next;
+            let to = segment.range().end().min(end);
+            let first = segment.first_page + (at - segment.addr) / PAGE_SIZE;
+            let pages = Pages { first, count: (to - at) / PAGE_SIZE };
+            match pieces.last_mut().map(|piece| &mut piece.located) {
+                Some(last) if last.region == segment.region && last.pages.end() == first => last.pages.count += pages.count,
+                _ => {
+                    let located = Located { region: segment.region, pages };
+                    pieces.push(Piece { located, offset: (at - addr) / PAGE_SIZE });
+                }
+            }
+            at = to;
         }
-        Ok(Located { region: first.region, pages })
+        Ok(pieces)
+    }
+
+    /// Asks the core for every part of a range; the caller is answered when all are through.
+    pub(crate) fn ask_pieces(
+        &mut self,
+        (conn, call, trace): (ConnId, CallId, TraceId),
+        pieces: &[Piece],
+        then: Then,
+        event: impl Fn(ReqId, RegionId, Pages) -> Event,
+    ) {
+        let group = self.next_group;
+        self.next_group += 1;
+        let waiting =
+            Group { conn, call, then, left: pieces.len(), moved_pages: 0, runs: Vec::new(), error: None };
+        self.groups.insert(group, waiting);
+        for Piece { located, offset } in pieces {
+            // Answers of the core count from the region's start, those to the client from the range's.
+            let first_page = located.pages.first.wrapping_sub(*offset);
+            let req = self.ask_core(PendingRequest { conn, call, trace, first_page, then: Then::Tell, group });
+            self.push(event(req, RegionId(located.region), located.pages));
+        }
+    }
+
+    fn group_answered(&mut self, id: u64, answer: Result<pager::Reply, WireError>) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        group.left -= 1;
+        match answer {
+            Ok(pager::Reply::Migrated { moved_pages, runs }) => {
+                group.moved_pages += moved_pages;
+                group.runs.extend(runs);
+            }
+            Ok(_) => {}
+            Err(error) => drop(group.error.get_or_insert(error)),
+        }
+        if group.left > 0 {
+            return;
+        }
+        let Some(group) = self.groups.remove(&id) else { return };
+        let Group { conn, call, then, moved_pages, mut runs, error, .. } = group;
+        if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
+            return self.released(conn, call, addr, len_bytes);
+        }
+        runs.sort_unstable_by_key(|run| run.first_page);
+        let answer = match error {
+            Some(error) => Err(error),
+            None if runs.is_empty() => Ok(pager::Reply::Done),
+            None => Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs) }),
+        };
+        self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
     }
 
     pub(crate) fn migrate(
@@ -124,8 +207,8 @@ impl Pager {
         target: Target,
         prefetch: bool,
     ) -> Answer {
-        let located = match self.locate(conn, addr, len_bytes) {
-            Ok(located) => located,
+        let pieces = match self.locate(conn, addr, len_bytes) {
+            Ok(pieces) => pieces,
             Err(error) => return Some(Err(error)),
         };
         let target = match target {
@@ -141,36 +224,31 @@ impl Pager {
             return Some(Err(error));
         }
         if prefetch {
-            self.change_attributes(located, |attr| attr.with_prefetched(Some(target)));
+            for piece in &pieces {
+                self.change_attributes(piece.located, |attr| attr.with_prefetched(Some(target)));
+            }
         }
-        tracing::debug!(
-            request = trace.0,
-            region = located.region,
-            ?target,
-            page_count = located.pages.count,
-            "Migrate"
-        );
-        let then = Then::Tell;
-        let pending = PendingRequest { conn, call, trace, first_page: located.pages.first, then };
-        let req = self.ask_core(pending);
-        self.push(Event::Migrate { req, region: RegionId(located.region), pages: located.pages, target });
+        tracing::debug!(request = trace.0, addr, ?target, len_bytes, "Migrate");
+        self.ask_pieces((conn, call, trace), &pieces, Then::Tell, |req, region, pages| Event::Migrate {
+            req,
+            region,
+            pages,
+            target,
+        });
         None
     }
 
     pub(crate) fn query(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<pager::Reply, WireError> {
-        let located = self.locate(conn, addr, len_bytes)?;
-        let Some(region) = self.regions.get(located.region) else {
-            return Err(WireError::new(ErrorCode::NotFound, "The region is gone"));
-        };
+        let pieces = self.locate(conn, addr, len_bytes)?;
         let mut runs: Vec<ResidencyRun> = Vec::new();
-        for offset in 0..located.pages.count {
-            let seen = residency(region.directory.load(located.pages.first + offset));
+        for (offset, (region, page)) in pieces.iter().flat_map(Piece::pages).enumerate() {
+            let seen = residency(self.regions.get(region).map_or(0, |region| region.directory.load(page)));
             let full = runs.len() == ANSWER_RUNS_MAX;
             match runs.last_mut() {
                 Some(run) if (run.residency, run.pinned, run.mapped_mask, run.huge) == seen => run.page_count += 1,
                 _ if full => break,
                 _ => runs.push(ResidencyRun {
-                    first_page: offset,
+                    first_page: offset as u64,
                     page_count: 1,
                     residency: seen.0,
                     pinned: seen.1,
@@ -223,7 +301,7 @@ impl Pager {
             return refuse(ErrorCode::Permission, text);
         }
         let then = Then::Map { read_only: advised || !allowed.writable };
-        let pending = PendingRequest { conn, call, trace, first_page, then };
+        let pending = PendingRequest { conn, call, trace, first_page, then, group: 0 };
         let req = self.ask_core(pending);
         let FaultKind { write, whole, exclusive } = kind;
         let (device, fault_page) = (DeviceId(device), first_page + fault_page);
@@ -239,11 +317,10 @@ impl Pager {
             Outcome::Migrated { moved_pages, .. } if pending.then == Then::CountEvicted => {
                 Ok(pager::Reply::Evicted { page_count: moved_pages })
             }
-            Outcome::Migrated { .. } if matches!(pending.then, Then::Release { .. }) => return self.released(pending),
             Outcome::Migrated { runs, moved_pages } => {
                 tracing::debug!(request = pending.trace.0, moved_pages, "Migrated");
                 let runs = runs.iter().map(|run| StatusRun {
-                    first_page: run.first.saturating_sub(pending.first_page),
+                    first_page: run.first.wrapping_sub(pending.first_page),
                     page_count: run.count,
                     status: wire_status(run.status),
                 });
@@ -264,6 +341,9 @@ impl Pager {
             }
             Outcome::Failed(error) => Err(WireError::new(wire_code(&error), error.to_string())),
         };
+        if pending.group != 0 {
+            return self.group_answered(pending.group, answer);
+        }
         self.service.reactor.reply(pending.conn, pending.call, answer.map(Reply::Pager));
     }
 }

@@ -25,7 +25,7 @@ use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::execute::Deferred;
 use crate::fork::TIMER_CHILDREN;
-use crate::requests::PendingRequest;
+use crate::requests::{Group, PendingRequest};
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
 use crate::space::{Regions, Space};
@@ -95,6 +95,9 @@ pub struct Pager {
     pub(crate) actions: Vec<Action>,
     pub(crate) requests: HashMap<ReqId, PendingRequest>,
     pub(crate) next_request: u64,
+    /// Calls over several regions.
+    pub(crate) groups: HashMap<u64, Group>,
+    pub(crate) next_group: u64,
     pub(crate) revokes: PendingRevokes,
     pub(crate) gate_watches: Vec<GateWatch>,
     pub(crate) copies: VecDeque<Deferred>,
@@ -113,6 +116,8 @@ pub struct Pager {
     pub(crate) next_space: u64,
     pub(crate) next_region: u64,
     pub(crate) next_segment: u64,
+    /// Regions that a call makes and that are not kept yet.
+    pub(crate) makings: HashMap<(ConnId, CallId), u32>,
     /// Segments of the vault, until all spaces are there.
     pub(crate) recovered_segments: Vec<(u64, SegmentRecord)>,
     /// Parts of revocations by ticket.
@@ -189,6 +194,8 @@ impl Pager {
             actions: Vec::new(),
             requests: HashMap::new(),
             next_request: 1,
+            groups: HashMap::new(),
+            next_group: 1,
             revokes: PendingRevokes::new(incarnation),
             gate_watches: Vec::new(),
             copies: VecDeque::new(),
@@ -203,6 +210,7 @@ impl Pager {
             next_space: 1,
             next_region: 1,
             next_segment: 1,
+            makings: HashMap::new(),
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),

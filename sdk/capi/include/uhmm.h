@@ -671,8 +671,8 @@ int uhmm_disconnect(uhmm_session *session);
  * had when it called fork(); all of the parent's handles are refused in the child from then on. Memory that the parent
  * adopted is under management in the child too.
  *
- * Errors: -EINVAL `parents` is of this very process; -EPERM the parent could not be given fork events (see
- * uhmm_fork_supported()): its managed ranges are not in the child.
+ * Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the
+ * managed ranges are not in the child.
  */
 int uhmm_in_child(uhmm_session *parents,
                   uhmm_session **session);
@@ -727,7 +727,8 @@ int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info)
  * Puts memory that exists already under management, in place: addresses and bytes stay what they are. Private anonymous memory
  * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
  *
- * Errors: -EINVAL not whole pages, a hole, or a kind of mapping that cannot be managed (the text says what can be done).
+ * Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
+ * managed (the text says what can be done).
  */
 int uhmm_adopt(uhmm_session *session,
                void *addr,

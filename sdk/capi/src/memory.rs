@@ -81,7 +81,8 @@ pub unsafe extern "C" fn uhmm_region(
 /// Puts memory that exists already under management, in place: addresses and bytes stay what they are. Private anonymous memory
 /// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
 ///
-/// Errors: -EINVAL not whole pages, a hole, or a kind of mapping that cannot be managed (the text says what can be done).
+/// Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
+/// managed (the text says what can be done).
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_adopt(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| {

@@ -148,7 +148,24 @@ fn flatten(run: &ResidencyRun) -> uhmm_residency_run {
 
 #[cfg(test)]
 mod tests {
+    use uhmm_sdk::SnapshotPage;
+
     use super::*;
+
+    #[test]
+    fn the_snapshot_constants_are_the_sdks() {
+        for (own, sdk) in [
+            (UHMM_SNAPSHOT_ERROR, SnapshotPage::ERROR),
+            (UHMM_SNAPSHOT_NONE, SnapshotPage::NONE),
+            (UHMM_SNAPSHOT_READ, SnapshotPage::READ),
+            (UHMM_SNAPSHOT_WRITE, SnapshotPage::WRITE),
+            (UHMM_SNAPSHOT_PMD, SnapshotPage::PMD),
+            (UHMM_SNAPSHOT_ZERO, SnapshotPage::ZERO),
+            (UHMM_SNAPSHOT_PRIVATE_LOCAL, SnapshotPage::DEVICE_LOCAL),
+        ] {
+            assert_eq!(own, sdk.bits());
+        }
+    }
 
     #[test]
     fn a_run_says_which_device_only_where_one_has_a_part() {

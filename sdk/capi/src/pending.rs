@@ -194,7 +194,7 @@ pub unsafe extern "C" fn uhmm_pending_accessed(
                     into.get_mut(..bytes.len()).ok_or(too_small)?.copy_from_slice(bytes);
                 }
                 if let Some(report) = report {
-                    report.set(done.clone().into());
+                    report.set((*done).into());
                 }
                 Ok(())
             }

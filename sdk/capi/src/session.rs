@@ -75,8 +75,8 @@ pub extern "C" fn uhmm_disconnect(session: *mut uhmm_session) -> c_int {
 /// had when it called fork(); all of the parent's handles are refused in the child from then on. Memory that the parent
 /// adopted is under management in the child too.
 ///
-/// Errors: -EINVAL `parents` is of this very process; -EPERM the parent could not be given fork events (see
-/// uhmm_fork_supported()): its managed ranges are not in the child.
+/// Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the
+/// managed ranges are not in the child.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_in_child(parents: *mut uhmm_session, session: *mut *mut uhmm_session) -> c_int {
     guard(|| {

@@ -65,6 +65,26 @@ pub fn protect(range: AddrRange, read: bool, write: bool) -> Result<(), HookErro
     Err(HookError::on("mprotect", range, io::Error::last_os_error(), ""))
 }
 
+/// Locks pages of a range in memory from their first touch on, or ends that. No byte changes.
+///
+/// # Errors
+/// `Call`: ENOMEM over the limit.
+pub fn lock(range: AddrRange, on: bool) -> Result<(), HookError> {
+    let range = AddrRange::new(range.start, range.len)?;
+    // SAFETY: locking changes no byte.
+    let rc = unsafe {
+        if on {
+            libc::mlock2(place(range), range.len as usize, libc::MLOCK_ONFAULT as libc::c_uint)
+        } else {
+            libc::munlock(place(range), range.len as usize)
+        }
+    };
+    if rc == 0 {
+        return Ok(());
+    }
+    Err(HookError::on("mlock2", range, io::Error::last_os_error(), "Raise the limit (ulimit -l)"))
+}
+
 /// The mappings that a range of this process consists of, in order, up to its first hole.
 ///
 /// # Errors

@@ -368,10 +368,13 @@ impl Pauser {
         let (stop, stopped) = channel::<()>();
         let thread = std::thread::spawn(move || {
             let mut rng = Rng::new(seed ^ 0x7061_7573);
+            // The agent may take its order later; the next one comes after this pause must be over, so that it also works.
+            let mut pause_ms = 0;
             while let Err(RecvTimeoutError::Timeout) =
-                stopped.recv_timeout(Duration::from_millis(1 + rng.below(BETWEEN_PAUSES_MS)))
+                stopped.recv_timeout(Duration::from_millis(pause_ms + 1 + rng.below(BETWEEN_PAUSES_MS)))
             {
-                session.pause_agent(Duration::from_millis(1 + rng.below(PAUSE_MS)));
+                pause_ms = 1 + rng.below(PAUSE_MS);
+                session.pause_agent(Duration::from_millis(pause_ms));
             }
         });
         Self { stop: Some(stop), thread: Some(thread) }

@@ -9,7 +9,10 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Signal;
 use uhmm_kernel_hook::fork::{Child, fork_child};
@@ -29,6 +32,8 @@ pub(crate) struct Latch {
     writer: OwnedFd,
 }
 
+/// Longest wait for another process of the case.
+const LATCH_PATIENCE: Duration = Duration::from_secs(15);
 /// A verdict is cut to this length, which always fits into a pipe.
 const VERDICT_CHARS: usize = 8000;
 
@@ -47,15 +52,21 @@ impl Latch {
         rustix::io::write(&self.writer, &[1]).map(|_| ()).map_err(|error| Failure::Failed(format!("write: {error}")))
     }
 
-    /// Waits for one `open`.
+    /// Waits for one `open`. The one who should open it may have failed: then waiting fails too, after a while.
     pub(crate) fn wait(&self) -> CaseResult {
-        let mut byte = [0];
-        let count = rustix::io::retry_on_intr(|| rustix::io::read(&self.reader, &mut byte));
-        match count {
-            Ok(1) => Ok(()),
-            Ok(_) => Err(Failure::Failed("The process that should have gone ahead has ended".into())),
-            Err(error) => Err(Failure::Failed(format!("read: {error}"))),
+        let failed = |error: Errno| Failure::Failed(format!("Waiting for another process: {error}"));
+        let end = Instant::now() + LATCH_PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            match poll(&mut [PollFd::new(&self.reader, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => return Err(Failure::Failed("Another process did not do its part in time".into())),
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(failed(error)),
+            }
         }
+        rustix::io::read(&self.reader, &mut [0; 1]).map(|_| ()).map_err(failed)
     }
 }
 

@@ -7,6 +7,9 @@
 //!    +--- 300 lapses later, or 16 lapses of quiet --- Pinned: devices use the pages in place if they can
 //! ```
 //!
+//! From the second turn on a device also has a timeslice: a CPU fault waits until the device has had the page for some time. That
+//! is drm_gpusvm's remedy; without it a CPU that touches a page in a loop takes it away before the device's answer has arrived.
+//!
 //! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4); the lapse is longer, because a turn costs
 //! tens of microseconds here.
 
@@ -16,6 +19,8 @@ use crate::event::{Pages, RegionId};
 
 /// Two turns closer than this are one fight.
 const LAPSE_US: u64 = 2_000;
+/// How long a device keeps pages that the CPU fights it for: several times what an answer takes to reach the device.
+const TIMESLICE_US: u64 = 1_500;
 const TURNS_TO_THROTTLE: u8 = 6;
 const THROTTLES_TO_PIN: u8 = 10;
 const PINNED_LAPSES: u64 = 300;
@@ -117,6 +122,13 @@ impl Thrash {
         block.throttles += 1;
         block.waits_until_us = now_us + LAPSE_US;
         Verdict::Wait { until_us: block.waits_until_us }
+    }
+
+    /// In a fight a device keeps what it has got for a while: else it is taken away before it was used once.
+    pub fn timeslice_end_us(&self, region: RegionId, page: u64, now_us: u64) -> Option<u64> {
+        let block = self.blocks.get(&(region, page / BLOCK_PAGES))?;
+        let end_us = block.last_us + TIMESLICE_US;
+        (block.turns >= 2 && block.last == Direction::Out && now_us < end_us).then_some(end_us)
     }
 
     /// The block was pinned and nobody has looked since it ended: that is decided at the next fault.
