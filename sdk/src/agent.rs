@@ -54,8 +54,18 @@ pub(crate) struct Space {
 }
 
 enum Command {
-    OpenDriver { name: String, space: u64, token: Vec<u8> },
-    Call { peer: Peer, call: Call, trace: TraceId, deadline: Option<Duration>, deliver: Deliver },
+    OpenDriver {
+        name: String,
+        space: u64,
+        token: Vec<u8>,
+    },
+    Call {
+        peer: Peer,
+        call: Call,
+        trace: TraceId,
+        deadline: Option<Duration>,
+        deliver: Deliver,
+    },
     /// Test hook: stand still.
     Pause(Duration),
     Stop,
@@ -302,7 +312,9 @@ impl Loop {
         let Some((space, token)) = self.child.clone() else {
             return Err(Error::StrangeReply { question: "OpenSpace" });
         };
-        let own = uffd.try_clone().map_err(|source| Error::kernel("Keeping the userfaultfd")(HookError::call("dup", None, source)))?;
+        let own = uffd
+            .try_clone()
+            .map_err(|source| Error::kernel("Keeping the userfaultfd")(HookError::call("dup", None, source)))?;
         let uffd = Userfaultfd::from_fd(own).map_err(Error::kernel("Keeping the userfaultfd"))?;
         let kept = uffd.try_clone().map_err(Error::kernel("Keeping the userfaultfd"))?;
         self.executor = Some(make_executor(uffd, &self.staging)?);

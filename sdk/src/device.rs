@@ -161,12 +161,7 @@ impl Device {
     }
 
     /// [`Device::write`] without waiting; the bytes are copied before this returns.
-    pub fn write_at(
-        &self,
-        addr: u64,
-        from: &[u8],
-        deadline: Option<Duration>,
-    ) -> Result<Pending<AccessReport>, Error> {
+    pub fn write_at(&self, addr: u64, from: &[u8], deadline: Option<Duration>) -> Result<Pending<AccessReport>, Error> {
         let buffer = Buffer::new(from.len() as u64)?;
         buffer.window.write(0, from).map_err(Error::kernel("Filling a device buffer"))?;
         self.access(addr, from.len() as u64, AccessOp::Write, Some(buffer), deadline, |_, report| Ok(report))

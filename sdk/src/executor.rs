@@ -14,6 +14,8 @@
 //!
 //! Nothing here holds a reference into the program's memory; ranges are numbers, and the kernel checks them.
 
+mod blocks;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -22,8 +24,10 @@ use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
-    AddrRange, Advice, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window, process,
+    AddrRange, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, Userfaultfd, Window, process,
 };
+
+use self::blocks::Block;
 
 const HUGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE;
@@ -31,8 +35,6 @@ const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE;
 const AGAIN_TRIES: u32 = 2000;
 /// How long pages on their way back wait for the event to be read. As long as a pager may take to be started again.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Huge pages kept for arrivals.
-const KEPT_HUGE_MAX: usize = 4;
 /// What UFFDIO_MOVE says when only one of the two places is locked (and for other differences, which locking does not mend), and
 /// UFFDIO_CONTINUE of any private memory that is registered.
 const EINVAL: i32 = 22;
@@ -83,28 +85,6 @@ struct Taken {
     /// Page inside the block.
     page: u64,
     status: AgentStatus,
-}
-
-struct Block {
-    memory: Window,
-    /// Offset of the aligned part.
-    head: u64,
-    /// Pages of it that are taken.
-    used: u64,
-    /// All of it is one huge page.
-    huge: bool,
-    /// Locked like the memory that it holds: UFFDIO_MOVE wants both alike.
-    locked: bool,
-}
-
-impl Block {
-    fn range(&self) -> AddrRange {
-        AddrRange { start: self.memory.addr() + self.head, len: HUGE_BYTES }
-    }
-
-    fn addr_of(&self, page: u64) -> u64 {
-        self.range().start + page * PAGE_SIZE
-    }
 }
 
 /// See the module head.
@@ -190,7 +170,14 @@ impl Executor {
     /// Whether a part of one private mapping is registered: somebody may have put other memory in its place. UFFDIO_CONTINUE is
     /// not for private memory, so it changes nothing, but the kernel looks for the registration first.
     fn is_managed(&self, part: AddrRange) -> Result<bool, HookError> {
-        let outcome = again(|| self.uffd.cont(part, false, true), |outcome| outcome.stop == Some(FillStop::Again))?;
+        let unread = |outcome: &FillOutcome| outcome.stop == Some(FillStop::Again);
+        let outcome = patiently(|| self.uffd.cont(part, false, true), unread)?;
+        if unread(&outcome) {
+            return Err(HookError::Strange {
+                call: "UFFDIO_CONTINUE",
+                detail: format!("{part} changes without an end"),
+            });
+        }
         Ok(outcome.stop == Some(FillStop::Other(EINVAL)))
     }
 
@@ -482,76 +469,10 @@ impl Executor {
         };
         Ok(runs(&(0..order.page_count as usize).map(status).collect::<Vec<_>>()))
     }
-
-    /// An empty, registered block.
-    fn take_block(&mut self) -> Result<usize, HookError> {
-        let index = match self.free.pop() {
-            Some(index) => index,
-            None => {
-                let memory = Window::anonymous(2 * HUGE_BYTES)?;
-                memory.advise(0, memory.len(), Advice::DontFork)?;
-                let head = memory.addr().next_multiple_of(HUGE_BYTES) - memory.addr();
-                self.blocks.push(Block { memory, head, used: 0, huge: false, locked: false });
-                self.blocks.len() - 1
-            }
-        };
-        self.uffd.register(self.blocks[index].range(), RegisterMode::WP)?;
-        Ok(index)
-    }
-
-    /// A block that is one huge page, if the kernel has one.
-    fn huge_block(&mut self) -> Result<Option<usize>, HookError> {
-        if let Some(block) = self.kept_huge.pop() {
-            return Ok(Some(block));
-        }
-        let block = self.take_block()?;
-        let Block { memory, head, .. } = &self.blocks[block];
-        memory.advise(*head, HUGE_BYTES, Advice::HugePage)?;
-        memory.advise(*head, HUGE_BYTES, Advice::PopulateWrite)?;
-        let range = self.blocks[block].range();
-        let runs = pagemap::scan(self.pagemap.as_fd(), range, Categories::HUGE)?;
-        if runs.iter().map(|run| run.end - run.start).sum::<u64>() == HUGE_BYTES {
-            return Ok(Some(block));
-        }
-        self.empty(block)?;
-        Ok(None)
-    }
-
-    fn free_if_empty(&mut self, block: usize) -> Result<(), HookError> {
-        if self.blocks[block].used > 0 {
-            return Ok(());
-        }
-        if std::mem::take(&mut self.blocks[block].huge) && !self.blocks[block].locked && self.kept_huge.len() < KEPT_HUGE_MAX {
-            self.kept_huge.push(block);
-            return Ok(());
-        }
-        self.empty(block)
-    }
-
-    fn lock(&mut self, block: usize, on: bool) -> Result<(), HookError> {
-        own_memory::lock(self.blocks[block].range(), on)?;
-        self.blocks[block].locked = on;
-        Ok(())
-    }
-
-    /// Gives a block's memory back to the kernel, without an event.
-    fn empty(&mut self, block: usize) -> Result<(), HookError> {
-        if self.blocks[block].locked {
-            self.lock(block, false)?;
-        }
-        let Block { memory, head, .. } = &self.blocks[block];
-        self.uffd.unregister(self.blocks[block].range())?;
-        memory.advise(*head, HUGE_BYTES, Advice::DontNeed)?;
-        self.free.push(block);
-        Ok(())
-    }
 }
 
 /// Repeats what met an unread event of this address space: the pager is reading it, or will.
-fn again<T>(
-    mut call: impl FnMut() -> Result<T, HookError>,
-    is_again: impl Fn(&T) -> bool,
-) -> Result<T, HookError> {
+fn again<T>(mut call: impl FnMut() -> Result<T, HookError>, is_again: impl Fn(&T) -> bool) -> Result<T, HookError> {
     let mut outcome = call()?;
     for _ in 0..AGAIN_TRIES {
         if !is_again(&outcome) {
@@ -564,10 +485,7 @@ fn again<T>(
 }
 
 /// As [`again`] for what must not be given up: until the pager, or the next one, has read its events.
-fn patiently<T>(
-    mut call: impl FnMut() -> Result<T, HookError>,
-    is_again: impl Fn(&T) -> bool,
-) -> Result<T, HookError> {
+fn patiently<T>(mut call: impl FnMut() -> Result<T, HookError>, is_again: impl Fn(&T) -> bool) -> Result<T, HookError> {
     let end = Instant::now() + PATIENCE;
     let mut outcome = again(&mut call, &is_again)?;
     while is_again(&outcome) && Instant::now() < end {
@@ -600,4 +518,3 @@ fn runs(statuses: &[AgentStatus]) -> Vec<AgentRun> {
 
 #[cfg(test)]
 mod tests;
-

@@ -25,9 +25,14 @@
 //! Services may die and come back at any time: memory accesses and calls wait for the next incarnation. What this costs
 //! is time, never bytes. Calls that cannot be repeated say so ([`ErrorCode::Stale`]).
 //!
-//! Limits that Linux sets: a child made by `fork` does not inherit managed ranges (touching one there is a SIGSEGV); memory that
-//! I/O refers to must be pinned ([`Session::pin`]); see [`Session::uffd_kind`] for system calls on migrated memory.
+//! Memory that exists already (from any allocator, or mmap) can be managed too, in place: [`Session::adopt`]. What a device reads
+//! and writes without a job goes through [`Device::read`] and its neighbours.
+//!
+//! Limits that Linux sets: without [`Session::fork_supported`] a child made by `fork` does not inherit managed ranges (touching one
+//! there is a SIGSEGV), with it the child goes on with [`Session::in_child`]; memory of a region (not adopted memory) that I/O
+//! refers to must be pinned ([`Session::pin`]); see [`Session::uffd_kind`] for system calls on migrated memory.
 
+mod adopted;
 mod agent;
 mod arena;
 mod child;

@@ -1,8 +1,6 @@
 //! Memory that exists already: adopting it, and everything that is said about ranges of it.
 
-use uhmm_ipc::message::pager::{
-    AttributeRun, Attributes, FaultPoint, Residency, ResidencyRun, Target, TraceRecord,
-};
+use uhmm_ipc::message::pager::{AttributeRun, Attributes, FaultPoint, Residency, ResidencyRun, Target, TraceRecord};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, pager};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
@@ -113,47 +111,27 @@ impl Session {
     /// anonymous memory, is used by devices where it is.
     ///
     /// # Errors
-    /// `Fault` for a hole or memory of another kind, `Invalid` for a range that is managed already.
+    /// `Fault` for a hole, `Invalid` for memory of a kind that cannot be managed or a range that is managed already. The text says
+    /// what else to do. After an error nothing is managed that was not before.
     pub fn adopt(&self, addr: u64, len_bytes: u64) -> Result<Adopted, Error> {
-        check_range(addr, len_bytes)?;
+        check_range(addr, len_bytes).map_err(round_inwards)?;
         let range = AddrRange { start: addr, len: len_bytes };
         let vmas = own_memory::mappings(range).map_err(Error::kernel("Looking at the mappings of a range"))?;
-        let refused = |code, text| Err(Error::Service { code, text });
-        let mut next = addr;
-        for vma in vmas.iter().take_while(|vma| vma.start <= addr) {
-            next = vma.end;
-        }
-        for vma in vmas.iter().skip_while(|vma| vma.start <= addr) {
-            if vma.start != next {
-                break;
-            }
-            next = vma.end;
-        }
-        if next < range.end() {
-            let text = format!("{range} has a hole at {next:#x}: adopt memory that is mapped as a whole");
-            return refused(ErrorCode::Fault, text);
-        }
-        let shared = vmas.iter().any(|vma| vma.shared);
-        match vmas.first() {
-            Some(vma) if shared && vma.end >= range.end() && vma.shared => self.attach_file(range, vma),
-            _ if shared => {
-                let text = format!("{range} spans several mappings, some of them shared: adopt each on its own");
-                refused(ErrorCode::Invalid, text)
-            }
-            _ if vmas.iter().any(|vma| vma.inode != 0) => {
-                let text = format!("{range} is a private mapping of a file, which the kernel lets nobody else manage: copy it to anonymous memory");
-                refused(ErrorCode::Fault, text)
-            }
-            _ => self.adopt_private(range),
+        match adoptable(range, &vmas)? {
+            Some(vma) => self.attach_file(range, vma),
+            None => self.adopt_private(range),
         }
     }
 
     fn adopt_private(&self, range: AddrRange) -> Result<Adopted, Error> {
-        if !self.fork_supported() {
-            own_memory::advise(range, RangeAdvice::DontFork).map_err(Error::kernel("Keeping a range out of children"))?;
-        }
         let call = pager::Call::AdoptRegion { addr: range.start, len_bytes: range.len };
-        self.region_made(call).map(|region| Adopted { region, kind: AdoptedKind::Private })
+        let region = self.region_made(call)?;
+        self.inner.note_adopted(range);
+        if !self.fork_supported() {
+            own_memory::advise(range, RangeAdvice::DontFork)
+                .map_err(Error::kernel("Keeping a range out of children"))?;
+        }
+        Ok(Adopted { region, kind: AdoptedKind::Private })
     }
 
     fn attach_file(&self, range: AddrRange, vma: &Vma) -> Result<Adopted, Error> {
@@ -173,11 +151,15 @@ impl Session {
     }
 
     /// Gives adopted memory back to the kernel alone: its pages come home first. The range may be a part of what was adopted.
+    ///
+    /// # Errors
+    /// The pager's own: nothing is managed there, or a device cannot give the pages back.
     pub fn release(&self, addr: u64, len_bytes: u64) -> Result<(), Error> {
         check_range(addr, len_bytes)?;
         self.inner.done("ReleaseRange", pager::Call::ReleaseRange { addr, len_bytes }, None).wait()?;
+        let range = AddrRange { start: addr, len: len_bytes };
+        self.inner.note_released(range);
         if !self.fork_supported() {
-            let range = AddrRange { start: addr, len: len_bytes };
             own_memory::advise(range, RangeAdvice::DoFork).map_err(Error::kernel("Letting children have a range"))?;
         }
         Ok(())
@@ -258,35 +240,122 @@ impl Session {
         let runs = self.residency(addr, len_bytes)?;
         let exclusive = runs.iter().find(|run| matches!(run.residency, Residency::Exclusive(_)));
         let Some(run) = exclusive else { return Ok(()) };
-        let text = format!("{} pages at {:#x} are a device's alone", run.page_count, addr + run.first_page * PAGE_BYTES);
+        let text =
+            format!("{} pages at {:#x} are a device's alone", run.page_count, addr + run.first_page * PAGE_BYTES);
         Err(Error::Service { code: ErrorCode::Permission, text })
     }
 
     /// How a device would find every page of a range, without any fault. Pages may move while it is taken.
+    ///
+    /// # Errors
+    /// The range is not page aligned; a call to the kernel or the pager failed. Memory that is not managed is no error.
     pub fn snapshot(&self, device: &Device, addr: u64, len_bytes: u64) -> Result<Vec<SnapshotPage>, Error> {
         let page_count = check_range(addr, len_bytes)?;
-        let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
+        let whole = AddrRange { start: addr, len: len_bytes };
         let failed = || Error::kernel("Looking at the mappings of a range");
         let pagemap = pagemap::open_pagemap(std::process::id()).map_err(failed())?;
-        for page in 0..page_count {
-            let range = AddrRange { start: addr + page * PAGE_SIZE, len: PAGE_SIZE };
-            let vma = own_memory::mappings(range).map_err(failed())?.first().copied();
-            let Some(vma) = vma.filter(|vma| vma.read && vma.start <= range.start) else { continue };
-            let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
-            let runs = pagemap::scan(pagemap.as_fd(), range, any).map_err(failed())?;
-            let run = self.residency(range.start, PAGE_SIZE).ok().and_then(|runs| runs.first().copied());
-            pages[page as usize] = shown(device, &vma, runs.first().map(|run| run.categories), run.as_ref());
+        let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
+        let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
+        let mut start = addr;
+        while start < whole.end() {
+            let vmas = own_memory::mappings(AddrRange { start, len: whole.end() - start }).map_err(failed())?;
+            for vma in vmas.iter().filter(|vma| vma.read) {
+                let (from, end) = (vma.start.max(start), vma.end.min(whole.end()));
+                let piece = AddrRange { start: from, len: end - from };
+                let kinds = pagemap::scan(pagemap.as_fd(), piece, any).map_err(failed())?;
+                let runs = self.managed_runs(piece)?;
+                let first = ((from - addr) / PAGE_SIZE) as usize;
+                for (at, page) in (0..piece.len / PAGE_SIZE).zip(&mut pages[first..]) {
+                    let place = from + at * PAGE_SIZE;
+                    let kind = kinds.iter().find(|run| run.start <= place && place < run.end).map(|run| run.categories);
+                    let run = runs.iter().find(|run| run.first_page <= at && at < run.first_page + run.page_count);
+                    *page = shown(device.id(), vma, kind, run);
+                }
+            }
+            // Behind the hole that ended the list, page by page.
+            start = vmas.last().map_or(start, |vma| vma.end) + PAGE_SIZE;
         }
         Ok(pages)
+    }
+
+    /// Residency of the managed part of a range; nothing for memory that the pager does not know.
+    fn managed_runs(&self, piece: AddrRange) -> Result<Vec<ResidencyRun>, Error> {
+        let whole = self.residency(piece.start, piece.len);
+        let unknown =
+            |error: &Error| matches!(error.code(), ErrorCode::NotFound | ErrorCode::Invalid | ErrorCode::Fault);
+        match whole {
+            Err(error) if unknown(&error) && piece.len > PAGE_SIZE => {
+                // Managed in part: both halves are asked for.
+                let half = (piece.len / PAGE_SIZE).div_ceil(2) * PAGE_SIZE;
+                let mut runs = self.managed_runs(AddrRange { start: piece.start, len: half })?;
+                let rest = AddrRange { start: piece.start + half, len: piece.len - half };
+                runs.extend(
+                    self.managed_runs(rest)?
+                        .into_iter()
+                        .map(|run| ResidencyRun { first_page: run.first_page + half / PAGE_SIZE, ..run }),
+                );
+                Ok(runs)
+            }
+            Err(error) if unknown(&error) => Ok(Vec::new()),
+            other => other,
+        }
+    }
+}
+
+/// What whole pages an allocation has lies inside it, not around it.
+fn round_inwards(error: Error) -> Error {
+    match error {
+        Error::UnalignedAddress { .. } | Error::UnalignedLength { .. } => {
+            let text =
+                format!("Only whole pages of {PAGE_BYTES} bytes can be adopted: round the start up and the end down");
+            Error::Service { code: ErrorCode::Invalid, text }
+        }
+        other => other,
+    }
+}
+
+/// Whether a range can be adopted: `None` as private memory, else the shared mapping that it lies in.
+fn adoptable(range: AddrRange, vmas: &[Vma]) -> Result<Option<&Vma>, Error> {
+    let refused = |code, text| Err(Error::Service { code, text });
+    let end = vmas.last().map_or(range.start, |vma| vma.end);
+    if end < range.end() {
+        return refused(
+            ErrorCode::Fault,
+            format!("{range} has a hole at {end:#x}: adopt memory that is mapped as a whole"),
+        );
+    }
+    if let Some(vma) = vmas.iter().find(|vma| vma.page_size_bytes != PAGE_SIZE) {
+        let text = format!(
+            "{range} holds hugetlb memory at {:#x}, which Linux does not let anybody move: use ordinary memory with madvise(MADV_HUGEPAGE)",
+            vma.start
+        );
+        return refused(ErrorCode::Invalid, text);
+    }
+    match vmas {
+        [vma] if vma.shared => Ok(Some(vma)),
+        _ if vmas.iter().any(|vma| vma.shared) => {
+            let text = format!("{range} spans several mappings, some of them shared: adopt each on its own");
+            refused(ErrorCode::Invalid, text)
+        }
+        _ => match vmas.iter().find(|vma| vma.inode != 0) {
+            Some(vma) => {
+                let text = format!(
+                    "{range} holds a private mapping of a file at {:#x}, which Linux does not let anybody manage: copy it to anonymous memory, or map it shared",
+                    vma.start
+                );
+                refused(ErrorCode::Invalid, text)
+            }
+            None => Ok(None),
+        },
     }
 }
 
 /// One page of a snapshot from what the pager and the kernel say.
-fn shown(device: &Device, vma: &Vma, kind: Option<Categories>, run: Option<&ResidencyRun>) -> SnapshotPage {
+fn shown(device_id: u8, vma: &Vma, kind: Option<Categories>, run: Option<&ResidencyRun>) -> SnapshotPage {
     let right = if vma.write { SnapshotPage::WRITE } else { SnapshotPage::READ };
     let huge = |page: SnapshotPage, huge: bool| if huge { page.with(SnapshotPage::PMD) } else { page };
     match run.map(|run| run.residency) {
-        Some(Residency::Device(id) | Residency::Exclusive(id)) if id == device.id() => {
+        Some(Residency::Device(id) | Residency::Exclusive(id)) if id == device_id => {
             huge(SnapshotPage::DEVICE_LOCAL.with(right), run.is_some_and(|run| run.huge))
         }
         Some(Residency::Device(_) | Residency::Exclusive(_) | Residency::Moving) => SnapshotPage::NONE,
@@ -301,5 +370,87 @@ fn shown(device: &Device, vma: &Vma, kind: Option<Categories>, run: Option<&Resi
                 huge(right, large)
             }
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGE: AddrRange = AddrRange { start: 0x10000, len: 0x8000 };
+
+    fn vma(start: u64, end: u64) -> Vma {
+        let (read, write, exec, shared) = (true, true, false, false);
+        Vma { start, end, read, write, exec, shared, page_size_bytes: PAGE_SIZE, offset: 0, device: (0, 0), inode: 0 }
+    }
+
+    fn refusal(vmas: &[Vma]) -> String {
+        adoptable(RANGE, vmas).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn private_memory_of_several_mappings_is_one_adoption_and_shared_memory_lies_in_one_mapping() {
+        let parts = [vma(0x8000, 0x12000), Vma { write: false, ..vma(0x12000, 0x18000) }];
+        assert_eq!(adoptable(RANGE, &parts).unwrap(), None);
+        let shared = Vma { shared: true, inode: 7, ..vma(0x10000, 0x18000) };
+        assert_eq!(adoptable(RANGE, &[shared]).unwrap(), Some(&shared));
+    }
+
+    #[test]
+    fn what_cannot_be_adopted_is_named() {
+        assert!(refusal(&[]).contains("a hole at 0x10000"));
+        assert!(refusal(&[vma(0x10000, 0x14000)]).contains("a hole at 0x14000"));
+        let file = Vma { inode: 3, ..vma(0x14000, 0x18000) };
+        let text = refusal(&[vma(0x10000, 0x14000), file]);
+        assert!(text.contains("private mapping of a file at 0x14000"), "{text}");
+        let huge = Vma { page_size_bytes: 2 << 20, inode: 5, ..vma(0, 0x200000) };
+        assert!(refusal(&[huge]).contains("hugetlb"));
+        let shared = Vma { shared: true, ..vma(0x14000, 0x18000) };
+        assert!(refusal(&[vma(0x10000, 0x14000), shared]).contains("adopt each on its own"));
+        let error = round_inwards(check_range(0x10010, 0x1000).unwrap_err());
+        assert!(error.code() == ErrorCode::Invalid && error.to_string().contains("round the start up"), "{error}");
+    }
+
+    #[test]
+    fn a_snapshot_shows_rights_place_and_level_of_a_page() {
+        let run = |residency, huge| ResidencyRun {
+            first_page: 0,
+            page_count: 1,
+            residency,
+            pinned: false,
+            mapped_mask: 0,
+            huge,
+        };
+        let (rw, ro) = (vma(0, 0x1000), Vma { write: false, ..vma(0, 0x1000) });
+        let present = Some(Categories::PRESENT);
+        let zero = Some(Categories::PRESENT | Categories::PFNZERO);
+        let page = |vma: &Vma, kind, run: Option<ResidencyRun>| shown(1, vma, kind, run.as_ref()).bits();
+        assert_eq!(page(&rw, present, None), 2);
+        assert_eq!(page(&ro, present, Some(run(Residency::System, false))), 1);
+        assert_eq!(page(&ro, zero, Some(run(Residency::System, false))), 0x11);
+        assert_eq!(page(&rw, present.map(|kind| kind | Categories::HUGE), Some(run(Residency::System, false))), 6);
+        assert_eq!(page(&rw, None, Some(run(Residency::Device(1), true))), 0x26);
+        assert_eq!(page(&rw, None, Some(run(Residency::Device(0), false))), 0, "another device's");
+        assert_eq!(page(&rw, None, Some(run(Residency::Absent, false))), 0);
+        assert_eq!(page(&rw, None, Some(run(Residency::Poisoned, false))), 0xff);
+    }
+
+    #[test]
+    fn attributes_are_uniform_only_if_every_page_agrees() {
+        let attributes = |read_mostly| Attributes {
+            preferred: None,
+            prefetched: Some(Target::Home),
+            in_place_mask: 0,
+            no_access_mask: 0,
+            read_mostly,
+            device_read_only: false,
+            granularity_log2_pages: None,
+            pinned: false,
+        };
+        let run =
+            |first_page, read_mostly| AttributeRun { first_page, page_count: 2, attributes: attributes(read_mostly) };
+        let runs = [run(0, true), run(2, false)];
+        assert_eq!(Uniform::of(&runs, |a| a.read_mostly), Uniform::Mixed);
+        assert_eq!(Uniform::of(&runs, |a| a.prefetched), Uniform::Same(Some(Target::Home)));
     }
 }

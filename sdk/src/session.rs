@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{Features, UffdKind, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, Features, UffdKind, Userfaultfd};
 
+use crate::adopted::AdoptedRanges;
 use crate::agent::{Agent, Identification, Introduction, Peer, Space};
 use crate::child::{Sentinel, agent_memory};
 use crate::device::{Device, DeviceInfo, ask_info};
@@ -31,15 +32,24 @@ pub(crate) struct Inner {
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
+    adopted: Mutex<Adopted>,
     // Never read, but never closed before the last region is gone either: without any reference left the kernel would turn
     // every page that is on a device into zeros.
     _uffd: Option<Userfaultfd>,
 }
 
+#[derive(Default)]
+struct Adopted {
+    ranges: AdoptedRanges,
+    /// The session itself, while there is adopted memory: its agent is needed.
+    keep: Option<Arc<Inner>>,
+}
+
 /// A process's connection to uhmm: regions are allocated here, moved by address and used by devices.
 ///
-/// One a process is enough; it can be shared by all threads. Regions and devices keep what they need of it alive. It survives
-/// restarts of every service: calls wait for the service to come back, unless they carry a deadline.
+/// One a process is enough; it can be shared by all threads. Regions, devices and adopted private memory keep what they need of it
+/// alive: its agent thread ends when all of them are dropped or released. It survives restarts of every service: calls wait for the
+/// service to come back, unless they carry a deadline.
 pub struct Session {
     pub(crate) inner: Arc<Inner>,
 }
@@ -84,7 +94,8 @@ impl Session {
         })?;
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
-        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, _uffd: uffd }) })
+        let adopted = Mutex::default();
+        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, _uffd: uffd }) })
     }
 
     /// In a forked child: its own session, on the address space that it has inherited. The parent's session, regions and devices
@@ -103,7 +114,10 @@ impl Session {
         let who = Identification::Child { space, token };
         let run_dir = self.inner.run_dir.clone();
         let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: None };
-        Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.clone())
+        let session = Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.clone())?;
+        // What the parent has adopted is inherited, and needs an agent as long as this process lives.
+        std::mem::forget(Arc::clone(&session.inner));
+        Ok(session)
     }
 
     /// Whether forked children are managed too. Without it managed memory is left out of children.
@@ -263,6 +277,22 @@ impl Session {
 }
 
 impl Inner {
+    /// Private memory needs the agent from now on.
+    pub(crate) fn note_adopted(self: &Arc<Self>, range: AddrRange) {
+        let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        adopted.ranges.insert(range);
+        adopted.keep.get_or_insert_with(|| Arc::clone(self));
+    }
+
+    /// And does not any more.
+    pub(crate) fn note_released(&self, range: AddrRange) {
+        let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        adopted.ranges.remove(range);
+        let kept = if adopted.ranges.is_empty() { adopted.keep.take() } else { None };
+        // The caller has a handle of its own, so this is never the last one.
+        drop((adopted, kept));
+    }
+
     /// Forked children are managed too.
     pub(crate) fn forks(&self) -> bool {
         Features::from_bits_truncate(self.space.features).contains(Features::EVENT_FORK)

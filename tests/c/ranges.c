@@ -17,6 +17,7 @@ void shared_memory(const struct bench *bench)
     FAILS(uhmm_allocate(bench->session, 5000, (void **)&memory), EINVAL);
     FAILS(uhmm_allocate(bench->session, 0, (void **)&memory), EINVAL);
     FAILS(uhmm_allocate(bench->session, len, NULL), EINVAL);
+    FAILS(uhmm_allocate(bench->session, (uint64_t)1 << 50, (void **)&memory), ENOMEM);
     TRUE_THAT(memory == NULL);
     OK(uhmm_allocate(bench->session, len, (void **)&memory));
     EXPECT_BYTE(memory, PAGE, 0);
@@ -76,7 +77,8 @@ void private_memory(const struct bench *bench)
     fill(memory, len, 3);
     FAILS(uhmm_adopt(bench->session, memory, 100), EINVAL);
     FAILS(uhmm_adopt(bench->session, NULL, PAGE), EINVAL);
-    FAILS(uhmm_migrate(bench->session, memory, len, bench->device, &report, NULL, 0), EINVAL);
+    FAILS(uhmm_migrate(bench->session, memory, len, bench->device, &report, NULL, 0), EFAULT);
+    OK(uhmm_adopt(bench->session, memory, len));
     OK(uhmm_adopt(bench->session, memory, len));
     EXPECT(memory, len, 3);
     OK(uhmm_migrate(bench->session, memory, len, bench->device, &report, NULL, 0));
@@ -97,7 +99,8 @@ void private_memory(const struct bench *bench)
     EXPECT(memory, len, 4);
     OK(uhmm_migrate(bench->session, memory + len / 2, len / 2, bench->device, &report, NULL, 0));
     SAME(report.moved_pages, pages / 2);
-    FAILS(uhmm_migrate(bench->session, memory, len / 2, bench->device, &report, NULL, 0), EINVAL);
+    FAILS(uhmm_migrate(bench->session, memory, len / 2, bench->device, &report, NULL, 0), EFAULT);
+    OK(uhmm_release(bench->session, memory, len / 2));
     OK(uhmm_discard(bench->session, memory + len / 2, MIB));
     EXPECT(memory, len / 2, 4);
     EXPECT_BYTE(memory + len / 2, MIB, 0);

@@ -4,32 +4,50 @@
 //!
 //! ```text
 //!   Access --> [ walk: 64 pages a turn ] --all pages--> Accessed{pages, faults}
-//!                   |            ^
-//!                   | missing    | resumed
-//!                   v            |
-//!              [ one range fault: fault book, mirror, pager ] --failed--> error
+//!                |   |            ^   ^
+//!                |   | missing    |   | resumed
+//!                |   v            |   |
+//!                |  [ one range fault: fault book, mirror, pager ] --failed--> error
+//!                |                    |
+//!                +-- no aperture --> [ one piece through the copy engine ]
 //! ```
-//! The walk runs in the driver's loop, so revocations by message cannot run meanwhile; those that the pager does itself are kept out
-//! by the loop's place in the gate ([`DevicePageTable::with_page`]).
+//! * **Revocation.** The walk runs in the driver's loop, so revocations by message cannot run meanwhile; those that the pager does
+//!   itself are kept out by the loop's place in the gate ([`DevicePageTable::with_page`]). Devices without an aperture are revoked by
+//!   message only, and while a piece of theirs is in flight acknowledgements are held back.
+//! * **Progress.** A page that is taken away again between its fault and its access is asked for again after a pause; after a second
+//!   without one page more the access fails with EBUSY.
+//! * **Additions** are atomic against CPU, other devices and kernels where the CPU sees the page. In frames that it does not see they
+//!   are read, changed and written by the engine: a writable frame is this device's alone, and kernels of the space do not run
+//!   meanwhile (those that run already are waited for, those that are submitted wait).
+
+pub(crate) mod engine;
+mod transfer;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::driver::AccessOp;
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, TraceId, WireError, driver};
 use uhmm_ipc::{CallId, ConnId};
-use uhmm_kernel_hook::{HookError, Prot, Window, memfd};
+use uhmm_kernel_hook::Window;
 
-use crate::device::{DevicePageTable, Driver, FaultId, JobId, PAGE_BYTES, Place, RegionKey, SystemPages};
+use crate::device::{DevicePageTable, Driver, FaultId, Job, JobId, JobQueue, JobReport, PAGE_BYTES, Place, RegionKey};
 use crate::fault::{FaultEvent, FaultRange};
 use crate::run::{DriverLoop, Due};
+use engine::{PIECE_PAGES, Piece, Run, gather};
+use transfer::{check, transfer};
 
 /// Pages of one turn: some tens of microseconds, so that the loop's other work is not kept waiting.
-const TURN_PAGES: u64 = 64;
+const TURN_PAGES: u64 = PIECE_PAGES;
 /// Faults of accesses are named by this bit and their job; the device's own never have it.
 const ACCESS_FAULT: u64 = 1 << 63;
+/// How long an access may stand on one page.
+const STALL_LIMIT: Duration = Duration::from_secs(1);
+/// First pause of one that does; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_micros(100);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a client asked for.
 #[derive(Clone, Debug)]
@@ -51,13 +69,61 @@ impl Wanted {
     }
 }
 
+/// Standing on one page.
+#[derive(Clone, Copy, Debug)]
+struct Stall {
+    page: u64,
+    since: Instant,
+    tries: u32,
+    /// The pause before the next try is over.
+    rested: bool,
+}
+
+/// What an access that cannot go on does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Try,
+    Pause(Duration),
+    GiveUp,
+}
+
+impl Stall {
+    /// The page is out of reach, now.
+    fn at(stall: &mut Option<Self>, page: u64, now: Instant) -> Next {
+        match stall {
+            Some(same) if same.page == page => same.again(now),
+            _ => {
+                *stall = Some(Self { page, since: now, tries: 0, rested: false });
+                Next::Try
+            }
+        }
+    }
+
+    fn again(&mut self, now: Instant) -> Next {
+        if self.rested {
+            self.rested = false;
+            return Next::Try;
+        }
+        if now.saturating_duration_since(self.since) >= STALL_LIMIT {
+            return Next::GiveUp;
+        }
+        self.rested = true;
+        self.tries += 1;
+        Next::Pause(FIRST_PAUSE.saturating_mul(1 << (self.tries - 1).min(16)).min(LONGEST_PAUSE))
+    }
+}
+
 /// One access under way.
 #[derive(Debug)]
 struct Access {
     wanted: Wanted,
-    buffer: Option<Window>,
+    buffer: Option<Arc<Window>>,
+    /// Pages done, or in the piece in flight.
     done_pages: u64,
     fault_count: u64,
+    /// The addresses below this one were answered as the device's alone.
+    exclusive_end: u64,
+    stall: Option<Stall>,
     trace: TraceId,
 }
 
@@ -65,8 +131,18 @@ struct Access {
 #[derive(Debug, Default)]
 pub(crate) struct AccessBook {
     accesses: BTreeMap<JobId, Access>,
-    /// Those that do not wait for a fault, in turn.
+    /// Those that do not wait for a fault, a pause or the engine, in turn.
     ready: VecDeque<JobId>,
+    /// Whose piece the engine has.
+    at_engine: Option<JobId>,
+    /// Those that wait for the engine.
+    engine_queue: VecDeque<JobId>,
+    /// Quiescences that wait for the engine.
+    held_tickets: Vec<u64>,
+    /// The space in whose frames the engine adds.
+    adding: Option<u64>,
+    /// Kernels that wait until it has.
+    held_jobs: Vec<Job>,
 }
 
 impl AccessBook {
@@ -82,6 +158,22 @@ impl AccessBook {
     pub(crate) fn job_of(fault: FaultId) -> Option<JobId> {
         (fault.0 & ACCESS_FAULT != 0).then_some(JobId(fault.0 & !ACCESS_FAULT))
     }
+
+    /// What was revoked may still be in use by the engine: the ticket comes again when it is not.
+    pub(crate) fn holds_back(&mut self, ticket: u64) -> bool {
+        let in_flight = self.at_engine.is_some();
+        if in_flight {
+            self.held_tickets.push(ticket);
+        }
+        in_flight
+    }
+
+    /// The pages below `end` were answered as the device's alone.
+    pub(crate) fn exclusive_until(&mut self, job: JobId, end: u64) {
+        if let Some(access) = self.accesses.get_mut(&job) {
+            access.exclusive_end = end;
+        }
+    }
 }
 
 /// How a turn ended.
@@ -89,6 +181,11 @@ enum Turn {
     More,
     Done,
     Missing,
+    /// These pages go through the engine.
+    Engine(Vec<Run>),
+    EngineTaken,
+    /// Kernels run where the engine would add.
+    Contended,
     Failed(WireError),
 }
 
@@ -101,17 +198,18 @@ impl<D: Driver> DriverLoop<D> {
         deadline: Option<Instant>,
         wanted: Wanted,
     ) -> Result<(), WireError> {
-        let buffer = check(&wanted)?;
-        if self.window.is_none() && wanted.op != AccessOp::MakeExclusive {
-            let text = "This device's memory has no aperture, so the driver kit cannot access it: submit a kernel";
-            return Err(WireError::new(ErrorCode::Invalid, text));
-        }
+        let buffer = check(&wanted)?.map(Arc::new);
         let job = self.jobs.open_access(conn, call, wanted.space, trace)?;
+        tracing::debug!(
+            request = trace.0, job = job.0, space = wanted.space, addr = wanted.addr, len_bytes = wanted.len_bytes,
+            op = ?wanted.op, "Access begins"
+        );
         if let Some(deadline) = deadline {
             let timer = self.after(deadline.saturating_duration_since(Instant::now()), Due::JobDeadline(job));
             self.job_timers.insert(job, timer);
         }
-        self.accesses.accesses.insert(job, Access { wanted, buffer, done_pages: 0, fault_count: 0, trace });
+        let access = Access { wanted, buffer, done_pages: 0, fault_count: 0, exclusive_end: 0, stall: None, trace };
+        self.accesses.accesses.insert(job, access);
         self.accesses.ready.push_back(job);
         Ok(())
     }
@@ -120,44 +218,144 @@ impl<D: Driver> DriverLoop<D> {
     pub(crate) fn step_access(&mut self) {
         let Some(job) = self.accesses.ready.pop_front() else { return };
         let Some(mut access) = self.accesses.accesses.remove(&job) else { return };
-        let turn = self.walk(&mut access);
-        let (pages, fault_count) = (access.wanted.page_count(), access.fault_count);
-        let missing = matches!(turn, Turn::Missing).then(|| self.missing(job, &mut access));
+        let turn = self.walk(job, &mut access);
+        let (page_count, fault_count) = (access.wanted.page_count(), access.fault_count);
+        let next = match turn {
+            Turn::Missing | Turn::Contended => Stall::at(&mut access.stall, access.done_pages, Instant::now()),
+            _ => Next::Try,
+        };
+        let fault = (matches!(turn, Turn::Missing) && next == Next::Try).then(|| self.missing(job, &mut access));
+        let at = access.wanted.addr + access.done_pages * PAGE_BYTES;
+        if let Turn::Engine(runs) = &turn {
+            self.post(job, &access, runs.clone());
+        }
         self.accesses.accesses.insert(job, access);
-        match turn {
-            Turn::More => self.accesses.ready.push_back(job),
-            Turn::Missing => missing.into_iter().for_each(|fault| self.step_faults(fault)),
-            Turn::Failed(error) => self.end_access(job, Err(error)),
-            Turn::Done => self.end_access(job, Ok(driver::Reply::Accessed { page_count: pages, fault_count })),
+        match (turn, next) {
+            (Turn::Missing | Turn::Contended, Next::Pause(pause)) => {
+                self.after(pause, Due::Access(job));
+            }
+            (Turn::Missing, Next::GiveUp) => {
+                self.end_access(job, Err(busy(at, "others took the page away again and again")))
+            }
+            (Turn::Contended, Next::GiveUp) => {
+                let why = "kernels of the space run, and the CPU does not see this device's memory: submit a kernel that adds";
+                self.end_access(job, Err(busy(at, why)));
+            }
+            (Turn::More | Turn::Contended, _) => self.accesses.ready.push_back(job),
+            (Turn::Missing, Next::Try) => fault.into_iter().for_each(|fault| self.step_faults(fault)),
+            (Turn::Engine(_), _) => {}
+            (Turn::EngineTaken, _) => self.accesses.engine_queue.push_back(job),
+            (Turn::Failed(error), _) => self.end_access(job, Err(error)),
+            (Turn::Done, _) => self.end_access(job, Ok(driver::Reply::Accessed { page_count, fault_count })),
         }
     }
 
-    fn walk(&mut self, access: &mut Access) -> Turn {
+    fn walk(&mut self, job: JobId, access: &mut Access) -> Turn {
+        let op = access.wanted.op;
+        let by_engine = self.window.is_none() && op != AccessOp::MakeExclusive;
+        if by_engine && self.accesses.at_engine.is_some() {
+            return Turn::EngineTaken;
+        }
+        if by_engine && matches!(op, AccessOp::FetchAdd(_)) && !self.additions_may_run(job, access.wanted.space) {
+            return Turn::Contended;
+        }
+        let mut runs = Vec::new();
+        let mut end = Turn::More;
         for _ in 0..TURN_PAGES {
             if access.done_pages == access.wanted.page_count() {
-                return Turn::Done;
+                end = Turn::Done;
+                break;
             }
-            let addr = access.wanted.addr + access.done_pages * PAGE_BYTES;
-            let Some((key, page)) = self.attached_at(access.wanted.space, addr) else { return Turn::Missing };
-            // What was exclusive before its fault is not known: the first page of each piece is asked for.
-            if access.wanted.op == AccessOp::MakeExclusive && access.fault_count == 0 {
-                return Turn::Missing;
+            match self.walk_page(access, by_engine, &mut runs) {
+                Ok(true) => access.done_pages += 1,
+                Ok(false) => {
+                    end = Turn::Missing;
+                    break;
+                }
+                Err(error) => return Turn::Failed(error),
             }
-            let (window, mut result) = (&self.window, Ok(()));
-            let lent = self.table.with_page(key, page, access.wanted.writes(), &mut |place| {
-                result = transfer(access, window.as_ref(), place);
-            });
-            match lent {
-                Ok(true) => {}
-                Ok(false) => return Turn::Missing,
-                Err(error) => return Turn::Failed(broken(addr, &error.to_string())),
-            }
-            if let Err(failure) = result {
-                return Turn::Failed(failure.at(addr));
-            }
-            access.done_pages += 1;
         }
-        Turn::More
+        if runs.is_empty() { end } else { Turn::Engine(runs) }
+    }
+
+    /// One page; false when it is missing.
+    fn walk_page(&mut self, access: &Access, by_engine: bool, runs: &mut Vec<Run>) -> Result<bool, WireError> {
+        let addr = access.wanted.addr + access.done_pages * PAGE_BYTES;
+        let Some((key, page)) = self.attached_at(access.wanted.space, addr) else { return Ok(false) };
+        // A mapping alone does not say that the page is the device's alone.
+        if access.wanted.op == AccessOp::MakeExclusive && addr >= access.exclusive_end {
+            return Ok(false);
+        }
+        let (window, mut result) = (&self.window, Ok(()));
+        let lent = self.table.with_page(key, page, access.wanted.writes(), &mut |place| match place {
+            Place::Frame(frame) if by_engine => gather(runs, frame, access.done_pages),
+            place => result = transfer(access, window.as_ref(), place),
+        });
+        result.map_err(|failure| failure.at(addr))?;
+        lent.map_err(|error| broken(addr, &error.to_string()))
+    }
+
+    /// The engine may add in frames of the space: no kernel changes them meanwhile.
+    fn additions_may_run(&self, me: JobId, space: u64) -> bool {
+        let held = |job: &JobId| self.accesses.held_jobs.iter().any(|held| held.id == *job);
+        self.jobs.of_space(space).all(|job| job == me || self.accesses.contains(job) || held(&job))
+    }
+
+    fn post(&mut self, job: JobId, access: &Access, runs: Vec<Run>) {
+        let (Some(buffer), Some(copy)) = (access.buffer.clone(), &self.copy) else { return };
+        let op = access.wanted.op;
+        self.accesses.at_engine = Some(job);
+        self.accesses.adding = matches!(op, AccessOp::FetchAdd(_)).then_some(access.wanted.space);
+        self.lane.post(Piece { op, buffer, runs });
+        copy.wake();
+    }
+
+    /// The engine has ended a piece: everything that waited for it goes on.
+    pub(crate) fn engine_events(&mut self) {
+        let Some(outcome) = self.lane.outcome() else { return };
+        let job = self.accesses.at_engine.take();
+        self.accesses.adding = None;
+        for held in std::mem::take(&mut self.accesses.held_jobs) {
+            self.queue.submit(held);
+        }
+        for ticket in std::mem::take(&mut self.accesses.held_tickets) {
+            self.quiesce(ticket);
+        }
+        let waiting = std::mem::take(&mut self.accesses.engine_queue);
+        self.accesses.ready.extend(waiting);
+        let Some(job) = job.filter(|job| self.accesses.contains(*job)) else { return };
+        match outcome {
+            Ok(()) => self.accesses.ready.push_back(job),
+            Err(why) => {
+                let addr = self.accesses.accesses.get(&job).map_or(0, |access| access.wanted.addr);
+                self.end_access(job, Err(broken(addr, &why)));
+            }
+        }
+    }
+
+    /// A kernel runs now, or after the addition that is in flight in its space.
+    pub(crate) fn start_job(&mut self, job: Job) {
+        if self.accesses.adding == Some(job.space) {
+            self.accesses.held_jobs.push(job);
+        } else {
+            self.queue.submit(job);
+        }
+    }
+
+    /// Ends a kernel, or an access.
+    pub(crate) fn cancel_job(&mut self, job: JobId, why: WireError) {
+        if self.accesses.contains(job) {
+            return self.end_access(job, Err(why));
+        }
+        let held = self.accesses.held_jobs.iter().position(|held| held.id == job);
+        match held {
+            Some(index) => {
+                self.accesses.held_jobs.remove(index);
+                self.port.finished(job, JobReport { result: Err(why), fault_count: 0, run_time_ns: 0 });
+            }
+            None => self.queue.cancel(job, why),
+        }
+        self.step_faults(FaultEvent::JobGone { job });
     }
 
     fn attached_at(&self, space: u64, addr: u64) -> Option<(RegionKey, u64)> {
@@ -182,152 +380,52 @@ impl<D: Driver> DriverLoop<D> {
     /// The range fault was answered.
     pub(crate) fn access_resumed(&mut self, job: JobId, outcome: Result<(), WireError>) {
         match outcome {
-            Ok(()) if self.accesses.contains(job) => self.accesses.ready.push_back(job),
-            Ok(()) => {}
+            Ok(()) => self.access_rested(job),
             Err(error) => self.end_access(job, Err(error)),
+        }
+    }
+
+    /// It may go on.
+    pub(crate) fn access_rested(&mut self, job: JobId) {
+        if self.accesses.contains(job) {
+            self.accesses.ready.push_back(job);
         }
     }
 
     /// Tells the client, unless it is gone.
     pub(crate) fn end_access(&mut self, job: JobId, result: Result<driver::Reply, WireError>) {
-        if self.accesses.accesses.remove(&job).is_none() {
-            return;
-        }
+        let Some(access) = self.accesses.accesses.remove(&job) else { return };
         self.accesses.ready.retain(|other| *other != job);
+        self.accesses.engine_queue.retain(|other| *other != job);
         if let Some(timer) = self.job_timers.remove(&job) {
             self.cancel_timer(timer);
         }
         self.suspended.retain(|_, (of, _)| *of != job);
         self.step_faults(FaultEvent::JobGone { job });
         let Some(origin) = self.jobs.finished(job) else { return };
+        let (fault_count, error) = (access.fault_count, result.as_ref().err().map(ToString::to_string));
+        tracing::debug!(request = origin.trace.0, job = job.0, fault_count, error, "Access ended");
         self.stats.jobs += 1;
         self.stats.failed_jobs += u64::from(result.is_err());
         self.service.reactor.reply(origin.conn, origin.call, result.map(Reply::Driver));
     }
 }
 
-/// The range and its buffer.
-fn check(wanted: &Wanted) -> Result<Option<Window>, WireError> {
-    let invalid = |text: String| WireError::new(ErrorCode::Invalid, text);
-    let Wanted { addr, len_bytes, op, buffer, .. } = wanted;
-    let aligned = addr.is_multiple_of(PAGE_BYTES) && len_bytes.is_multiple_of(PAGE_BYTES);
-    if *len_bytes == 0 || !aligned || addr.checked_add(*len_bytes).is_none() {
-        return Err(invalid(format!("Range [{addr:#x}, +{len_bytes:#x}) is empty, wraps, or is not page aligned")));
-    }
-    let Some(buffer) = buffer else {
-        let needless = *op == AccessOp::MakeExclusive;
-        return if needless { Ok(None) } else { Err(invalid(format!("{op:?} needs a buffer"))) };
-    };
-    let refused = |error: HookError| invalid(format!("The buffer is refused: {error}"));
-    memfd::check_sealed(buffer.as_fd(), *len_bytes).map_err(refused)?;
-    Window::map(buffer.as_fd(), 0, *len_bytes, Prot::ReadWrite).map(Some).map_err(refused)
-}
-
-/// Why a page could not be accessed.
-#[derive(Debug)]
-struct TransferError {
-    code: ErrorCode,
-    text: String,
-}
-
-impl TransferError {
-    fn at(self, addr: u64) -> WireError {
-        WireError::new(self.code, format!("Device access of address {addr:#x} failed: {}", self.text))
-    }
-}
-
-impl From<HookError> for TransferError {
-    fn from(error: HookError) -> Self {
-        Self { code: ErrorCode::Io, text: error.to_string() }
-    }
-}
-
-impl From<&str> for TransferError {
-    fn from(text: &str) -> Self {
-        Self { code: ErrorCode::Io, text: text.into() }
-    }
-}
-
-impl From<std::io::Error> for TransferError {
-    fn from(error: std::io::Error) -> Self {
-        match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => Self { code: ErrorCode::Fault, text: "it lies behind the end of its file".into() },
-            _ => Self { code: ErrorCode::Io, text: error.to_string() },
-        }
-    }
-}
-
-/// One page.
-fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_>) -> Result<(), TransferError> {
-    let (Some(buffer), op) = (&access.buffer, access.wanted.op) else { return Ok(()) };
-    let at = access.done_pages * PAGE_BYTES;
-    let (bytes, offset) = match place {
-        Place::Frame(frame) => (memory.ok_or("the device has no aperture")?, u64::from(frame) * PAGE_BYTES),
-        Place::System(SystemPages::Mapped(window), page) => (window, page * PAGE_BYTES),
-        Place::System(SystemPages::Private, _) => return Err("private memory was mapped in place".into()),
-        Place::System(SystemPages::File(file), page) => {
-            let mut page_bytes = vec![0; PAGE_BYTES as usize];
-            let offset = page * PAGE_BYTES;
-            match op {
-                AccessOp::Read => {
-                    file.read(offset, &mut page_bytes)?;
-                    buffer.write(at, &page_bytes)?;
-                }
-                AccessOp::Write => {
-                    buffer.read(at, &mut page_bytes)?;
-                    file.write(offset, &page_bytes)?;
-                }
-                AccessOp::FetchAdd(_) => return Err("a file's pages cannot be changed atomically from here".into()),
-                AccessOp::MakeExclusive => {}
-            }
-            return Ok(());
-        }
-    };
-    match op {
-        AccessOp::Read => bytes.copy_to(offset, buffer, at, PAGE_BYTES)?,
-        AccessOp::Write => buffer.copy_to(at, bytes, offset, PAGE_BYTES)?,
-        AccessOp::FetchAdd(value) => {
-            for word in (0..PAGE_BYTES).step_by(8) {
-                let before = bytes.atomic_u64(offset + word)?.fetch_add(value, Ordering::SeqCst);
-                buffer.store_u64(at + word, before)?;
-            }
-        }
-        AccessOp::MakeExclusive => {}
-    }
-    Ok(())
-}
-
 fn broken(addr: u64, why: &str) -> WireError {
     WireError::new(ErrorCode::Io, format!("Device access of address {addr:#x} failed: {why}"))
 }
 
+fn busy(addr: u64, why: &str) -> WireError {
+    let limit_ms = STALL_LIMIT.as_millis();
+    WireError::new(
+        ErrorCode::Busy,
+        format!("Device access of address {addr:#x} made no progress in {limit_ms} ms: {why}"),
+    )
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-
-    fn wanted(addr: u64, len_bytes: u64, op: AccessOp, buffer_bytes: Option<u64>) -> Wanted {
-        let buffer = buffer_bytes.map(|len| Arc::new(memfd::create_sealed("uhmm-test", len).unwrap()));
-        Wanted { space: 1, addr, len_bytes, op, buffer }
-    }
-
-    #[test]
-    fn ranges_and_buffers_are_checked_before_anything_begins() {
-        let ok = |wanted: Wanted| check(&wanted).map(|_| ()).map_err(|error| error.code);
-        assert_eq!(ok(wanted(4096, 8192, AccessOp::Read, Some(8192))), Ok(()));
-        assert_eq!(ok(wanted(4096, 8192, AccessOp::MakeExclusive, None)), Ok(()));
-        for bad in [
-            wanted(4097, 8192, AccessOp::Read, Some(8192)),
-            wanted(4096, 0, AccessOp::Read, Some(4096)),
-            wanted(4096, 100, AccessOp::Read, Some(4096)),
-            wanted(u64::MAX - 4095, 8192, AccessOp::Read, Some(8192)),
-            wanted(4096, 8192, AccessOp::Write, None),
-            wanted(4096, 8192, AccessOp::Write, Some(4096)),
-        ] {
-            assert_eq!(ok(bad), Err(ErrorCode::Invalid));
-        }
-    }
 
     #[test]
     fn faults_of_accesses_are_told_from_the_devices_own() {
@@ -336,14 +434,33 @@ mod tests {
     }
 
     #[test]
-    fn an_addition_returns_the_words_from_before() {
-        let memory = Window::anonymous(8192).unwrap();
-        memory.store_u64(4096 + 8, 5).unwrap();
-        let of = wanted(0, 4096, AccessOp::FetchAdd(u64::MAX), Some(4096));
-        let buffer = check(&of).unwrap();
-        let access = Access { wanted: of, buffer, done_pages: 0, fault_count: 0, trace: TraceId(0) };
-        transfer(&access, Some(&memory), Place::Frame(1)).unwrap();
-        assert_eq!((memory.load_u64(4096).unwrap(), memory.load_u64(4096 + 8).unwrap()), (u64::MAX, 4));
-        assert_eq!(access.buffer.unwrap().load_u64(8).unwrap(), 5);
+    fn quiescence_waits_for_the_piece_in_flight_and_for_no_later_one() {
+        let mut book = AccessBook::default();
+        assert!(!book.holds_back(1), "nothing is in flight");
+        book.at_engine = Some(JobId(3));
+        assert!(book.holds_back(2) && book.holds_back(3));
+        assert_eq!(book.held_tickets, [2, 3], "both come again when it has ended");
+    }
+
+    #[test]
+    fn every_second_try_of_one_page_is_a_pause_until_the_limit() {
+        let (mut stall, start) = (None, Instant::now());
+        assert_eq!(Stall::at(&mut stall, 4, start), Next::Try);
+        let mut now = start;
+        let mut pauses = Vec::new();
+        loop {
+            match Stall::at(&mut stall, 4, now) {
+                Next::Pause(pause) => {
+                    pauses.push(pause);
+                    now += pause;
+                    assert_eq!(Stall::at(&mut stall, 4, now), Next::Try, "after a pause it is tried");
+                }
+                Next::GiveUp => break,
+                Next::Try => panic!("no pause between two tries"),
+            }
+        }
+        assert!(pauses.is_sorted() && pauses[0] == FIRST_PAUSE && pauses.last() == Some(&LONGEST_PAUSE));
+        assert!(now - start >= STALL_LIMIT && now - start < STALL_LIMIT + LONGEST_PAUSE);
+        assert_eq!(Stall::at(&mut stall, 5, now), Next::Try, "another page is progress");
     }
 }

@@ -6,7 +6,7 @@ use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, WireError, common, driv
 use uhmm_ipc::{CallId, ConnId};
 
 use crate::access::Wanted;
-use crate::device::{DeviceMemory, Driver, JobId, JobQueue, JobReport, PAGE_BYTES};
+use crate::device::{DeviceMemory, Driver, JobId, JobReport, PAGE_BYTES};
 use crate::fault::FaultEvent;
 use crate::job::Request;
 use crate::run::{Asked, DriverLoop, Due, RELINK_PAUSE};
@@ -78,7 +78,7 @@ impl<D: Driver> DriverLoop<D> {
             let timer = self.after(left, Due::JobDeadline(job.id));
             self.job_timers.insert(job.id, timer);
         }
-        self.queue.submit(job);
+        self.start_job(job);
         Ok(())
     }
 
@@ -148,13 +148,9 @@ impl<D: Driver> DriverLoop<D> {
     /// Nobody waits for the job any more.
     pub(crate) fn job_expired(&mut self, job: JobId) {
         self.job_timers.remove(&job);
-        if self.accesses.contains(job) {
-            let text = "The access's deadline passed: it was cancelled";
-            return self.end_access(job, Err(WireError::new(ErrorCode::TimedOut, text)));
-        }
         if self.jobs.is_running(job) {
-            self.queue.cancel(job, WireError::new(ErrorCode::TimedOut, "The job's deadline passed: it was cancelled"));
-            self.step_faults(FaultEvent::JobGone { job });
+            let text = "The deadline of the job or access passed: it was cancelled";
+            self.cancel_job(job, WireError::new(ErrorCode::TimedOut, text));
         }
     }
 
@@ -164,12 +160,7 @@ impl<D: Driver> DriverLoop<D> {
         let (jobs, unused_spaces) = self.jobs.closed(conn);
         for job in jobs {
             let why = WireError::new(ErrorCode::Stale, "The client disconnected: its job was cancelled");
-            if self.accesses.contains(job) {
-                self.end_access(job, Err(why));
-                continue;
-            }
-            self.queue.cancel(job, why);
-            self.step_faults(FaultEvent::JobGone { job });
+            self.cancel_job(job, why);
         }
         for space in unused_spaces {
             self.end_space(space, "Its client disconnected", true);

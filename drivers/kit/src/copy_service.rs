@@ -5,6 +5,8 @@
 //!   push request, ring submit -> request lane  -> pop, check range -> engine: staging <-> frames
 //!   pop, drain complete       <- completion lane <- push, ring complete if the pager sleeps
 //! ```
+//! Between two requests the thread does a piece of a client's direct access, if one waits (`access/engine.rs`).
+//!
 //! A ring belongs to one session with the pager: when the link is lost, the thread ends and hands the engine back, and the
 //! next session begins with a new ring. What was in flight the new pager asks again (copies are absolute).
 
@@ -21,6 +23,7 @@ use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
 use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
 use uhmm_kernel_hook::{EventFd, HookError, Prot, Window, memfd};
 
+use crate::access::engine::{EngineLane, PIECE_PAGES};
 use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES};
 use crate::error::DriverError;
 use crate::stats::CopyCounters;
@@ -45,6 +48,7 @@ impl<E: CopyEngine + 'static> CopyService<E> {
         frame_count: u32,
         staging_bytes: u64,
         counters: Arc<CopyCounters>,
+        lane: EngineLane,
     ) -> Result<Self, DriverError> {
         let staging_pages = u32::try_from(staging_bytes / PAGE_BYTES).unwrap_or(u32::MAX);
         let staging_bytes = u64::from(staging_pages) * PAGE_BYTES;
@@ -60,11 +64,14 @@ impl<E: CopyEngine + 'static> CopyService<E> {
         };
         let (completions, requests) = ring.into_ends();
         let stop = Arc::new(AtomicBool::new(false));
+        lane.open();
         let worker = Worker {
             engine,
             frame_count,
             staging: window,
             staging_pages,
+            access_staging: Window::anonymous(PIECE_PAGES * PAGE_BYTES)?,
+            lane,
             requests,
             completions,
             submit: submit.try_clone()?,
@@ -84,12 +91,17 @@ impl<E: CopyEngine + 'static> CopyService<E> {
         self.ring.clone()
     }
 
-    /// Ends the thread after the request it is at, and hands the engine back; `None` if the engine panicked.
-    pub(crate) fn stop(self) -> Option<E> {
-        self.stop.store(true, Ordering::Release);
+    /// There is a piece in the lane.
+    pub(crate) fn wake(&self) {
         if let Err(error) = self.submit.signal() {
             tracing::error!(%error, "The copy thread cannot be woken");
         }
+    }
+
+    /// Ends the thread after the request it is at, and hands the engine back; `None` if the engine panicked.
+    pub(crate) fn stop(self) -> Option<E> {
+        self.stop.store(true, Ordering::Release);
+        self.wake();
         self.thread.join().ok()
     }
 }
@@ -100,6 +112,9 @@ struct Worker<E> {
     frame_count: u32,
     staging: Window,
     staging_pages: u32,
+    /// For direct accesses; the pager does not see it.
+    access_staging: Window,
+    lane: EngineLane,
     requests: Consumer,
     completions: Producer,
     submit: EventFd,
@@ -126,12 +141,14 @@ impl<E: CopyEngine> Worker<E> {
         if let Err(error) = self.serve() {
             let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             tracing::error!(%error, source, "Copy thread ends");
+            self.lane.close(&format!("{error}: {source}"));
         }
         self.engine
     }
 
     fn serve(&mut self) -> Result<(), CopyThreadError> {
         while !self.stop.load(Ordering::Acquire) {
+            self.access();
             if let Some(slot) = self.requests.pop()? {
                 let request = CopyRequest::decode(&slot)?;
                 let status = self.perform(&request);
@@ -141,6 +158,21 @@ impl<E: CopyEngine> Worker<E> {
             }
         }
         Ok(())
+    }
+
+    /// One piece of a direct access, if there is one.
+    fn access(&mut self) {
+        let Some(piece) = self.lane.take() else { return };
+        let done = if piece.in_bounds(self.frame_count) {
+            piece.perform(&mut self.engine, &self.access_staging)
+        } else {
+            Err("A mapping leaves device memory".into())
+        };
+        self.counters.count(done.is_ok(), piece.page_count() * PAGE_BYTES);
+        if let Err(error) = &done {
+            tracing::error!(%error, ?piece, "Direct access failed");
+        }
+        self.lane.done(done);
     }
 
     fn perform(&mut self, request: &CopyRequest) -> CopyStatus {
@@ -192,6 +224,7 @@ impl<E: CopyEngine> Worker<E> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::port::DevicePort;
 
     const STAGING_PAGES: u32 = 16;
     const STAGING_BYTES: u64 = STAGING_PAGES as u64 * PAGE_BYTES;
@@ -223,6 +256,10 @@ mod tests {
         fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
             self.note("scrub", frames, 0)
         }
+    }
+
+    fn lane() -> EngineLane {
+        EngineLane::new(DevicePort::new(|| {}))
     }
 
     /// The pager's end.
@@ -269,7 +306,7 @@ mod tests {
     fn requests_are_checked_performed_and_answered_in_order() -> Result<(), DeviceError> {
         let counters = Arc::new(CopyCounters::default());
         let service =
-            CopyService::start(Recorder { asked: vec![], broken: false }, 64, STAGING_BYTES, counters.clone())?;
+            CopyService::start(Recorder { asked: vec![], broken: false }, 64, STAGING_BYTES, counters.clone(), lane())?;
         let mut asker = Asker::open(&service.ring())?;
         asker.staging.store_u64(5 * PAGE_BYTES, 77)?;
         assert_eq!(asker.ask(CopyOp::CopyIn, 10, 4, 5)?, CopyStatus::Ok);
@@ -288,11 +325,12 @@ mod tests {
     #[test]
     fn a_broken_device_is_reported_and_the_next_session_gets_the_same_engine() -> Result<(), DeviceError> {
         let counters = Arc::new(CopyCounters::default());
-        let service = CopyService::start(Recorder { asked: vec![], broken: true }, 8, STAGING_BYTES, counters.clone())?;
+        let service =
+            CopyService::start(Recorder { asked: vec![], broken: true }, 8, STAGING_BYTES, counters.clone(), lane())?;
         assert_eq!(Asker::open(&service.ring())?.ask(CopyOp::Scrub, 0, 1, 0)?, CopyStatus::Io);
         let mut engine = service.stop().ok_or("The engine comes back")?;
         engine.broken = false;
-        let service = CopyService::start(engine, 8, STAGING_BYTES, counters)?;
+        let service = CopyService::start(engine, 8, STAGING_BYTES, counters, lane())?;
         assert_eq!(Asker::open(&service.ring())?.ask(CopyOp::Scrub, 1, 1, 0)?, CopyStatus::Ok);
         assert_eq!(service.stop().map(|engine| engine.asked.len()), Some(2));
         Ok(())

@@ -101,6 +101,8 @@ pub trait DeviceMemory {
 }
 
 /// Moves bytes for devices without an aperture. Called by the copy thread, one request at a time; ranges are already checked.
+/// Two staging areas take turns: the pager's, and one of the kit's own for `Access` calls; an engine that has to prepare memory
+/// for DMA knows them by [`uhmm_kernel_hook::MappedBytes::addr`], which stays for a session with the pager.
 pub trait CopyEngine: Send {
     /// Staging pages, the first one here, to frames. Returns after the frames hold the bytes.
     fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError>;
@@ -179,7 +181,11 @@ pub trait DevicePageTable {
 
     /// If the page is mapped with the right that is asked for: marks it as used (accessed, and dirty for a write), calls `act` once
     /// with where it is, and returns true. Until `act` has returned no revocation of the page is reported as complete. The kit's
-    /// own accesses (`Access` calls) go this way, in the loop; `act` never waits.
+    /// own accesses (`Access` calls) go this way, in the loop; `act` waits for nothing but the file of [`SystemPages::File`].
+    ///
+    /// False, and no call: not mapped, or mapped read-only for a write. The kit then asks for the rest of its range with one fault,
+    /// and comes back. Of a device without an aperture the kit keeps the frame beyond `act`, while its copy engine is at it; until
+    /// that has ended it acknowledges no revocation.
     fn with_page(
         &mut self,
         key: RegionKey,

@@ -28,11 +28,11 @@ impl FilePages {
         while !into.is_empty() {
             let count = rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *into, at))?;
             if count == 0 {
-                let end = rustix::fs::fstat(&self.file)?.st_size as u64;
-                if at.next_multiple_of(PAGE_BYTES) > end.next_multiple_of(PAGE_BYTES) || at >= end.next_multiple_of(PAGE_BYTES) {
+                let last_page_end = self.len_bytes()?.next_multiple_of(PAGE_BYTES);
+                if at >= last_page_end {
                     return Err(std::io::ErrorKind::UnexpectedEof.into());
                 }
-                let rest = (end.next_multiple_of(PAGE_BYTES) - at).min(into.len() as u64) as usize;
+                let rest = (last_page_end - at).min(into.len() as u64) as usize;
                 into[..rest].fill(0);
                 at += rest as u64;
                 into = &mut into[rest..];
@@ -50,7 +50,7 @@ impl FilePages {
     /// Those of pwrite; `UnexpectedEof` for a page behind the end of the file.
     pub fn write(&self, offset: u64, mut from: &[u8]) -> std::io::Result<()> {
         let mut at = self.offset_bytes + offset;
-        let end = rustix::fs::fstat(&self.file)?.st_size as u64;
+        let end = self.len_bytes()?;
         if at + from.len() as u64 > end.next_multiple_of(PAGE_BYTES) {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
@@ -58,10 +58,17 @@ impl FilePages {
         from = &from[..from.len().min(end.saturating_sub(at) as usize)];
         while !from.is_empty() {
             let count = rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, from, at))?;
+            if count == 0 {
+                return Err(std::io::ErrorKind::WriteZero.into());
+            }
             at += count as u64;
             from = &from[count..];
         }
         Ok(())
+    }
+
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_size).unwrap_or(0))
     }
 }
 

@@ -7,6 +7,8 @@
 //!                                       |      mirror reports us late and the pager has us fenced.
 //!                                       +--Pending--> DevicePort::quiesced --> the same
 //! ```
+//! A direct access that the copy engine is at holds every quiescence back until it has ended.
+//!
 //! Everything is absolute and repeatable. An unknown region has no mappings, but it may have had some a moment ago: its
 //! acknowledgement too comes after a quiescence.
 
@@ -14,7 +16,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, mirror};
 
-use crate::device::{DevicePageTable, Driver, JobQueue, PageRange, Quiescence, RegionKey};
+use crate::device::{DevicePageTable, Driver, PageRange, Quiescence, RegionKey};
 use crate::fault::FaultEvent;
 use crate::run::{Asked, DriverLoop, Due};
 
@@ -56,12 +58,7 @@ impl<D: Driver> DriverLoop<D> {
     pub(crate) fn end_space(&mut self, space: u64, why: &str, tell: bool) {
         for job in self.jobs.space_gone(space) {
             let error = WireError::new(ErrorCode::NotFound, format!("Space {space} ended before the job: {why}"));
-            if self.accesses.contains(job) {
-                self.end_access(job, Err(error));
-                continue;
-            }
-            self.queue.cancel(job, error);
-            self.step_faults(FaultEvent::JobGone { job });
+            self.cancel_job(job, error);
         }
         self.spaces.remove(&space);
         self.step_faults(FaultEvent::SpaceGone { space });
@@ -102,6 +99,9 @@ impl<D: Driver> DriverLoop<D> {
     }
 
     pub(crate) fn quiesce(&mut self, ticket: u64) {
+        if self.accesses.holds_back(ticket) {
+            return;
+        }
         match self.table.quiesce(ticket) {
             Ok(Quiescence::Reached) => self.quiescent(ticket),
             Ok(Quiescence::Pending) => {}

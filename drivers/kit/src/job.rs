@@ -88,7 +88,13 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
     }
 
     /// Names a direct access of a client as a job, so that it ends with its client.
-    pub(crate) fn open_access(&mut self, conn: Conn, call: Call, space: u64, trace: TraceId) -> Result<JobId, WireError> {
+    pub(crate) fn open_access(
+        &mut self,
+        conn: Conn,
+        call: Call,
+        space: u64,
+        trace: TraceId,
+    ) -> Result<JobId, WireError> {
         self.check_queue(conn, space)?;
         Ok(self.name(Origin { conn, call, space, trace }))
     }
@@ -118,6 +124,11 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
         self.jobs.contains_key(&job)
     }
 
+    /// Jobs and accesses in flight of a space.
+    pub(crate) fn of_space(&self, space: u64) -> impl Iterator<Item = JobId> {
+        self.jobs.iter().filter(move |(_, origin)| origin.space == space).map(|(id, _)| *id)
+    }
+
     /// Trace of the request behind a job.
     pub(crate) fn trace(&self, job: JobId) -> TraceId {
         self.jobs.get(&job).map_or(TraceId::default(), |origin| origin.trace)
@@ -136,7 +147,7 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
         for spaces in self.queues.values_mut() {
             spaces.remove(&space);
         }
-        self.jobs.iter().filter(|(_, origin)| origin.space == space).map(|(id, _)| *id).collect()
+        self.of_space(space).collect()
     }
 }
 

@@ -69,6 +69,11 @@ impl DevicePort {
         self.push(DeviceEvent::Quiesced { ticket });
     }
 
+    /// Ends the loop's wait without saying anything: something else of the kit's has news.
+    pub(crate) fn nudge(&self) {
+        (self.shared.wake)();
+    }
+
     /// Takes everything reported so far, in order. Called by the loop.
     pub fn drain(&self) -> VecDeque<DeviceEvent> {
         // A panic cannot happen under this lock (only pushes), so a poisoned queue is still whole.

@@ -14,10 +14,10 @@ use uhmm_ipc::CallId;
 use uhmm_ipc::message::pager::{MapKind, MapRun};
 use uhmm_ipc::message::{ErrorCode, Reply, WireError, mirror, pager};
 
+use crate::access::AccessBook;
 use crate::device::{
     DeviceFault, DeviceMemory, DevicePageTable, Driver, JobQueue, PAGE_BYTES, PageRange, RegionKey, RegionMap,
 };
-use crate::access::AccessBook;
 use crate::fault::{FaultAction, FaultEvent, WindowId};
 use crate::port::DeviceEvent;
 use crate::run::{Asked, Attached, DriverLoop, Due};
@@ -81,16 +81,8 @@ impl<D: Driver> DriverLoop<D> {
                 let (space, region) = (key.space, key.region);
                 let (first_page, page_count) = (pages.first, pages.count);
                 let whole = range.is_some();
-                let call = mirror::Call::Fault {
-                    space,
-                    region,
-                    first_page,
-                    page_count,
-                    fault_page,
-                    write,
-                    whole,
-                    exclusive,
-                };
+                let call =
+                    mirror::Call::Fault { space, region, first_page, page_count, fault_page, write, whole, exclusive };
                 self.ask_mirror(call, self.jobs.trace(job), Asked::Fault { window });
             }
             FaultAction::Abandon { key, pages, nonce } => {
@@ -193,7 +185,7 @@ impl<D: Driver> DriverLoop<D> {
     fn fault_answered(&mut self, window: WindowId, result: Result<Reply, WireError>) {
         // Nobody wants a window whose region is gone; its table is gone as well.
         let Some(open) = self.book.window(window) else { return };
-        let (key, nonce, pages) = (open.key, open.nonce, open.pages);
+        let (key, nonce, pages, exclusive_job) = (open.key, open.nonce, open.pages, open.exclusive_job());
         let runs = match result {
             Ok(Reply::Mirror(mirror::Reply::Mapped { runs, .. })) => clip_runs(&runs, pages, self.memory.frame_count()),
             Ok(_) => Err(unexpected("Fault")),
@@ -207,6 +199,10 @@ impl<D: Driver> DriverLoop<D> {
             Ok((runs, report)) => {
                 self.stats.installed_pages += report.installed_pages;
                 self.stats.refused_pages += report.refused.len() as u64;
+                if let (Some(job), Some(region)) = (exclusive_job, self.regions.get(&key)) {
+                    let end = answered_end(&runs, &report.refused, pages);
+                    self.accesses.exclusive_until(job, region.map.addr + end * PAGE_BYTES);
+                }
                 FaultEvent::Installed { window, runs, refused: report.refused }
             }
             Err(error) => FaultEvent::Failed { window, error },
@@ -217,6 +213,15 @@ impl<D: Driver> DriverLoop<D> {
 
 fn unexpected(call: &str) -> WireError {
     WireError::new(ErrorCode::Protocol, format!("{call} was answered with something else than was asked"))
+}
+
+/// One past the last page, from the first of the window on without a gap, that was answered writable and not revoked meanwhile.
+fn answered_end(runs: &[MapRun], refused: &[u64], pages: PageRange) -> u64 {
+    let answered = |page: &u64| {
+        let inside = |run: &&MapRun| PageRange { first: run.first_page, count: run.page_count }.contains(*page);
+        runs.iter().find(inside).is_some_and(|run| run.writable) && !refused.contains(page)
+    };
+    (pages.first..pages.end()).find(|page| !answered(page)).unwrap_or(pages.end())
 }
 
 /// The parts of the runs inside the window. Frames that the device does not have fail the whole answer.
@@ -257,6 +262,17 @@ mod tests {
         let runs = [run(60, 10, MapKind::Frame(5)), run(70, 100, MapKind::System), run(500, 4, MapKind::System)];
         let clipped = clip_runs(&runs, PageRange { first: 64, count: 64 }, 1000);
         assert_eq!(clipped, Ok(vec![run(64, 6, MapKind::Frame(9)), run(70, 58, MapKind::System)]));
+    }
+
+    #[test]
+    fn an_answer_counts_up_to_its_first_gap() {
+        let window = PageRange { first: 10, count: 10 };
+        let runs = [run(10, 3, MapKind::Frame(1)), run(13, 7, MapKind::Frame(9))];
+        assert_eq!(answered_end(&runs, &[], window), 20);
+        assert_eq!(answered_end(&runs, &[15], window), 15);
+        assert_eq!(answered_end(&runs[..1], &[], window), 13);
+        assert_eq!(answered_end(&runs[1..], &[], window), 10);
+        assert_eq!(answered_end(&[MapRun { writable: false, ..runs[0] }, runs[1]], &[], window), 10);
     }
 
     #[test]

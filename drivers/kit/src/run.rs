@@ -24,6 +24,7 @@ use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_manifest::DevicePlan;
 
 use crate::access::AccessBook;
+use crate::access::engine::EngineLane;
 use crate::copy_service::CopyService;
 use crate::device::{
     DeviceMemory, DevicePageTable, Driver, FaultId, JobId, JobQueue, OpenContext, PAGE_BYTES, RegionKey, RegionMap,
@@ -81,6 +82,8 @@ pub(crate) enum Due {
     Reopen,
     Ready,
     JobDeadline(JobId),
+    /// An access paused.
+    Access(JobId),
 }
 
 /// An attached (or soon attached) region.
@@ -113,6 +116,8 @@ pub(crate) struct DriverLoop<D: Driver> {
     pub(crate) book: FaultBook,
     pub(crate) jobs: JobBook<ConnId, CallId>,
     pub(crate) accesses: AccessBook,
+    /// To the copy thread.
+    pub(crate) lane: EngineLane,
     /// Device memory as the loop itself sees it.
     pub(crate) window: Option<Window>,
     pub(crate) stats: Stats,
@@ -174,13 +179,20 @@ impl<D: Driver> DriverLoop<D> {
 
         let len_bytes = u64::from(frame_count) * PAGE_BYTES;
         let window = parts.memory.aperture().map(|fd| Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite));
-        let window = window.transpose().map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;
+        let window = window
+            .transpose()
+            .map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;
         let stats = Stats::new();
+        let lane = EngineLane::new(port.clone());
         let copy = match (parts.memory.aperture(), parts.engine) {
             (Some(_), _) => None,
-            (None, Some(engine)) => {
-                Some(CopyService::start(engine, frame_count, plan.staging_bytes, Arc::clone(&stats.copy))?)
-            }
+            (None, Some(engine)) => Some(CopyService::start(
+                engine,
+                frame_count,
+                plan.staging_bytes,
+                Arc::clone(&stats.copy),
+                lane.clone(),
+            )?),
             (None, None) => return Err(DriverError::NoCopyPath { driver: driver.name() }),
         };
         let shown = MemoryShown {
@@ -197,6 +209,7 @@ impl<D: Driver> DriverLoop<D> {
             driver_name: driver.name(),
             jobs: JobBook::new(driver.kernels()),
             accesses: AccessBook::default(),
+            lane,
             window,
             service,
             plan,
@@ -243,6 +256,7 @@ impl<D: Driver> DriverLoop<D> {
                 }
             }
             self.device_events();
+            self.engine_events();
             self.step_access();
         }
     }
@@ -299,7 +313,7 @@ impl<D: Driver> DriverLoop<D> {
                 let engine = copy.stop().ok_or(DriverError::NoCopyPath { driver: self.driver_name })?;
                 let counters = Arc::clone(&self.stats.copy);
                 let (frame_count, staging_bytes) = (self.memory.frame_count(), self.plan.staging_bytes);
-                self.copy = Some(CopyService::start(engine, frame_count, staging_bytes, counters)?);
+                self.copy = Some(CopyService::start(engine, frame_count, staging_bytes, counters, self.lane.clone())?);
                 self.refresh_preambles();
             }
         }
@@ -408,6 +422,7 @@ impl<D: Driver> DriverLoop<D> {
                     self.open_space(space, token, client, TraceId::default());
                 }
             }
+            Some(Due::Access(job)) => self.access_rested(job),
             Some(Due::JobDeadline(job)) => self.job_expired(job),
             Some(Due::Ready) if !self.ready => {
                 self.ready = true;

@@ -7,6 +7,13 @@
 //! A device thread may keep an `Arc<MappedRegion>` as long as it likes: once detached, all its entries are invalid and stay so,
 //! and the thread looks the address up again after the fault that follows.
 //!
+//! **Use bits.** Every access marks its entry before it touches the page: accessed, and dirty for a write. That is `Table::touch`,
+//! called by device threads and by [`DevicePageTable::with_page`]. Whoever holds the table's memfd (the pager, of a device with an
+//! aperture) finds the bits there, with the entry that they belong to; they end with its revocation, which tells whether it was
+//! dirty ([`DevicePageTable::revoke`]).
+//!
+//! The gate has one slot a device thread and one more, the last, for the loop's own accesses.
+//!
 //! Lock order: the lock of [`AddressSpaces`] is a leaf. Device threads take it for reading, outside the gate.
 
 use std::collections::{BTreeMap, HashMap};

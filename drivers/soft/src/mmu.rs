@@ -5,7 +5,8 @@
 //!                                                      |
 //!                     invalid or not writable ---------+--> leave -> suspend until resumed -> forget the region -> again
 //! ```
-//! A gate section covers one access inside one page, at most 4 KiB, and nothing in it can block: so whoever revokes a page never
+//! A gate section covers one access inside one page, at most 4 KiB, and nothing in it can block (but the read or write of a file that
+//! stays in place, whose pages never change their owner): so whoever revokes a page never
 //! waits long for this thread. The entry is loaded anew for every access; only the region is remembered.
 
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub struct Mmu<'a> {
     suspend: &'a dyn Suspend,
     cancel: &'a AtomicBool,
     region: Option<Arc<MappedRegion>>,
+    /// For pages of files.
+    scratch: Option<Window>,
     fault_count: u64,
 }
 
@@ -55,7 +58,7 @@ impl<'a> Mmu<'a> {
         suspend: &'a dyn Suspend,
         cancel: &'a AtomicBool,
     ) -> Self {
-        Self { space, memory, spaces, slot, suspend, cancel, region: None, fault_count: 0 }
+        Self { space, memory, spaces, slot, suspend, cancel, region: None, scratch: None, fault_count: 0 }
     }
 
     /// Faults so far.
@@ -63,28 +66,25 @@ impl<'a> Mmu<'a> {
         self.fault_count
     }
 
-    /// One access inside one page: `act` gets the memory and the offset of `addr` in it, and must not block.
+    /// One access of `len` bytes inside one page: `act` gets the memory and the offset of `addr` in it, and must not block.
     fn access<R>(
         &mut self,
         addr: u64,
-        write: bool,
+        len: usize,
+        right: Right,
         mut act: impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
     ) -> KernelResult<R> {
         loop {
             if self.cancel.load(Ordering::Acquire) {
                 return Err(self.suspend.cancelled());
             }
-            match self.try_access(addr, write, &mut act) {
-                Some(Ok(value)) => return Ok(value),
-                Some(Err(error)) => {
-                    let text = format!("Device memory behind address {addr:#x} cannot be accessed: {error}");
-                    return Err(WireError::new(ErrorCode::Io, text));
-                }
+            match self.try_access(addr, len, right, &mut act) {
+                Some(result) => return result.map_err(|failure| failure.at(addr)),
                 None => {
                     // The region may have been detached: look it up again after the fault.
                     self.region = None;
                     self.fault_count += 1;
-                    self.suspend.suspend(addr, write)?;
+                    self.suspend.suspend(addr, right != Right::Read)?;
                 }
             }
         }
@@ -94,51 +94,110 @@ impl<'a> Mmu<'a> {
     fn try_access<R>(
         &mut self,
         addr: u64,
-        write: bool,
+        len: usize,
+        right: Right,
         act: &mut impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
-    ) -> Option<Result<R, HookError>> {
+    ) -> Option<Result<R, AccessError>> {
         if self.region.as_ref().is_none_or(|region| region.page_of(addr).is_none()) {
             self.region = self.spaces.find(self.space, addr);
         }
         let region = self.region.as_deref()?;
         let page = region.page_of(addr)?;
         let _inside = self.slot.enter();
-        let pte = region.table.touch(page, region.table.load(page), write)?;
+        let pte = region.table.touch(page, region.table.load(page), right != Right::Read)?;
         let offset = addr % PAGE_BYTES;
         Some(match pte.frame_number() {
-            Some(frame) => act(self.memory, u64::from(frame) * PAGE_BYTES + offset),
+            Some(frame) => act(self.memory, u64::from(frame) * PAGE_BYTES + offset).map_err(AccessError::from),
             None => match &region.system {
-                SystemPages::Mapped(window) => act(window, page * PAGE_BYTES + offset),
-                SystemPages::File(file) => through_file(file, page, offset, write, act),
+                SystemPages::Mapped(window) => act(window, page * PAGE_BYTES + offset).map_err(AccessError::from),
+                SystemPages::File(file) => {
+                    let place = FilePlace { file, at: page * PAGE_BYTES + offset, offset, len };
+                    place.access(&mut self.scratch, right, act)
+                }
                 SystemPages::Private => return None,
             },
         })
     }
 }
 
-/// An access to a file's page: on a copy of it, of which the bytes that have changed are written back.
-fn through_file<R>(
-    file: &FilePages,
-    page: u64,
+/// What an access does to the page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Right {
+    Read,
+    Write,
+    /// Reads and writes in one step.
+    Atomic,
+}
+
+/// Why bytes behind a mapped address were out of reach.
+#[derive(Debug, thiserror::Error)]
+enum AccessError {
+    #[error("Device memory cannot be accessed: {0}")]
+    Memory(#[from] HookError),
+    #[error("It lies behind the end of its file")]
+    BehindEnd,
+    #[error("Its file failed: {0}")]
+    File(std::io::Error),
+    #[error("It is a page of a file that stays in place, where nothing can be changed atomically")]
+    NotAtomic,
+}
+
+impl AccessError {
+    fn at(&self, addr: u64) -> WireError {
+        let code = match self {
+            Self::Memory(_) | Self::File(_) => ErrorCode::Io,
+            Self::BehindEnd => ErrorCode::Fault,
+            Self::NotAtomic => ErrorCode::Invalid,
+        };
+        WireError::new(code, format!("Device access of address {addr:#x} failed: {self}"))
+    }
+}
+
+impl From<std::io::Error> for AccessError {
+    fn from(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::UnexpectedEof { Self::BehindEnd } else { Self::File(error) }
+    }
+}
+
+/// Bytes of a page that is read and written through its file.
+struct FilePlace<'a> {
+    file: &'a FilePages,
+    /// In the region.
+    at: u64,
+    /// In the page.
     offset: u64,
-    write: bool,
-    act: &mut impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
-) -> Result<R, HookError> {
-    let failed = |source: std::io::Error| HookError::call("access to a file's page", None, source);
-    let mut before = vec![0; PAGE_BYTES as usize];
-    file.read(page * PAGE_BYTES, &mut before).map_err(failed)?;
-    let copy = Window::anonymous(PAGE_BYTES)?;
-    copy.write(0, &before)?;
-    let result = act(&copy, offset)?;
-    if write {
-        let mut after = vec![0; PAGE_BYTES as usize];
-        copy.read(0, &mut after)?;
-        let differs = |index: &usize| before[*index] != after[*index];
-        if let (Some(first), Some(last)) = ((0..4096).find(differs), (0..4096).rfind(differs)) {
-            file.write(page * PAGE_BYTES + first as u64, &after[first..=last]).map_err(failed)?;
+    len: usize,
+}
+
+impl FilePlace<'_> {
+    /// Exactly these bytes, by way of a scratch page that `act` sees at the same offset.
+    fn access<R>(
+        &self,
+        scratch: &mut Option<Window>,
+        right: Right,
+        act: &mut impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
+    ) -> Result<R, AccessError> {
+        let page = match scratch {
+            Some(page) => page,
+            none => none.insert(Window::anonymous(PAGE_BYTES)?),
+        };
+        let mut bytes = [0; PAGE_BYTES as usize];
+        let bytes = &mut bytes[..self.len];
+        match right {
+            Right::Atomic => Err(AccessError::NotAtomic),
+            Right::Read => {
+                self.file.read(self.at, bytes)?;
+                page.write(self.offset, bytes)?;
+                Ok(act(page, self.offset)?)
+            }
+            Right::Write => {
+                let result = act(page, self.offset)?;
+                page.read(self.offset, bytes)?;
+                self.file.write(self.at, bytes)?;
+                Ok(result)
+            }
         }
     }
-    Ok(result)
 }
 
 impl DeviceView for Mmu<'_> {
@@ -146,7 +205,7 @@ impl DeviceView for Mmu<'_> {
         let mut rest = out;
         for (at, len) in page_pieces(addr, rest.len() as u64)? {
             let (piece, later) = rest.split_at_mut(len);
-            self.access(at, false, |bytes, offset| bytes.read(offset, piece))?;
+            self.access(at, len, Right::Read, |bytes, offset| bytes.read(offset, piece))?;
             rest = later;
         }
         Ok(())
@@ -156,7 +215,7 @@ impl DeviceView for Mmu<'_> {
         let mut rest = bytes;
         for (at, len) in page_pieces(addr, bytes.len() as u64)? {
             let (piece, later) = rest.split_at(len);
-            self.access(at, true, |bytes, offset| bytes.write(offset, piece))?;
+            self.access(at, len, Right::Write, |bytes, offset| bytes.write(offset, piece))?;
             rest = later;
         }
         Ok(())
@@ -164,7 +223,7 @@ impl DeviceView for Mmu<'_> {
 
     fn load_u64(&mut self, addr: u64) -> KernelResult<u64> {
         if addr.is_multiple_of(8) {
-            return self.access(addr, false, |bytes, offset| bytes.load_u64(offset));
+            return self.access(addr, 8, Right::Read, |bytes, offset| bytes.load_u64(offset));
         }
         let mut bytes = [0; 8];
         self.read(addr, &mut bytes)?;
@@ -173,7 +232,7 @@ impl DeviceView for Mmu<'_> {
 
     fn store_u64(&mut self, addr: u64, value: u64) -> KernelResult<()> {
         if addr.is_multiple_of(8) {
-            return self.access(addr, true, |bytes, offset| bytes.store_u64(offset, value));
+            return self.access(addr, 8, Right::Write, |bytes, offset| bytes.store_u64(offset, value));
         }
         self.write(addr, &value.to_ne_bytes())
     }
@@ -182,7 +241,9 @@ impl DeviceView for Mmu<'_> {
         if !addr.is_multiple_of(8) {
             return invalid(format!("Atomic access at {addr:#x}: the address must be a multiple of 8"));
         }
-        self.access(addr, true, |bytes, offset| Ok(bytes.atomic_u64(offset)?.fetch_add(value, Ordering::SeqCst)))
+        self.access(addr, 8, Right::Atomic, |bytes, offset| {
+            Ok(bytes.atomic_u64(offset)?.fetch_add(value, Ordering::SeqCst))
+        })
     }
 }
 
@@ -271,12 +332,8 @@ mod tests {
         let resolver = Resolver::new(true)?;
         let memory = Window::anonymous(32 * PAGE_BYTES)?;
         let Memory::Sealed { memory: fd, .. } = &resolver.region.memory else { return Err("a memfd".into()) };
-        let system = Window::map(
-            std::os::fd::AsFd::as_fd(fd),
-            0,
-            PAGES * PAGE_BYTES,
-            uhmm_kernel_hook::Prot::ReadWrite,
-        )?;
+        let system =
+            Window::map(std::os::fd::AsFd::as_fd(fd), 0, PAGES * PAGE_BYTES, uhmm_kernel_hook::Prot::ReadWrite)?;
         let data: Vec<u8> = (0..3 * 4096 + 100).map(|i| (i % 251) as u8).collect();
         let start = AT + 4 * PAGE_BYTES - 50;
         let read = with_mmu(&resolver, &memory, &AtomicBool::new(false), |mmu| {
@@ -340,6 +397,30 @@ mod tests {
             cancel.store(true, Ordering::Release);
             assert_eq!(mmu.load_u64(AT).map_err(|error| error.code), Err(ErrorCode::Stale));
         })
+    }
+
+    #[test]
+    fn a_file_is_read_and_written_by_exactly_the_bytes_and_never_added_to() -> Result<(), DeviceError> {
+        let mut resolver = Resolver::new(true)?;
+        let file = Arc::new(memfd::create_sealed("uhmm-test-file", PAGES * PAGE_BYTES - 100)?);
+        let seen = FilePages::new(file.clone(), 0);
+        // The region begins at page 1 of the file; its pages 6 and 7 are mapped in place, and 7 is behind the end.
+        resolver.region.memory = Memory::File { file, offset_bytes: PAGE_BYTES };
+        let memory = Window::anonymous(32 * PAGE_BYTES)?;
+        let at = AT + 6 * PAGE_BYTES;
+        with_mmu(&resolver, &memory, &AtomicBool::new(false), |mmu| {
+            mmu.write(at + 5, &[7; 20])?;
+            mmu.store_u64(at + 64, 99)?;
+            assert_eq!((mmu.load_u64(at + 64)?, mmu.load_u32(at + 22)?), (99, 0x0007_0707));
+            assert_eq!(mmu.fetch_add_u64(at + 64, 1).map_err(|error| error.code), Err(ErrorCode::Invalid));
+            assert_eq!(mmu.load_u64(at + PAGE_BYTES).map_err(|error| error.code), Err(ErrorCode::Fault));
+            assert_eq!(mmu.store_u64(at + PAGE_BYTES, 1).map_err(|error| error.code), Err(ErrorCode::Fault));
+            Ok::<_, WireError>(())
+        })??;
+        let mut bytes = [0; 72];
+        seen.read(7 * PAGE_BYTES, &mut bytes)?;
+        assert_eq!((bytes[4], bytes[5], bytes[24], bytes[25], bytes[64]), (0, 7, 7, 0, 99));
+        Ok(())
     }
 
     #[test]

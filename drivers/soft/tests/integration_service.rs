@@ -1,6 +1,7 @@
 //! The whole soft driver service over real sockets, threads and shared memory, against a supervisor, a pager and a mirror
 //! played by the test.
 
+mod access;
 mod common;
 
 use std::os::fd::AsFd;

@@ -162,6 +162,8 @@ impl<P: Policy> Core<P> {
             Event::Unmapped { region, pages } | Event::Removed { region, pages } if self.is_private(region) => {
                 self.discard_now(dir, region, pages, out);
             }
+            // A file's content is its owner's, whoever maps it.
+            Event::Unmapped { region, .. } if self.backing(region) == Some(Backing::File) => {}
             Event::Unmapped { region, pages } => {
                 self.accept(Request::discard(None, region, pages), out);
             }
@@ -308,7 +310,7 @@ impl<P: Policy> Core<P> {
                 let (pages, page_count) = (request.pages, info.page_count);
                 let fits = pages.first.checked_add(pages.count).is_some_and(|end| end <= page_count);
                 let legal = fits && pages.count > 0 && request.target_is_inside();
-                if request.moves_to_device() && info.backing == Backing::File {
+                if request.is_not_for_files() && info.backing == Backing::File {
                     Some(CoreError::NotMigratable { region: request.region.0 })
                 } else {
                     (!legal).then_some(CoreError::OutOfRange { first: pages.first, count: pages.count, page_count })

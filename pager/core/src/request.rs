@@ -122,9 +122,9 @@ impl Request {
         !matches!(self.kind, Kind::Resolve(_) | Kind::Pin { .. })
     }
 
-    /// It sends pages to a device.
-    pub fn moves_to_device(&self) -> bool {
-        matches!(self.kind, Kind::Migrate { target: Target::Device(_) })
+    /// It sends pages to a device, or drops them: neither is done to a file.
+    pub fn is_not_for_files(&self) -> bool {
+        matches!(self.kind, Kind::Migrate { target: Target::Device(_) } | Kind::Discard)
     }
 
     /// From this page on a range fault is content with system pages in place.

@@ -213,8 +213,9 @@ impl Pager {
     }
 
     fn punch(&mut self, region: RegionId, pages: Pages) -> StepResult {
-        let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
-        let Some(memory) = memory else { return StepResult::Gone };
+        // Only memfds that were made for this: never a hole in anybody's file.
+        let shared = self.regions.get(region.0).filter(|target| target.backing == uhmm_pager_core::Backing::Shared);
+        let Some(memory) = shared.and_then(|target| target.memory.as_ref()) else { return StepResult::Gone };
         let (offset, len) = (pages.first * PAGE_SIZE, pages.count * PAGE_SIZE);
         match memfd::punch_hole(memory.fd.as_fd(), offset, len) {
             Ok(()) => StepResult::Ok,

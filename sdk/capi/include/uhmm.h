@@ -653,8 +653,8 @@ size_t uhmm_last_error(char *buffer,
  * puts it under management. One session a process is enough. It survives restarts of every service: calls wait for the service
  * to come back.
  *
- * Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EIO this account may not
- * make a userfaultfd (the text says what to change).
+ * Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EPERM this account may
+ * not make a userfaultfd (the text says what to change).
  */
 int uhmm_connect(const char *run_dir,
                  uhmm_session **session);
@@ -703,7 +703,7 @@ int uhmm_pause_agent(uhmm_session *session, uint32_t duration_ms);
  * Allocates zeroed, managed, shared memory; `len_bytes` is a multiple of the page size. Pages cost nothing before they are
  * touched.
  *
- * Errors: -EINVAL the length; -ENOMEM the quota of this process; -EIO the kernel has no memory.
+ * Errors: -EINVAL the length; -ENOMEM no memory, or the quota of this process.
  */
 int uhmm_allocate(uhmm_session *session,
                   uint64_t len_bytes,
@@ -724,7 +724,8 @@ int uhmm_free(uhmm_session *session, void *addr);
 int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info);
 
 /**
- * Puts memory that exists already under management, in place: addresses and bytes stay what they are. Private anonymous memory
+ * Puts memory that exists already under management, in place: addresses and bytes stay what they are. What is under management
+ * already stays so. Private anonymous memory
  * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
  *
  * Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
@@ -735,33 +736,46 @@ int uhmm_adopt(uhmm_session *session,
                uint64_t len_bytes);
 
 /**
- * Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay.
+ * Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay. What is not adopted stays
+ * as it is.
  *
- * Errors: -EINVAL not whole pages, or nothing adopted there.
+ * Errors: -EINVAL not whole pages.
  */
-int uhmm_release(uhmm_session *session, void *addr, uint64_t len_bytes);
+int uhmm_release(uhmm_session *session,
+                 void *addr,
+                 uint64_t len_bytes);
 
 /**
  * The bytes of a range are not needed any more: it reads as zero from now on and costs no memory anywhere.
+ *
+ * Errors: -EINVAL not whole pages.
  */
 int uhmm_discard(uhmm_session *session, void *addr, uint64_t len_bytes);
 
 /**
  * mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
  * UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
+ *
+ * Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -EFAULT not under management (the
+ * protection is changed nevertheless).
  */
-int uhmm_protect(uhmm_session *session, void *addr, uint64_t len_bytes, uint32_t protection);
+int uhmm_protect(uhmm_session *session,
+                 void *addr,
+                 uint64_t len_bytes,
+                 uint32_t protection);
 
 /**
  * Brings a range home and keeps it there until uhmm_unpin(): for memory that I/O refers to (O_DIRECT, RDMA, registered io_uring
  * buffers), which nobody but the program knows of.
+ *
+ * Errors: -EINVAL not whole pages; -EFAULT not under management.
  */
 int uhmm_pin(uhmm_session *session,
              const void *addr,
              uint64_t len_bytes);
 
 /**
- * Ends uhmm_pin().
+ * Ends uhmm_pin(), with the same errors.
  */
 int uhmm_unpin(uhmm_session *session, const void *addr, uint64_t len_bytes);
 
@@ -797,7 +811,7 @@ int uhmm_device_kernel(uhmm_device *device,
  * The device reads `len_bytes` (whole pages) at the program's address `addr` and the bytes are copied to `into`. Pages that are not
  * on the device are faulted in, all with one range fault. `report` may be NULL.
  *
- * Errors: -EFAULT no mapping, or not readable; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
+ * Errors: -EFAULT not mapped, not readable, or not under management; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
  */
 int uhmm_device_read(uhmm_device *device,
                      const void *addr,
@@ -842,6 +856,8 @@ int uhmm_device_exclusive(uhmm_device *device,
 
 /**
  * Whether no page of a range is any device's alone: 0, or -EPERM while one is.
+ *
+ * Errors: -EINVAL not whole pages; -EFAULT not under management.
  */
 int uhmm_check_exclusive(uhmm_session *session, const void *addr, uint64_t len_bytes);
 
@@ -900,7 +916,7 @@ int uhmm_device_exclusive_async(uhmm_device *device,
  * at the report. `fates` gets one UHMM_PAGE_* a page; it has room for `capacity` of them, at least as many as the range has pages,
  * or is NULL with capacity 0. `report` may be NULL.
  *
- * Errors: -EINVAL not whole pages, or not under management; -ENOENT nothing there can be on that device.
+ * Errors: -EINVAL not whole pages; -EFAULT not under management.
  */
 int uhmm_migrate(uhmm_session *session,
                  const void *addr,
@@ -1039,7 +1055,7 @@ int uhmm_advise(uhmm_session *session,
 /**
  * What was advised for a range.
  *
- * Errors: -EINVAL not whole pages, or not under management.
+ * Errors: -EINVAL not whole pages; -EFAULT not under management.
  */
 int uhmm_attributes(uhmm_session *session, const void *addr, uint64_t len_bytes, uhmm_attributes_info *attributes);
 
@@ -1047,7 +1063,7 @@ int uhmm_attributes(uhmm_session *session, const void *addr, uint64_t len_bytes,
  * Where the pages of a range are, in order and without gaps; they may move while this is written. At most `capacity` runs are
  * copied to `runs`; `run_count` gets how many there are, which may be more.
  *
- * Errors: -EINVAL not whole pages, or not under management.
+ * Errors: -EINVAL not whole pages; -EFAULT not under management.
  */
 int uhmm_residency(uhmm_session *session,
                    const void *addr,

@@ -125,7 +125,7 @@ pub unsafe extern "C" fn uhmm_device_kernel(
 /// The device reads `len_bytes` (whole pages) at the program's address `addr` and the bytes are copied to `into`. Pages that are not
 /// on the device are faulted in, all with one range fault. `report` may be NULL.
 ///
-/// Errors: -EFAULT no mapping, or not readable; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
+/// Errors: -EFAULT not mapped, not readable, or not under management; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_read(
     device: *mut uhmm_device,
@@ -214,6 +214,8 @@ pub unsafe extern "C" fn uhmm_device_exclusive(
 }
 
 /// Whether no page of a range is any device's alone: 0, or -EPERM while one is.
+///
+/// Errors: -EINVAL not whole pages; -EFAULT not under management.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_check_exclusive(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.check_exclusive(address(addr)?, len_bytes)?))

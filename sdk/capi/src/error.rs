@@ -4,7 +4,6 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::error::Error as _;
 use std::ffi::{c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -72,6 +71,7 @@ impl Failure {
     pub(crate) fn errno(&self) -> c_int {
         match self {
             Failure::Sdk(uhmm_sdk::Error::NotRunning { .. }) => libc::ENOTCONN,
+            Failure::Sdk(error @ uhmm_sdk::Error::Kernel { .. }) => kernels_errno(error),
             Failure::Sdk(error) => errno_of(error.code()),
             Failure::Null { .. }
             | Failure::Misaligned { .. }
@@ -89,21 +89,38 @@ impl Failure {
         }
     }
 
-    /// The text with every cause behind it.
+    /// The text with every cause behind it that it does not name already.
     pub(crate) fn full_text(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        causes(self).fold(String::new(), |text, error| {
+            let next = error.to_string();
+            match text.as_str() {
+                "" => next,
+                said if said.contains(&next) => text,
+                said => format!("{said}: {next}"),
+            }
+        })
     }
 
     /// For answers that are read more than once.
     pub(crate) fn keep(&self) -> Failure {
         Failure::Kept { errno: self.errno(), text: self.full_text() }
+    }
+}
+
+/// An error and what is behind it.
+fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+/// A system call of the SDK's own failed: the numbers that a program can do something about are kept, the rest is EIO.
+fn kernels_errno(error: &uhmm_sdk::Error) -> c_int {
+    let kernels = causes(error).find_map(|cause| cause.downcast_ref::<std::io::Error>()?.raw_os_error());
+    match kernels {
+        Some(libc::ENOMEM) => libc::ENOMEM,
+        Some(libc::EPERM | libc::EACCES) => libc::EPERM,
+        _ => errno_of(error.code()),
     }
 }
 
@@ -163,6 +180,8 @@ pub unsafe extern "C" fn uhmm_last_error(buffer: *mut c_char, capacity: usize) -
 
 #[cfg(test)]
 mod tests {
+    use uhmm_kernel_hook::HookError;
+
     use super::*;
 
     fn last_error() -> String {
@@ -214,10 +233,29 @@ mod tests {
     }
 
     #[test]
+    fn the_kernels_number_is_kept_where_a_program_can_do_something() {
+        let of = |number| {
+            let source = std::io::Error::from_raw_os_error(number);
+            let source = HookError::Call { call: "mmap", range: None, source, hint: "Check free memory" };
+            Failure::from(uhmm_sdk::Error::Kernel { doing: "Mapping", source })
+        };
+        for (number, expected) in [
+            (libc::ENOMEM, libc::ENOMEM),
+            (libc::EPERM, libc::EPERM),
+            (libc::EACCES, libc::EPERM),
+            (libc::ENODEV, libc::EIO),
+        ] {
+            assert_eq!(of(number).errno(), expected);
+        }
+        let text = of(libc::ENOMEM).full_text();
+        assert_eq!(text.matches("Cannot allocate memory").count(), 1, "{text}");
+    }
+
+    #[test]
     fn causes_are_part_of_the_text() {
         let source = std::io::Error::other("no threads left");
         let failure = Failure::from(uhmm_sdk::Error::Thread(source));
-        assert!(failure.full_text().ends_with("could not be started: no threads left"), "{}", failure.full_text());
+        assert_eq!(failure.full_text(), "The agent thread could not be started: no threads left");
         assert_eq!(failure.keep().full_text(), failure.full_text());
         assert_eq!(failure.keep().errno(), libc::EIO);
     }

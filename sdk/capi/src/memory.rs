@@ -30,7 +30,7 @@ pub struct uhmm_region_info {
 /// Allocates zeroed, managed, shared memory; `len_bytes` is a multiple of the page size. Pages cost nothing before they are
 /// touched.
 ///
-/// Errors: -EINVAL the length; -ENOMEM the quota of this process; -EIO the kernel has no memory.
+/// Errors: -EINVAL the length; -ENOMEM no memory, or the quota of this process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_allocate(session: *mut uhmm_session, len_bytes: u64, addr: *mut *mut c_void) -> c_int {
     guard(|| {
@@ -78,7 +78,8 @@ pub unsafe extern "C" fn uhmm_region(
     })
 }
 
-/// Puts memory that exists already under management, in place: addresses and bytes stay what they are. Private anonymous memory
+/// Puts memory that exists already under management, in place: addresses and bytes stay what they are. What is under management
+/// already stays so. Private anonymous memory
 /// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
 ///
 /// Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
@@ -91,15 +92,18 @@ pub extern "C" fn uhmm_adopt(session: *mut uhmm_session, addr: *mut c_void, len_
     })
 }
 
-/// Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay.
+/// Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay. What is not adopted stays
+/// as it is.
 ///
-/// Errors: -EINVAL not whole pages, or nothing adopted there.
+/// Errors: -EINVAL not whole pages.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_release(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.release(address(addr)?, len_bytes)?))
 }
 
 /// The bytes of a range are not needed any more: it reads as zero from now on and costs no memory anywhere.
+///
+/// Errors: -EINVAL not whole pages.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_discard(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.discard(address(addr)?, len_bytes)?))
@@ -107,6 +111,9 @@ pub extern "C" fn uhmm_discard(session: *mut uhmm_session, addr: *mut c_void, le
 
 /// mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
 /// UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
+///
+/// Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -EFAULT not under management (the
+/// protection is changed nevertheless).
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_protect(
     session: *mut uhmm_session,
@@ -130,12 +137,14 @@ pub extern "C" fn uhmm_protect(
 
 /// Brings a range home and keeps it there until uhmm_unpin(): for memory that I/O refers to (O_DIRECT, RDMA, registered io_uring
 /// buffers), which nobody but the program knows of.
+///
+/// Errors: -EINVAL not whole pages; -EFAULT not under management.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pin(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.pin(address(addr)?, len_bytes)?))
 }
 
-/// Ends uhmm_pin().
+/// Ends uhmm_pin(), with the same errors.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_unpin(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.unpin(address(addr)?, len_bytes)?))

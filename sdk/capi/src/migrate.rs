@@ -45,7 +45,7 @@ pub struct uhmm_migrate_report {
 /// at the report. `fates` gets one UHMM_PAGE_* a page; it has room for `capacity` of them, at least as many as the range has pages,
 /// or is NULL with capacity 0. `report` may be NULL.
 ///
-/// Errors: -EINVAL not whole pages, or not under management; -ENOENT nothing there can be on that device.
+/// Errors: -EINVAL not whole pages; -EFAULT not under management.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_migrate(
     session: *mut uhmm_session,

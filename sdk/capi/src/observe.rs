@@ -76,7 +76,7 @@ pub struct uhmm_residency_run {
 /// Where the pages of a range are, in order and without gaps; they may move while this is written. At most `capacity` runs are
 /// copied to `runs`; `run_count` gets how many there are, which may be more.
 ///
-/// Errors: -EINVAL not whole pages, or not under management.
+/// Errors: -EINVAL not whole pages; -EFAULT not under management.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_residency(
     session: *mut uhmm_session,

@@ -114,7 +114,7 @@ pub extern "C" fn uhmm_advise(
 
 /// What was advised for a range.
 ///
-/// Errors: -EINVAL not whole pages, or not under management.
+/// Errors: -EINVAL not whole pages; -EFAULT not under management.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_attributes(
     session: *mut uhmm_session,

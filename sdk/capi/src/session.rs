@@ -42,8 +42,8 @@ impl Session {
 /// puts it under management. One session a process is enough. It survives restarts of every service: calls wait for the service
 /// to come back.
 ///
-/// Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EIO this account may not
-/// make a userfaultfd (the text says what to change).
+/// Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EPERM this account may
+/// not make a userfaultfd (the text says what to change).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut uhmm_session) -> c_int {
     guard(|| {

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_kernel_hook::{Features, WpOutcome, memfd, window};
+use uhmm_kernel_hook::{Features, RegisterMode, WpOutcome, memfd, window};
 
 use super::*;
 

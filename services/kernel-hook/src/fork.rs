@@ -1,7 +1,8 @@
 //! fork, for programs that test uhmm: a closure runs in the child, which then exits without destructors.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+
+use rustix::process::Signal;
 
 use crate::error::HookError;
 use crate::process::PidFd;
@@ -41,14 +42,16 @@ pub fn fork_child(body: impl FnOnce() -> i32) -> Result<Child, HookError> {
         // SAFETY: ends this process at once, without exit handlers of the parent's program.
         unsafe { libc::_exit(code) };
     }
-    // SAFETY: a system call without pointers; the child is ours and not reaped, so its number means it.
-    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if raw < 0 {
-        return Err(HookError::failed("pidfd_open", io::Error::last_os_error()));
+    // The child is ours and not reaped, so its number means it.
+    match PidFd::open(pid as u32) {
+        Ok(pidfd) => Ok(Child { pid: pid as u32, pidfd, reaped: false }),
+        Err(error) => {
+            // Nobody would ever wait for it.
+            // SAFETY: a system call without pointers, on a child of ours that is not reaped.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            reap(pid).map_or_else(Err, |_| Err(error))
+        }
     }
-    // SAFETY: the kernel just made this descriptor for us.
-    let pidfd = PidFd::from_fd(unsafe { OwnedFd::from_raw_fd(raw as libc::c_int) });
-    Ok(Child { pid: pid as u32, pidfd, reaped: false })
 }
 
 impl Child {
@@ -64,43 +67,50 @@ impl Child {
         &self.pidfd
     }
 
+    /// Ends it at once (SIGKILL). One that has ended already is no error.
+    ///
+    /// # Errors
+    /// `Call`.
+    pub fn kill(&self) -> Result<(), HookError> {
+        self.pidfd.signal(Signal::KILL).map(drop)
+    }
+
     /// Waits for its end and reaps it.
     ///
     /// # Errors
     /// `Call`: ECHILD when it was reaped already.
     pub fn wait(mut self) -> Result<Ended, HookError> {
-        self.reap()
-    }
-
-    fn reap(&mut self) -> Result<Ended, HookError> {
         self.reaped = true;
-        let mut status = 0;
-        loop {
-            // SAFETY: the kernel writes one int.
-            let rc = unsafe { libc::waitpid(self.pid as libc::pid_t, &mut status, 0) };
-            if rc >= 0 {
-                break;
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(HookError::failed("waitpid", error));
-            }
-        }
-        if libc::WIFEXITED(status) {
-            Ok(Ended::Code(libc::WEXITSTATUS(status)))
-        } else {
-            Ok(Ended::Signal(libc::WTERMSIG(status)))
-        }
+        reap(self.pid as libc::pid_t)
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if !self.reaped {
-            // SAFETY: a system call without pointers, on a child of ours that is not reaped.
-            unsafe { libc::kill(self.pid as libc::pid_t, libc::SIGKILL) };
-            drop(self.reap());
+        // Where it could not be killed, waiting could take for ever.
+        if !self.reaped && self.kill().is_ok() {
+            drop(reap(self.pid as libc::pid_t));
         }
+    }
+}
+
+fn reap(pid: libc::pid_t) -> Result<Ended, HookError> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the kernel writes one int.
+        let rc = unsafe { libc::waitpid(pid, &mut status, 0) };
+        if rc >= 0 {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(HookError::failed("waitpid", error));
+        }
+    }
+    if libc::WIFEXITED(status) {
+        Ok(Ended::Code(libc::WEXITSTATUS(status)))
+    } else {
+        Ok(Ended::Signal(libc::WTERMSIG(status)))
     }
 }
 
@@ -115,14 +125,35 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_in_the_body_ends_the_child_with_101_and_not_the_parent() {
+        let child = fork_child(|| panic!("on purpose")).unwrap();
+        assert_eq!(child.wait().unwrap(), Ended::Code(101));
+    }
+
+    #[test]
+    fn a_killed_child_tells_the_signal_and_killing_it_twice_is_no_error() {
+        let child = fork_child(wait_for_ever).unwrap();
+        child.kill().unwrap();
+        while !child.pidfd().exited().unwrap() {
+            std::thread::yield_now();
+        }
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap(), Ended::Signal(libc::SIGKILL));
+    }
+
+    #[test]
     fn a_dropped_child_is_killed() {
-        let child = fork_child(|| loop {
-            std::thread::park();
-        })
-        .unwrap();
+        let child = fork_child(wait_for_ever).unwrap();
         let pidfd = child.pidfd().try_clone().unwrap();
         assert!(!pidfd.exited().unwrap());
         drop(child);
         assert!(pidfd.exited().unwrap());
+        assert_eq!(pidfd.pid().unwrap(), None, "nothing is left to wait for");
+    }
+
+    fn wait_for_ever() -> i32 {
+        loop {
+            std::thread::park();
+        }
     }
 }

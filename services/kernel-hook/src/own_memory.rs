@@ -6,12 +6,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::error::HookError;
 use crate::procmap::{self, Vma};
 use crate::range::AddrRange;
+use crate::window::{Placement, map_raw};
 
 /// What to tell the kernel about a range of our own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,11 +119,25 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
     let line = maps.lines().find(|line| line.trim_start_matches('0').starts_with(&start));
     let path = line.and_then(|line| line.find('/').map(|at| line[at..].to_owned()));
     let path = path.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-    let file = open(&path).map_err(failed)?;
-    if file.metadata().map_err(failed)?.ino() != vma.inode {
-        return Err(HookError::Strange { call: "open(file of a mapping)", detail: format!("{path} is another file now") });
+    let file = OwnedFd::from(open(&path).map_err(failed)?);
+    if identity_of(file.as_fd(), vma)? != (vma.device, vma.inode) {
+        return Err(HookError::Strange {
+            call: "open(file of a mapping)",
+            detail: format!("{path} is another file now"),
+        });
     }
-    Ok(file.into())
+    Ok(file)
+}
+
+/// Device and inode that the kernel shows for a mapping of `file`. Not those of fstat: filesystems in layers have others there.
+fn identity_of(file: BorrowedFd<'_>, vma: &Vma) -> Result<((u32, u32), u64), HookError> {
+    let maps = procmap::open_maps(std::process::id())?;
+    let len = vma.page_size_bytes;
+    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, libc::MAP_SHARED, Some((file, vma.offset)))?;
+    let found = procmap::query(maps.as_fd(), probe.addr().get() as u64);
+    // SAFETY: the mapping was made above for this question, and nobody else knows it.
+    unsafe { libc::munmap(probe.as_ptr().cast(), len as usize) };
+    Ok(found?.map_or(((0, 0), 0), |vma| (vma.device, vma.inode)))
 }
 
 #[cfg(test)]

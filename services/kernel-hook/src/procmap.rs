@@ -35,6 +35,8 @@ pub struct Vma {
     pub offset: u64,
     /// Inode of the file below, 0 for none.
     pub inode: u64,
+    /// Device of the file below, major and minor number; (0, 0) for none.
+    pub device: (u32, u32),
 }
 
 impl Vma {
@@ -82,6 +84,7 @@ fn vma_of(answer: &abi::ProcmapQuery) -> Vma {
         page_size_bytes: answer.vma_page_size,
         offset: answer.vma_offset,
         inode: answer.inode,
+        device: (answer.dev_major, answer.dev_minor),
     }
 }
 

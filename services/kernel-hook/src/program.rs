@@ -17,6 +17,9 @@ use crate::window::{Placement, map_raw};
 const HUGE_BYTES: u64 = 2 << 20;
 const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+const RESERVE: libc::c_int = PRIVATE | libc::MAP_NORESERVE;
+/// Of 2 MiB, whatever the machine's default is.
+const HUGETLB: libc::c_int = libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
 
 /// What a program tells the kernel about its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +74,12 @@ impl ProgramMemory {
         Self { base, len, owned }
     }
 
-    fn map(len: u64, flags: libc::c_int, prot: libc::c_int, file: Option<(BorrowedFd<'_>, u64)>) -> Result<Self, HookError> {
+    fn map(
+        len: u64,
+        flags: libc::c_int,
+        prot: libc::c_int,
+        file: Option<(BorrowedFd<'_>, u64)>,
+    ) -> Result<Self, HookError> {
         aligned("length", len)?;
         map_raw(Placement::Anywhere, len, prot, flags, file).map(|base| Self::take(base, len))
     }
@@ -89,7 +97,7 @@ impl ProgramMemory {
     /// # Errors
     /// As [`Self::private`].
     pub fn private_aligned(len: u64) -> Result<Self, HookError> {
-        let reserved = Self::map(len + HUGE_BYTES, PRIVATE | libc::MAP_NORESERVE, libc::PROT_NONE, None)?;
+        let reserved = Self::map(len + HUGE_BYTES, RESERVE, libc::PROT_NONE, None)?;
         let head = reserved.addr().next_multiple_of(HUGE_BYTES) - reserved.addr();
         // SAFETY: head < HUGE_BYTES, so the aligned part lies inside the reservation.
         let base = unsafe { reserved.base.add(head as usize) };
@@ -106,12 +114,22 @@ impl ProgramMemory {
         Self::map(len, libc::MAP_SHARED | libc::MAP_ANONYMOUS, READ_WRITE, None)
     }
 
-    /// Private memory of reserved huge pages.
+    /// Private memory of reserved huge pages of 2 MiB. Only whole ones can be unmapped or moved later.
     ///
     /// # Errors
     /// As [`Self::private`]; ENOMEM when none are reserved.
     pub fn hugetlb(len: u64) -> Result<Self, HookError> {
-        Self::map(len, PRIVATE | libc::MAP_HUGETLB, READ_WRITE, None)
+        aligned_huge(len)?;
+        Self::map(len, PRIVATE | HUGETLB, READ_WRITE, None)
+    }
+
+    /// Shared memory of reserved huge pages of 2 MiB.
+    ///
+    /// # Errors
+    /// As [`Self::hugetlb`].
+    pub fn hugetlb_shared(len: u64) -> Result<Self, HookError> {
+        aligned_huge(len)?;
+        Self::map(len, libc::MAP_SHARED | libc::MAP_ANONYMOUS | HUGETLB, READ_WRITE, None)
     }
 
     /// Shared mapping of a file.
@@ -173,8 +191,12 @@ impl ProgramMemory {
         Ok((place.cast(), AddrRange { start: self.addr() + off, len }))
     }
 
+    fn set_owned(&self, off: u64, len: u64, owned: bool) {
+        self.pages(off, len).iter().for_each(|page| page.store(owned, Ordering::Release));
+    }
+
     fn disown(&self, off: u64, len: u64) {
-        self.pages(off, len).iter().for_each(|page| page.store(false, Ordering::Release));
+        self.set_owned(off, len, false);
     }
 
     fn word(&self, off: u64) -> Result<&AtomicU64, HookError> {
@@ -242,7 +264,9 @@ impl ProgramMemory {
         if unsafe { libc::munmap(place, len as usize) } == 0 {
             return Ok(());
         }
-        Err(HookError::on("munmap", range, io::Error::last_os_error(), ""))
+        let error = io::Error::last_os_error();
+        self.set_owned(off, len, true); // A refused munmap has unmapped nothing.
+        Err(HookError::on("munmap", range, error, ""))
     }
 
     /// mprotect of a part.
@@ -273,6 +297,30 @@ impl ProgramMemory {
         Err(HookError::on(call, range, io::Error::last_os_error(), ""))
     }
 
+    /// Whether an access of the CPU to this byte would end in a signal, because it is forbidden, poisoned, or behind the end of a
+    /// file. Faults the page in as the access would, and changes nothing. Not for write-only memory (told as unreadable, though
+    /// x86 reads it), nor for pages that are missing under a userfaultfd for user mode only.
+    ///
+    /// # Errors
+    /// As [`Self::load_u64`]; `Call` when it cannot be told (ENOMEM).
+    pub fn access_faults(&self, off: u64, write: bool) -> Result<bool, HookError> {
+        let (place, range) = self.part(off / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE)?;
+        let code = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+        loop {
+            // SAFETY: faults one page of ours in; no byte changes.
+            if unsafe { libc::madvise(place, PAGE_SIZE as usize, code) } == 0 {
+                return Ok(false);
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // Forbidden; SIGBUS; poisoned.
+                Some(libc::EINVAL | libc::EFAULT | libc::EHWPOISON) => return Ok(true),
+                Some(libc::EINTR | libc::EAGAIN) => {}
+                _ => return Err(HookError::on("madvise(POPULATE)", range, error, "")),
+            }
+        }
+    }
+
     /// mlock of a part.
     ///
     /// # Errors
@@ -286,11 +334,11 @@ impl ProgramMemory {
         Err(HookError::on("mlock", range, io::Error::last_os_error(), "Raise the limit (ulimit -l)"))
     }
 
-    /// mremap of a part: to wherever the kernel likes, or over a part of another value, which loses those pages. With `keep_old`
+    /// mremap of a part: to some other place, or over a part of another value, which loses those pages. With `keep_old`
     /// (MREMAP_DONTUNMAP) the old pages stay mapped and empty.
     ///
     /// # Errors
-    /// As [`Self::unmap`].
+    /// As [`Self::unmap`]. The old pages stay this value's then; those at the new place may be lost.
     pub fn remap(
         &self,
         off: u64,
@@ -299,6 +347,13 @@ impl ProgramMemory {
         over: Option<(&ProgramMemory, u64)>,
     ) -> Result<ProgramMemory, HookError> {
         let (place, range) = self.part(off, len)?;
+        if over.is_none() && !keep_old {
+            // Asked for the same length at no place of our choice, the kernel leaves the pages where they are. The new place has
+            // the same offset in 2 MiB, so that huge pages stay huge.
+            let place = Self::map(len.saturating_add(HUGE_BYTES), RESERVE, libc::PROT_NONE, None)?;
+            let head = range.start.wrapping_sub(place.addr()) % HUGE_BYTES;
+            return self.remap(off, len, false, Some((&place, head)));
+        }
         let target = over.map(|(memory, at)| memory.part(at, len)).transpose()?;
         let mut flags = libc::MREMAP_MAYMOVE | if keep_old { libc::MREMAP_DONTUNMAP } else { 0 };
         let mut new_place = std::ptr::null_mut();
@@ -313,9 +368,12 @@ impl ProgramMemory {
         // SAFETY: the old pages are this value's; the new place is the kernel's choice, or was the other value's and is no more.
         let base = unsafe { libc::mremap(place, len as usize, len as usize, flags, new_place) };
         if base == libc::MAP_FAILED {
-            return Err(HookError::on("mremap", range, io::Error::last_os_error(), ""));
+            let error = io::Error::last_os_error();
+            self.set_owned(off, len, true); // The kernel moves all or nothing.
+            return Err(HookError::on("mremap", range, error, ""));
         }
-        let base = NonNull::new(base.cast()).ok_or(HookError::Strange { call: "mremap", detail: "address zero".into() })?;
+        let base =
+            NonNull::new(base.cast()).ok_or(HookError::Strange { call: "mremap", detail: "address zero".into() })?;
         Ok(Self::take(base, len))
     }
 
@@ -326,6 +384,9 @@ impl ProgramMemory {
     pub fn map_fresh(&self, off: u64, len: u64) -> Result<ProgramMemory, HookError> {
         aligned("offset", off)?;
         aligned("length", len)?;
+        if off.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(HookError::OutOfWindow { off, len, window_len: self.len });
+        }
         let addr = self.addr() + off;
         map_raw(Placement::FreeAt(addr), len, READ_WRITE, PRIVATE, None).map(|base| Self::take(base, len))
     }
@@ -334,6 +395,13 @@ impl ProgramMemory {
     fn give_up(self, off: u64, len: u64) {
         self.disown(off, len);
     }
+}
+
+fn aligned_huge(len: u64) -> Result<(), HookError> {
+    if len.is_multiple_of(HUGE_BYTES) {
+        return Ok(());
+    }
+    Err(HookError::Unaligned { what: "length", value: len, align: HUGE_BYTES })
 }
 
 fn aligned_word(off: u64) -> Result<(), HookError> {
@@ -372,11 +440,25 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_refuses_changes_nothing() {
+        let memory = ProgramMemory::private(4 * P).unwrap();
+        memory.store_u64(0, 1).unwrap();
+        let onto_itself = memory.remap(0, 2 * P, false, Some((&memory, P))).unwrap_err();
+        assert_eq!(onto_itself.errno(), Some(libc::EINVAL), "{onto_itself}");
+        assert_eq!((memory.load_u64(0).unwrap(), memory.load_u64(P).unwrap()), (1, 0));
+        assert!(matches!(memory.map_fresh(4 * P, P), Err(HookError::OutOfWindow { .. })));
+        assert!(matches!(memory.map_fresh(u64::MAX - P + 1, P), Err(HookError::OutOfWindow { .. })));
+        assert_eq!(memory.map_fresh(0, P).unwrap_err().errno(), Some(libc::EEXIST), "the place is taken");
+    }
+
+    #[test]
     fn moved_pages_belong_to_the_new_value() {
         let memory = ProgramMemory::private(4 * P).unwrap();
         memory.write(P, &[5; 4096]).unwrap();
         let moved = memory.remap(P, P, false, None).unwrap();
         assert!(memory.load_u64(P).is_err());
+        assert_ne!(moved.addr(), memory.addr() + P, "it really is elsewhere");
+        assert_eq!(moved.addr() % HUGE_BYTES, (memory.addr() + P) % HUGE_BYTES);
         assert_eq!(moved.load_u64(0).unwrap(), 0x0505_0505_0505_0505);
         let target = ProgramMemory::private(2 * P).unwrap();
         let there = moved.remap(0, P, false, Some((&target, P))).unwrap();

@@ -15,7 +15,7 @@ mod outcome;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags};
 
 pub use self::create::UffdKind;
 pub use self::outcome::{FillOutcome, FillStop, WpOutcome};
@@ -374,18 +374,15 @@ impl Userfaultfd {
             }
         };
         let count = read_bytes / size_of::<abi::UffdMsg>();
-        let mut unknown = None;
+        let mut answer = Ok(count);
         for message in &messages[..count] {
             // SAFETY: the kernel wrote these messages for this process in this read, and each is decoded once.
             match unsafe { decode(message) } {
-                Some(event) => out.push(event),
-                None => unknown = Some(message.event),
+                Ok(event) => out.push(event),
+                Err(error) => answer = Err(error),
             }
         }
-        match unknown {
-            None => Ok(count),
-            Some(event) => Err(HookError::Strange { call: "read(userfaultfd)", detail: format!("event {event:#x}") }),
-        }
+        answer
     }
 }
 
@@ -395,13 +392,13 @@ impl AsFd for Userfaultfd {
     }
 }
 
-/// Turns a message into an event; None for a kind that this code does not know.
+/// Turns a message into an event; an error for a kind that this code does not know.
 ///
 /// # Safety
 /// The message was just read from a userfaultfd by this process, and is decoded once: a fork message owns a descriptor.
-unsafe fn decode(message: &abi::UffdMsg) -> Option<UffdEvent> {
+unsafe fn decode(message: &abi::UffdMsg) -> Result<UffdEvent, HookError> {
     let [first, second, third] = message.arg;
-    Some(match message.event {
+    Ok(match message.event {
         abi::EVENT_PAGEFAULT => UffdEvent::Fault {
             addr: second,
             write: first & abi::PAGEFAULT_WRITE != 0,
@@ -410,15 +407,19 @@ unsafe fn decode(message: &abi::UffdMsg) -> Option<UffdEvent> {
             thread_id: third as u32,
         },
         abi::EVENT_FORK => {
-            // SAFETY: the kernel installed this descriptor for us while we read the message (our contract). It inherits
-            // non-blocking and close-on-exec from the parent's.
+            // SAFETY: the kernel installed this descriptor for us while we read the message (our contract).
             let fd = unsafe { OwnedFd::from_raw_fd(first as u32 as i32) };
-            UffdEvent::Fork { uffd: Userfaultfd { fd } }
+            // It is blocking and survives exec if the client made its own so, whatever was set on ours since.
+            rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)
+                .map_err(|error| HookError::failed("fcntl(FD_CLOEXEC of a child's userfaultfd)", error))?;
+            UffdEvent::Fork { uffd: Userfaultfd::from_fd(fd)? }
         }
         abi::EVENT_REMAP => UffdEvent::Remap { from: first, to: second, len: third },
         abi::EVENT_REMOVE => UffdEvent::Remove { start: first, end: second },
         abi::EVENT_UNMAP => UffdEvent::Unmap { start: first, end: second },
-        _ => return None,
+        unknown => {
+            return Err(HookError::Strange { call: "read(userfaultfd)", detail: format!("event {unknown:#x}") });
+        }
     })
 }
 
@@ -461,9 +462,9 @@ mod tests {
         assert!(matches!(event, UffdEvent::Fault { write: true, wp: false, minor: true, thread_id: 7, .. }));
         let remap = abi::UffdMsg { event: 0x14, arg: [1, 2, 3], ..Default::default() };
         // SAFETY: as above.
-        assert!(matches!(unsafe { decode(&remap) }, Some(UffdEvent::Remap { from: 1, to: 2, len: 3 })));
+        assert!(matches!(unsafe { decode(&remap) }, Ok(UffdEvent::Remap { from: 1, to: 2, len: 3 })));
         let unknown = abi::UffdMsg { event: 0x77, ..Default::default() };
         // SAFETY: as above.
-        assert!(unsafe { decode(&unknown) }.is_none());
+        assert!(unsafe { decode(&unknown) }.is_err());
     }
 }

@@ -59,12 +59,7 @@ struct Mirror {
 /// Runs the mirror until it is told to stop.
 pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
     let mut service = Service::start(args, Role::Mirror, Interface::Mirror)?;
-    let endpoint = Endpoint {
-        path: service.endpoint_path("pager"),
-        interface: Interface::Pager,
-        key: service.channel_key("pager"),
-    };
-    let pager = service.reactor.link(endpoint);
+    let pager = connect(&mut service);
     service.reactor.set_preamble(pager, vec![Call::Pager(pager::Call::MirrorLogin)]);
     service.ready();
     let mut mirror = Mirror {
@@ -91,6 +86,15 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
     }
 }
 
+fn connect(service: &mut Service) -> LinkId {
+    let endpoint = Endpoint {
+        path: service.endpoint_path("pager"),
+        interface: Interface::Pager,
+        key: service.channel_key("pager"),
+    };
+    service.reactor.link(endpoint)
+}
+
 impl Mirror {
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
@@ -112,11 +116,33 @@ impl Mirror {
                 self.core.tick(now_ms, &mut self.actions);
                 self.act();
             }
-            Wake::Preamble { link, result: Err(error), .. } if link == self.pager => {
-                tracing::error!(%error, "The pager refused the mirror's login");
+            Wake::Preamble { link, index, result: Err(error) } if link == self.pager => {
+                self.session_refused(index, &error);
             }
             _ => {}
         }
+    }
+
+    /// Something that the first calls named is gone at the pager: a client that died while neither of the two looked. It is forgotten,
+    /// and the session begins anew without it.
+    fn session_refused(&mut self, index: usize, error: &WireError) {
+        let Some((space, device)) = index.checked_sub(1).and_then(|at| self.tokens.keys().nth(at)).copied() else {
+            tracing::error!(%error, "The pager refused the mirror's login");
+            return;
+        };
+        tracing::info!(space, device, %error, "A client is gone: the session with the pager begins anew without it");
+        self.service.reactor.drop_link(self.pager);
+        self.pager = connect(&mut self.service);
+        let mask = self.core.space_gone(space) | 1 << device;
+        self.core.pager_lost();
+        self.forget_space(space);
+        self.broadcast(mask, &mirror::Event::SpaceGone { space });
+        // Calls of a dropped link never end by themselves; drivers ask again.
+        let lost: Vec<CallId> = self.waiting.keys().copied().collect();
+        for call in lost {
+            self.answered(call, Err(WireError::new(ErrorCode::Stale, "The session with the pager was begun anew")));
+        }
+        self.act();
     }
 
     fn closed(&mut self, conn: ConnId) {

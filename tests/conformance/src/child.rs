@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use uhmm_kernel_hook::PidFd;
+use uhmm_kernel_hook::signal::StopSignals;
 
 use crate::case::{CaseArgs, Outcome, OutcomeStatus};
 use crate::error::ConformanceError;
@@ -40,15 +41,22 @@ pub(crate) fn command(exe: &Path, args: &CaseArgs) -> Command {
     command
 }
 
-/// Runs one case to its end or its deadline.
-pub(crate) fn run(exe: &Path, args: &CaseArgs, deadline: Duration) -> Result<Outcome, ConformanceError> {
+/// Runs one case to its end, its deadline, or until somebody wants the whole suite to stop.
+pub(crate) fn run(
+    exe: &Path,
+    args: &CaseArgs,
+    deadline: Duration,
+    stop: &StopSignals,
+) -> Result<Outcome, ConformanceError> {
     let mut command = command(exe, args);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().map_err(ConformanceError::process("Starting a case"))?;
     let stdout = child.stdout.take().map(drain);
     let stderr = child.stderr.take().map(drain);
-    let in_time = wait(&child, deadline)?;
+    let waited = wait(&child, deadline, stop);
+    let in_time = matches!(waited, Ok(true));
     let left_behind = end_group(&mut child, in_time);
+    waited?;
     let status = child.wait().map_err(ConformanceError::process("Waiting for a case"))?;
     let said = stdout.and_then(|thread| thread.join().ok()).unwrap_or_default();
     let complained = stderr.and_then(|thread| thread.join().ok()).unwrap_or_default();
@@ -90,14 +98,16 @@ fn drain(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
 }
 
 /// True when the process ended before the deadline.
-fn wait(child: &Child, deadline: Duration) -> Result<bool, ConformanceError> {
+fn wait(child: &Child, deadline: Duration, stop: &StopSignals) -> Result<bool, ConformanceError> {
     let process = PidFd::open(child.id())?;
     let end = Instant::now() + deadline;
     loop {
         let Some(left) = end.checked_duration_since(Instant::now()) else { return Ok(false) };
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)) {
+        let mut sources = [PollFd::new(&process, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut sources, Some(&timeout)) {
             Ok(0) => return Ok(false),
+            Ok(_) if !sources[1].revents().is_empty() => return Err(ConformanceError::Interrupted),
             Ok(_) => return Ok(true),
             Err(Errno::INTR) => {}
             Err(error) => return Err(ConformanceError::process("Waiting for a case")(error.into())),
@@ -160,7 +170,7 @@ mod tests {
             seed: 0,
             role: Vec::new(),
         };
-        let outcome = run(&path, &args, deadline);
+        let outcome = run(&path, &args, deadline, &StopSignals::block().unwrap());
         std::fs::remove_file(&path).unwrap();
         outcome.unwrap()
     }

@@ -67,6 +67,9 @@ pub enum ConformanceError {
         /// `uhmm status` in words.
         state: String,
     },
+    /// SIGINT or SIGTERM.
+    #[error("Stopped by a signal: the results so far are above")]
+    Interrupted,
     /// The regular answer of the suite could not be printed.
     #[error("The report cannot be printed")]
     Print(#[from] serde_json::Error),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use regex::Regex;
 use serde::{Deserialize, Serialize};
+use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_sdk::Operator;
 
 use crate::case::{Case, CaseArgs, Needs, Outcome, OutcomeStatus, guarded};
@@ -87,13 +88,17 @@ pub fn case_names(filter: Option<&str>) -> Result<Vec<String>, ConformanceError>
 /// Only what keeps the suite from running; failed cases are in the report.
 pub fn run(exe: &Path, options: &Options) -> Result<Report, ConformanceError> {
     let cases = chosen(options.filter.as_deref())?;
+    // Before the first child and thread, so that a signal can never end the suite without ending its system.
+    let stop = StopSignals::block()?;
     let driver = options.driver.as_deref().unwrap_or(DEFAULT_DRIVER);
-    let mut system = match &options.run_dir {
+    let system = match &options.run_dir {
         Some(run_dir) => System::existing(run_dir.clone()),
         None => System::start(exe, driver)?,
     };
-    let report = Runner::new(exe, options, &system, driver)?.run(&cases)?;
-    let log = if report.failed > 0 { system.save_log() } else { None };
+    let mut runner = Runner::new(exe, options, system, driver, stop)?;
+    let report = runner.run(&cases)?;
+    let log = if report.failed > 0 { runner.system.save_log() } else { None };
+    drop(runner);
     if options.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -108,19 +113,38 @@ pub fn run(exe: &Path, options: &Options) -> Result<Report, ConformanceError> {
 struct Runner<'a> {
     exe: &'a Path,
     options: &'a Options,
-    system: &'a System,
+    system: System,
+    driver: &'a str,
     operator: Operator,
     found: Found,
     rest: Inventory,
+    stop: StopSignals,
 }
 
 impl<'a> Runner<'a> {
-    fn new(exe: &'a Path, options: &'a Options, system: &'a System, driver: &str) -> Result<Self, ConformanceError> {
+    fn new(
+        exe: &'a Path,
+        options: &'a Options,
+        system: System,
+        driver: &'a str,
+        stop: StopSignals,
+    ) -> Result<Self, ConformanceError> {
         let mut operator = system.operator()?;
-        let found = first_contact(exe, system, &mut operator, driver)?;
-        let mut runner = Self { exe, options, system, operator, found, rest: Inventory::default() };
+        let found = first_contact(exe, &system, &mut operator, driver, &stop)?;
+        let mut runner = Self { exe, options, system, driver, operator, found, rest: Inventory::default(), stop };
         runner.rest = runner.settle()?;
         Ok(runner)
+    }
+
+    /// After a failure the next case shall find a system as good as new.
+    fn start_afresh(&mut self) -> Result<(), ConformanceError> {
+        if self.system.restart()? {
+            self.operator = self.system.operator()?;
+            self.found = first_contact(self.exe, &self.system, &mut self.operator, self.driver, &self.stop)?;
+        }
+        // In a system that is not ours the next case is measured by what there is now: one leak is one failure.
+        self.rest = self.settle()?;
+        Ok(())
     }
 
     /// Stock of the system when the first contact's client is gone for good: the same twice in a row.
@@ -158,6 +182,9 @@ impl<'a> Runner<'a> {
                 println!("{}", result.line());
             }
             report.add(result);
+            if outcome.status == OutcomeStatus::Failed {
+                self.start_afresh()?;
+            }
         }
         Ok(report)
     }
@@ -171,13 +198,11 @@ impl<'a> Runner<'a> {
         let factor = if self.disturbed() { DISTURBED_FACTOR } else { 1 };
         let outcome = match self.options.chaos {
             Some(_) => self.run_under_chaos(&args, case.deadline * factor)?,
-            None => child::run(self.exe, &args, case.deadline * factor)?,
+            None => child::run(self.exe, &args, case.deadline * factor, &self.stop)?,
         };
         let supervisor = self.system.supervisor_pid();
         let left = wait_clean(&mut self.operator, supervisor, &self.rest, CLEAN_PATIENCE * factor)?;
         if let Some(left) = left {
-            // The next case is measured by what there is now: one leak is one failure.
-            self.rest = self.settle()?;
             let why = if outcome.why.is_empty() { left } else { format!("{}; {left}", outcome.why) };
             return Ok(Outcome { status: OutcomeStatus::Failed, why });
         }
@@ -190,7 +215,7 @@ impl<'a> Runner<'a> {
         let mut rounds = 0;
         loop {
             let round = CaseArgs { seed: args.seed.wrapping_add(rounds), ..args.clone() };
-            let outcome = child::run(self.exe, &round, deadline)?;
+            let outcome = child::run(self.exe, &round, deadline, &self.stop)?;
             rounds += 1;
             let disturbed = killer.kills() >= CHAOS_KILLS || rounds == CHAOS_ROUNDS;
             if disturbed || outcome.status != OutcomeStatus::Passed {
@@ -236,6 +261,7 @@ fn first_contact(
     system: &System,
     operator: &mut Operator,
     driver: &str,
+    stop: &StopSignals,
 ) -> Result<Found, ConformanceError> {
     let services = crate::system::wait_ready(operator)?;
     let names = services.into_iter().map(|service| service.name).filter(|name| name != "pager" && name != "mirror");
@@ -249,7 +275,7 @@ fn first_contact(
         seed: 0,
         role: vec![driver.to_owned()],
     };
-    let outcome = child::run(exe, &args, WARM_UP_DEADLINE)?;
+    let outcome = child::run(exe, &args, WARM_UP_DEADLINE, stop)?;
     let found = match outcome.status {
         OutcomeStatus::Passed => serde_json::from_str::<Found>(&outcome.why).ok(),
         _ => None,

@@ -26,9 +26,14 @@ const POLL: Duration = Duration::from_millis(5);
 /// A running system.
 pub(crate) struct System {
     run_dir: PathBuf,
-    own: Option<Child>,
-    /// Kept after a failure.
-    keep_log: bool,
+    own: Option<Own>,
+}
+
+/// A system that we have started.
+struct Own {
+    supervisor: Child,
+    exe: PathBuf,
+    driver: String,
 }
 
 fn manifest(driver: &str) -> String {
@@ -53,33 +58,58 @@ impl System {
         let run_dir = std::env::temp_dir().join(format!("uhmm-conformance-{}", std::process::id()));
         // Not recursive and private: a folder that somebody else has put there must not be used.
         std::fs::DirBuilder::new().mode(0o700).create(&run_dir).map_err(ConformanceError::path(&run_dir))?;
-        let manifest_path = run_dir.join("manifest.toml");
-        let log_path = run_dir.join("services.log");
+        let mut system = Self { run_dir, own: None };
+        let supervisor = system.spawn(exe, driver);
+        let supervisor = supervisor.inspect_err(|_| system.remove_run_dir())?;
+        system.own = Some(Own { supervisor, exe: exe.to_owned(), driver: driver.to_owned() });
+        system.wait_started()?;
+        Ok(system)
+    }
+
+    fn spawn(&self, exe: &Path, driver: &str) -> Result<Child, ConformanceError> {
+        let manifest_path = self.run_dir.join("manifest.toml");
         std::fs::write(&manifest_path, manifest(driver)).map_err(ConformanceError::path(&manifest_path))?;
-        let log = File::create(&log_path).map_err(ConformanceError::path(&log_path))?;
+        let log_path = self.log_path();
+        let log = File::options().append(true).create(true).open(&log_path);
+        let log = log.map_err(ConformanceError::path(&log_path))?;
         let mut command = Command::new(exe);
-        command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest_path);
+        command.arg("--run-dir").arg(&self.run_dir).arg("up").arg("--manifest").arg(&manifest_path);
         // A process group of its own: Ctrl-C ends the runner, and the runner's end ends the system in order.
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
-        let mut child = command.spawn().map_err(ConformanceError::process("Starting the supervisor"))?;
-        let stdout = child.stdout.take();
-        let system = Self { run_dir, own: Some(child), keep_log: false };
+        command.spawn().map_err(ConformanceError::process("Starting the supervisor"))
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.run_dir.join("services.log")
+    }
+
+    fn wait_started(&mut self) -> Result<(), ConformanceError> {
         let mut line = String::new();
-        if let Some(stdout) = stdout {
-            BufReader::new(stdout)
-                .read_line(&mut line)
-                .map_err(ConformanceError::process("Reading the supervisor's answer"))?;
+        if let Some(stdout) = self.own.as_mut().and_then(|own| own.supervisor.stdout.take()) {
+            let read = BufReader::new(stdout).read_line(&mut line);
+            read.map_err(ConformanceError::process("Reading the supervisor's answer"))?;
         }
-        if line.trim() != "ready" {
-            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
-            return Err(ConformanceError::NotReady { log: log.trim().to_owned() });
+        if line.trim() == "ready" {
+            return Ok(());
         }
-        Ok(system)
+        let log = std::fs::read_to_string(self.log_path()).unwrap_or_default();
+        Err(ConformanceError::NotReady { log: log.trim().to_owned() })
     }
 
     /// Uses a system that runs already.
     pub(crate) fn existing(run_dir: PathBuf) -> Self {
-        Self { run_dir, own: None, keep_log: false }
+        Self { run_dir, own: None }
+    }
+
+    /// A fresh system in the place of the old one, where it is ours: what a failed case did to it is no other case's fault.
+    /// False when the system is somebody else's.
+    pub(crate) fn restart(&mut self) -> Result<bool, ConformanceError> {
+        let Some(Own { exe, driver, supervisor }) = self.own.take() else { return Ok(false) };
+        self.stop(supervisor);
+        let supervisor = self.spawn(&exe, &driver)?;
+        self.own = Some(Own { supervisor, exe, driver });
+        self.wait_started()?;
+        Ok(true)
     }
 
     pub(crate) fn run_dir(&self) -> &Path {
@@ -88,16 +118,33 @@ impl System {
 
     /// The supervisor's process, where it is ours.
     pub(crate) fn supervisor_pid(&self) -> Option<u32> {
-        self.own.as_ref().map(Child::id)
+        self.own.as_ref().map(|own| own.supervisor.id())
     }
 
     /// Copies the services' log out of the run directory, which goes away. Returns where it is.
-    pub(crate) fn save_log(&mut self) -> Option<PathBuf> {
+    pub(crate) fn save_log(&self) -> Option<PathBuf> {
         self.own.as_ref()?;
         let to = std::env::temp_dir().join(format!("uhmm-conformance-{}.log", std::process::id()));
-        std::fs::copy(self.run_dir.join("services.log"), &to).ok()?;
-        self.keep_log = true;
+        std::fs::copy(self.log_path(), &to).ok()?;
         Some(to)
+    }
+
+    fn stop(&self, mut supervisor: Child) {
+        let ended = matches!(supervisor.try_wait(), Ok(Some(_)));
+        if !ended && Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err() {
+            // It does not answer: end it hard.
+            let killed = supervisor.kill();
+            tracing::warn!(?killed, "The supervisor did not answer and was killed");
+        }
+        if let Err(error) = supervisor.wait() {
+            tracing::warn!(%error, "The supervisor could not be waited for");
+        }
+    }
+
+    fn remove_run_dir(&self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.run_dir) {
+            eprintln!("{} could not be removed: {error}", self.run_dir.display());
+        }
     }
 
     pub(crate) fn operator(&self) -> Result<Operator, ConformanceError> {
@@ -124,16 +171,9 @@ pub(crate) fn wait_ready(operator: &mut Operator) -> Result<Vec<ServiceStatus>, 
 
 impl Drop for System {
     fn drop(&mut self) {
-        let Some(mut supervisor) = self.own.take() else { return };
-        let ended = matches!(supervisor.try_wait(), Ok(Some(_)));
-        if !ended && Operator::connect(Some(&self.run_dir)).and_then(Operator::shutdown).is_err() {
-            // It does not answer: end it hard.
-            let killed = supervisor.kill();
-            tracing::warn!(?killed, "The supervisor did not answer and was killed");
-        }
-        let removed = supervisor.wait().and_then(|_| std::fs::remove_dir_all(&self.run_dir));
-        if let Err(error) = removed {
-            eprintln!("{} could not be removed: {error}", self.run_dir.display());
+        if let Some(own) = self.own.take() {
+            self.stop(own.supervisor);
+            self.remove_run_dir();
         }
     }
 }

@@ -198,7 +198,14 @@ fn a_new_region_over_an_old_one_drops_the_old_table() {
     let mut book = book();
     step(
         &mut book,
-        FaultEvent::Fault { fault: FaultId(5), job: JobId(5), space: 1, addr: BASE + 1000 * PAGE_BYTES, write: false, range: None },
+        FaultEvent::Fault {
+            fault: FaultId(5),
+            job: JobId(5),
+            space: 1,
+            addr: BASE + 1000 * PAGE_BYTES,
+            write: false,
+            range: None,
+        },
     );
     let newer = RegionKey { space: 1, region: 11 };
     let out = step(&mut book, FaultEvent::Found { key: newer, addr: BASE + 999 * PAGE_BYTES, page_count: 5 });
@@ -303,4 +310,37 @@ fn every_fault_is_answered_exactly_once_whatever_the_order_of_answers() {
         assert!(open.is_empty(), "seed {seed}: never answered {open:?}");
         assert!(book.idle() && !asked_pages.is_empty(), "seed {seed}");
     }
+}
+
+fn range_fault(number: u64, page: u64, end_page: u64, exclusive: bool) -> FaultEvent {
+    let range = Some(FaultRange { end: BASE + end_page * PAGE_BYTES, exclusive });
+    let addr = BASE + page * PAGE_BYTES;
+    FaultEvent::Fault { fault: FaultId(number), job: JobId(number), space: 1, addr, write: true, range }
+}
+
+#[test]
+fn a_range_fault_asks_for_the_rest_of_its_range_inside_the_region() {
+    let mut book = book();
+    let (first, pages, page, write) = asked(&step(&mut book, range_fault(1, 3, 300, false)));
+    assert_eq!((pages, page, write), (PageRange { first: 3, count: 297 }, 3, true));
+    assert!(book.window(first).is_some_and(|window| window.exclusive_job().is_none()));
+    let (second, pages, ..) = asked(&step(&mut book, range_fault(2, 990, 5000, true)));
+    assert_eq!(pages, PageRange { first: 990, count: 10 }, "the region ends there");
+    assert_eq!(book.window(second).and_then(Window::exclusive_job), Some(JobId(2)));
+    let out = step(&mut book, FaultEvent::Installed { window: first, runs: vec![run(3, 1, true)], refused: vec![] });
+    assert_eq!(resumed(&out), [(1, None)], "the first page is enough to go on");
+}
+
+#[test]
+fn a_range_is_bounded_and_shares_no_question_with_others() {
+    let mut book = FaultBook::new();
+    step(&mut book, range_fault(1, 0, 100_000, false));
+    step(&mut book, FaultEvent::Found { key: KEY, addr: BASE, page_count: 100_000 });
+    let (range, pages, ..) = asked(&step(&mut book, FaultEvent::Attached { key: KEY }));
+    assert_eq!(pages, PageRange { first: 0, count: RANGE_PAGES_MAX });
+    let (single, pages, ..) = asked(&step(&mut book, fault(2, 70, false)));
+    assert_eq!(pages, PageRange { first: 64, count: 64 }, "a job's fault does not wait for the whole range");
+    assert_ne!(range, single);
+    let (other, ..) = asked(&step(&mut book, range_fault(3, 64, 65, false)));
+    assert!(other != range && other != single);
 }

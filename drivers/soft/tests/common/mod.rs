@@ -59,6 +59,8 @@ pub struct World {
     pub tables: Vec<Fd>,
     pub acks: Vec<u64>,
     pub asked: Vec<(u64, bool)>,
+    /// Range faults: first page, pages, exclusive.
+    pub ranges: Vec<(u64, u64, bool)>,
     /// Faults to answer with EBUSY before the next good answer.
     pub busy: u32,
     pub write_refused: bool,
@@ -140,6 +142,7 @@ impl World {
             tables: Vec::new(),
             acks: Vec::new(),
             asked: Vec::new(),
+            ranges: Vec::new(),
             busy: 0,
             write_refused: false,
             ready: false,
@@ -251,6 +254,25 @@ impl World {
         let (_, frame_count, aperture, _) = self.logins.last().ok_or("The driver logged in")?;
         let fd = aperture.as_ref().ok_or("The device has an aperture")?;
         Ok(Window::map(fd.as_fd(), 0, u64::from(*frame_count) * PAGE_BYTES, Prot::ReadWrite)?)
+    }
+
+    /// Device memory as the vault keeps it, whether or not the CPU is shown it.
+    pub fn device_memory(&self) -> Result<Window, AnyError> {
+        let fd = self.vault.get("driver/vram").ok_or("The vault keeps device memory")?;
+        Ok(Window::map(fd.as_fd(), 0, memfd::len(fd.as_fd())?, Prot::ReadWrite)?)
+    }
+
+    /// A direct access of pages of the region; the buffer has the bytes afterwards.
+    pub fn access(&mut self, op: driver::AccessOp, first_page: u64, bytes: &mut [u8]) -> Result<Outcome, AnyError> {
+        let len_bytes = bytes.len() as u64;
+        let buffer: Fd = Arc::new(memfd::create_sealed("uhmm-test-buffer", len_bytes)?);
+        let window = Window::map(buffer.as_fd(), 0, len_bytes, Prot::ReadWrite)?;
+        window.write(0, bytes)?;
+        let addr = AT + first_page * PAGE_BYTES;
+        let buffer = Some(buffer);
+        let outcome = self.call(driver::Call::Access { space: SPACE, addr, len_bytes, op, buffer })?;
+        window.read(0, bytes)?;
+        Ok(outcome)
     }
 
     /// Plays everybody until `done`.
@@ -380,8 +402,11 @@ impl World {
             mirror::Call::Lookup { addr, .. } => {
                 Err(WireError::new(ErrorCode::NotFound, format!("No region holds {addr:#x}")))
             }
-            mirror::Call::Fault { first_page, page_count, fault_page, write, .. } => {
+            mirror::Call::Fault { first_page, page_count, fault_page, write, whole, exclusive, .. } => {
                 self.asked.push((fault_page, write));
+                if whole {
+                    self.ranges.push((first_page, page_count, exclusive));
+                }
                 if self.busy > 0 {
                     self.busy -= 1;
                     return Err(WireError::new(ErrorCode::Busy, "Invalidated meanwhile"));

@@ -55,6 +55,28 @@ impl Drop for Child {
     }
 }
 
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+pub fn may_ask_for_forks() -> bool {
+    if !is_root() {
+        eprintln!("skipped: EVENT_FORK needs CAP_SYS_PTRACE");
+    }
+    is_root()
+}
+
+/// Gives every right up; only for a child, and only as root.
+pub fn become_nobody() {
+    // SAFETY: plain calls without pointers.
+    assert_eq!(unsafe { libc::setgid(65534) }, 0);
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::setuid(65534) }, 0);
+    // A change of account hides /proc/self from its own process, as starting a program under that account would not.
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }, 0);
+}
+
 pub fn wait_readable(fd: BorrowedFd<'_>) {
     let patience = Timespec { tv_sec: PATIENCE_SECONDS.into(), tv_nsec: 0 };
     let ready = rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap();

@@ -3,5 +3,8 @@
 #![allow(unsafe_code)] // Reason: fork, waitpid and setuid have no safe wrapper, and a test of two processes needs them.
 
 mod common;
+mod forks;
+mod own;
+mod private;
 mod process;
 mod uffd;

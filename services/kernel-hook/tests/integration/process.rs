@@ -2,23 +2,16 @@
 
 use std::os::fd::AsFd;
 
-use crate::common::{Child, Client, hear, tell, wait_readable};
+use crate::common::{Child, Client, become_nobody, hear, is_root, tell, wait_readable};
 use rustix::process::Signal;
 use uhmm_kernel_hook::{
     AddrRange, Features, FillStop, PAGE_SIZE, PidFd, RegisterMode, SeqListener, SeqPacket, UffdKind, Userfaultfd,
     Window, memfd, process, procmap,
 };
 
-fn become_nobody() {
-    // SAFETY: plain calls without pointers.
-    assert_eq!(unsafe { libc::setgid(65534) }, 0);
-    // SAFETY: as above.
-    assert_eq!(unsafe { libc::setuid(65534) }, 0);
-}
-
 #[test]
 fn integration_an_account_without_rights_falls_back_unless_it_is_given_the_device() {
-    if !rustix::process::geteuid().is_root() {
+    if !is_root() {
         eprintln!("skipped: only root can change accounts");
         return;
     }

@@ -159,6 +159,9 @@ fn integration_fills_answer_again_until_the_event_is_read() {
 
 #[test]
 fn integration_fork_hands_the_pager_the_childs_userfaultfd() {
+    if !crate::common::may_ask_for_forks() {
+        return;
+    }
     let features = Features::MISSING_SHMEM | Features::EVENT_FORK;
     let mut client = Client::start(1, features, RegisterMode::MISSING, |region, _| {
         region.allow_fork().unwrap();

@@ -20,6 +20,7 @@ pub(super) fn register(list: &mut Registry) {
     list.one("FB05_read_only_mapping", read_only);
     list.one("FB06_part_of_a_file_at_an_offset", part_of_a_file);
     list.one("FB07_two_mappings_of_one_file", two_mappings);
+    list.one("FB08_address_reused_by_another_file", address_reused);
 }
 
 /// Pages behind the end are gone for the device as for the CPU: an error, no crash; the pages before it go on.
@@ -128,6 +129,31 @@ fn two_mappings(ctx: &Ctx) -> CaseResult {
         two.fill(10 + round)?;
         ctx.sees_all(0, &one, 10 + round)?;
         one.expect_all(10 + round)?;
+    }
+    Ok(())
+}
+
+/// Unmapped without a word and mapped anew at the same address: a device sees the new file, or private memory, never the old file.
+fn address_reused(ctx: &Ctx) -> CaseResult {
+    let place = Mem::private(BUF)?;
+    place.unmap(0, BUF)?;
+    for round in 1..5 {
+        let file = file_with(&pattern::bytes(round, 0, BUF))?;
+        let mem = place.map_file_at(file.as_fd(), BUF)?;
+        ensure!(mem.addr() == place.addr(), "The kernel has chosen another address");
+        ctx.adopt(&mem)?;
+        ctx.sees_all(0, &mem, round)?;
+        ctx.writes(0, &mem, 0, BUF, 10 + round)?;
+        mem.expect_all(10 + round)?;
+        mem.unmap(0, BUF)?;
+        refused(ctx.try_read(0, place.addr(), PAGE)?, ErrorCode::Fault, "A device read of an unmapped file")?;
+        let fresh = place.map_fresh(0, BUF)?;
+        ctx.adopt(&fresh)?;
+        ctx.sees_zero(0, &fresh, 0, BUF)?;
+        fresh.fill(20 + round)?;
+        ctx.sees_all(0, &fresh, 20 + round)?;
+        fresh.expect_all(20 + round)?;
+        fresh.unmap(0, BUF)?;
     }
     Ok(())
 }
