@@ -8,7 +8,7 @@
 //! ```
 //! A ticket whose pages lie in several segments is asked in parts; it is answered when all parts are.
 
-use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, Event as WireEvent};
+use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
 use uhmm_ipc::ConnId;
 use uhmm_kernel_hook::PAGE_SIZE;
@@ -358,6 +358,10 @@ impl Pager {
             tracing::warn!(%error, "Staging a huge page failed");
             agent.free_slot(slot);
             return self.push(not_huge);
+        }
+        if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
+            self.free_slot(space_id, slot);
+            return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
         }
         self.ask_single(region, pages, Order::FillHuge { slot }, Purpose::FillHuge { ticket });
     }

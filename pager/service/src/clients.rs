@@ -148,7 +148,7 @@ impl Pager {
     fn space_entries(&self, id: u64) -> Option<Vec<(&'static str, Fd)>> {
         let space = self.spaces.get(&id)?;
         let duplicate = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(Arc::new).ok();
-        let mut entries = vec![("uffd", duplicate(space.uffd.as_fd())?), ("state", space.state.to_memfd().ok()?)];
+        let mut entries = vec![("uffd", duplicate(space.uffd.as_fd())?)];
         if let Some(pidfd) = &space.pidfd {
             entries.push(("pidfd", duplicate(pidfd.as_fd())?));
         }
@@ -156,6 +156,8 @@ impl Pager {
             entries.push(("maps", agent.maps.clone()));
             entries.push(("staging", agent.staging_fd.clone()));
         }
+        // Last, because it names the process: a child that has just attached is forgotten by nobody who finds only a part.
+        entries.push(("state", space.state.to_memfd().ok()?));
         Some(entries)
     }
 
@@ -318,6 +320,10 @@ impl Pager {
         if !self.regions.showing(region_id, self.all_pages(region_id)).any(|(segment, _)| segment.space == space_id) {
             let text = format!("Region {region_id} belongs to another process");
             return refuse(ErrorCode::Permission, text);
+        }
+        if self.shown_elsewhere(region_id, space_id) {
+            self.hide_from(region_id, space_id);
+            return Some(Ok(pager::Reply::Done));
         }
         self.freeing.insert(region_id, (conn, call));
         self.begin_free(region_id);

@@ -25,6 +25,9 @@ pub(crate) struct Wanted {
     pub offset_bytes: u64,
 }
 
+/// What the vault keeps of a region, by name.
+type Kept = Vec<(&'static str, Fd)>;
+
 fn invalid(text: impl Into<String>) -> WireError {
     WireError::new(ErrorCode::Invalid, text)
 }
@@ -98,7 +101,7 @@ impl Pager {
         range: AddrRange,
         wanted: &Wanted,
         memory: Option<Memory>,
-    ) -> Result<(u64, Vec<(&'static str, Fd)>), WireError> {
+    ) -> Result<(u64, Kept), WireError> {
         let id = self.next_region;
         let (page_count, offset_bytes) = (range.len / PAGE_SIZE, wanted.offset_bytes);
         let header = Header { region: id, space: space_id, backing: wanted.backing, page_count, offset_bytes };

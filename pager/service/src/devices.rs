@@ -171,9 +171,9 @@ impl CopyEngine {
     }
 
     /// Queues a copy; `false`: the ring is full, try again after a completion.
-    pub fn submit(&mut self, job: EngineJob, frame: u32) -> Result<bool, DeviceError> {
+    pub fn submit(&mut self, job: EngineJob, frame: u32, count: u32) -> Result<bool, DeviceError> {
         let id = self.next_id;
-        let request = CopyRequest { op: job.op, ticket: id, frame, count: job.count, staging_page: job.staging_page };
+        let request = CopyRequest { op: job.op, ticket: id, frame, count, staging_page: job.staging_page };
         match self.submit.push(&request.encode()) {
             Ok(must_signal) => {
                 if must_signal {

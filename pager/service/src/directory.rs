@@ -1,16 +1,17 @@
-//! A region's directory: one page of header, then one 8-byte entry a page, then one 8-byte attribute word a page, in a sealed
-//! memfd that the vault keeps.
+//! A region's directory: one page of header, then one 8-byte entry a page, then one 8-byte attribute word a page, then two banks of
+//! segments, in a sealed memfd that the vault keeps.
 //!
 //! ```text
 //!  0        8          16      24        32       40        48          56        64         72
 //!  | magic  | version  | live  | region  | space  | backing | pages     | offset  | bank     | (zero)
-//!  128      128 + 1984 * bank: | count | (segment: id, space, addr, first page, pages) ... |
 //!  4096     entries, 8 bytes a page, rounded up to a page; then attributes, the same
+//!  then     two banks, each: | count | (segment: id, space, addr, first page, pages) ... |, rounded up to a page
 //! ```
 //!
 //! The pager alone writes it, with atomic stores; the next incarnation reads it back. `live` is stored last when a region
 //! is made, so a half-made region is recognised and dropped. Segments (which addresses show which pages) are written to the
-//! bank that is not in use, then `bank` is switched: a crash leaves the old list or the new one.
+//! bank that is not in use, then `bank` is switched: a crash leaves the old list or the new one. A bank has room for every segment
+//! that the pages and the kernel's limit of mappings allow; it costs memory only as far as it is used.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use uhmm_kernel_hook::{HookError, PAGE_SIZE};
 use uhmm_pager_core::{Attr, Backing};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-dir");
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 const HEADER_BYTES: u64 = PAGE_SIZE;
 
 const OFF_MAGIC: u64 = 0;
@@ -35,11 +36,11 @@ const OFF_PAGES: u64 = 48;
 const OFF_OFFSET: u64 = 56;
 const OFF_BANK: u64 = 64;
 
-const BANKS: u64 = 128;
-const BANK_BYTES: u64 = 1984;
 const SEGMENT_BYTES: u64 = 40;
-/// Segments that a region can have. Further cuts are refused by whoever asks, or end the management of what is cut off.
-pub const SEGMENTS_MAX: usize = ((BANK_BYTES - 8) / SEGMENT_BYTES) as usize;
+/// Room for the segments of small regions that many forked children show.
+const SEGMENTS_MIN: u64 = 512;
+/// As many mappings as a process can have (vm.max_map_count is 65530 by default).
+const SEGMENTS_CAP: u64 = 1 << 16;
 
 /// Why a directory of the vault cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -127,8 +128,17 @@ fn array_bytes(page_count: u64) -> u64 {
     (page_count * 8).next_multiple_of(PAGE_SIZE)
 }
 
+/// Segments that a region's directory can list.
+pub fn segments_max(page_count: u64) -> usize {
+    page_count.clamp(SEGMENTS_MIN, SEGMENTS_CAP) as usize
+}
+
+fn bank_bytes(page_count: u64) -> u64 {
+    (8 + segments_max(page_count) as u64 * SEGMENT_BYTES).next_multiple_of(PAGE_SIZE)
+}
+
 fn file_bytes(page_count: u64) -> u64 {
-    HEADER_BYTES + 2 * array_bytes(page_count)
+    HEADER_BYTES + 2 * array_bytes(page_count) + 2 * bank_bytes(page_count)
 }
 
 impl DirectoryFile {
@@ -186,25 +196,29 @@ impl DirectoryFile {
         self.window.store_u64(OFF_SPACE, space)
     }
 
-    /// Replaces the list of segments.
+    fn bank_offset(&self, bank: u64) -> u64 {
+        HEADER_BYTES + 2 * array_bytes(self.page_count) + bank * bank_bytes(self.page_count)
+    }
+
+    /// Replaces the list of segments; more than [`segments_max`] are not kept.
     pub fn set_segments(&self, segments: &[SegmentRecord]) -> Result<(), HookError> {
         let bank = 1 - self.window.load_u64(OFF_BANK)?.min(1);
-        let base = BANKS + bank * BANK_BYTES;
-        for (index, segment) in segments.iter().take(SEGMENTS_MAX).enumerate() {
-            let at = base + 8 + index as u64 * SEGMENT_BYTES;
+        let base = self.bank_offset(bank);
+        let kept = &segments[..segments.len().min(segments_max(self.page_count))];
+        let words = |segment: &SegmentRecord| {
             let SegmentRecord { id, space, addr, first_page, page_count } = *segment;
-            for (word, value) in [id, space, addr, first_page, page_count].into_iter().enumerate() {
-                self.window.store_u64(at + word as u64 * 8, value)?;
-            }
-        }
-        self.window.store_u64(base, segments.len().min(SEGMENTS_MAX) as u64)?;
+            [id, space, addr, first_page, page_count]
+        };
+        let bytes: Vec<u8> = kept.iter().flat_map(words).flat_map(u64::to_ne_bytes).collect();
+        self.window.write(base + 8, &bytes)?;
+        self.window.store_u64(base, kept.len() as u64)?;
         self.window.store_u64(OFF_BANK, bank)
     }
 
     /// The list of segments.
     pub fn segments(&self) -> Result<Vec<SegmentRecord>, HookError> {
-        let base = BANKS + self.window.load_u64(OFF_BANK)?.min(1) * BANK_BYTES;
-        let count = self.window.load_u64(base)?.min(SEGMENTS_MAX as u64);
+        let base = self.bank_offset(self.window.load_u64(OFF_BANK)?.min(1));
+        let count = self.window.load_u64(base)?.min(segments_max(self.page_count) as u64);
         let word = |at: u64, word: u64| self.window.load_u64(at + word * 8);
         (0..count)
             .map(|index| base + 8 + index * SEGMENT_BYTES)
@@ -288,10 +302,25 @@ mod tests {
     fn segments_are_replaced_as_a_whole() {
         let made = made();
         assert_eq!(made.segments().unwrap(), []);
-        for count in [1, 3, 2, SEGMENTS_MAX as u64, 0] {
+        for count in [1, 3, 2, 600, 0] {
             let list: Vec<_> = (0..count).map(segment).collect();
             made.set_segments(&list).unwrap();
             assert_eq!(made.segments().unwrap(), list);
         }
+    }
+
+    #[test]
+    fn a_region_in_as_many_pieces_as_it_has_pages_is_listed_and_its_entries_stay() {
+        let made = made();
+        (0..600).for_each(|page| made.store(page, page));
+        made.set_attr(599, Attr::default().with_read_mostly(true)).unwrap();
+        let list: Vec<_> = (0..segments_max(600) as u64).map(segment).collect();
+        assert!(list.len() >= 600);
+        made.set_segments(&list).unwrap();
+        made.set_segments(&list).unwrap();
+        made.set_live().unwrap();
+        let (read, _) = DirectoryFile::adopt(made.fd()).unwrap();
+        assert_eq!(read.segments().unwrap(), list);
+        assert!((0..600).all(|page| read.load(page) == page) && read.attr(599).read_mostly());
     }
 }

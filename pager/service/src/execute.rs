@@ -160,10 +160,14 @@ impl Pager {
         call: impl Fn(&Userfaultfd, AddrRange, u64) -> Result<FillOutcome, HookError>,
     ) -> (u64, Option<FillStop>) {
         let mut done = 0;
+        // Segments whose process is gone, or that were unmapped and nobody has read it yet: after a fork another may show the pages.
+        let mut gone: Vec<u64> = Vec::new();
         while done < pages.count {
             let left = pages.after(done);
-            let shown = self.regions.showing(region.0, left).find(|(_, part)| part.first == left.first);
+            let fits = |(segment, part): &(&Segment, Pages)| part.first == left.first && !gone.contains(&segment.id);
+            let shown = self.regions.showing(region.0, left).find(fits);
             let Some((segment, part)) = shown else { return (done, Some(self.nothing_shows(region))) };
+            let segment_id = segment.id;
             let Some(space) = self.spaces.get(&segment.space) else { return (done, Some(FillStop::NoProcess)) };
             let range = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
             let others: Vec<_> = self.regions.showing(region.0, part).filter(|(s, _)| s.id != segment.id).collect();
@@ -181,6 +185,13 @@ impl Pager {
                 (filled, stop) = (served, None);
             }
             done += filled;
+            if filled == 0 && matches!(stop, Some(FillStop::Gone | FillStop::NoProcess)) {
+                gone.push(segment_id);
+                let another = |(segment, part): (&Segment, Pages)| part.contains(left.first) && !gone.contains(&segment.id);
+                if self.regions.showing(region.0, left).any(another) {
+                    continue;
+                }
+            }
             if filled < part.count {
                 return (done, stop);
             }
@@ -453,7 +464,7 @@ impl Pager {
             let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
             let to = u64::from(staging_page) * PAGE_SIZE;
             let len = pages.count * PAGE_SIZE;
-            if !staging.is_some_and(|staging| staging.copy_to(from * PAGE_SIZE, &engine.staging, to, len).is_ok()) {
+            if staging.is_none_or(|staging| staging.copy_to(from * PAGE_SIZE, &engine.staging, to, len).is_err()) {
                 engine.give_staging(staging_page, staged_count);
                 self.staged_done(ticket, pages, run, false);
                 return true;
@@ -461,7 +472,7 @@ impl Pager {
         }
         if let Copy::Bounced { ticket, buffer, count, .. } = deferred.copy {
             let (to, len) = (u64::from(staging_page) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
-            if !self.bounces.get(&buffer).is_some_and(|from| from.copy_to(0, &engine.staging, to, len).is_ok()) {
+            if self.bounces.get(&buffer).is_none_or(|from| from.copy_to(0, &engine.staging, to, len).is_err()) {
                 engine.give_staging(staging_page, staged_count);
                 self.bounced(ticket, buffer, false);
                 return true;
@@ -483,7 +494,7 @@ impl Pager {
         }
         let id = self.next_engine_job;
         let job = EngineJob { ticket: id, op, staging_page, count: staged_count };
-        match engine.submit(job, frame) {
+        match engine.submit(job, frame, count) {
             Ok(true) => {
                 self.next_engine_job += 1;
                 self.engine_jobs.insert(id, deferred);
@@ -525,6 +536,13 @@ impl Pager {
     fn finish_engine_job(&mut self, device_id: u8, job: EngineJob, ok: bool) {
         let Some(deferred) = self.engine_jobs.remove(&job.ticket) else { return };
         let result = if ok { StepResult::Ok } else { StepResult::Io };
+        let result = match deferred.copy {
+            Copy::Out { region, .. } => self.injected(region, FaultPoint::CopyOut, result),
+            Copy::Staged { space, .. } => self.injected_in_space(space, FaultPoint::CopyOut, result),
+            Copy::Home { region, .. } => self.injected(region, FaultPoint::CopyHome, result),
+            _ => result,
+        };
+        let ok = result == StepResult::Ok;
         match deferred.copy {
             Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result }),
             Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, result),

@@ -13,7 +13,9 @@ impl Pager {
     /// Reads everything the space's userfaultfd has to say.
     pub(crate) fn read_uffd(&mut self, space_id: u64) {
         loop {
-            let Some(space) = self.spaces.get(&space_id) else { return };
+            let space = self.spaces.get(&space_id);
+            // A forked child's faults wait until its regions are complete.
+            let Some(space) = space.filter(|space| space.incomplete_regions == 0) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
             events.clear();
             let read = space.uffd.read_events(&mut events);

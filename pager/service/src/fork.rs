@@ -63,7 +63,15 @@ impl Pager {
             self.push(Event::Forked { parent: RegionId(parent), child: RegionId(child), space: SpaceId(child_id) });
         }
         self.child_may_be_ready(child_id);
-        self.service.reactor.add_timer(CHILD_CHECK, TIMER_CHILDREN);
+        self.check_children_soon();
+    }
+
+    /// One timer, however many processes there are to look after.
+    pub(crate) fn check_children_soon(&mut self) {
+        if !self.children_armed {
+            self.children_armed = true;
+            self.service.reactor.add_timer(CHILD_CHECK, TIMER_CHILDREN);
+        }
     }
 
     fn make_child(&mut self, parent_id: u64, uffd: Userfaultfd) -> Result<u64, uhmm_kernel_hook::HookError> {
@@ -181,22 +189,26 @@ impl Pager {
         true
     }
 
-    /// Forked children without a pidfd: is anybody still there?
+    /// Forked children without a pidfd, and processes that lost their connection: is the address space still there? (exec ends it,
+    /// and the process lives on.)
     pub(crate) fn check_children(&mut self) {
+        self.children_armed = false;
+        let silent = |space: &&Space| space.agent.as_ref().is_none_or(|agent| agent.conn.is_none());
         let unwatched: Vec<u64> = self
             .spaces
             .values()
-            .filter(|space| space.pidfd.is_none() && !space.dying)
+            .filter(|space| !space.dying)
+            .filter(silent)
             .map(|space| space.state.id)
             .collect();
         for id in &unwatched {
             if !self.child_lives(*id) {
-                tracing::info!(space = id, "A forked child is gone: its pages are reclaimed");
+                tracing::info!(space = id, "An address space is gone: its pages are reclaimed");
                 self.end_space(*id);
             }
         }
         if !unwatched.is_empty() {
-            self.service.reactor.add_timer(CHILD_CHECK, TIMER_CHILDREN);
+            self.check_children_soon();
         }
     }
 

@@ -20,6 +20,19 @@ use crate::space::{Memory, Phase, Region, Segment, Space, SpaceState};
 /// Vault entries of one space, by the rest of their name.
 type Entries = BTreeMap<String, Fd>;
 
+/// What is left of a space's entries, by region.
+fn regions_of(entries: Entries) -> BTreeMap<u64, Entries> {
+    let mut regions: BTreeMap<u64, Entries> = BTreeMap::new();
+    for (name, fd) in entries {
+        let mut parts = name.splitn(3, '/').skip(1);
+        let region = parts.next().and_then(|id| id.parse::<u64>().ok());
+        if let (Some(region), Some(rest)) = (region, parts.next()) {
+            regions.entry(region).or_default().insert(rest.to_owned(), fd);
+        }
+    }
+    regions
+}
+
 impl Pager {
     /// Adopts the vault's content. Half-made spaces and regions are forgotten; their clients ask again.
     pub(crate) fn recover(&mut self) -> Result<(), PagerError> {
@@ -31,12 +44,33 @@ impl Pager {
                 spaces.entry(id).or_default().insert(rest.to_owned(), fd);
             }
         }
-        for (id, entries) in spaces {
+        let mut forgotten = Vec::new();
+        let mut regions = Vec::new();
+        for (id, mut entries) in spaces {
             self.next_space = self.next_space.max(id + 1);
-            if !self.recover_space(id, entries)? {
+            if !self.recover_space(id, &mut entries)? {
                 tracing::info!(space = id, "Space in the vault is incomplete or its process is gone: forgotten");
-                self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(id));
+                forgotten.push(id);
             }
+            regions.extend(regions_of(entries).into_iter().map(|(region, entries)| (id, region, entries)));
+        }
+        for (space, region, entries) in regions {
+            self.next_region = self.next_region.max(region + 1);
+            if let Err(error) = self.recover_region(space, region, entries) {
+                if self.regions.get(region).is_some_and(|known| known.space == space) {
+                    // Found under a former owner's name too, and kept under this one by now.
+                    continue;
+                }
+                tracing::info!(%error, space, region, "Region in the vault is forgotten");
+                self.service.vault.remove(&mut self.service.reactor, &Space::region_prefix(space, region));
+            }
+        }
+        // After the regions that a forked child still shows are kept under the child's name.
+        for id in forgotten {
+            self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(id));
+        }
+        if !self.spaces.is_empty() {
+            self.check_children_soon();
         }
         self.recover_segments();
         self.push(Event::Recovered);
@@ -44,7 +78,7 @@ impl Pager {
         Ok(())
     }
 
-    fn recover_space(&mut self, id: u64, mut entries: Entries) -> Result<bool, PagerError> {
+    fn recover_space(&mut self, id: u64, entries: &mut Entries) -> Result<bool, PagerError> {
         let (Some(state), Some(uffd)) = (entries.remove("state"), entries.remove("uffd")) else { return Ok(false) };
         let pidfd = entries.remove("pidfd");
         let memory = entries.remove("maps").zip(entries.remove("staging"));
@@ -60,35 +94,18 @@ impl Pager {
             tracing::warn!(text, space = id, "The agent's memory in the vault cannot be used");
             None
         });
-        if pidfd.is_none() {
-            self.service.reactor.add_timer(std::time::Duration::ZERO, crate::fork::TIMER_CHILDREN);
-        }
         let segments = BTreeMap::new();
         let space = Space { state, uffd, pidfd, segments, agent, dying: false, incomplete_regions: 0 };
         self.watch_space(&space)?;
         self.spaces.insert(id, space);
         self.stats.recovered_spaces += 1;
-        let mut regions: BTreeMap<u64, Entries> = BTreeMap::new();
-        for (name, fd) in entries {
-            let mut parts = name.splitn(3, '/').skip(1);
-            let region = parts.next().and_then(|id| id.parse::<u64>().ok());
-            if let (Some(region), Some(rest)) = (region, parts.next()) {
-                regions.entry(region).or_default().insert(rest.to_owned(), fd);
-            }
-        }
-        for (region, entries) in regions {
-            self.next_region = self.next_region.max(region + 1);
-            if let Err(error) = self.recover_region(id, region, entries) {
-                tracing::warn!(%error, space = id, region, "Region in the vault is forgotten");
-                self.service.vault.remove(&mut self.service.reactor, &Space::region_prefix(id, region));
-            }
-        }
         Ok(true)
     }
 
+    /// All spaces are there. `found_in`: the space under whose name the vault has it.
     fn recover_region(
         &mut self,
-        space: u64,
+        found_in: u64,
         id: u64,
         mut entries: Entries,
     ) -> Result<(), crate::directory::DirectoryError> {
@@ -97,14 +114,18 @@ impl Pager {
         let memory = entries.remove("mem");
         let (directory, header) = DirectoryFile::adopt(directory)?;
         let complete = memory.is_some() == (header.backing != Backing::Private);
-        if header.region != id || header.space != space || !complete {
+        let records = directory.segments()?;
+        // Whoever made it may be gone, while a forked child still shows it.
+        let shows = |record: &&SegmentRecord| header.backing != Backing::Private && self.spaces.contains_key(&record.space);
+        let heir = || records.iter().find(shows).map(|record| record.space);
+        let owner = if self.spaces.contains_key(&header.space) { Some(header.space) } else { heir() };
+        let Some(space) = owner.filter(|_| header.region == id && complete && self.regions.get(id).is_none()) else {
             return Err(not_live);
-        }
+        };
         let memory = memory.map(|fd| {
             let sealed = memfd::len(fd.as_fd()).is_ok_and(|len| memfd::check_sealed(fd.as_fd(), len).is_ok());
             Memory { fd, offset_bytes: header.offset_bytes, sealed }
         });
-        let records = directory.segments()?;
         let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
         let registered = match header.backing {
             Backing::File => Vec::new(),
@@ -123,10 +144,28 @@ impl Pager {
             retired: Vec::new(),
             registered,
         });
+        if space != found_in {
+            self.keep_under(space, id);
+            self.service.vault.remove(&mut self.service.reactor, &Space::region_prefix(found_in, id));
+        }
         self.stats.recovered_regions += 1;
         self.recovered_segments.extend(records.into_iter().map(|record| (id, record)));
         self.push(Event::RecoverRegion { region: RegionId(id), space: SpaceId(space), page_count, backing });
         Ok(())
+    }
+
+    /// Region entries are kept under another space's name from now on.
+    pub(crate) fn keep_under(&mut self, space: u64, region_id: u64) {
+        let Some(region) = self.regions.get_mut(region_id) else { return };
+        region.space = space;
+        let prefix = Space::region_prefix(space, region_id);
+        let memory = region.memory.as_ref().map(|memory| ("mem", memory.fd.clone()));
+        for (name, fd) in memory.into_iter().chain([("dir", region.directory.fd())]) {
+            self.service.vault.put(&mut self.service.reactor, &format!("{prefix}{name}"), fd);
+        }
+        if let Err(error) = region.directory.set_space(space) {
+            tracing::error!(%error, region = region_id, "A directory cannot be written");
+        }
     }
 
     /// All spaces are there: segments, which may lie in any of them, are shown again under their old ids.

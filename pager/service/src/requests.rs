@@ -184,7 +184,13 @@ impl Pager {
             return;
         }
         let Some(group) = self.groups.remove(&id) else { return };
-        let Group { conn, call, then, moved_pages, mut runs, error, .. } = group;
+        let Group { conn, call, then, moved_pages, mut runs, mut error, .. } = group;
+        // Nothing came home and something never will: asking again would go on for ever.
+        let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
+        if let (Then::Release { addr, len_bytes }, true) = (then, stuck) {
+            let text = format!("Pages of [{addr:#x}, +{len_bytes:#x}) could not be copied home: they stay managed, try again");
+            error.get_or_insert(WireError::new(ErrorCode::Io, text));
+        }
         if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
             return self.released(conn, call, addr, len_bytes);
         }
@@ -197,6 +203,7 @@ impl Pager {
         self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the message's own fields, checked one by one")]
     pub(crate) fn migrate(
         &mut self,
         conn: ConnId,
@@ -295,7 +302,7 @@ impl Pager {
             Err(error) => return Some(Err(error)),
         };
         let pages = Pages { first: first_page + window.first + allowed.skip, count: allowed.count };
-        let advised = self.regions.get(region).is_some_and(|r| r.directory.attr(first_page + fault_page).read_only());
+        let (pages, advised) = self.same_advice(region, pages, first_page + fault_page);
         if advised && kind.write {
             let text = format!("Address {fault_addr:#x} is read-only for devices by advice");
             return refuse(ErrorCode::Permission, text);
@@ -307,6 +314,17 @@ impl Pager {
         let (device, fault_page) = (DeviceId(device), first_page + fault_page);
         self.push(Event::Resolve { req, region: RegionId(region), pages, fault_page, device, write, whole, exclusive });
         None
+    }
+
+    /// The part of a window around the faulting page that devices may use in the same way by advice, and whether only to read.
+    fn same_advice(&self, region: u64, pages: Pages, fault_page: u64) -> (Pages, bool) {
+        let Some(region) = self.regions.get(region) else { return (pages, false) };
+        let read_only = |page: u64| region.directory.attr(page).read_only();
+        let advised = read_only(fault_page);
+        let first = (pages.first..fault_page).rev().take_while(|page| read_only(*page) == advised).last();
+        let after = (fault_page..pages.end()).take_while(|page| read_only(*page) == advised).count() as u64;
+        let first = first.unwrap_or(fault_page);
+        (Pages { first, count: fault_page - first + after }, advised)
     }
 
     /// The core has finished a request.

@@ -10,7 +10,7 @@
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId};
 
-use crate::directory::SEGMENTS_MAX;
+use crate::directory::segments_max;
 use crate::revoke::Purpose;
 use crate::service::Pager;
 use crate::space::{Phase, Segment};
@@ -43,6 +43,11 @@ impl Pager {
         let all = Pages { first: 0, count: u64::MAX };
         let list: Vec<_> = self.regions.showing(region_id, all).map(|(segment, _)| segment.record()).collect();
         let Some(region) = self.regions.get(region_id) else { return };
+        let (count, max) = (list.len(), segments_max(region.page_count));
+        if count > max {
+            // Only a region that hundreds of forked children show: a process cannot have that many mappings.
+            tracing::error!(region = region_id, count, max, "A region is shown too often: a restart will forget some of it");
+        }
         if let Err(error) = region.directory.set_segments(&list) {
             tracing::error!(%error, region = region_id, "A directory's segments could not be written");
         }
@@ -94,6 +99,27 @@ impl Pager {
         }
     }
 
+    /// Whether another process (after a fork) shows the region too.
+    pub(crate) fn shown_elsewhere(&self, region_id: u64, space_id: u64) -> bool {
+        self.regions.showing(region_id, self.all_pages(region_id)).any(|(segment, _)| segment.space != space_id)
+    }
+
+    /// One of several processes that show a region frees it: it goes on for the others.
+    pub(crate) fn hide_from(&mut self, region_id: u64, space_id: u64) {
+        let all = self.all_pages(region_id);
+        let mine = self.regions.showing(region_id, all).filter(|(segment, _)| segment.space == space_id);
+        let ranges: Vec<AddrRange> = mine.map(|(segment, _)| segment.range()).collect();
+        for range in &ranges {
+            for cut in self.cut(space_id, range.start, range.end()) {
+                self.settle_cut(cut);
+            }
+        }
+        self.unmanage(space_id, ranges);
+        if self.regions.get(region_id).is_some_and(|region| region.space == space_id) {
+            self.free_or_pass_on(region_id);
+        }
+    }
+
     /// Takes an address range out of a space. What is left of the segments goes on under new ids.
     pub(crate) fn cut(&mut self, space_id: u64, start: u64, end: u64) -> Vec<Cut> {
         let mut cuts = Vec::new();
@@ -113,20 +139,9 @@ impl Pager {
             cuts.push(Cut { region, pages: gone, range: AddrRange { start: from, len: to - from } });
         }
         for cut in &cuts {
-            self.limit_segments(cut.region);
             self.keep_segments(cut.region);
         }
         cuts
-    }
-
-    /// More segments than a directory can list: the last ones are not managed any more. Their content is brought to the program by
-    /// nobody, so this must not happen silently; it takes dozens of holes in one allocation.
-    fn limit_segments(&mut self, region_id: u64) {
-        let Some(region) = self.regions.get(region_id) else { return };
-        if region.segments.len() > SEGMENTS_MAX {
-            let (count, max) = (region.segments.len(), SEGMENTS_MAX);
-            tracing::error!(region = region_id, count, max, "A region is in too many pieces: after a restart some are lost");
-        }
     }
 
     /// Live segments of a space that lie in an address range, in order.

@@ -137,6 +137,7 @@ pub struct Pager {
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
     again_armed: bool,
+    pub(crate) children_armed: bool,
     hot_until: Option<Instant>,
     started: Instant,
 }
@@ -223,6 +224,7 @@ impl Pager {
             uffd_events: Vec::new(),
             stats: ShellStats::default(),
             again_armed: false,
+            children_armed: false,
             hot_until: None,
             started: Instant::now(),
         })
@@ -338,6 +340,7 @@ impl Pager {
         }
         if let Some(space) = session.space {
             self.agent_disconnected(space, conn);
+            self.check_children_soon();
         }
         // A client that only lost its connection still faults through its userfaultfd; its pidfd tells when it dies.
     }
@@ -381,21 +384,13 @@ impl Pager {
     }
 
     /// The space of a region ends: the region too, unless a forked child still shows it.
-    fn free_or_pass_on(&mut self, region_id: u64) {
+    pub(crate) fn free_or_pass_on(&mut self, region_id: u64) {
         let all = self.all_pages(region_id);
         let heir = self.regions.showing(region_id, all).map(|(segment, _)| segment.space).next();
         let Some(heir) = heir else { return self.begin_free(region_id) };
-        let Some(region) = self.regions.get_mut(region_id) else { return };
+        let Some(region) = self.regions.get(region_id) else { return };
         let old_prefix = Space::region_prefix(region.space, region_id);
-        region.space = heir;
-        if let Err(error) = region.directory.set_space(heir) {
-            tracing::error!(%error, region = region_id, "A directory cannot be written");
-        }
-        let prefix = Space::region_prefix(heir, region_id);
-        let memory = region.memory.as_ref().map(|memory| ("mem", memory.fd.clone()));
-        for (name, fd) in memory.into_iter().chain([("dir", region.directory.fd())]) {
-            self.service.vault.put(&mut self.service.reactor, &format!("{prefix}{name}"), fd);
-        }
+        self.keep_under(heir, region_id);
         self.service.vault.remove(&mut self.service.reactor, &old_prefix);
     }
 

@@ -64,8 +64,9 @@ impl Mem {
     }
 
     /// hugetlb memory.
-    pub(crate) fn hugetlb(len: u64) -> Result<Self, HookError> {
-        Ok(Self { memory: ProgramMemory::hugetlb(len)?, private: true })
+    pub(crate) fn hugetlb(len: u64, shared: bool) -> Result<Self, HookError> {
+        let memory = if shared { ProgramMemory::hugetlb_shared(len)? } else { ProgramMemory::hugetlb(len)? };
+        Ok(Self { memory, private: !shared })
     }
 
     /// Shared mapping of a file.

@@ -9,7 +9,7 @@ use uhmm_sdk::ErrorCode;
 use super::mirror::{content_of, file_with};
 use crate::case::{CaseResult, During, Registry, ensure};
 use crate::ctx::{BUF, Ctx, PMD, refused};
-use crate::mem::{Mem, MemAdvice, PAGE};
+use crate::mem::{Mem, MemAdvice, PAGE, Remap};
 use crate::pattern;
 
 pub(super) fn register(list: &mut Registry) {
@@ -139,7 +139,8 @@ fn address_reused(ctx: &Ctx) -> CaseResult {
     place.unmap(0, BUF)?;
     for round in 1..5 {
         let file = file_with(&pattern::bytes(round, 0, BUF))?;
-        let mem = place.map_file_at(file.as_fd(), BUF)?;
+        let hole = place.map_fresh(0, BUF)?;
+        let mem = Mem::file_shared(file.as_fd(), BUF, true)?.remap_over(0, BUF, Remap::Move, &hole, 0)?;
         ensure!(mem.addr() == place.addr(), "The kernel has chosen another address");
         ctx.adopt(&mem)?;
         ctx.sees_all(0, &mem, round)?;

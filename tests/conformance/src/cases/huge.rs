@@ -41,20 +41,31 @@ fn anon_write_huge(ctx: &Ctx) -> CaseResult {
     mem.expect_all(8)
 }
 
-fn hugetlb() -> CaseResult<Mem> {
-    match Mem::hugetlb(PMD) {
-        Ok(mem) => Ok(mem),
-        Err(error) => not_applicable!("No hugetlb pages: {error}; vm.nr_hugepages reserves some"),
-    }
-}
-
+/// Private and shared hugetlb memory: what can be adopted is read and written by the device.
 fn anon_write_hugetlbfs(ctx: &Ctx) -> CaseResult {
-    let mem = hugetlb()?;
-    ctx.adopt_if_possible(&mem)?;
-    let report = ctx.writes(0, &mem, 0, PMD, 9)?;
-    ctx.one_fault(&report)?;
-    mem.expect_all(9)?;
-    ctx.sees_all(0, &mem, 9).map(|_| ())
+    let mut refusals = Vec::new();
+    for shared in [false, true] {
+        let mem = match Mem::hugetlb(PMD, shared) {
+            Ok(mem) => mem,
+            Err(error) => not_applicable!("No hugetlb pages: {error}; vm.nr_hugepages reserves some"),
+        };
+        match ctx.session.adopt(mem.addr(), PMD) {
+            Err(error) => refusals.push(error.to_string()),
+            Ok(_) => {
+                let report = ctx.writes(0, &mem, 0, PMD, 9)?;
+                ctx.one_fault(&report)?;
+                mem.expect_all(9)?;
+                ctx.sees_all(0, &mem, 9)?;
+                mem.fill(10)?;
+                ctx.sees_all(0, &mem, 10)?;
+                mem.expect_all(10)?;
+            }
+        }
+    }
+    if refusals.len() == 2 {
+        not_applicable!("hugetlb memory cannot be adopted: {}", refusals.join("; "));
+    }
+    Ok(())
 }
 
 /// Of a transparent huge page where there is no hugetlb page that can be adopted: the semantics are those of its mapping.

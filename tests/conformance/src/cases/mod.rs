@@ -12,6 +12,7 @@ mod mirror;
 mod multi;
 mod pains;
 mod pains_more;
+mod pieces;
 mod policy;
 mod policy_more;
 mod races;
@@ -48,6 +49,7 @@ pub(crate) fn all() -> Vec<Case> {
     igt_matrix::register(&mut list);
     pains::register(&mut list);
     pains_more::register(&mut list);
+    pieces::register(&mut list);
     warm_up::register(&mut list);
     list.cases
 }
