@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::{Call, ErrorCode, Fd, Interface, Reply, Role, TraceId, WireError, pager};
 use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, Wake};
-use uhmm_kernel_hook::{Window, ManagedMapping, SeqPacket, Userfaultfd, memfd};
+use uhmm_kernel_hook::{ManagedMapping, SeqPacket, Userfaultfd, Window, memfd};
 use uhmm_sdk::{Job, Session};
 use uhmm_tests::{TestBed, pattern::word};
 
@@ -116,14 +116,20 @@ fn integration_ranges_that_are_unaligned_empty_wrapping_or_unmapped_are_refused(
     raw.refused(create(u64::MAX - PAGE + 1, 4 * PAGE), ErrorCode::Invalid, "wrap");
     raw.refused(create(PAGE, 4 * PAGE), ErrorCode::Fault, "0x1000");
     raw.ask(create(mapping.addr(), 4 * PAGE)).expect("the honest range");
-    let migrate = |addr, len_bytes| pager::Call::Migrate { addr, len_bytes, target: pager::Target::Device(0), prefetch: false };
+    let migrate =
+        |addr, len_bytes| pager::Call::Migrate { addr, len_bytes, target: pager::Target::Device(0), prefetch: false };
     raw.refused(migrate(mapping.addr() + 1, PAGE), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), PAGE + 1), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), 0), ErrorCode::Invalid, "empty");
     raw.refused(migrate(mapping.addr(), u64::MAX - PAGE + 1), ErrorCode::Invalid, "wraps");
     raw.refused(migrate(mapping.addr(), 5 * PAGE), ErrorCode::Invalid, "leaves its region");
     raw.refused(migrate(PAGE, PAGE), ErrorCode::Fault, "0x1000");
-    let elsewhere = pager::Call::Migrate { addr: mapping.addr(), len_bytes: PAGE, target: pager::Target::Device(7), prefetch: false };
+    let elsewhere = pager::Call::Migrate {
+        addr: mapping.addr(),
+        len_bytes: PAGE,
+        target: pager::Target::Device(7),
+        prefetch: false,
+    };
     raw.refused(elsewhere, ErrorCode::NotFound, "Device 7");
     good_client_works(&bed);
 }
@@ -166,7 +172,8 @@ fn integration_a_foreign_region_or_space_is_refused() {
     assert_ne!(space, owner.space());
     raw.refused(pager::Call::FreeRegion { region: region.id() }, ErrorCode::Permission, "another process");
     raw.refused(pager::Call::FreeRegion { region: 9999 }, ErrorCode::NotFound, "9999");
-    let migrate = pager::Call::Migrate { addr: region.addr(), len_bytes: MIB, target: pager::Target::Device(0), prefetch: false };
+    let migrate =
+        pager::Call::Migrate { addr: region.addr(), len_bytes: MIB, target: pager::Target::Device(0), prefetch: false };
     raw.refused(migrate, ErrorCode::Fault, "no region of this process");
     let attach = pager::Call::AttachSpace { space: owner.space(), token: vec![0; 16], agent: None };
     raw.refused(attach, ErrorCode::Permission, "token");

@@ -44,7 +44,8 @@ impl<P: Policy> Core<P> {
                 && !held.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
         };
         let table = self.table(device)?;
-        let (first, count) = table.victims(want.min(u64::from(u32::MAX)) as u32, |owner| !settled(owner) || spare(owner))?;
+        let (first, count) =
+            table.victims(want.min(u64::from(u32::MAX)) as u32, |owner| !settled(owner) || spare(owner))?;
         let region = first.region;
         let (run, entry, mask) = self.frame_run(dir, region, Pages { first: first.page, count: u64::from(count) });
         self.stats.evicted += run.count;

@@ -122,7 +122,14 @@ impl<P: Policy> Core<P> {
     }
 
     /// The window that policy names, the faulting page first: the program waits for that one only.
-    fn bring_home(&mut self, dir: &impl Directory, region: RegionId, page: u64, page_count: u64, out: &mut Vec<Action>) {
+    fn bring_home(
+        &mut self,
+        dir: &impl Directory,
+        region: RegionId,
+        page: u64,
+        page_count: u64,
+        out: &mut Vec<Action>,
+    ) {
         let entry = Self::entry(dir, region, page);
         let (attr, huge_phase) = (dir.attr(region, page), dir.huge_phase(region));
         let window = self.policy.cpu_fault(CpuFault { region, page, attr, huge: entry.huge(), huge_phase });

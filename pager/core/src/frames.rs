@@ -55,7 +55,13 @@ impl FrameTable {
     /// All free; what they hold is unknown.
     pub fn new(frame_count: u32) -> Self {
         let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false };
-        Self { frames: vec![frame; frame_count as usize], free_count: frame_count, next: 0, hand: 0, sharers: BTreeMap::new() }
+        Self {
+            frames: vec![frame; frame_count as usize],
+            free_count: frame_count,
+            next: 0,
+            hand: 0,
+            sharers: BTreeMap::new(),
+        }
     }
 
     /// The memory is new: there is nothing in it.

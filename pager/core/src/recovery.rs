@@ -173,7 +173,12 @@ impl<P: Policy> Core<P> {
                         homecomings.push(Homecoming { region, page, entry, lost });
                     }
                 } else if lost && entry.state() == PageState::Duplicated {
-                    Self::publish_same(region, Pages::one(page), Entry::SYSTEM.with_mapped_mask(cleared.mapped_mask()), out);
+                    Self::publish_same(
+                        region,
+                        Pages::one(page),
+                        Entry::SYSTEM.with_mapped_mask(cleared.mapped_mask()),
+                        out,
+                    );
                 } else if lost {
                     self.poison(region, Pages::one(page), out);
                 } else if cleared != entry {

@@ -242,7 +242,9 @@ impl<P: Policy> Core<P> {
             Kind::Migrate { target } => self.step_migrate(dir, order, &mut request, target, out),
             Kind::Resolve(wish) => self.step_resolve(dir, order, &mut request, wish, out),
             Kind::Revoke { devices } => self.step_revoke(dir, order, &mut request, devices, out),
-            Kind::Evict { space, device, left } => self.step_evict(dir, order, &mut request, (space, device, left), out),
+            Kind::Evict { space, device, left } => {
+                self.step_evict(dir, order, &mut request, (space, device, left), out)
+            }
             Kind::Pin { on } => self.step_pin(dir, order, &mut request, on, out),
             Kind::Discard => self.step_discard(dir, order, &mut request, out),
             Kind::Teardown => self.step_teardown(dir, &request, out),

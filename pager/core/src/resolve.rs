@@ -50,7 +50,9 @@ enum Need {
     Collapse,
     Move,
     Copy,
-    Pause { until_us: u64 },
+    Pause {
+        until_us: u64,
+    },
     Refuse(CoreError),
 }
 
@@ -170,7 +172,13 @@ impl<P: Policy> Core<P> {
     }
 
     /// The cursor is at the end of the window.
-    fn window_passed(&mut self, dir: &impl Directory, request: &mut Request, wish: Resolve, out: &mut Vec<Action>) -> Next {
+    fn window_passed(
+        &mut self,
+        dir: &impl Directory,
+        request: &mut Request,
+        wish: Resolve,
+        out: &mut Vec<Action>,
+    ) -> Next {
         if request.outstanding > 0 {
             return Next::Wait;
         }

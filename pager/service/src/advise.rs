@@ -111,12 +111,7 @@ impl Pager {
         changed
     }
 
-    pub(crate) fn query_attributes(
-        &self,
-        conn: ConnId,
-        addr: u64,
-        len_bytes: u64,
-    ) -> Result<pager::Reply, WireError> {
+    pub(crate) fn query_attributes(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<pager::Reply, WireError> {
         let pieces = self.locate(conn, addr, len_bytes)?;
         let mut runs: Vec<AttributeRun> = Vec::new();
         for (offset, (region, page)) in pieces.iter().flat_map(Piece::pages).enumerate() {

@@ -248,10 +248,10 @@ mod tests {
             agent.ask(job(order, 0));
         }
         let ready = agent.ready();
-        assert_eq!(ready.iter().map(|(_, job)| job.order).collect::<Vec<_>>(), [
-            Order::MoveOut,
-            Order::Drop { in_place: false }
-        ]);
+        assert_eq!(
+            ready.iter().map(|(_, job)| job.order).collect::<Vec<_>>(),
+            [Order::MoveOut, Order::Drop { in_place: false }]
+        );
         assert!(agent.ready().is_empty());
         let done = agent.answered(ready[0].0).unwrap();
         agent.free_slot(done.slot.unwrap());

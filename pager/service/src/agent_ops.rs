@@ -8,9 +8,9 @@
 //! ```
 //! A ticket whose pages lie in several segments is asked in parts; it is answered when all parts are.
 
+use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
-use uhmm_ipc::ConnId;
 use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_pager_core::{Backing, CopyRun, CopyStatus, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 
@@ -80,9 +80,11 @@ impl Pager {
     }
 
     fn send_job(&mut self, conn: ConnId, id: u64, job: &Job) {
-        let addr = self.regions.showing(job.region.0, job.pages).next().map_or(0, |(segment, part)| {
-            segment.addr_of(part.first)
-        });
+        let addr = self
+            .regions
+            .showing(job.region.0, job.pages)
+            .next()
+            .map_or(0, |(segment, part)| segment.addr_of(part.first));
         let (region, first_page, page_count) = (job.region.0, job.pages.first, job.pages.count);
         let event = WireEvent::Agent { id, region, first_page, addr, page_count, op: job.op() };
         self.service.reactor.event(conn, AnyEvent::Pager(event), TraceId::default());
@@ -309,7 +311,8 @@ impl Pager {
     /// in the address space.
     pub(crate) fn private_punch(&mut self, ticket: Ticket, region: RegionId, pages: Pages) {
         let known = |(of, part): &(RegionId, Pages)| *of == region && part.overlap(pages).is_some();
-        let taken: u64 = self.taken.iter().filter(|entry| known(entry)).filter_map(|(_, p)| p.overlap(pages)).map(|p| p.count).sum();
+        let taken: u64 =
+            self.taken.iter().filter(|entry| known(entry)).filter_map(|(_, p)| p.overlap(pages)).map(|p| p.count).sum();
         self.taken.retain(|entry| !known(entry));
         let in_place = taken < pages.count;
         self.ask_agent(region, pages, Order::Drop { in_place }, Purpose::Punch { ticket });

@@ -123,6 +123,7 @@ impl Pager {
             agent: Some(agent),
             dying: false,
             incomplete_regions: 0,
+            vacated: Default::default(),
         };
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.spaces.insert(id, space);

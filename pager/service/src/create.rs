@@ -105,9 +105,8 @@ impl Pager {
         let id = self.next_region;
         let (page_count, offset_bytes) = (range.len / PAGE_SIZE, wanted.offset_bytes);
         let header = Header { region: id, space: space_id, backing: wanted.backing, page_count, offset_bytes };
-        let directory = DirectoryFile::create(header).map_err(|error| {
-            WireError::new(ErrorCode::NoMemory, format!("No memory for the directory: {error}"))
-        })?;
+        let directory = DirectoryFile::create(header)
+            .map_err(|error| WireError::new(ErrorCode::NoMemory, format!("No memory for the directory: {error}")))?;
         if wanted.backing != Backing::Shared {
             // Nobody knows which of these pages were touched before.
             (0..page_count).for_each(|page| directory.store(page, Entry::SYSTEM.bits()));
@@ -128,6 +127,9 @@ impl Pager {
             retired: Vec::new(),
             registered,
         });
+        if let Some(space) = self.spaces.get_mut(&space_id) {
+            space.vacated.made(range);
+        }
         self.show(space_id, id, range.start, Pages { first: 0, count: page_count });
         self.keep_segments(id);
         Ok((id, entries))
@@ -162,7 +164,8 @@ impl Pager {
         // Private memory may be adopted in overlapping pieces: what is managed already stays as it is.
         let private = |region: u64| self.regions.get(region).is_some_and(|r| r.backing == Backing::Private);
         let mut shown = space.segments.values().filter_map(|id| self.regions.segment(*id));
-        let in_the_way = |s: &&Segment| s.range().overlaps(&range) && (backing != Backing::Private || !private(s.region));
+        let in_the_way =
+            |s: &&Segment| s.range().overlaps(&range) && (backing != Backing::Private || !private(s.region));
         if let Some(other) = shown.find(in_the_way) {
             let text = format!("{range} overlaps region {}, which is managed already", other.range());
             return Err(invalid(text));
@@ -223,11 +226,14 @@ impl Pager {
             }
             let named = vma.range();
             if vma.shared || vma.inode != 0 {
-                let text = format!("{named} is not private anonymous memory: attach a shared mapping of a file instead");
+                let text =
+                    format!("{named} is not private anonymous memory: attach a shared mapping of a file instead");
                 return Err(fault(text));
             }
             if vma.page_size_bytes != PAGE_SIZE {
-                return Err(fault(format!("{named} consists of hugetlb pages, which cannot be taken out page by page")));
+                return Err(fault(format!(
+                    "{named} consists of hugetlb pages, which cannot be taken out page by page"
+                )));
             }
             next = vma.end;
         }

@@ -37,6 +37,8 @@ const OFF_OFFSET: u64 = 56;
 const OFF_BANK: u64 = 64;
 
 const SEGMENT_BYTES: u64 = 40;
+/// In a segment's page count.
+const RETIRED: u64 = 1 << 63;
 /// Room for the segments of small regions that many forked children show.
 const SEGMENTS_MIN: u64 = 512;
 /// As many mappings as a process can have (vm.max_map_count is 65530 by default).
@@ -102,6 +104,8 @@ pub struct SegmentRecord {
     pub first_page: u64,
     /// Pages.
     pub page_count: u64,
+    /// It shows nothing any more, but devices may not have dropped it yet.
+    pub retired: bool,
 }
 
 fn backing_code(backing: Backing) -> u64 {
@@ -206,8 +210,8 @@ impl DirectoryFile {
         let base = self.bank_offset(bank);
         let kept = &segments[..segments.len().min(segments_max(self.page_count))];
         let words = |segment: &SegmentRecord| {
-            let SegmentRecord { id, space, addr, first_page, page_count } = *segment;
-            [id, space, addr, first_page, page_count]
+            let SegmentRecord { id, space, addr, first_page, page_count, retired } = *segment;
+            [id, space, addr, first_page, page_count | if retired { RETIRED } else { 0 }]
         };
         let bytes: Vec<u8> = kept.iter().flat_map(words).flat_map(u64::to_ne_bytes).collect();
         self.window.write(base + 8, &bytes)?;
@@ -228,7 +232,8 @@ impl DirectoryFile {
                     space: word(at, 1)?,
                     addr: word(at, 2)?,
                     first_page: word(at, 3)?,
-                    page_count: word(at, 4)?,
+                    page_count: word(at, 4)? & !RETIRED,
+                    retired: word(at, 4)? & RETIRED != 0,
                 })
             })
             .collect()
@@ -282,7 +287,7 @@ mod tests {
     }
 
     fn segment(id: u64) -> SegmentRecord {
-        SegmentRecord { id, space: 4, addr: id << 21, first_page: id, page_count: 7 }
+        SegmentRecord { id, space: 4, addr: id << 21, first_page: id, page_count: 7, retired: id % 2 == 1 }
     }
 
     #[test]

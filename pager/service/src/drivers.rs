@@ -224,6 +224,9 @@ impl Pager {
 
     pub(crate) fn lookup(&mut self, space: u64, addr: u64) -> Result<pager::Reply> {
         let granted = self.open_mirrors.iter().filter(|(of, _)| *of == space).fold(0, |mask, (_, d)| mask | 1 << d);
+        if self.segment_at(space, addr).is_none() {
+            self.follow_file(space, addr);
+        }
         let found = self.segment_at(space, addr).map(|segment| (segment.id, segment.region));
         let region = found.and_then(|(_, id)| self.regions.get(id)).filter(|region| region.phase == Phase::Live);
         let (Some((segment_id, _)), Some(region)) = (found, region) else {
@@ -256,7 +259,11 @@ impl Pager {
                 space: region.space,
                 pid: self.spaces.get(&region.space).map_or(0, |space| space.state.pid),
                 region: region.id,
-                addr: self.regions.showing(region.id, Pages { first: 0, count: region.page_count }).next().map_or(0, |(s, _)| s.addr),
+                addr: self
+                    .regions
+                    .showing(region.id, Pages { first: 0, count: region.page_count })
+                    .next()
+                    .map_or(0, |(s, _)| s.addr),
                 page_count: region.page_count,
                 system_pages: 0,
                 absent_pages: 0,
@@ -274,7 +281,9 @@ impl Pager {
                     }
                     pager::Residency::Moving => status.moving_pages += 1,
                     pager::Residency::Poisoned => status.poisoned_pages += 1,
-                    pager::Residency::Device(id) | pager::Residency::Exclusive(id) => status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1,
+                    pager::Residency::Device(id) | pager::Residency::Exclusive(id) => {
+                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1
+                    }
                 }
             }
             status

@@ -6,8 +6,8 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 
-use uhmm_ipc::shared::copy_ring::CopyOp;
 use uhmm_ipc::message::pager::FaultPoint;
+use uhmm_ipc::shared::copy_ring::CopyOp;
 use uhmm_kernel_hook::uffd::{CopyMode, FillOutcome, FillStop as HookStop, Userfaultfd, WpOutcome};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{
@@ -109,7 +109,8 @@ impl Pager {
                 self.private_probe(ticket, region, pages);
             }
             Action::Continue { ticket, region, pages } => {
-                let (done_pages, stop) = self.fill(region, pages, true, |uffd, range, _| uffd.cont(range, false, false));
+                let (done_pages, stop) =
+                    self.fill(region, pages, true, |uffd, range, _| uffd.cont(range, false, false));
                 self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer_request(req, outcome),
@@ -187,7 +188,8 @@ impl Pager {
             done += filled;
             if filled == 0 && matches!(stop, Some(FillStop::Gone | FillStop::NoProcess)) {
                 gone.push(segment_id);
-                let another = |(segment, part): (&Segment, Pages)| part.contains(left.first) && !gone.contains(&segment.id);
+                let another =
+                    |(segment, part): (&Segment, Pages)| part.contains(left.first) && !gone.contains(&segment.id);
                 if self.regions.showing(region.0, left).any(another) {
                     continue;
                 }
@@ -238,14 +240,17 @@ impl Pager {
     }
 
     fn wake(&mut self, region: RegionId, pages: Pages) {
-        for error in self.everywhere(region, pages, |uffd, range| uffd.wake(range)).into_iter().filter_map(Result::err) {
+        for error in self.everywhere(region, pages, |uffd, range| uffd.wake(range)).into_iter().filter_map(Result::err)
+        {
             tracing::debug!(%error, region = region.0, "Wake failed");
         }
     }
 
     fn poison(&mut self, region: RegionId, pages: Pages) {
         tracing::error!(region = region.0, first_page = pages.first, page_count = pages.count, "Pages are poisoned");
-        for error in self.everywhere(region, pages, |uffd, range| uffd.poison(range)).into_iter().filter_map(Result::err) {
+        for error in
+            self.everywhere(region, pages, |uffd, range| uffd.poison(range)).into_iter().filter_map(Result::err)
+        {
             tracing::warn!(%error, region = region.0, "Poisoning failed");
         }
     }
@@ -326,7 +331,8 @@ impl Pager {
                 self.push(Event::CopyDone { ticket, result });
             }
             Copy::Staged { ticket, space, pages, frame, staging_page, zero, run } => {
-                let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
+                let staging =
+                    self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
                 let (from, to) = (staging_page * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
                 let len = pages.count * PAGE_SIZE;
                 let copied = match staging {
@@ -381,7 +387,8 @@ impl Pager {
     /// UFFDIO_COPY straight from the aperture.
     fn fill_from_device(&mut self, device: u8, region: RegionId, pages: Pages, frame: u32) -> (u64, Option<FillStop>) {
         // Taken out for the call: the aperture is read while the fill's bookkeeping changes.
-        let Some(aperture) = self.devices[usize::from(device)].as_mut().and_then(|device| device.aperture.take()) else {
+        let Some(aperture) = self.devices[usize::from(device)].as_mut().and_then(|device| device.aperture.take())
+        else {
             return (0, Some(FillStop::Io));
         };
         let from = u64::from(frame) * PAGE_SIZE;

@@ -36,6 +36,9 @@ impl Pager {
     }
 
     fn on_uffd_event(&mut self, space_id: u64, event: UffdEvent) {
+        if !matches!(event, UffdEvent::Fault { .. }) {
+            tracing::debug!(space = space_id, ?event, "Event of an address space");
+        }
         match event {
             UffdEvent::Fault { addr, write, wp, minor, .. } => self.on_cpu_fault(space_id, addr, write, wp, minor),
             UffdEvent::Unmap { start, end } => self.on_unmapped(space_id, start, end),
@@ -47,7 +50,7 @@ impl Pager {
 
     fn on_cpu_fault(&mut self, space_id: u64, addr: u64, write: bool, wp: bool, minor: bool) {
         let Some(segment) = self.segment_at(space_id, addr) else {
-            self.fault_outside(space_id, addr);
+            self.fault_outside(space_id, addr, wp, minor);
             return;
         };
         let page = segment.first_page + (addr - segment.addr) / PAGE_SIZE;
@@ -55,15 +58,21 @@ impl Pager {
         self.push(Event::CpuFault { region, page, write, wp, minor });
     }
 
-    /// The sentinel of a forked child, or a range that was managed a moment ago: there a hole is a zero page.
-    fn fault_outside(&mut self, space_id: u64, addr: u64) {
+    /// The sentinel of a forked child, or a range that is not managed any more: the kernel's own answer is given, which is what is
+    /// there, or else an empty page.
+    fn fault_outside(&mut self, space_id: u64, addr: u64, wp: bool, minor: bool) {
         if self.serve_sentinel(space_id, addr) {
             return;
         }
         let Some(space) = self.spaces.get(&space_id) else { return };
         let page = AddrRange { start: addr & !(PAGE_SIZE - 1), len: PAGE_SIZE };
         tracing::debug!(space = space_id, addr = format_args!("{addr:#x}"), "Fault outside every region");
-        if let Err(error) = space.uffd.zeropage(page, false).and_then(|_| space.uffd.wake(page)) {
+        let served = match (wp, minor) {
+            (true, _) => space.uffd.write_protect(page, false, false).map(drop),
+            (false, true) => space.uffd.cont(page, false, false).map(drop),
+            (false, false) => space.uffd.zeropage(page, false).map(drop),
+        };
+        if let Err(error) = served.and_then(|()| space.uffd.wake(page)) {
             tracing::warn!(%error, space = space_id, addr = format_args!("{addr:#x}"), "Fault outside every region");
         }
     }

@@ -36,12 +36,15 @@ impl Pager {
             }
         };
         tracing::info!(parent = parent_id, space = child_id, "A process forked");
-        let segments: Vec<_> = self.spaces.get(&parent_id).map(|s| s.segments.values().copied().collect()).unwrap_or_default();
+        let segments: Vec<_> =
+            self.spaces.get(&parent_id).map(|s| s.segments.values().copied().collect()).unwrap_or_default();
         let mut clones: BTreeMap<u64, u64> = BTreeMap::new();
         for id in segments {
             let Some(segment) = self.regions.segment(id) else { continue };
             let (region_id, addr, pages) = (segment.region, segment.addr, segment.pages());
-            let Some(region) = self.regions.get(region_id).filter(|region| region.phase == Phase::Live) else { continue };
+            let Some(region) = self.regions.get(region_id).filter(|region| region.phase == Phase::Live) else {
+                continue;
+            };
             let target = match region.backing {
                 Backing::Shared | Backing::File => region_id,
                 Backing::Private => match clones.get(&region_id) {
@@ -92,6 +95,7 @@ impl Pager {
             agent: None,
             dying: false,
             incomplete_regions: 0,
+            vacated: Default::default(),
         };
         self.spaces.insert(id, space);
         self.keep_child(id);
@@ -194,13 +198,8 @@ impl Pager {
     pub(crate) fn check_children(&mut self) {
         self.children_armed = false;
         let silent = |space: &&Space| space.agent.as_ref().is_none_or(|agent| agent.conn.is_none());
-        let unwatched: Vec<u64> = self
-            .spaces
-            .values()
-            .filter(|space| !space.dying)
-            .filter(silent)
-            .map(|space| space.state.id)
-            .collect();
+        let unwatched: Vec<u64> =
+            self.spaces.values().filter(|space| !space.dying).filter(silent).map(|space| space.state.id).collect();
         for id in &unwatched {
             if !self.child_lives(*id) {
                 tracing::info!(space = id, "An address space is gone: its pages are reclaimed");

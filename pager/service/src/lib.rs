@@ -13,7 +13,7 @@
 //! | `calls`, `requests` | messages in, answers out |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
-//! | `segments`, `fork` | which addresses show which pages, through munmap, mremap and fork |
+//! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
 //! | `devices`, `space`, `directory` | what there is, and how it lies in the vault |
 //! | `recover` | a new incarnation's first act |
@@ -31,6 +31,7 @@ mod drivers;
 mod execute;
 mod fault;
 mod fork;
+mod moved;
 mod protection;
 mod recover;
 mod requests;

@@ -130,7 +130,9 @@ impl Pager {
             }
         }
         if lost {
-            let text = format!("Pages of [{addr:#x}, +{len_bytes:#x}) were lost with their device: release the range around them");
+            let text = format!(
+                "Pages of [{addr:#x}, +{len_bytes:#x}) were lost with their device: release the range around them"
+            );
             return answer(self, Err(WireError::new(ErrorCode::Io, text)));
         }
         if moving {

@@ -11,9 +11,10 @@ use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::Userfaultfd;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
+use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, SegmentRecord};
+use crate::revoke::Purpose;
 use crate::service::{Pager, PagerError};
 use crate::space::{Memory, Phase, Region, Segment, Space, SpaceState};
 
@@ -31,6 +32,20 @@ fn regions_of(entries: Entries) -> BTreeMap<u64, Entries> {
         }
     }
     regions
+}
+
+/// The pages that none of the parts has.
+fn hidden(all: Pages, shown: &mut [Pages]) -> Vec<Pages> {
+    shown.sort_unstable_by_key(|pages| pages.first);
+    let mut hidden = Vec::new();
+    let mut next = all.first;
+    for part in shown.iter().copied().chain([Pages { first: all.end(), count: 0 }]) {
+        if part.first > next {
+            hidden.push(Pages { first: next, count: part.first - next });
+        }
+        next = next.max(part.end());
+    }
+    hidden
 }
 
 impl Pager {
@@ -74,8 +89,25 @@ impl Pager {
         }
         self.recover_segments();
         self.push(Event::Recovered);
+        self.finish_cuts();
         self.drain();
         Ok(())
+    }
+
+    /// Pages that lost their addresses just before the pager died: what the core was about to be told.
+    fn finish_cuts(&mut self) {
+        let ids: Vec<u64> = self.regions.iter().map(|region| region.id).collect();
+        for id in ids {
+            let all = self.all_pages(id);
+            let mut shown: Vec<Pages> = self.regions.showing(id, all).map(|(_, pages)| pages).collect();
+            if shown.is_empty() {
+                self.begin_free(id);
+                continue;
+            }
+            for pages in hidden(all, &mut shown) {
+                self.push(Event::Unmapped { region: RegionId(id), pages });
+            }
+        }
     }
 
     fn recover_space(&mut self, id: u64, entries: &mut Entries) -> Result<bool, PagerError> {
@@ -95,7 +127,16 @@ impl Pager {
             None
         });
         let segments = BTreeMap::new();
-        let space = Space { state, uffd, pidfd, segments, agent, dying: false, incomplete_regions: 0 };
+        let space = Space {
+            state,
+            uffd,
+            pidfd,
+            segments,
+            agent,
+            dying: false,
+            incomplete_regions: 0,
+            vacated: Default::default(),
+        };
         self.watch_space(&space)?;
         self.spaces.insert(id, space);
         self.stats.recovered_spaces += 1;
@@ -116,7 +157,9 @@ impl Pager {
         let complete = memory.is_some() == (header.backing != Backing::Private);
         let records = directory.segments()?;
         // Whoever made it may be gone, while a forked child still shows it.
-        let shows = |record: &&SegmentRecord| header.backing != Backing::Private && self.spaces.contains_key(&record.space);
+        let shows = |record: &&SegmentRecord| {
+            !record.retired && header.backing != Backing::Private && self.spaces.contains_key(&record.space)
+        };
         let heir = || records.iter().find(shows).map(|record| record.space);
         let owner = if self.spaces.contains_key(&header.space) { Some(header.space) } else { heir() };
         let Some(space) = owner.filter(|_| header.region == id && complete && self.regions.get(id).is_none()) else {
@@ -129,7 +172,7 @@ impl Pager {
         let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
         let registered = match header.backing {
             Backing::File => Vec::new(),
-            _ => records.iter().map(|record| (record.space, range(record))).collect(),
+            _ => records.iter().filter(|r| !r.retired).map(|record| (record.space, range(record))).collect(),
         };
         let (page_count, backing) = (header.page_count, header.backing);
         self.regions.insert(Region {
@@ -173,8 +216,18 @@ impl Pager {
         // Drivers may know them from before: they are told when they go.
         let granted_mask = self.plan_device_mask();
         for (region, record) in std::mem::take(&mut self.recovered_segments) {
-            let SegmentRecord { id, space, addr, first_page, page_count } = record;
+            let SegmentRecord { id, space, addr, first_page, page_count, retired } = record;
             self.next_segment = self.next_segment.max(id + 1);
+            if retired {
+                let tables = Default::default();
+                let segment = Segment { id, space, region, addr, first_page, page_count, tables, granted_mask };
+                if let Some(region) = self.regions.get_mut(region) {
+                    region.retired.push(segment);
+                }
+                // The dead pager's invalidation may not have got through.
+                self.start_revoke_message(Purpose::Unmap { region }, space, id, 0, page_count, granted_mask);
+                continue;
+            }
             let Some(owner) = self.spaces.get_mut(&space) else { continue };
             owner.segments.insert(addr, id);
             let tables = Default::default();
@@ -185,5 +238,29 @@ impl Pager {
     /// Bit d: the plan has a device d.
     pub(crate) fn plan_device_mask(&self) -> u8 {
         (0..8u8).filter(|id| self.service.plan.device(*id).is_some()).fold(0, |mask, id| mask | 1 << id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_without_an_address_are_those_between_the_segments() {
+        let pages = |first, count| Pages { first, count };
+        assert_eq!(
+            hidden(pages(0, 10), &mut [pages(6, 2), pages(1, 3), pages(2, 3)]),
+            [pages(0, 1), pages(5, 1), pages(8, 2)]
+        );
+        assert_eq!(hidden(pages(0, 10), &mut [pages(0, 10)]), []);
+    }
+
+    #[test]
+    fn regions_are_found_by_their_vault_names() {
+        let fd: Fd = std::sync::Arc::new(memfd::create_sealed("uhmm-test", PAGE_SIZE).unwrap());
+        let names = ["region/7/dir", "region/7/mem", "region/8/dir", "region/x/dir", "uffd"];
+        let regions = regions_of(names.into_iter().map(|name| (name.to_owned(), fd.clone())).collect());
+        assert_eq!(regions.keys().copied().collect::<Vec<_>>(), [7, 8]);
+        assert_eq!(regions[&7].keys().map(String::as_str).collect::<Vec<_>>(), ["dir", "mem"]);
     }
 }

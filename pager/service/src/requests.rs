@@ -127,7 +127,10 @@ impl Pager {
             let live = |s: &&Segment| self.regions.get(s.region).is_some_and(|region| region.phase == Phase::Live);
             let Some(segment) = self.segment_at(space_id, at).filter(live) else {
                 let (code, text) = if pieces.is_empty() {
-                    (ErrorCode::Fault, format!("Range {} is in no region of this process: allocate or adopt it first", shown()))
+                    (
+                        ErrorCode::Fault,
+                        format!("Range {} is in no region of this process: allocate or adopt it first", shown()),
+                    )
                 } else {
                     (ErrorCode::Invalid, format!("Range {} leaves its region at {at:#x}: there is a hole", shown()))
                 };
@@ -137,7 +140,9 @@ impl Pager {
             let first = segment.first_page + (at - segment.addr) / PAGE_SIZE;
             let pages = Pages { first, count: (to - at) / PAGE_SIZE };
             match pieces.last_mut().map(|piece| &mut piece.located) {
-                Some(last) if last.region == segment.region && last.pages.end() == first => last.pages.count += pages.count,
+                Some(last) if last.region == segment.region && last.pages.end() == first => {
+                    last.pages.count += pages.count
+                }
                 _ => {
                     let located = Located { region: segment.region, pages };
                     pieces.push(Piece { located, offset: (at - addr) / PAGE_SIZE });
@@ -158,8 +163,7 @@ impl Pager {
     ) {
         let group = self.next_group;
         self.next_group += 1;
-        let waiting =
-            Group { conn, call, then, left: pieces.len(), moved_pages: 0, runs: Vec::new(), error: None };
+        let waiting = Group { conn, call, then, left: pieces.len(), moved_pages: 0, runs: Vec::new(), error: None };
         self.groups.insert(group, waiting);
         for Piece { located, offset } in pieces {
             // Answers of the core count from the region's start, those to the client from the range's.
@@ -188,7 +192,8 @@ impl Pager {
         // Nothing came home and something never will: asking again would go on for ever.
         let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
         if let (Then::Release { addr, len_bytes }, true) = (then, stuck) {
-            let text = format!("Pages of [{addr:#x}, +{len_bytes:#x}) could not be copied home: they stay managed, try again");
+            let text =
+                format!("Pages of [{addr:#x}, +{len_bytes:#x}) could not be copied home: they stay managed, try again");
             error.get_or_insert(WireError::new(ErrorCode::Io, text));
         }
         if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
@@ -295,7 +300,8 @@ impl Pager {
         if usize::from(device) >= DEVICE_SLOTS || segment.granted_mask & (1 << device) == 0 {
             return refuse(ErrorCode::Permission, format!("Region {segment_id} was not granted to device {device}"));
         }
-        let (region, first_page, fault_addr) = (segment.region, segment.first_page, segment.addr + fault_page * PAGE_SIZE);
+        let (region, first_page, fault_addr) =
+            (segment.region, segment.first_page, segment.addr + fault_page * PAGE_SIZE);
         let window_addr = segment.addr + window.first * PAGE_SIZE;
         let allowed = match self.allowed(space, window_addr, window.count, fault_addr, kind.write || kind.exclusive) {
             Ok(allowed) => allowed,

@@ -1,4 +1,4 @@
-//! Which addresses show which pages, and how that changes under munmap, mremap and release.
+//! Which addresses show which pages, and how that changes under munmap and release (mremap: `moved`).
 //!
 //! ```text
 //!   [----------- segment 7 -----------]        munmap of the middle:  [-- 8 --]          [---- 9 ----]
@@ -10,7 +10,7 @@
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId};
 
-use crate::directory::segments_max;
+use crate::directory::{SegmentRecord, segments_max};
 use crate::revoke::Purpose;
 use crate::service::Pager;
 use crate::space::{Phase, Segment};
@@ -41,12 +41,18 @@ impl Pager {
     /// Writes a region's list of segments to its directory.
     pub(crate) fn keep_segments(&mut self, region_id: u64) {
         let all = Pages { first: 0, count: u64::MAX };
-        let list: Vec<_> = self.regions.showing(region_id, all).map(|(segment, _)| segment.record()).collect();
+        let mut list: Vec<_> = self.regions.showing(region_id, all).map(|(segment, _)| segment.record()).collect();
         let Some(region) = self.regions.get(region_id) else { return };
+        list.extend(region.retired.iter().map(|segment| SegmentRecord { retired: true, ..segment.record() }));
         let (count, max) = (list.len(), segments_max(region.page_count));
         if count > max {
             // Only a region that hundreds of forked children show: a process cannot have that many mappings.
-            tracing::error!(region = region_id, count, max, "A region is shown too often: a restart will forget some of it");
+            tracing::error!(
+                region = region_id,
+                count,
+                max,
+                "A region is shown too often: a restart will forget some of it"
+            );
         }
         if let Err(error) = region.directory.set_segments(&list) {
             tracing::error!(%error, region = region_id, "A directory's segments could not be written");
@@ -76,6 +82,9 @@ impl Pager {
         let Some(region) = self.regions.get_mut(region_id) else { return };
         region.retired.retain(|retired| retired.id != segment);
         let free_now = region.phase == Phase::Dying && region.retired.is_empty();
+        if region.phase == Phase::Live {
+            self.keep_segments(region_id);
+        }
         if free_now {
             self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
         }
@@ -181,8 +190,11 @@ impl Pager {
 
     /// munmap: the addresses are gone. The content too, unless another mapping shows it; a region without addresses is freed.
     pub(crate) fn on_unmapped(&mut self, space_id: u64, start: u64, end: u64) {
-        for cut in self.cut(space_id, start, end) {
-            self.settle_cut(cut);
+        let parts = self.spaces.get_mut(&space_id).map(|space| space.vacated.unmapped(start, end));
+        for part in parts.unwrap_or_default() {
+            for cut in self.cut(space_id, part.start, part.end()) {
+                self.settle_cut(cut);
+            }
         }
     }
 
@@ -207,27 +219,12 @@ impl Pager {
         }
     }
 
-    /// mremap: pages go on at their new addresses. The old range either is unmapped (an event of its own follows, which finds
-    /// nothing) or stays as an empty registered range that nobody manages.
-    pub(crate) fn on_remapped(&mut self, space_id: u64, from: u64, to: u64, len: u64) {
-        let cuts = self.cut(space_id, from, from + len);
-        for cut in &cuts {
-            let addr = to + (cut.range.start - from);
-            self.show(space_id, cut.region, addr, cut.pages);
-            self.keep_segments(cut.region);
-            if let Some(region) = self.regions.get_mut(cut.region) {
-                region.registered.push((space_id, AddrRange { start: addr, len: cut.range.len }));
-            }
-        }
-        self.unmanage(space_id, cuts.iter().map(|cut| cut.range).collect());
-    }
-
-    /// A range that shows nothing any more: MREMAP_DONTUNMAP leaves it registered, and its faults would wait for ever.
+    /// A range that shows nothing any more.
     fn unmanage(&mut self, space_id: u64, ranges: Vec<AddrRange>) {
         let Some(space) = self.spaces.get(&space_id) else { return };
         for range in ranges {
             if let Err(error) = space.uffd.unregister(range) {
-                tracing::debug!(%error, %range, "Nothing is left of a range that was moved away");
+                tracing::debug!(%error, %range, "A range that is not managed any more was not registered");
             }
         }
     }

@@ -10,10 +10,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::message::{
     Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
-use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
 use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
@@ -182,6 +182,7 @@ impl Pager {
             }
         };
         let incarnation = service.incarnation;
+        let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
             service,
             core: Core::new(DefaultPolicy::default()),
@@ -208,9 +209,10 @@ impl Pager {
             freeing: HashMap::new(),
             open_mirrors: BTreeSet::new(),
             reread: BTreeSet::new(),
-            next_space: 1,
-            next_region: 1,
-            next_segment: 1,
+            // Ids are not given again: mirror and drivers may know those of a dead pager that the vault does not.
+            next_space: first_id,
+            next_region: first_id,
+            next_segment: first_id,
             makings: HashMap::new(),
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),

@@ -26,6 +26,7 @@ use uhmm_pager_core::{Attr, Backing, Directory, Pages, RegionId};
 
 use crate::agent::Agent;
 use crate::directory::{DirectoryFile, SegmentRecord};
+use crate::moved::Vacated;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-spc");
 const OFF_MAGIC: u64 = 0;
@@ -183,7 +184,7 @@ impl Segment {
     /// What the directory keeps of it.
     pub fn record(&self) -> SegmentRecord {
         let Self { id, space, addr, first_page, page_count, .. } = *self;
-        SegmentRecord { id, space, addr, first_page, page_count }
+        SegmentRecord { id, space, addr, first_page, page_count, retired: false }
     }
 }
 
@@ -204,6 +205,8 @@ pub struct Space {
     pub dying: bool,
     /// A forked child whose regions are not complete: its faults wait.
     pub incomplete_regions: usize,
+    /// What mremap has left and the kernel has more to tell about.
+    pub vacated: Vacated,
 }
 
 impl Space {

@@ -35,7 +35,10 @@ impl Pager {
             metric("spaces", self.spaces.len() as u64),
             metric("regions", self.regions.iter().count() as u64),
             metric("copies_waiting", self.copies.len() as u64),
-            metric("agent_jobs", self.spaces.values().filter_map(|space| space.agent.as_ref()).map(|a| a.len() as u64).sum()),
+            metric(
+                "agent_jobs",
+                self.spaces.values().filter_map(|space| space.agent.as_ref()).map(|a| a.len() as u64).sum(),
+            ),
         ]);
         metrics
     }

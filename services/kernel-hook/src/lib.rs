@@ -56,5 +56,7 @@ pub use probe::Probe;
 pub use process::{PidFd, random_bytes};
 pub use range::{AddrRange, PAGE_SIZE};
 pub use socket::{RecvStatus, SendStatus, SeqListener, SeqPacket};
-pub use uffd::{CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, Userfaultfd, WpOutcome};
+pub use uffd::{
+    CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, UffdState, Userfaultfd, WpOutcome,
+};
 pub use window::{Prot, Window};

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use crate::error::HookError;
 use crate::procmap::{self, Vma};
@@ -120,7 +120,7 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
     let path = line.and_then(|line| line.find('/').map(|at| line[at..].to_owned()));
     let path = path.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     let file = OwnedFd::from(open(&path).map_err(failed)?);
-    if identity_of(file.as_fd(), vma)? != (vma.device, vma.inode) {
+    if identity_of(&file, vma)? != (vma.device, vma.inode) {
         return Err(HookError::Strange {
             call: "open(file of a mapping)",
             detail: format!("{path} is another file now"),
@@ -129,11 +129,15 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
     Ok(file)
 }
 
-/// Device and inode that the kernel shows for a mapping of `file`. Not those of fstat: filesystems in layers have others there.
-fn identity_of(file: BorrowedFd<'_>, vma: &Vma) -> Result<((u32, u32), u64), HookError> {
+/// Device and inode that the kernel shows for a mapping of `file`, to be compared with those of `vma`. Not those of fstat:
+/// filesystems in layers have others there.
+///
+/// # Errors
+/// `Call` when the file cannot be mapped.
+pub fn identity_of(file: impl AsFd, vma: &Vma) -> Result<((u32, u32), u64), HookError> {
     let maps = procmap::open_maps(std::process::id())?;
     let len = vma.page_size_bytes;
-    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, libc::MAP_SHARED, Some((file, vma.offset)))?;
+    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, libc::MAP_SHARED, Some((file.as_fd(), vma.offset)))?;
     let found = procmap::query(maps.as_fd(), probe.addr().get() as u64);
     // SAFETY: the mapping was made above for this question, and nobody else knows it.
     unsafe { libc::munmap(probe.as_ptr().cast(), len as usize) };

@@ -133,6 +133,20 @@ pub enum UffdEvent {
     },
 }
 
+/// See [`Userfaultfd::state`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UffdState {
+    /// Every event so far was read, and the thread that caused it has gone on.
+    Quiet,
+    /// A thread is inside fork, mremap, munmap or madvise, and its event is unread, or was read this instant.
+    EventUnread,
+    /// The process is gone.
+    NoProcess,
+}
+
+/// Above what the kernel forbids to map and below where it puts anything, so there is no memory to continue.
+const PROBE_ADDR: u64 = 1 << 20;
+
 /// How many messages one `read` takes.
 const READ_BATCH: usize = 64;
 
@@ -341,6 +355,23 @@ impl Userfaultfd {
             Err(source) => WpOutcome::of_errno(errno_of(&source))
                 .ok_or_else(|| HookError::on("UFFDIO_WRITEPROTECT", range, source, "Register the range with WP")),
         }
+    }
+
+    /// What its process is doing, asked in a way that changes nothing.
+    ///
+    /// A range that another thread has unmapped or moved can be mapped anew before its event is read: whoever puts new memory
+    /// under management must see `Quiet` first, or the older event is taken for the new memory's. For processes that no pidfd
+    /// is held of, this tells their death.
+    ///
+    /// # Errors
+    /// None beyond a kernel without UFFDIO_CONTINUE.
+    pub fn state(&self) -> Result<UffdState, HookError> {
+        let nowhere = AddrRange { start: PROBE_ADDR, len: PAGE_SIZE };
+        Ok(match self.cont(nowhere, false, true)?.stop {
+            Some(FillStop::Again) => UffdState::EventUnread,
+            Some(FillStop::NoProcess) => UffdState::NoProcess,
+            _ => UffdState::Quiet,
+        })
     }
 
     /// Wakes every thread that waits in a range; those whose page still is not there fault anew.

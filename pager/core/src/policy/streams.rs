@@ -46,7 +46,6 @@ impl Streams {
     }
 }
 
-
 impl Streams {
     /// A region ended.
     pub fn forget(&mut self, region: RegionId) {

@@ -75,14 +75,8 @@ impl Thrash {
         if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) {
             return;
         }
-        let fresh = Block {
-            last: direction,
-            last_us: now_us,
-            turns: 0,
-            throttles: 0,
-            waits_until_us: 0,
-            pinned_until_us: 0,
-        };
+        let fresh =
+            Block { last: direction, last_us: now_us, turns: 0, throttles: 0, waits_until_us: 0, pinned_until_us: 0 };
         let block = self.blocks.entry(key).or_insert(fresh);
         let pause_us = now_us.saturating_sub(block.last_us);
         if pause_us > QUIET_LAPSES * LAPSE_US {

@@ -9,7 +9,7 @@ use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
 use uhmm_kernel_hook::{
     AddrRange, Advice, CopyMode, Features, FillOutcome, FillStop, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket,
-    UffdEvent, Userfaultfd, Window, WpOutcome, process,
+    UffdEvent, UffdState, Userfaultfd, Window, WpOutcome, process,
 };
 
 const HUGE_BYTES: u64 = 2 << 20;
@@ -258,12 +258,14 @@ fn integration_a_process_without_pidfd_is_known_to_be_dead_by_a_call_that_change
     let (addr, mut fds) = hear(&socket);
     let childs = Userfaultfd::from_fd(fds.remove(0)).unwrap();
     let page = AddrRange::new(u64::from_ne_bytes(addr.try_into().unwrap()), PAGE_SIZE).unwrap();
+    assert_eq!(childs.state().unwrap(), UffdState::Quiet);
     assert_eq!(childs.write_protect(page, false, true).unwrap(), WpOutcome::Gone, "alive, and not registered for it");
     let source = pages(1);
     assert_eq!(move_page(&childs, page.start, source.addr()), EINVAL, "only the process itself moves its pages");
     tell(&socket, b"end");
     assert_eq!(child.wait().code(), Some(0));
     assert_eq!(childs.write_protect(page, false, true).unwrap(), WpOutcome::NoProcess);
+    assert_eq!(childs.state().unwrap(), UffdState::NoProcess);
 }
 
 #[test]
@@ -282,6 +284,8 @@ fn integration_moving_a_mapping_sends_its_new_place_and_keeps_it_registered() {
     };
     std::thread::scope(|threads| {
         let moving = threads.spawn(|| memory.remap(PAGE_SIZE, 2 * PAGE_SIZE, false, None).unwrap());
+        wait_readable(uffd.as_fd());
+        assert_eq!(uffd.state().unwrap(), UffdState::EventUnread);
         let events = next(2);
         let moved = moving.join().unwrap();
         let gone = old.sub_pages(1, 2).unwrap();
@@ -291,6 +295,7 @@ fn integration_moving_a_mapping_sends_its_new_place_and_keeps_it_registered() {
         assert_eq!(moved.load_u64(PAGE_SIZE).unwrap() as u8, 3);
         let outcome = uffd.cont(range_of(&moved), false, true).unwrap();
         assert_eq!(outcome.stop, EINVAL, "it still is registered in its new place");
+        assert_eq!(uffd.state().unwrap(), UffdState::Quiet);
         // Dropping what is registered waits for its reader.
         let dropping = threads.spawn(|| drop(moved));
         assert!(matches!(next(1)[..], [UffdEvent::Unmap { .. }]));
@@ -298,4 +303,51 @@ fn integration_moving_a_mapping_sends_its_new_place_and_keeps_it_registered() {
     });
     uffd.unregister(old.sub_pages(0, 1).unwrap()).unwrap();
     uffd.unregister(old.sub_pages(3, 1).unwrap()).unwrap();
+}
+
+#[test]
+fn integration_memory_mapped_where_other_memory_was_is_told_apart_by_waiting_for_quiet() {
+    let uffd = uffd(Features::EVENT_UNMAP);
+    let memory = pages(2);
+    let whole = range_of(&memory);
+    uffd.register(whole, MISSING_WP).unwrap();
+    std::thread::scope(|threads| {
+        let unmapping = threads.spawn(|| memory.unmap(0, 2 * PAGE_SIZE).unwrap());
+        // The place is free before the event is read: this is how another thread gets it.
+        let fresh = loop {
+            match memory.map_fresh(0, PAGE_SIZE) {
+                Ok(fresh) => break fresh,
+                Err(error) => assert_eq!(error.errno(), Some(libc::EEXIST), "{error}"),
+            }
+        };
+        assert_eq!(uffd.state().unwrap(), UffdState::EventUnread, "the older event is still on its way");
+        wait_readable(uffd.as_fd());
+        let mut events = Vec::new();
+        assert_eq!(uffd.read_events(&mut events).unwrap(), 1);
+        assert!(matches!(events[..], [UffdEvent::Unmap { .. }]), "{events:?}");
+        unmapping.join().unwrap();
+        assert_eq!(uffd.state().unwrap(), UffdState::Quiet);
+        fresh.store_u64(0, 1).unwrap();
+    });
+}
+
+#[test]
+fn integration_shared_memory_under_write_protection_alone_tells_its_moves_and_never_faults() {
+    let uffd = uffd(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::WP_HUGETLBFS_SHMEM);
+    let memory = ProgramMemory::shared(2 * PAGE_SIZE).unwrap();
+    uffd.register(range_of(&memory), RegisterMode::WP).unwrap();
+    memory.store_u64(0, 1).unwrap();
+    assert_eq!(memory.load_u64(PAGE_SIZE).unwrap(), 0);
+    let mut events = Vec::new();
+    assert_eq!(uffd.read_events(&mut events).unwrap(), 0, "{events:?}");
+    std::thread::scope(|threads| {
+        let moving = threads.spawn(|| drop(memory.remap(0, 2 * PAGE_SIZE, false, None).unwrap()));
+        while events.len() < 3 {
+            wait_readable(uffd.as_fd());
+            uffd.read_events(&mut events).unwrap();
+        }
+        moving.join().unwrap();
+    });
+    let shape = matches!(events[..], [UffdEvent::Remap { .. }, UffdEvent::Unmap { .. }, UffdEvent::Unmap { .. }]);
+    assert!(shape, "{events:?}");
 }
