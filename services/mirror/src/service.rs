@@ -11,6 +11,9 @@ use uhmm_kit::{Handled, Service, ServiceArgs};
 
 use crate::core::{Action, Installable, Invalidation, MirrorCore, PageRange, Refusal};
 
+const TIMER_LOGIN: TimerToken = TimerToken(2);
+/// Between two logins.
+const LOGIN_PAUSE: Duration = Duration::from_millis(20);
 const TIMER_DEADLINE: TimerToken = TimerToken(1);
 
 /// Why the mirror stopped.
@@ -51,6 +54,10 @@ struct Mirror {
     waiting: HashMap<CallId, Waiting>,
     /// What a new pager must be told: it does not keep who mirrors whom.
     tokens: BTreeMap<(u64, u8), Vec<u8>>,
+    /// What the calls of the next connection to the pager open, in order; the first call is the login.
+    preamble: Vec<(u64, u8)>,
+    /// The same of the present connection: later changes do not move its indices.
+    running: Vec<(u64, u8)>,
     actions: Vec<Action>,
     started: Instant,
     timer: Option<(TimerId, u64)>,
@@ -69,6 +76,8 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
         sessions: HashMap::new(),
         waiting: HashMap::new(),
         tokens: BTreeMap::new(),
+        preamble: Vec::new(),
+        running: Vec::new(),
         actions: Vec::new(),
         started: Instant::now(),
         timer: None,
@@ -109,7 +118,9 @@ impl Mirror {
             Wake::Call { conn, call, trace, body, .. } => self.called(conn, call, trace, body),
             Wake::Done { link, call, result } if link == self.pager => self.answered(call, result),
             Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.pager_event(event),
+            Wake::LinkUp { link, .. } if link == self.pager => self.running.clone_from(&self.preamble),
             Wake::LinkDown { link } if link == self.pager => self.core.pager_lost(),
+            Wake::Timer(TIMER_LOGIN) => self.reconnect(),
             Wake::Timer(TIMER_DEADLINE) => {
                 self.timer = None;
                 let now_ms = self.now_ms();
@@ -123,20 +134,26 @@ impl Mirror {
         }
     }
 
-    /// Something that the first calls named is gone at the pager: a client that died while neither of the two looked. It is forgotten,
-    /// and the session begins anew without it.
+    /// Something that the first calls named is gone at the pager: a client that died while neither of the two looked. It is
+    /// forgotten, and the session begins anew without it.
     fn session_refused(&mut self, index: usize, error: &WireError) {
-        let Some((space, device)) = index.checked_sub(1).and_then(|at| self.tokens.keys().nth(at)).copied() else {
-            tracing::error!(%error, "The pager refused the mirror's login");
+        let Some((space, device)) = index.checked_sub(1).and_then(|at| self.running.get(at)).copied() else {
+            tracing::warn!(%error, "The pager refused the mirror's login: trying again");
+            self.service.reactor.add_timer(LOGIN_PAUSE, TIMER_LOGIN);
             return;
         };
         tracing::info!(space, device, %error, "A client is gone: the session with the pager begins anew without it");
+        let mask = self.core.space_gone(space) | 1 << device;
+        self.tokens.retain(|(of, _), _| *of != space);
+        self.broadcast(mask, &mirror::Event::SpaceGone { space });
+        self.reconnect();
+    }
+
+    fn reconnect(&mut self) {
         self.service.reactor.drop_link(self.pager);
         self.pager = connect(&mut self.service);
-        let mask = self.core.space_gone(space) | 1 << device;
+        self.update_preamble();
         self.core.pager_lost();
-        self.forget_space(space);
-        self.broadcast(mask, &mirror::Event::SpaceGone { space });
         // Calls of a dropped link never end by themselves; drivers ask again.
         let lost: Vec<CallId> = self.waiting.keys().copied().collect();
         for call in lost {
@@ -259,6 +276,7 @@ impl Mirror {
 
     /// Login, then every open mirror, on each new connection to the pager.
     fn update_preamble(&mut self) {
+        self.preamble = self.tokens.keys().copied().collect();
         let open = self.tokens.iter().map(|((space, device), token)| {
             Call::Pager(pager::Call::OpenMirror { space: *space, token: token.clone(), device: *device })
         });
