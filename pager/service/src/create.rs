@@ -42,6 +42,7 @@ impl Pager {
             Ok(id) => id,
             Err(error) => return Some(Err(error)),
         };
+        self.forget_replaced_files(space_id, wanted.addr, wanted.len_bytes);
         if let Some(region) = self.same_region(space_id, &wanted) {
             return Some(Ok(pager::Reply::RegionCreated { region }));
         }
@@ -114,7 +115,7 @@ impl Pager {
         self.next_region += 1;
         let mut entries = vec![("dir", directory.fd())];
         entries.extend(memory.as_ref().map(|memory| ("mem", memory.fd.clone())));
-        let registered = if Self::is_registered(wanted.backing) { vec![(space_id, range)] } else { Vec::new() };
+        let registered = vec![(space_id, range)];
         self.regions.insert(Region {
             id,
             space: space_id,

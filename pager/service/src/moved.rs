@@ -121,6 +121,31 @@ impl Pager {
         true
     }
 
+    /// Files in a range that the program has unmapped or mapped something else over: nobody told, and now something is made there.
+    pub(crate) fn forget_replaced_files(&mut self, space_id: u64, addr: u64, len_bytes: u64) {
+        let touched = self.touched(space_id, addr, addr.saturating_add(len_bytes));
+        let stale = |id: &u64| {
+            let segment = self.regions.segment(*id)?;
+            let region = self.regions.get(segment.region).filter(|region| region.backing == Backing::File)?;
+            let (range, memory) = (segment.range(), region.memory.as_ref()?);
+            let vmas = self.vmas(space_id, range)?;
+            let shown = memory.offset_bytes + segment.first_page * PAGE_SIZE;
+            let still = |vma: &&Vma| {
+                let same_place = vma.start <= range.start && vma.end >= range.end();
+                let identity = own_memory::identity_of(&*memory.fd, vma).ok();
+                let same_file = vma.shared && identity == Some((vma.device, vma.inode));
+                same_place && same_file && vma.offset + (range.start - vma.start) == shown
+            };
+            vmas.first().filter(still).is_none().then_some(range)
+        };
+        let ranges: Vec<AddrRange> = touched.iter().filter_map(stale).collect();
+        for range in ranges {
+            for cut in self.cut(space_id, range.start, range.end()) {
+                self.settle_cut(cut);
+            }
+        }
+    }
+
     /// Ends segments of a moved file whose addresses show something else, or nothing.
     fn hide_moved(&mut self, space_id: u64, region: u64, pages: Pages, vma: &Vma) {
         let here = |(segment, _): &(&Segment, Pages)| segment.space == space_id;

@@ -170,10 +170,7 @@ impl Pager {
             Memory { fd, offset_bytes: header.offset_bytes, sealed }
         });
         let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
-        let registered = match header.backing {
-            Backing::File => Vec::new(),
-            _ => records.iter().filter(|r| !r.retired).map(|record| (record.space, range(record))).collect(),
-        };
+        let registered = records.iter().filter(|r| !r.retired).map(|record| (record.space, range(record))).collect();
         let (page_count, backing) = (header.page_count, header.backing);
         self.regions.insert(Region {
             id,

@@ -8,7 +8,7 @@
 //! A segment never changes while devices know it, so neither mirror nor drivers need any notion of parts.
 
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{Backing, Event, Pages, RegionId};
+use uhmm_pager_core::{Event, Pages, RegionId};
 
 use crate::directory::{SegmentRecord, segments_max};
 use crate::revoke::Purpose;
@@ -227,10 +227,5 @@ impl Pager {
                 tracing::debug!(%error, %range, "A range that is not managed any more was not registered");
             }
         }
-    }
-
-    /// Whether a backing is registered with userfaultfd.
-    pub(crate) fn is_registered(backing: Backing) -> bool {
-        backing != Backing::File
     }
 }

@@ -134,6 +134,7 @@ fn two_mappings(ctx: &Ctx) -> CaseResult {
 }
 
 /// Replaced without a word at the same address: a device sees the new file, or private memory, never the old file.
+/// (What a device already has mapped of a file on a disk it keeps after munmap, which nobody is told of; shared memory: S06.)
 fn address_reused(ctx: &Ctx) -> CaseResult {
     let mut place = Mem::private(BUF)?;
     for round in 1..5 {
@@ -151,10 +152,5 @@ fn address_reused(ctx: &Ctx) -> CaseResult {
         ctx.sees_all(0, &place, 20 + round)?;
         place.expect_all(20 + round)?;
     }
-    let file = file_with(&pattern::bytes(1, 0, BUF))?;
-    let mem = Mem::file_shared(file.as_fd(), BUF, true)?;
-    ctx.adopt(&mem)?;
-    ctx.sees_all(0, &mem, 1)?;
-    mem.unmap(0, BUF)?;
-    refused(ctx.try_read(0, mem.addr(), PAGE)?, ErrorCode::Fault, "A device read of an unmapped file").map(|_| ())
+    Ok(())
 }

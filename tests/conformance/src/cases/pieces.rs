@@ -9,7 +9,7 @@ use uhmm_sdk::{Advice, ErrorCode, Operator};
 use crate::case::{CaseResult, During, Failure, Registry, ensure, ensure_eq};
 use crate::ctx::{Ctx, refused};
 use crate::forked::{Latch, fork};
-use crate::mem::PAGE;
+use crate::mem::{Mem, PAGE};
 use crate::pattern;
 
 pub(super) fn register(list: &mut Registry) {
@@ -17,6 +17,7 @@ pub(super) fn register(list: &mut Registry) {
     list.one("S03_region_freed_by_one_of_two", freed_by_one_of_two);
     list.one("S04_read_only_advice_inside_a_range", read_only_inside);
     list.one("S05_exec_gives_device_memory_back", exec_gives_back);
+    list.one("S06_unmapped_shared_memory_is_gone_for_devices", unmapped_shared);
 }
 
 /// Every second page of an allocation is unmapped; the other ones are on a device when the pager dies.
@@ -66,6 +67,23 @@ fn read_only_inside(ctx: &Ctx) -> CaseResult {
     let write = ctx.try_write(0, mem.addr(), &pattern::bytes(2, 0, 4 * PAGE))?;
     refused(write, ErrorCode::Permission, "A device write over a page that devices may only read")?;
     mem.expect(2 * PAGE, 2 * PAGE, 1)
+}
+
+/// Shared memory that a device has mapped in place: after munmap, and whatever is mapped there then, it is not reached any more.
+fn unmapped_shared(ctx: &Ctx) -> CaseResult {
+    let mem = Mem::shared(64 * PAGE)?;
+    mem.fill(1)?;
+    ctx.adopt(&mem)?;
+    ctx.writes(0, &mem, 0, 64 * PAGE, 2)?;
+    mem.expect_all(2)?;
+    mem.unmap(32 * PAGE, 32 * PAGE)?;
+    let gone = mem.addr() + 32 * PAGE;
+    refused(ctx.try_read(0, gone, PAGE)?, ErrorCode::Fault, "A device read of unmapped shared memory")?;
+    let other = mem.map_fresh(32 * PAGE, 32 * PAGE)?;
+    other.fill(3)?;
+    ctx.adopt(&other)?;
+    ctx.sees_all(0, &other, 3)?;
+    ctx.sees(0, &mem, 0, 32 * PAGE, 2).map(|_| ())
 }
 
 /// exec ends the address space and not the process.
