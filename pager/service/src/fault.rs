@@ -3,8 +3,8 @@
 //! The descriptor is read until it is empty before anything is retried: the kernel hands out faults before older events,
 //! and while an event is unread every fill in that process answers EAGAIN (paging-floors.md, section 5).
 
-use uhmm_kernel_hook::uffd::UffdEvent;
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_kernel_hook::uffd::{Change, KeptEvent, UffdEvent};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Event, RegionId};
 
 use crate::service::Pager;
@@ -18,13 +18,14 @@ impl Pager {
             let Some(space) = space.filter(|space| space.incomplete_regions == 0) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
             events.clear();
-            let read = space.uffd.read_events(&mut events);
+            let read = self.journal.read(&space.uffd, space_id, &mut events);
             let full_read = matches!(read, Ok(count) if count > 0);
             if let Err(error) = read {
                 tracing::warn!(%error, space = space_id, "Reading userfaultfd failed");
             }
-            for event in events.drain(..) {
+            for (slot, event) in events.drain(..).enumerate() {
                 self.on_uffd_event(space_id, event);
+                self.event_handled(slot);
             }
             self.uffd_events = events;
             self.drain();
@@ -33,6 +34,34 @@ impl Pager {
             }
             self.stay_hot();
         }
+    }
+
+    fn event_handled(&self, slot: usize) {
+        if let Err(error) = self.journal.handled(slot) {
+            tracing::error!(%error, slot, "An event's place in the journal cannot be emptied");
+        }
+    }
+
+    /// What the dead pager had read of an address space's changes and perhaps not written down.
+    pub(crate) fn repeat_kept_events(&mut self) -> Result<(), HookError> {
+        let (space_id, kept) = self.journal.kept()?;
+        for KeptEvent { slot, event } in kept {
+            tracing::info!(space = space_id, ?event, "Event of an address space, read by the pager before");
+            match event {
+                Some(Change::Unmap { start, end }) => self.on_unmapped(space_id, start, end),
+                // Nothing at the old place: it was written down.
+                Some(Change::Remap { from, to, len }) if !self.touched(space_id, from, from + len).is_empty() => {
+                    self.on_remapped(space_id, from, to, len);
+                }
+                Some(Change::Remap { .. }) => {}
+                None => tracing::error!(
+                    space = space_id,
+                    "A forked child is not managed: its pages on devices are lost to it"
+                ),
+            }
+            self.event_handled(slot);
+        }
+        Ok(())
     }
 
     fn on_uffd_event(&mut self, space_id: u64, event: UffdEvent) {

@@ -85,9 +85,12 @@ impl Pager {
         for cut in replaced {
             self.settle_cut(cut);
         }
-        for cut in self.cut(space_id, from, from + len) {
+        let moved = self.cut_unkept(space_id, from, from + len);
+        for cut in &moved {
+            self.show(space_id, cut.region, to + (cut.range.start - from), cut.pages);
+        }
+        for cut in moved {
             let addr = to + (cut.range.start - from);
-            self.show(space_id, cut.region, addr, cut.pages);
             self.keep_segments(cut.region);
             if let Some(region) = self.regions.get_mut(cut.region) {
                 region.registered.push((space_id, AddrRange { start: addr, len: cut.range.len }));

@@ -89,6 +89,7 @@ impl Pager {
         }
         self.recover_segments();
         self.push(Event::Recovered);
+        self.repeat_kept_events()?;
         self.finish_cuts();
         self.drain();
         Ok(())

@@ -131,6 +131,15 @@ impl Pager {
 
     /// Takes an address range out of a space. What is left of the segments goes on under new ids.
     pub(crate) fn cut(&mut self, space_id: u64, start: u64, end: u64) -> Vec<Cut> {
+        let cuts = self.cut_unkept(space_id, start, end);
+        for cut in &cuts {
+            self.keep_segments(cut.region);
+        }
+        cuts
+    }
+
+    /// The same, for who shows the pages elsewhere: the directory is the caller's to write, once for both.
+    pub(crate) fn cut_unkept(&mut self, space_id: u64, start: u64, end: u64) -> Vec<Cut> {
         let mut cuts = Vec::new();
         for id in self.touched(space_id, start, end) {
             let Some((region, pages, addr)) = self.retire(id) else { continue };
@@ -146,9 +155,6 @@ impl Pager {
                 self.show(space_id, region, to, after);
             }
             cuts.push(Cut { region, pages: gone, range: AddrRange { start: from, len: to - from } });
-        }
-        for cut in &cuts {
-            self.keep_segments(cut.region);
         }
         cuts
     }

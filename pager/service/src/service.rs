@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::FaultPoint;
@@ -15,8 +16,9 @@ use uhmm_ipc::message::{
     Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
-use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::uffd::EventJournal;
 use uhmm_kernel_hook::window::Window;
+use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId, SpaceId};
 
@@ -134,6 +136,8 @@ pub struct Pager {
     pub(crate) traces: HashMap<u64, TraceRing>,
     /// What a sentinel page is filled from.
     pub(crate) sentinel_page: Window,
+    /// Events that are being acted on.
+    pub(crate) journal: EventJournal,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
     again_armed: bool,
@@ -169,6 +173,23 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
     }
 }
 
+/// The one of the vault, or a new one.
+fn journal(service: &mut Service) -> Result<EventJournal, HookError> {
+    const VAULT_NAME: &str = "journal";
+    let len = EventJournal::LEN_BYTES;
+    let kept = service.vault.take(VAULT_NAME).into_iter().next().map(|(_, fd)| fd);
+    let kept = kept.filter(|fd| memfd::check_sealed(fd.as_fd(), len).is_ok());
+    let fd = match kept {
+        Some(fd) => fd,
+        None => {
+            let fd = Arc::new(memfd::create_sealed("uhmm-journal", len)?);
+            service.vault.put(&mut service.reactor, VAULT_NAME, fd.clone());
+            fd
+        }
+    };
+    Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(EventJournal::new)
+}
+
 impl Pager {
     fn new(mut service: Service) -> Result<Self, PagerError> {
         let kept = service.vault.take(DeviceRecords::VAULT_NAME).into_iter().next();
@@ -181,6 +202,7 @@ impl Pager {
                 records
             }
         };
+        let journal = journal(&mut service)?;
         let incarnation = service.incarnation;
         let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
@@ -224,6 +246,7 @@ impl Pager {
             traces: HashMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
+            journal,
             stats: ShellStats::default(),
             again_armed: false,
             children_armed: false,

@@ -11,6 +11,7 @@
 //! After a crash, faults that the dead process had read come again once their range gets [`Userfaultfd::wake`].
 
 pub(crate) mod create;
+mod journal;
 mod outcome;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -18,6 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, FdFlags};
 
 pub use self::create::UffdKind;
+pub use self::journal::{Change, EventJournal, KeptEvent};
 pub use self::outcome::{FillOutcome, FillStop, WpOutcome};
 
 use crate::abi;

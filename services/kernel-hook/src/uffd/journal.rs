@@ -1,0 +1,163 @@
+//! Events of a userfaultfd that outlive their reader: the kernel writes the messages straight into memory that somebody else keeps
+//! too, so a reader that is killed between reading an event and acting on it leaves the event for its successor.
+//!
+//! ```text
+//!  0        64        96        ...      64 + 32 * 64
+//!  | owner  | message | message | ...    |           a message whose first word is zero is none
+//! ```
+
+use std::os::fd::AsRawFd;
+
+use rustix::io::Errno;
+
+use super::{READ_BATCH, UffdEvent, Userfaultfd, abi, decode};
+use crate::error::HookError;
+use crate::range::PAGE_SIZE;
+use crate::window::Window;
+
+const MESSAGES: u64 = 64;
+const MESSAGE_BYTES: u64 = size_of::<abi::UffdMsg>() as u64;
+
+/// See the module head. One for a reader, whatever the number of its userfaultfds: events of one are dealt with before those of
+/// another are read.
+#[derive(Debug)]
+pub struct EventJournal {
+    window: Window,
+}
+
+/// An event that was read and perhaps not acted on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct KeptEvent {
+    /// For [`EventJournal::handled`].
+    pub slot: usize,
+    /// REMAP or UNMAP as read; the others cannot be repeated by somebody else (`None`: a fork, whose descriptor is gone).
+    pub event: Option<Change>,
+}
+
+/// What the address space has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// mremap.
+    Remap {
+        /// Old start.
+        from: u64,
+        /// New start.
+        to: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// munmap.
+    Unmap {
+        /// First byte.
+        start: u64,
+        /// Behind the last byte.
+        end: u64,
+    },
+}
+
+impl EventJournal {
+    /// Length of its memory.
+    pub const LEN_BYTES: u64 = PAGE_SIZE;
+
+    /// A journal in that memory, with what an earlier reader may have left in it.
+    pub fn new(window: Window) -> Self {
+        Self { window }
+    }
+
+    /// Appends the waiting messages, at most 64, and returns how many; 0 when there are none. Call until it returns 0. The n-th
+    /// event's slot is n. `owner` is told by [`Self::kept`].
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::read_events`].
+    pub fn read(&self, uffd: &Userfaultfd, owner: u64, out: &mut Vec<UffdEvent>) -> Result<usize, HookError> {
+        self.window.store_u64(0, owner)?;
+        let len = READ_BATCH as u64 * MESSAGE_BYTES;
+        let place = self.window.at_mut(MESSAGES, len)?;
+        let read_bytes = loop {
+            // SAFETY: `at_mut` checked that this many bytes lie in the window, and its owner writes nothing meanwhile.
+            let rc = unsafe { libc::read(uffd.fd.as_raw_fd(), place.cast(), len as usize) };
+            if rc >= 0 {
+                break rc as u64;
+            }
+            match Errno::from_io_error(&std::io::Error::last_os_error()) {
+                Some(Errno::AGAIN) => return Ok(0),
+                Some(Errno::INTR) => {}
+                error => return Err(HookError::failed("read(userfaultfd)", error.unwrap_or(Errno::IO))),
+            }
+        };
+        let count = (read_bytes / MESSAGE_BYTES) as usize;
+        let mut answer = Ok(count);
+        for slot in 0..count {
+            let message = self.message(slot)?;
+            // SAFETY: the kernel wrote these messages for this process in this read, and each is decoded once.
+            match unsafe { decode(&message) } {
+                Ok(event) => out.push(event),
+                Err(error) => answer = Err(error),
+            }
+        }
+        answer
+    }
+
+    fn message(&self, slot: usize) -> Result<abi::UffdMsg, HookError> {
+        let word = |index: u64| self.window.load_u64(MESSAGES + slot as u64 * MESSAGE_BYTES + 8 * index);
+        // The first byte of memory: x86 and arm64 are little-endian.
+        Ok(abi::UffdMsg { event: word(0)? as u8, arg: [word(1)?, word(2)?, word(3)?], ..Default::default() })
+    }
+
+    /// An event was acted on: nobody has to repeat it.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for a slot that does not exist.
+    pub fn handled(&self, slot: usize) -> Result<(), HookError> {
+        self.window.store_u64(MESSAGES + slot as u64 * MESSAGE_BYTES, 0)
+    }
+
+    /// What an earlier reader has left, in order, and whose it is. Faults are left out: they are raised again after a wake.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for memory that is too short.
+    pub fn kept(&self) -> Result<(u64, Vec<KeptEvent>), HookError> {
+        let owner = self.window.load_u64(0)?;
+        let mut kept = Vec::new();
+        for slot in 0..READ_BATCH {
+            let abi::UffdMsg { event, arg: [first, second, third], .. } = self.message(slot)?;
+            let event = match event {
+                abi::EVENT_FORK => None,
+                abi::EVENT_REMAP => Some(Change::Remap { from: first, to: second, len: third }),
+                abi::EVENT_UNMAP => Some(Change::Unmap { start: first, end: second }),
+                _ => continue,
+            };
+            kept.push(KeptEvent { slot, event });
+        }
+        Ok((owner, kept))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_handled_is_not_kept() {
+        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap());
+        assert_eq!(journal.kept().unwrap(), (0, Vec::new()));
+        let put = |slot: u64, kind: u8, words: [u64; 3]| {
+            let at = MESSAGES + slot * MESSAGE_BYTES;
+            journal.window.store_u64(at, u64::from(kind)).unwrap();
+            (1..4).zip(words).for_each(|(n, word)| journal.window.store_u64(at + 8 * n, word).unwrap());
+        };
+        journal.window.store_u64(0, 9).unwrap();
+        put(0, abi::EVENT_PAGEFAULT, [1, 2, 3]);
+        put(1, abi::EVENT_REMAP, [1, 2, 3]);
+        put(2, abi::EVENT_UNMAP, [4, 5, 0]);
+        put(63, abi::EVENT_FORK, [7, 0, 0]);
+        let remap = KeptEvent { slot: 1, event: Some(Change::Remap { from: 1, to: 2, len: 3 }) };
+        let unmap = KeptEvent { slot: 2, event: Some(Change::Unmap { start: 4, end: 5 }) };
+        assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, KeptEvent { slot: 63, event: None }]));
+        journal.handled(1).unwrap();
+        journal.handled(63).unwrap();
+        let kept = journal.kept().unwrap().1;
+        assert_eq!(kept.iter().map(|kept| kept.slot).collect::<Vec<_>>(), [2]);
+        assert!(journal.handled(1000).is_err());
+    }
+}
