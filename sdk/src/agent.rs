@@ -50,7 +50,7 @@ pub(crate) struct Space {
     pub(crate) token: Vec<u8>,
     pub(crate) features: u64,
     /// A forked child's own userfaultfd, kept open for the same reason as the parent's.
-    pub(crate) _uffd: Option<Arc<Userfaultfd>>,
+    pub(crate) uffd: Option<Arc<Userfaultfd>>,
 }
 
 enum Command {
@@ -287,7 +287,7 @@ impl Loop {
         let result = match result {
             Ok(Reply::Pager(pager::Reply::SpaceOpened { space, token, features })) => {
                 self.attach_from_now_on(space, token.clone());
-                Ok(Space { id: space, token, features, _uffd: None })
+                Ok(Space { id: space, token, features, uffd: None })
             }
             Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
             Ok(Reply::Pager(pager::Reply::Done)) => return,
@@ -319,7 +319,7 @@ impl Loop {
         let kept = uffd.try_clone().map_err(Error::kernel("Keeping the userfaultfd"))?;
         self.executor = Some(make_executor(uffd, &self.staging)?);
         self.attach_from_now_on(space, token.clone());
-        Ok(Space { id: space, token, features, _uffd: Some(Arc::new(kept)) })
+        Ok(Space { id: space, token, features, uffd: Some(Arc::new(kept)) })
     }
 
     /// The pager asks for something that only this process can do.

@@ -143,6 +143,7 @@ impl Session {
     }
 
     fn region_made(&self, call: pager::Call) -> Result<u64, Error> {
+        self.inner.settle()?;
         let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
             _ => Err(Error::StrangeReply { question: "AdoptRegion" }),

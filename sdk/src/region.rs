@@ -39,6 +39,7 @@ impl Region {
             mapping.allow_fork().map_err(Error::kernel("Letting children have a region"))?;
         }
         let memory: Fd = Arc::new(memory);
+        session.settle()?;
         let create = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes, memory: memory.clone() };
         let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, |reply| match reply {
             Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{AddrRange, Features, UffdKind, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, Userfaultfd};
 
 use crate::adopted::AdoptedRanges;
 use crate::agent::{Agent, Identification, Introduction, Peer, Space};
@@ -21,6 +21,9 @@ use crate::{Error, paths};
 
 /// How long `connect` and `device` wait for a service that is there but does not answer (it may be restarting).
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+/// How often a thread that waits for unread events lets others run before it sleeps between looks.
+const SETTLE_YIELDS: u32 = 200;
+const SETTLE_PAUSE: Duration = Duration::from_micros(200);
 /// Runs in one answer to a query.
 const MAX_RUNS: usize = uhmm_ipc::constants::MAX_RUNS as usize;
 
@@ -33,9 +36,9 @@ pub(crate) struct Inner {
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
     adopted: Mutex<Adopted>,
-    // Never read, but never closed before the last region is gone either: without any reference left the kernel would turn
+    // Never closed before the last region is gone either: without any reference left the kernel would turn
     // every page that is on a device into zeros.
-    _uffd: Option<Userfaultfd>,
+    uffd: Option<Userfaultfd>,
 }
 
 #[derive(Default)]
@@ -95,7 +98,7 @@ impl Session {
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, _uffd: uffd }) })
+        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, uffd }) })
     }
 
     /// In a forked child: its own session, on the address space that it has inherited. The parent's session, regions and devices
@@ -277,6 +280,23 @@ impl Session {
 }
 
 impl Inner {
+    /// Waits until the pager has read all that other threads' munmap, mremap and fork have to tell it. New memory may lie where
+    /// other memory was a moment ago, and its management must not be taken for the other's.
+    pub(crate) fn settle(&self) -> Result<(), Error> {
+        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return Ok(()) };
+        let mut tries = 0u32;
+        while uffd.state().map_err(Error::kernel("Asking for unread events"))? == UffdState::EventUnread {
+            tries += 1;
+            if tries < SETTLE_YIELDS {
+                std::thread::yield_now();
+            } else {
+                // Nothing tells when somebody else has read an event; the pager may be starting again.
+                std::thread::park_timeout(SETTLE_PAUSE);
+            }
+        }
+        Ok(())
+    }
+
     /// Private memory needs the agent from now on.
     pub(crate) fn note_adopted(self: &Arc<Self>, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
