@@ -377,6 +377,7 @@ impl Executor {
     }
 
     fn move_back(&mut self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
+        let mut statuses = vec![AgentStatus::Moved; order.page_count as usize];
         let mut page = 0;
         while page < order.page_count {
             let place = |at: u64| self.taken.get(&(order.region, order.first_page + at));
@@ -387,7 +388,11 @@ impl Executor {
             let follows =
                 |at: &u64| place(*at).is_some_and(|t| t.block == first.block && t.page == first.page + (at - page));
             let count = (page..order.page_count).take_while(follows).count() as u64;
-            let done = self.put_back(order.range(page, count), first)?;
+            let Some(done) = self.put_back(order.range(page, count), first)? else {
+                statuses[page as usize] = AgentStatus::Gone;
+                page += 1;
+                continue;
+            };
             for at in page..page + done {
                 self.taken.remove(&(order.region, order.first_page + at));
             }
@@ -398,11 +403,12 @@ impl Executor {
             self.free_if_empty(first.block)?;
             page += done;
         }
-        Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+        Ok(runs(&statuses))
     }
 
-    /// Puts some of the pages at `first` in scratch back, at least one; returns how many of them scratch need not keep.
-    fn put_back(&self, to: AddrRange, first: Taken) -> Result<u64, HookError> {
+    /// Puts some of the pages at `first` in scratch back, at least one; returns how many of them scratch need not keep. `None`:
+    /// there is no such place, or not any more; the pager knows whether there is another (mremap).
+    fn put_back(&self, to: AddrRange, first: Taken) -> Result<Option<u64>, HookError> {
         let block = &self.blocks[first.block];
         let not_now = |outcome: &FillOutcome| {
             outcome.done_bytes == 0 && matches!(outcome.stop, Some(FillStop::Again | FillStop::NoMemory))
@@ -413,7 +419,7 @@ impl Executor {
         };
         let outcome = move_pages(to.len)?;
         if outcome.done_bytes > 0 {
-            return Ok(outcome.done_bytes / PAGE_SIZE);
+            return Ok(Some(outcome.done_bytes / PAGE_SIZE));
         }
         // The place may be several mappings by now, and some of them gone: a page is in one.
         let mut outcome = move_pages(PAGE_SIZE)?;
@@ -424,9 +430,8 @@ impl Executor {
             outcome = patiently(copy, not_now)?;
         }
         match outcome.stop {
-            None => Ok(1),
-            // There already, or there is no such place any more.
-            Some(FillStop::Exists | FillStop::Gone | FillStop::NoProcess | FillStop::NoPage) => Ok(1),
+            None | Some(FillStop::Exists | FillStop::NoProcess) => Ok(Some(1)),
+            Some(FillStop::Gone | FillStop::NoPage) => Ok(None),
             // Not now: the page is safe where it is, and the pager may ask again.
             Some(_) => {
                 Err(HookError::Strange { call: "UFFDIO_MOVE", detail: format!("{outcome:?} on the way back to {to}") })

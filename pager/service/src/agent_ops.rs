@@ -17,6 +17,7 @@ use uhmm_pager_core::{Backing, CopyRun, CopyStatus, Event, FillStop, Pages, Regi
 use crate::agent::{Agent, Job, Order, Purpose, SLOT_PAGES};
 use crate::calls::{Answer, refuse};
 use crate::execute::{Copy, Deferred};
+use crate::segments::hidden;
 use crate::service::Pager;
 
 /// A ticket that several parts work for.
@@ -29,7 +30,12 @@ pub(crate) struct Parts {
     /// Slots to free at the end.
     slots: Vec<u32>,
     space: u64,
+    /// How often pages were asked back again.
+    again: u32,
 }
+
+/// After so many answers that a place is not there the space's record of its addresses is wrong (an event was lost).
+const PUT_BACK_TRIES: u32 = 1000;
 
 impl Pager {
     pub(crate) fn is_private(&self, region: RegionId) -> bool {
@@ -43,31 +49,54 @@ impl Pager {
             self.parts.insert(ticket.0, Parts { left: 1, ..Parts::default() });
             return self.part_done(ticket, purpose);
         };
+        self.parts.insert(ticket.0, Parts { left: 1, space: space_id, ..Parts::default() });
+        self.ask_parts(space_id, region, pages, order, purpose);
+        self.part_done(ticket, purpose);
+        self.send_to_agent(space_id);
+    }
+
+    /// One job for every part that has an address. What scratch holds of addresses that are gone is given up.
+    fn ask_parts(&mut self, space_id: u64, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let mut shown: Vec<Pages> = self.regions.showing(region.0, pages).map(|(_, part)| part).collect();
-        shown.sort_unstable_by_key(|part| part.first);
-        let dead = self.spaces.get(&space_id).is_none_or(|space| space.dying || space.agent.is_none());
-        let hidden = shown.iter().map(|part| part.count).sum::<u64>() < pages.count;
-        // Scratch pages of addresses that are gone are given back all the same.
-        let parts = if hidden && matches!(order, Order::Drop { .. } | Order::MoveBack) { vec![pages] } else { shown };
-        let order = if hidden && order == Order::MoveBack { Order::Drop { in_place: false } } else { order };
-        self.parts.insert(ticket.0, Parts { left: parts.len() as u32 + 1, space: space_id, ..Parts::default() });
-        for part in parts.iter().filter(|_| !dead) {
+        let mut jobs: Vec<(Pages, Order)> = shown.iter().map(|part| (*part, order)).collect();
+        if matches!(order, Order::Drop { .. } | Order::MoveBack) {
+            let gone = hidden(pages, &mut shown);
+            jobs.extend(gone.into_iter().map(|part| (part, Order::Drop { in_place: false })));
+        }
+        jobs.sort_unstable_by_key(|(part, _)| part.first);
+        let Some(space) = self.spaces.get_mut(&space_id).filter(|space| !space.dying) else { return };
+        let (Some(agent), Some(parts)) = (space.agent.as_mut(), self.parts.get_mut(&purpose.ticket().0)) else {
+            return;
+        };
+        for (part, order) in jobs {
             let purpose = match purpose {
                 Purpose::Out { ticket, device, frame } => {
                     Purpose::Out { ticket, device, frame: frame + (part.first - pages.first) as u32 }
                 }
                 other => other,
             };
-            let job = Job { region, pages: *part, order, purpose, slot: None };
-            if let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) {
-                agent.ask(job);
+            parts.left += 1;
+            agent.ask(Job { region, pages: part, order, purpose, slot: None });
+        }
+    }
+
+    /// What could not be put back is in scratch still: moved to other addresses meanwhile (mremap), or not possible just now.
+    fn put_back_again(&mut self, space_id: u64, job: &Job, runs: &[AgentRun]) {
+        let mut at = 0;
+        for run in runs {
+            let pages = Pages { first: job.pages.first + at, count: run.page_count.min(job.pages.count - at) };
+            at += pages.count;
+            if pages.count == 0 || !matches!(run.status, AgentStatus::Gone | AgentStatus::Failed) {
+                continue;
             }
+            let Some(parts) = self.parts.get_mut(&job.purpose.ticket().0) else { return };
+            parts.again += 1;
+            let order = if parts.again < PUT_BACK_TRIES { Order::MoveBack } else { Order::Drop { in_place: false } };
+            if run.status == AgentStatus::Failed || order != Order::MoveBack {
+                tracing::warn!(space = space_id, ?pages, ?order, status = ?run.status, "Pages could not be put back");
+            }
+            self.ask_parts(space_id, job.region, pages, order, job.purpose);
         }
-        let unasked = if dead { parts.len() as u32 } else { 0 };
-        for _ in 0..=unasked {
-            self.part_done(ticket, purpose);
-        }
-        self.send_to_agent(space_id);
     }
 
     /// Sends what can be sent.
@@ -182,7 +211,14 @@ impl Pager {
                 };
                 self.push(Event::CpuFillDone { ticket, done_pages: 0, stop: Some(stop) });
             }
-            Purpose::Punch { .. } | Purpose::MoveBack { .. } => self.part_done(ticket, job.purpose),
+            Purpose::MoveBack { .. } => {
+                if job.order == Order::MoveBack {
+                    self.put_back_again(space_id, &job, runs);
+                    self.send_to_agent(space_id);
+                }
+                self.part_done(ticket, job.purpose);
+            }
+            Purpose::Punch { .. } => self.part_done(ticket, job.purpose),
         }
         self.drain();
     }

@@ -15,6 +15,7 @@ use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, SegmentRecord};
 use crate::revoke::Purpose;
+use crate::segments::hidden;
 use crate::service::{Pager, PagerError};
 use crate::space::{Memory, Phase, Region, Segment, Space, SpaceState};
 
@@ -32,20 +33,6 @@ fn regions_of(entries: Entries) -> BTreeMap<u64, Entries> {
         }
     }
     regions
-}
-
-/// The pages that none of the parts has.
-fn hidden(all: Pages, shown: &mut [Pages]) -> Vec<Pages> {
-    shown.sort_unstable_by_key(|pages| pages.first);
-    let mut hidden = Vec::new();
-    let mut next = all.first;
-    for part in shown.iter().copied().chain([Pages { first: all.end(), count: 0 }]) {
-        if part.first > next {
-            hidden.push(Pages { first: next, count: part.first - next });
-        }
-        next = next.max(part.end());
-    }
-    hidden
 }
 
 impl Pager {

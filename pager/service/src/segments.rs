@@ -24,6 +24,20 @@ pub(crate) struct Cut {
     pub range: AddrRange,
 }
 
+/// The pages that none of the parts has.
+pub(crate) fn hidden(all: Pages, shown: &mut [Pages]) -> Vec<Pages> {
+    shown.sort_unstable_by_key(|pages| pages.first);
+    let mut hidden = Vec::new();
+    let mut next = all.first;
+    for part in shown.iter().copied().chain([Pages { first: all.end(), count: 0 }]) {
+        if part.first > next {
+            hidden.push(Pages { first: next, count: part.first - next });
+        }
+        next = next.max(part.end());
+    }
+    hidden
+}
+
 impl Pager {
     /// A fresh segment.
     pub(crate) fn show(&mut self, space: u64, region: u64, addr: u64, pages: Pages) {
@@ -66,6 +80,11 @@ impl Pager {
             space.segments.remove(&segment.addr);
         }
         let (region_id, pages, addr) = (segment.region, segment.pages(), segment.addr);
+        // At once where it can be: from now on the program may map something else there. The rest is told, and waited for by who
+        // gives the pages away.
+        for table in segment.tables.iter().flatten() {
+            table.revoke(0, pages.count);
+        }
         if segment.granted_mask != 0 {
             let (space, granted_mask) = (segment.space, segment.granted_mask);
             if let Some(region) = self.regions.get_mut(region_id) {

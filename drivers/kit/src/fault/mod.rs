@@ -32,9 +32,9 @@ pub use event::{FaultAction, FaultEvent, FaultRange, Retry, WindowId};
 use pattern::Pattern;
 pub use pattern::{SEQUENTIAL_WINDOW_PAGES, WINDOW_PAGES};
 
-/// Answers in a row that helped nobody before a fault fails. With the back-off below this is a little over one second of lost
-/// races, longer than any thrashing protection of the pager.
-pub const MAX_ATTEMPTS: u32 = 64;
+/// Answers in a row that helped nobody before a fault fails. With the back-off below this is about four seconds of lost races: longer
+/// than any thrashing protection of the pager, and than a page stays busy because a service is being restarted.
+pub const MAX_ATTEMPTS: u32 = 200;
 /// First pause after a lost race.
 const FIRST_PAUSE: Duration = Duration::from_micros(200);
 /// Longest pause.
