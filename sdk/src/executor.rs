@@ -24,7 +24,7 @@ use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
-    AddrRange, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, Userfaultfd, Window, process,
+    AddrRange, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, UffdState, Userfaultfd, Window, process,
 };
 
 use self::blocks::Block;
@@ -121,8 +121,8 @@ impl Executor {
                 call: "agent order",
                 detail: format!("{} pages are more than a slot has", order.page_count),
             }),
-            AgentOp::MoveOut { slot } => self.move_out(order, slot_offset(slot)),
-            AgentOp::CopyOut { slot } => self.copy_out(order, slot_offset(slot)),
+            AgentOp::MoveOut { slot } => self.move_out(order, slot_offset(slot)).and_then(|runs| self.settled(runs)),
+            AgentOp::CopyOut { slot } => self.copy_out(order, slot_offset(slot)).and_then(|runs| self.settled(runs)),
             AgentOp::Drop { in_place } => self.drop_pages(order, in_place),
             AgentOp::MoveBack => self.move_back(order),
             AgentOp::FillHuge { slot } => self.fill_huge(order, slot_offset(slot)),
@@ -132,6 +132,12 @@ impl Executor {
             tracing::warn!(%error, ?order, "The agent could not do what the pager asked");
             vec![AgentRun { page_count: order.page_count, status: AgentStatus::Failed }]
         })
+    }
+
+    /// Passes on what was found once the pager has read every event before it: it must know first when the range has moved.
+    fn settled(&self, runs: Vec<AgentRun>) -> Result<Vec<AgentRun>, HookError> {
+        patiently(|| self.uffd.state(), |state| *state == UffdState::EventUnread)?;
+        Ok(runs)
     }
 
     /// What the pages of a range are: `None` for a hole.

@@ -101,6 +101,8 @@ pub struct Job {
     pub purpose: Purpose,
     /// Slot, once it has one.
     pub slot: Option<u32>,
+    /// The pages went to other addresses since (mremap): whatever the agent found at the old ones says nothing about them.
+    pub moved: bool,
 }
 
 impl Job {
@@ -200,6 +202,12 @@ impl Agent {
         self.free_slots.push(slot);
     }
 
+    /// mremap: these pages are elsewhere now. Jobs that were not sent yet go to the new addresses.
+    pub fn moved(&mut self, region: RegionId, pages: Pages) {
+        let concerned = |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some();
+        self.outstanding.values_mut().chain(&mut self.waiting).filter(concerned).for_each(|job| job.moved = true);
+    }
+
     /// The process is gone: nobody will answer.
     pub fn give_up(&mut self) -> Vec<Job> {
         let outstanding = std::mem::take(&mut self.outstanding).into_values();
@@ -238,7 +246,7 @@ mod tests {
 
     fn job(order: Order, first: u64) -> Job {
         let purpose = Purpose::Out { ticket: Ticket(first), device: 0, frame: 0 };
-        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None }
+        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None, moved: false }
     }
 
     #[test]

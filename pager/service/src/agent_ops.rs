@@ -76,8 +76,36 @@ impl Pager {
                 other => other,
             };
             parts.left += 1;
-            agent.ask(Job { region, pages: part, order, purpose, slot: None });
+            agent.ask(Job { region, pages: part, order, purpose, slot: None, moved: false });
         }
+    }
+
+    /// Pages that moved while they were taken out are back, at their new addresses.
+    fn not_taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun]) {
+        let ticket = job.purpose.ticket();
+        let status = if job.order == Order::MoveBack { CopyStatus::Busy } else { CopyStatus::Gone };
+        let mut at = 0;
+        let mut fates = Vec::new();
+        for run in runs {
+            let count = run.page_count.min(job.pages.count - at);
+            let again = job.order == Order::MoveBack && matches!(run.status, AgentStatus::Gone | AgentStatus::Failed);
+            if count > 0 && !again {
+                fates.push((job.pages.first + at, CopyRun { count, status }));
+            }
+            at += count;
+        }
+        if at < job.pages.count {
+            // The process is gone.
+            fates.push((job.pages.first + at, CopyRun { count: job.pages.count - at, status: CopyStatus::Gone }));
+        }
+        if let Some(parts) = self.parts.get_mut(&ticket.0) {
+            parts.runs.extend(fates);
+        }
+        if job.order == Order::MoveBack {
+            self.put_back_again(space_id, job, runs);
+            self.send_to_agent(space_id);
+        }
+        self.part_done(ticket, job.purpose);
     }
 
     /// What could not be put back is in scratch still: moved to other addresses meanwhile (mremap), or not possible just now.
@@ -103,8 +131,20 @@ impl Pager {
     pub(crate) fn send_to_agent(&mut self, space_id: u64) {
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
         let Some(conn) = agent.conn else { return };
+        let mut moved = Vec::new();
         for (id, job) in agent.ready() {
-            self.send_job(conn, id, &job);
+            if job.moved {
+                moved.push(id);
+            } else {
+                self.send_job(conn, id, &job);
+            }
+        }
+        for id in moved {
+            let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
+            let Some(job) = agent.and_then(|agent| agent.answered(id)) else { continue };
+            // Never sent: its pages may lie in several places by now.
+            let gone = [AgentRun { page_count: job.pages.count, status: AgentStatus::Gone }];
+            self.job_done(space_id, job, &gone);
         }
     }
 
@@ -183,7 +223,17 @@ impl Pager {
         let ticket = job.purpose.ticket();
         match job.purpose {
             Purpose::Out { device, frame, .. } => {
-                if runs.iter().any(|run| run.status == AgentStatus::ReadOnly) && job.order == Order::MoveOut {
+                if matches!(job.order, Order::MoveBack | Order::Drop { .. }) {
+                    self.not_taken_out(space_id, &job, runs);
+                } else if job.moved {
+                    // Holes at the old addresses are no zero pages. What was taken out goes to the new ones, and all is asked anew.
+                    if let Some(parts) = self.parts.get_mut(&ticket.0) {
+                        parts.slots.extend(job.slot);
+                    }
+                    self.ask_parts(space_id, job.region, job.pages, Order::MoveBack, job.purpose);
+                    self.send_to_agent(space_id);
+                    self.part_done(ticket, job.purpose);
+                } else if runs.iter().any(|run| run.status == AgentStatus::ReadOnly) && job.order == Order::MoveOut {
                     self.copy_in_place(space_id, job);
                 } else {
                     self.taken_out(space_id, &job, runs, device, frame);
@@ -218,7 +268,13 @@ impl Pager {
                 }
                 self.part_done(ticket, job.purpose);
             }
-            Purpose::Punch { .. } => self.part_done(ticket, job.purpose),
+            Purpose::Punch { .. } => {
+                if job.moved && job.order == (Order::Drop { in_place: true }) {
+                    self.ask_parts(space_id, job.region, job.pages, job.order, job.purpose);
+                    self.send_to_agent(space_id);
+                }
+                self.part_done(ticket, job.purpose);
+            }
         }
         self.drain();
     }
@@ -373,7 +429,7 @@ impl Pager {
     /// Asks for something that is one job and whose answer says everything.
     fn ask_single(&mut self, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
-        let job = Job { region, pages, order, purpose, slot: None };
+        let job = Job { region, pages, order, purpose, slot: None, moved: false };
         let space = self.spaces.get_mut(&space_id).filter(|space| !space.dying);
         match space.and_then(|space| space.agent.as_mut()) {
             Some(agent) => agent.ask(job),

@@ -11,7 +11,7 @@
 
 use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, own_memory};
-use uhmm_pager_core::{Backing, Pages};
+use uhmm_pager_core::{Backing, Pages, RegionId};
 
 use crate::service::Pager;
 use crate::space::{Phase, Segment};
@@ -87,6 +87,9 @@ impl Pager {
         }
         let moved = self.cut_unkept(space_id, from, from + len);
         for cut in &moved {
+            if let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) {
+                agent.moved(RegionId(cut.region), cut.pages);
+            }
             self.show(space_id, cut.region, to + (cut.range.start - from), cut.pages);
         }
         for cut in moved {
