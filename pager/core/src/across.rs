@@ -41,11 +41,7 @@ impl<P: Policy> Core<P> {
             if !target_lost {
                 self.release_torn(to, to_frame, pages.count, transfer.first_owner());
             }
-            if self.discards.contains_key(&ticket) {
-                self.finish_drop(ticket, out);
-            } else {
-                self.stay_on_device(ticket, status, out);
-            }
+            self.stay_on_device(ticket, status, out);
             return;
         }
         self.stats.pages_across += pages.count;

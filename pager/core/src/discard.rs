@@ -53,6 +53,14 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    /// How many of the first pages were all discarded with this transfer, or all not; and which.
+    pub(crate) fn alike_in_front(&self, ticket: Ticket, pages: Pages) -> (u64, bool) {
+        let parts = self.discards.get(&ticket).map_or(&[][..], Vec::as_slice);
+        let gone = |page: u64| parts.iter().any(|part| part.contains(page));
+        let first = gone(pages.first);
+        (pages.iter().take_while(|page| gone(*page) == first).count() as u64, first)
+    }
+
     /// Before a fill: what was discarded at the front of the transfer is dropped. Returns how many pages may be filled now, `None`
     /// when the transfer is over.
     pub(crate) fn drop_discarded_prefix(&mut self, ticket: Ticket, out: &mut Vec<Action>) -> Option<u64> {

@@ -210,9 +210,14 @@ impl<P: Policy> Core<P> {
 
     /// The frames stay the authority; if their device is lost for good, the pages are.
     pub(crate) fn stay_on_device(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
-        let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
-        self.leave_on_device(ticket, count, status, out);
-        self.end(ticket);
+        // What was discarded meanwhile is dropped, its neighbours stay.
+        while let Some(count) = self.drop_discarded_prefix(ticket, out) {
+            if count == 0 {
+                self.end(ticket);
+                return;
+            }
+            self.leave_on_device(ticket, count, status, out);
+        }
     }
 
     /// As `stay_on_device`, for the first `count` pages that are left.

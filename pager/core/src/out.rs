@@ -153,15 +153,42 @@ impl<P: Policy> Core<P> {
             self.rolled_back(ticket, status, out);
             return;
         }
+        let (count, discarded) = self.alike_in_front(ticket, pages);
+        if count < pages.count {
+            self.roll_back_in_parts(ticket, status, out);
+            return;
+        }
         if let Some(transfer) = self.transfers.get_mut(&ticket) {
             transfer.phase = Phase::MoveBack(status);
         }
-        if self.discards.contains_key(&ticket) {
+        if discarded {
             // What was taken out is not wanted back: it is dropped, and what is in place is newer.
             out.push(Action::Punch { ticket, region, pages });
         } else {
             out.push(Action::MoveBack { ticket, region, pages });
         }
+    }
+
+    /// Only some of the pages were discarded: their neighbours are wanted back.
+    fn roll_back_in_parts(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
+        let Some(mut rest) = self.transfers.get(&ticket).copied() else { return };
+        while rest.pages.count > 0 {
+            let (count, _) = self.alike_in_front(ticket, rest.pages);
+            let piece = Transfer { pages: Pages { count, ..rest.pages }, ..rest };
+            rest.skip(count);
+            let split = self.begin(piece, &mut Vec::new());
+            self.inherit_discards(ticket, split);
+            self.roll_back(split, status, out);
+        }
+        self.end(ticket);
+    }
+
+    /// The way back met EAGAIN; more may have been discarded since.
+    pub(crate) fn repeat_move_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
+        if let Some(transfer) = self.transfers.get_mut(&ticket) {
+            transfer.phase = Phase::Copy;
+        }
+        self.roll_back(ticket, status, out);
     }
 
     pub(crate) fn move_back_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {

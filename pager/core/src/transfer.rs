@@ -280,7 +280,7 @@ impl<P: Policy> Core<P> {
         match transfer.phase {
             Phase::Protect => out.push(Action::WriteProtect { ticket, region, pages, on: true }),
             Phase::Copy => self.copy(ticket, out),
-            Phase::MoveBack(_) => out.push(Action::MoveBack { ticket, region, pages }),
+            Phase::MoveBack(status) => self.repeat_move_back(ticket, status, out),
             Phase::FillHuge | Phase::Fill => self.fill(ticket, out),
             Phase::Probe => self.probe(ticket, out),
             Phase::Punch => out.push(Action::Punch { ticket, region, pages }),

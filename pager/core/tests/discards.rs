@@ -1,0 +1,104 @@
+//! Content that is discarded while its pages are on the way: it never returns, and its neighbours never go with it.
+
+use std::collections::BTreeMap;
+
+use uhmm_pager_core::{
+    Action, Attr, Backing, CopyRun, CopyStatus, Core, DefaultPolicy, DeviceId, Directory, Event, Pages, RegionId,
+    ReqId, SpaceId, StepResult, Target, Ticket,
+};
+
+const REGION: RegionId = RegionId(1);
+
+#[derive(Default)]
+struct Table(BTreeMap<u64, u64>);
+
+impl Directory for Table {
+    fn attr(&self, _region: RegionId, _page: u64) -> Attr {
+        Attr::default()
+    }
+    fn huge_phase(&self, _region: RegionId) -> u64 {
+        0
+    }
+    fn load(&self, _region: RegionId, page: u64) -> u64 {
+        self.0.get(&page).copied().unwrap_or(0)
+    }
+    fn page_count(&self, _region: RegionId) -> u64 {
+        4
+    }
+}
+
+struct Machine {
+    core: Core<DefaultPolicy>,
+    table: Table,
+}
+
+impl Machine {
+    fn send(&mut self, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.core.handle(&self.table, 0, event, &mut out);
+        for action in &out {
+            if let Action::Publish { first, entries, .. } = action {
+                self.table.0.extend(entries.iter().enumerate().map(|(at, entry)| (first + at as u64, entry.bits())));
+            }
+        }
+        out
+    }
+
+    /// Four system pages are being taken out; page 1 is discarded meanwhile, and the copy fails.
+    fn failed_copy_with_a_discard() -> (Self, Vec<Action>) {
+        let mut machine = Self { core: Core::new(DefaultPolicy::default()), table: Table::default() };
+        machine.table.0.extend((0..4).map(|page| (page, 1)));
+        machine.send(Event::RegionAdded {
+            region: REGION,
+            space: SpaceId(1),
+            page_count: 4,
+            backing: Backing::Private,
+        });
+        let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
+        machine.send(Event::DeviceUp {
+            device,
+            frame_count: 8,
+            fresh_mappings: true,
+            memory_known: false,
+            memory_lost: false,
+        });
+        let target = Target::Device(device);
+        let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
+        actions.extend(machine.send(Event::Tick));
+        let copy = actions.iter().find_map(|action| match action {
+            Action::CopyOut { ticket, .. } => Some(*ticket),
+            _ => None,
+        });
+        machine.send(Event::Removed { region: REGION, pages: Pages::one(1) });
+        let runs = vec![CopyRun { count: 4, status: CopyStatus::Io }];
+        let actions = machine.send(Event::CopiedRuns { ticket: copy.expect("the copy begins"), runs });
+        (machine, actions)
+    }
+}
+
+fn moved_back(actions: &[Action]) -> Vec<Pages> {
+    actions.iter().filter_map(|a| if let Action::MoveBack { pages, .. } = a { Some(*pages) } else { None }).collect()
+}
+
+fn punched(actions: &[Action]) -> Vec<(Ticket, Pages)> {
+    let punch = |a: &Action| if let Action::Punch { ticket, pages, .. } = a { Some((*ticket, *pages)) } else { None };
+    actions.iter().filter_map(punch).collect()
+}
+
+#[test]
+fn a_failed_copy_gives_the_neighbours_of_a_discarded_page_back() {
+    let (_, actions) = Machine::failed_copy_with_a_discard();
+    assert_eq!(moved_back(&actions), [Pages::one(0), Pages { first: 2, count: 2 }]);
+    assert_eq!(punched(&actions).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [Pages::one(1)]);
+}
+
+#[test]
+fn a_drop_of_a_discarded_page_that_is_tried_again_does_not_bring_it_back() {
+    let (mut machine, actions) = Machine::failed_copy_with_a_discard();
+    for (ticket, _) in punched(&actions) {
+        machine.send(Event::PunchDone { ticket, result: StepResult::Again });
+    }
+    let again = machine.send(Event::Tick);
+    assert_eq!(moved_back(&again), []);
+    assert_eq!(punched(&again).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [Pages::one(1)]);
+}
