@@ -213,6 +213,7 @@ impl Pager {
         let Some(agent) = agent else { return refuse(ErrorCode::NotFound, "The space has no agent") };
         // Answered twice after a reconnect, or meant for a dead pager: both are fine.
         if let Some(job) = agent.answered(id) {
+            tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, moved = job.moved, ?runs, "The agent's answer");
             self.job_done(space_id, job, runs);
             self.send_to_agent(space_id);
         }

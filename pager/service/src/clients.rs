@@ -282,14 +282,14 @@ impl Pager {
         if region.backing == Backing::File {
             // Nothing is ever protected, so this raises no fault; but the kernel tells when the mapping moves or goes. It can do so for
             // shared memory only: mappings of files on a disk are looked for (`follow_file`).
-            for (_, range) in &region.registered {
-                if let Err(error) = space.uffd.register(*range, RegisterMode::WP) {
+            for (_, range) in region.registered.iter() {
+                if let Err(error) = space.uffd.register(range, RegisterMode::WP) {
                     tracing::debug!(%error, %range, "Nobody will tell when this mapping changes");
                 }
             }
         }
         for (mode, (_, range)) in mode.into_iter().flat_map(|mode| region.registered.iter().map(move |on| (mode, on))) {
-            space.uffd.register(*range, mode).map_err(|error| {
+            space.uffd.register(range, mode).map_err(|error| {
                 let text = format!("{range} cannot be registered with userfaultfd: {error}");
                 WireError::new(ErrorCode::Fault, text)
             })?;

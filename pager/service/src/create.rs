@@ -12,6 +12,7 @@ use uhmm_pager_core::{Backing, Entry, Pages, RegionId};
 use crate::calls::Answer;
 use crate::clients::io_error;
 use crate::directory::{DirectoryFile, Header};
+use crate::registered::Registered;
 use crate::service::{Pager, VaultWait};
 use crate::space::{Memory, Phase, Region, Segment, Space};
 
@@ -115,7 +116,7 @@ impl Pager {
         self.next_region += 1;
         let mut entries = vec![("dir", directory.fd())];
         entries.extend(memory.as_ref().map(|memory| ("mem", memory.fd.clone())));
-        let registered = vec![(space_id, range)];
+        let registered = Registered::of(space_id, range);
         self.regions.insert(Region {
             id,
             space: space_id,

@@ -106,7 +106,7 @@ impl Pager {
     fn clone_region(&mut self, parent_id: u64, child_space: u64) -> Option<u64> {
         let parent = self.regions.get(parent_id)?;
         let (page_count, backing) = (parent.page_count, parent.backing);
-        let registered = parent.registered.iter().map(|(_, range)| (child_space, *range)).collect();
+        let registered = parent.registered.in_child(child_space);
         let id = self.next_region;
         let header = Header { region: id, space: child_space, backing, page_count, offset_bytes: 0 };
         let directory = match DirectoryFile::create(header) {

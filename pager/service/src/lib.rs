@@ -34,6 +34,7 @@ mod fork;
 mod moved;
 mod protection;
 mod recover;
+mod registered;
 mod requests;
 mod revoke;
 mod revoking;

@@ -75,6 +75,8 @@ impl Pager {
     pub(crate) fn on_remapped(&mut self, space_id: u64, from: u64, to: u64, len: u64) {
         let (old, new) = (AddrRange { start: from, len }, AddrRange { start: to, len });
         // Shown there still: its own UNMAP event comes later than this one.
+        self.not_registered(space_id, new);
+        self.not_registered(space_id, old);
         let replaced = self.cut(space_id, to, to + len);
         let gone = self.vmas(space_id, old).is_none_or(|vmas| vmas.first().is_none_or(|vma| vma.start >= old.end()));
         if let Some(space) = self.spaces.get_mut(&space_id) {
@@ -96,7 +98,7 @@ impl Pager {
             let addr = to + (cut.range.start - from);
             self.keep_segments(cut.region);
             if let Some(region) = self.regions.get_mut(cut.region) {
-                region.registered.push((space_id, AddrRange { start: addr, len: cut.range.len }));
+                region.registered.add(space_id, AddrRange { start: addr, len: cut.range.len });
             }
         }
     }

@@ -217,10 +217,16 @@ impl Pager {
     pub(crate) fn on_unmapped(&mut self, space_id: u64, start: u64, end: u64) {
         let parts = self.spaces.get_mut(&space_id).map(|space| space.vacated.unmapped(start, end));
         for part in parts.unwrap_or_default() {
+            self.not_registered(space_id, part);
             for cut in self.cut(space_id, part.start, part.end()) {
                 self.settle_cut(cut);
             }
         }
+    }
+
+    /// Addresses are no region's any more, also not of one that is on its end.
+    pub(crate) fn not_registered(&mut self, space_id: u64, range: AddrRange) {
+        self.regions.iter_mut().for_each(|region| region.registered.left(space_id, range));
     }
 
     pub(crate) fn settle_cut(&mut self, cut: Cut) {

@@ -430,11 +430,11 @@ impl Pager {
         }
         let Some(region) = self.regions.remove(region.0) else { return };
         self.taken.retain(|(of, _)| of.0 != region.id);
-        for (space, range) in &region.registered {
+        for (space, range) in region.registered.iter() {
             // Somebody else may be shown there by now.
-            let taken = !self.touched(*space, range.start, range.end()).is_empty();
-            let space = self.spaces.get(space).filter(|_| !taken);
-            if let Some(Err(error)) = space.map(|space| space.uffd.unregister(*range)) {
+            let taken = !self.touched(space, range.start, range.end()).is_empty();
+            let space = self.spaces.get(&space).filter(|_| !taken);
+            if let Some(Err(error)) = space.map(|space| space.uffd.unregister(range)) {
                 tracing::debug!(%error, "Region was not registered any more");
             }
         }

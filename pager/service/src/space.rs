@@ -27,6 +27,7 @@ use uhmm_pager_core::{Attr, Backing, Directory, Pages, RegionId};
 use crate::agent::Agent;
 use crate::directory::{DirectoryFile, SegmentRecord};
 use crate::moved::Vacated;
+use crate::registered::Registered;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-spc");
 const OFF_MAGIC: u64 = 0;
@@ -142,7 +143,7 @@ pub struct Region {
     /// Segments that show it no more, while devices may still use their tables.
     pub retired: Vec<Segment>,
     /// Ranges to unregister when the region is dropped.
-    pub registered: Vec<(u64, AddrRange)>,
+    pub registered: Registered,
 }
 
 /// Addresses of one space that show consecutive pages of a region. Mirror and drivers know segments, by the name "region".
