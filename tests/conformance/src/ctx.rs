@@ -233,6 +233,20 @@ impl Ctx {
 
     // ---- device access
 
+    /// A page that was unmapped is none for the first device. munmap returns when the pager has read of it, which is an instant before
+    /// devices are told (paging-floors.md, section 5): until then reads may succeed.
+    pub(crate) fn unmapped(&self, addr: u64, what: &str) -> CaseResult {
+        const READS: u32 = 1000;
+        let mut read = self.try_read(0, addr, PAGE)?;
+        for _ in 1..READS {
+            if read.is_err() {
+                break;
+            }
+            read = self.try_read(0, addr, PAGE)?;
+        }
+        refused(read, ErrorCode::Fault, what).map(drop)
+    }
+
     pub(crate) fn try_read(&self, device: usize, addr: u64, len_bytes: u64) -> CaseResult<Result<Access, Error>> {
         let mut bytes = vec![0xa5; len_bytes as usize];
         let result = self.device(device)?.read(addr, &mut bytes);

@@ -79,15 +79,7 @@ fn partial(ctx: &Ctx, middle: bool, remap: bool, touch: bool, atomic: bool) -> C
         }
     }
     if fresh.is_none() {
-        // munmap returns when the pager has read of it, which is an instant before devices are told (paging-floors.md, section 5).
-        let mut read = ctx.try_read(0, mem.addr() + start, PAGE)?;
-        for _ in 0..1000 {
-            if read.is_err() {
-                break;
-            }
-            read = ctx.try_read(0, mem.addr() + start, PAGE)?;
-        }
-        refused(read, ErrorCode::Fault, "A device read of the unmapped half")?;
+        ctx.unmapped(mem.addr() + start, "A device read of the unmapped half")?;
     }
     if let Some(fresh) = &fresh {
         fresh.expect_zero(0, half)?;
