@@ -178,6 +178,7 @@ impl<P: Policy> Core<P> {
                 self.failing_allocation.insert((space, huge), nth);
             }
             Event::Forked { parent, child, space } => self.forked(dir, parent, child, space, out),
+            Event::ForkedBefore { parent, child } => self.forked_before(dir, parent, child, out),
             // A hole in a settled system page reads as zero anyway; pages on a device are not the backing's to lose.
             Event::Removed { .. } | Event::DeviceDown { .. } => {}
             Event::RegionAdded { region, space, page_count, backing } => {

@@ -78,6 +78,9 @@ impl Entry {
     /// In system memory.
     pub const SYSTEM: Self = Self(1);
 
+    /// A forked child's page that was on its parent's way out. Pages on their own way out are not shared.
+    pub const WAITS_FOR_PARENT: Self = Self(2 | SHARED);
+
     /// Checks a raw word.
     pub fn decode(bits: u64) -> Result<Self, BadEntry> {
         let entry = Self(bits);

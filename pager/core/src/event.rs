@@ -180,6 +180,9 @@ pub enum Event {
     /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
     /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.
     Forked { parent: RegionId, child: RegionId, space: SpaceId },
+    /// A pager died between `Forked` and `ForkReady`: the child's entries are complete, and what devices may write of the parent's is
+    /// revoked again, then [`Action::ForkReady`] names the child. `child` need not be a clone of `parent` itself.
+    ForkedBefore { parent: RegionId, child: RegionId },
     /// All regions are announced.
     Recovered,
     /// A CPU met a page. `wp`: write to a protected page. `minor`: the backing has the page, the page table does not.

@@ -68,6 +68,27 @@ impl<P: Policy> Core<P> {
         self.revoke_or(ticket, out, Self::fork_is_done);
     }
 
+    /// See [`crate::Event::ForkedBefore`].
+    pub(crate) fn forked_before(
+        &mut self,
+        dir: &impl Directory,
+        parent: RegionId,
+        child: RegionId,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(info) = self.regions.get(&parent).copied() else {
+            out.push(Action::ForkReady { region: child });
+            return;
+        };
+        let all = Pages { first: 0, count: info.page_count };
+        let entries = all.iter().map(|page| Self::entry(dir, parent, page));
+        let shared = entries.filter(|entry| entry.lives_on_device() && entry.shared());
+        let mask = shared.fold(0, |mask, entry| mask | entry.mapped_mask());
+        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child }) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::fork_is_done);
+    }
+
     fn fork_is_done(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(Transfer { kind: Kind::Fork { child }, .. }) = self.transfers.get(&ticket).copied() else { return };
         self.end(ticket);
@@ -101,7 +122,7 @@ impl<P: Policy> Core<P> {
             Fate::Present => Self::publish_same(child, run, Entry::SYSTEM, out),
             Fate::Lost => Self::publish_same(child, run, first, out),
             Fate::Waits => {
-                Self::publish_same(child, run, Entry::SYSTEM.with_state(PageState::MovingOut), out);
+                Self::publish_same(child, run, Entry::WAITS_FOR_PARENT, out);
                 self.fork_waits.push(ForkWait { parent, child, pages: run });
             }
             Fate::Shared => {
@@ -185,14 +206,24 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    /// Pages on their way out have gone back to the parent. Those that were taken out before the fork are lost to the child:
-    /// loudly, for the poison stays only where no page is.
-    pub(crate) fn fail_children(&mut self, parent: RegionId, pages: Pages, out: &mut Vec<Action>) {
+    /// Pages on their way out have gone back to the parent. Those that were taken out before the fork are lost to the child. `zero`:
+    /// there was nothing to take.
+    pub(crate) fn fail_children(&mut self, parent: RegionId, pages: Pages, zero: bool, out: &mut Vec<Action>) {
         for (child, part) in self.take_waits(parent, pages) {
-            Self::publish_same(child, part, Entry::SYSTEM, out);
-            out.push(Action::Poison { region: child, pages: part });
-            out.push(Action::Wake { region: child, pages: part });
+            if zero {
+                Self::publish_same(child, part, Entry::SYSTEM, out);
+                out.push(Action::Wake { region: child, pages: part });
+            } else {
+                Self::lost_to_child(child, part, out);
+            }
         }
+    }
+
+    /// Loudly: the poison stays only where no page is.
+    pub(crate) fn lost_to_child(child: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        Self::publish_same(child, pages, Entry::SYSTEM, out);
+        out.push(Action::Poison { region: child, pages });
+        out.push(Action::Wake { region: child, pages });
     }
 
     fn take_waits(&mut self, parent: RegionId, pages: Pages) -> Vec<(RegionId, Pages)> {

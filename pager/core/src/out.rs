@@ -204,7 +204,8 @@ impl<P: Policy> Core<P> {
     fn rolled_back(&mut self, ticket: Ticket, status: PageStatus, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, device, frame, mask, owner, lost, .. } = transfer;
-        self.fail_children(region, pages, out);
+        let zero = matches!(transfer.kind, Kind::Out { zero: true, .. });
+        self.fail_children(region, pages, zero, out);
         Self::publish_same(region, pages, Entry::SYSTEM.with_mapped_mask(mask), out);
         if !lost {
             self.release_torn(device, frame, pages.count, transfer.first_owner());

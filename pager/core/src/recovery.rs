@@ -1,7 +1,8 @@
 //! After a crash: what the directories say is what is. Nothing else is known, and nothing else is needed.
 //!
 //! ```text
-//!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first
+//!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first; a forked child's that
+//!                                                 waited for its parent's: poison, where no page is
 //!   Device        the system pages must be gone   punch (again), claim the frame
 //!   MovingHome    the fill may have happened      claim the frame, revoke, fill; Exists: the system page is newer;
 //!                                                 fill impossible: probe for the system page
@@ -50,9 +51,12 @@ impl<P: Policy> Core<P> {
         while left.count > 0 {
             let first = Self::entry(dir, region, left.first);
             let run = Self::run_while(dir, region, left, |_, entry| {
-                entry.state() == first.state() && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
+                let alike = entry.state() == first.state() && (!entry.is_moving() || entry.shared() == first.shared());
+                alike && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
             });
             match first.state() {
+                // What the parent's agent had taken out for it goes back to the parent.
+                PageState::MovingOut if first.shared() => Self::lost_to_child(region, run, out),
                 PageState::MovingOut if self.is_private(region) => self.put_back(region, run, first, out),
                 PageState::MovingOut => {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());

@@ -22,7 +22,7 @@ use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
 use crate::calls::{Answer, refuse};
 use crate::service::{Pager, VaultWait};
-use crate::space::{Phase, Space, SpaceState, TOKEN_BYTES};
+use crate::space::{Birth, Phase, Space, SpaceState, TOKEN_BYTES};
 
 /// What the pager asks of every userfaultfd.
 const FEATURES: Features = Features::PAGEFAULT_FLAG_WP
@@ -114,7 +114,18 @@ impl Pager {
         random_bytes(&mut token).map_err(|error| io_error("No randomness for the token", &error))?;
         let id = self.next_space;
         self.next_space += 1;
-        let state = SpaceState { id, nonce, full, features: features.bits(), pid, token, sentinel_addr };
+        let state = SpaceState {
+            id,
+            nonce,
+            full,
+            features: features.bits(),
+            pid,
+            token,
+            sentinel_addr,
+            birth: Birth::Done,
+            parent: 0,
+            fork_event: 0,
+        };
         let space = Space {
             state,
             uffd,
@@ -122,7 +133,7 @@ impl Pager {
             segments: BTreeMap::new(),
             agent: Some(agent),
             dying: false,
-            incomplete_regions: 0,
+            unready_regions: 0,
             vacated: Default::default(),
         };
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
@@ -138,12 +149,10 @@ impl Pager {
         self.put_in_vault(wait, &Space::vault_prefix(id), entries);
     }
 
-    /// A forked child goes to the vault at once, and nobody waits for it.
+    /// A forked child goes to the vault, and nobody waits for it: what is put first is there first.
     pub(crate) fn keep_child(&mut self, id: u64) {
-        for (name, fd) in self.space_entries(id).unwrap_or_default() {
-            let name = format!("{}{name}", Space::vault_prefix(id));
-            self.service.vault.put(&mut self.service.reactor, &name, fd);
-        }
+        let entries = self.space_entries(id).unwrap_or_default();
+        self.put_in_vault(VaultWait::Born { space: id }, &Space::vault_prefix(id), entries);
     }
 
     fn space_entries(&self, id: u64) -> Option<Vec<(&'static str, Fd)>> {
@@ -244,6 +253,7 @@ impl Pager {
                     self.service.reactor.reply(conn, call, Ok(Reply::Pager(opened)));
                 }
             }
+            VaultWait::Born { space } => self.birth_is_kept(space),
             VaultWait::Child { space, conn, call } => {
                 let Some(state) = self.spaces.get(&space) else { return };
                 let answer = match state.uffd.as_fd().try_clone_to_owned() {
@@ -308,6 +318,7 @@ impl Pager {
                 self.end_space(space);
                 (conn, call)
             }
+            VaultWait::Born { .. } => return,
             VaultWait::Region { region, conn, call } => {
                 self.drop_region(RegionId(region));
                 if self.makings.remove(&(conn, call)).is_none() {

@@ -8,14 +8,14 @@ use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Event, RegionId};
 
 use crate::service::Pager;
+use crate::space::Birth;
 
 impl Pager {
     /// Reads everything the space's userfaultfd has to say.
     pub(crate) fn read_uffd(&mut self, space_id: u64) {
         loop {
             let space = self.spaces.get(&space_id);
-            // A forked child's faults wait until its regions are complete.
-            let Some(space) = space.filter(|space| space.incomplete_regions == 0) else { return };
+            let Some(space) = space.filter(|space| space.is_born()) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
             events.clear();
             let read = self.journal.read(&space.uffd, space_id, &mut events);
@@ -23,8 +23,10 @@ impl Pager {
             if let Err(error) = read {
                 tracing::warn!(%error, space = space_id, "Reading userfaultfd failed");
             }
+            let mut children = self.make_children(space_id, &events);
             for (slot, event) in events.drain(..).enumerate() {
-                self.on_uffd_event(space_id, event);
+                let child = children.remove(&slot);
+                self.on_uffd_event(space_id, event, child);
                 self.event_handled(slot);
             }
             self.uffd_events = events;
@@ -45,26 +47,24 @@ impl Pager {
     /// What the dead pager had read of an address space's changes and perhaps not written down.
     pub(crate) fn repeat_kept_events(&mut self) -> Result<(), HookError> {
         let (space_id, kept) = self.journal.kept()?;
-        for KeptEvent { slot, event } in kept {
+        let mut children = self.recover_children(space_id, &kept)?;
+        for KeptEvent { slot, id, event } in kept {
             tracing::info!(space = space_id, ?event, "Event of an address space, read by the pager before");
             match event {
-                Some(Change::Unmap { start, end }) => self.on_unmapped(space_id, start, end),
+                Change::Unmap { start, end } => self.on_unmapped(space_id, start, end),
                 // Nothing at the old place: it was written down.
-                Some(Change::Remap { from, to, len }) if !self.touched(space_id, from, from + len).is_empty() => {
+                Change::Remap { from, to, len } if !self.touched(space_id, from, from + len).is_empty() => {
                     self.on_remapped(space_id, from, to, len);
                 }
-                Some(Change::Remap { .. }) => {}
-                None => tracing::error!(
-                    space = space_id,
-                    "A forked child is not managed: its pages on devices are lost to it"
-                ),
+                Change::Remap { .. } => {}
+                Change::Fork { .. } => children.remove(&id).into_iter().for_each(|child| self.on_fork(space_id, child)),
             }
             self.event_handled(slot);
         }
         Ok(())
     }
 
-    fn on_uffd_event(&mut self, space_id: u64, event: UffdEvent) {
+    fn on_uffd_event(&mut self, space_id: u64, event: UffdEvent, child: Option<u64>) {
         if !matches!(event, UffdEvent::Fault { .. }) {
             tracing::debug!(space = space_id, ?event, "Event of an address space");
         }
@@ -73,7 +73,7 @@ impl Pager {
             UffdEvent::Unmap { start, end } => self.on_unmapped(space_id, start, end),
             UffdEvent::Remove { start, end } => self.on_removed(space_id, start, end),
             UffdEvent::Remap { from, to, len } => self.on_remapped(space_id, from, to, len),
-            UffdEvent::Fork { uffd } => self.on_fork(space_id, uffd),
+            UffdEvent::Fork { .. } => child.into_iter().for_each(|child| self.on_fork(space_id, child)),
         }
     }
 
@@ -99,6 +99,8 @@ impl Pager {
         let served = match (wp, minor) {
             (true, _) => space.uffd.write_protect(page, false, false).map(drop),
             (false, true) => space.uffd.cont(page, false, false).map(drop),
+            // What was not there when the process forked may have been on a device.
+            (false, false) if space.state.birth == Birth::Lost => space.uffd.poison(page).map(drop),
             (false, false) => space.uffd.zeropage(page, false).map(drop),
         };
         if let Err(error) = served.and_then(|()| space.uffd.wake(page)) {

@@ -1,44 +1,79 @@
 //! Fork: the child becomes a space of its own, with regions that share device frames with the parent's.
 //!
 //! ```text
-//!   FORK event (brings the child's userfaultfd) -> space -> per private region: clone, directory, core Forked
-//!                                                       -> per shared or file region: one more segment of the same region
-//!   ForkReady of every clone -> vault -> the child's userfaultfd is read
+//!   FORK event (brings the child's userfaultfd) -> vault: space, Made
+//!     -> per private region: clone, directory, core Forked
+//!     -> per shared or file region: one more segment of the same region
+//!     -> vault: directories, then Cloned
+//!   ForkReady of every clone -> vault: Done -> the child's userfaultfd is read
 //! ```
+//! A pager that finds a child that is Made clones it again: nothing but the pager changes the parent's directories, so they are
+//! what they were. One that finds it Cloned has the parent's device mappings revoked again.
 //! The child may run at once; its faults wait in its userfaultfd until it is read. Who the child is nobody says: when it
 //! attaches, it proves itself with what it finds in its sentinel page. Until then its death shows as ESRCH of any call on its
 //! userfaultfd.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use uhmm_ipc::TimerToken;
-use uhmm_kernel_hook::uffd::Userfaultfd;
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, random_bytes};
+use uhmm_kernel_hook::fd_keeper::FdKeeper;
+use uhmm_kernel_hook::uffd::{Change, KeptEvent, KeptFork, UffdEvent, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, Header};
 use crate::service::Pager;
-use crate::space::{Phase, Region, Space, SpaceState, TOKEN_BYTES};
+use crate::space::{Birth, Phase, Region, Space, SpaceState, TOKEN_BYTES};
 
 pub(crate) const TIMER_CHILDREN: TimerToken = TimerToken(3);
 /// How often forked children that nobody can watch are asked whether they live.
 const CHILD_CHECK: Duration = Duration::from_millis(100);
 
 impl Pager {
-    /// A process forked.
-    pub(crate) fn on_fork(&mut self, parent_id: u64, uffd: Userfaultfd) {
-        let child_id = match self.make_child(parent_id, uffd) {
-            Ok(id) => id,
-            Err(error) => {
-                tracing::error!(%error, space = parent_id, "A forked child cannot be managed: pages on devices are lost to it");
-                return;
+    /// The children that a batch of events brings, by the event's slot: into the vault at once, before anything else of the batch is
+    /// acted on.
+    pub(crate) fn make_children(&mut self, parent_id: u64, events: &[UffdEvent]) -> BTreeMap<usize, u64> {
+        let mut children = BTreeMap::new();
+        for (slot, event) in events.iter().enumerate() {
+            let UffdEvent::Fork { uffd } = event else { continue };
+            match self.journal.id(slot).and_then(|event| self.make_child(parent_id, uffd.as_fd(), event)) {
+                Ok(id) => drop(children.insert(slot, id)),
+                Err(error) => tracing::error!(%error, space = parent_id, "A forked child's userfaultfd cannot be kept"),
             }
-        };
+        }
+        children
+    }
+
+    /// A process forked.
+    pub(crate) fn on_fork(&mut self, parent_id: u64, child_id: u64) {
         tracing::info!(parent = parent_id, space = child_id, "A process forked");
-        let segments: Vec<_> =
-            self.spaces.get(&parent_id).map(|s| s.segments.values().copied().collect()).unwrap_or_default();
+        let (clones, lost) = self.clone_regions(parent_id, child_id);
+        if let Some(child) = self.spaces.get_mut(&child_id) {
+            child.unready_regions = clones.len();
+        }
+        for (parent, child) in &clones {
+            let space = SpaceId(child_id);
+            self.push(Event::Forked { parent: RegionId(*parent), child: RegionId(*child), space });
+        }
+        // Their entries are complete after this, whether they are ready or not.
+        self.drain();
+        for child in clones.values() {
+            self.keep_clone(child_id, *child);
+        }
+        self.birth_is(child_id, if lost { Birth::ClonedInPart } else { Birth::Cloned });
+        self.child_may_be_ready(child_id);
+        self.check_children_soon();
+    }
+
+    /// Shows the child what its parent is shown; returns the clones of private regions by their originals. `true`: some could not be
+    /// made.
+    fn clone_regions(&mut self, parent_id: u64, child_id: u64) -> (BTreeMap<u64, u64>, bool) {
         let mut clones: BTreeMap<u64, u64> = BTreeMap::new();
+        let Some(parent) = self.spaces.get(&parent_id) else { return (clones, true) };
+        let segments: Vec<_> = parent.segments.values().copied().collect();
+        let mut lost = false;
         for id in segments {
             let Some(segment) = self.regions.segment(id) else { continue };
             let (region_id, addr, pages) = (segment.region, segment.addr, segment.pages());
@@ -46,27 +81,92 @@ impl Pager {
                 continue;
             };
             let target = match region.backing {
-                Backing::Shared | Backing::File => region_id,
-                Backing::Private => match clones.get(&region_id) {
-                    Some(clone) => *clone,
-                    None => {
-                        let Some(clone) = self.clone_region(region_id, child_id) else { continue };
-                        clones.insert(region_id, clone);
-                        clone
-                    }
-                },
+                Backing::Shared | Backing::File => Some(region_id),
+                Backing::Private => clones.get(&region_id).copied().or_else(|| self.clone_region(region_id, child_id)),
             };
+            let Some(target) = target else {
+                lost = true;
+                continue;
+            };
+            if target != region_id {
+                clones.insert(region_id, target);
+            }
             self.show(child_id, target, addr, pages);
             self.keep_segments(target);
         }
-        if let Some(child) = self.spaces.get_mut(&child_id) {
-            child.incomplete_regions = clones.len();
+        (clones, lost)
+    }
+
+    /// Children whose making a dead pager has not finished: finished now, but for those whose FORK event is still to be repeated. They
+    /// are returned by the event's name; what comes before it in the journal came before the fork.
+    pub(crate) fn recover_children(
+        &mut self,
+        parent_id: u64,
+        kept: &[KeptEvent],
+    ) -> Result<BTreeMap<u64, u64>, HookError> {
+        let noted = self.journal.noted_forks()?;
+        let slots = kept.iter().filter_map(|kept| match kept.event {
+            Change::Fork { fd } => Some(KeptFork { owner: parent_id, id: kept.id, fd }),
+            Change::Remap { .. } | Change::Unmap { .. } => None,
+        });
+        // The number on the note is the later one.
+        let mut lost: BTreeMap<(u64, u64), i32> =
+            slots.chain(noted).map(|fork| ((fork.owner, fork.id), fork.fd)).collect();
+        for state in self.spaces.values().map(|space| &space.state) {
+            if lost.remove(&(state.parent, state.fork_event)).is_some() {
+                self.journal.fork_is_kept(state.parent, state.fork_event)?;
+            }
         }
-        for (parent, child) in clones {
-            self.push(Event::Forked { parent: RegionId(parent), child: RegionId(child), space: SpaceId(child_id) });
+        self.children_of_the_dead(&lost)?;
+        let mut waiting = BTreeMap::new();
+        let unborn = self.spaces.values().filter(|space| !space.is_born()).map(|space| &space.state);
+        let unborn: Vec<(u64, u64, u64, Birth)> =
+            unborn.map(|state| (state.id, state.parent, state.fork_event, state.birth)).collect();
+        for (child, parent, event, birth) in unborn {
+            let is_kept = parent == parent_id && kept.iter().any(|kept| kept.id == event);
+            match birth {
+                Birth::Made if is_kept => drop(waiting.insert(event, child)),
+                Birth::Made => self.on_fork(parent, child),
+                Birth::Cloned | Birth::ClonedInPart => self.revoke_again(parent, child),
+                Birth::Done | Birth::Lost => {}
+            }
         }
+        Ok(waiting)
+    }
+
+    /// Userfaultfds that the dead pager had and the vault has not. Its keeper ends by this, whether there are any or not.
+    fn children_of_the_dead(&mut self, lost: &BTreeMap<(u64, u64), i32>) -> Result<(), HookError> {
+        let Some(keeper) = self.old_keeper.take() else { return Ok(()) };
+        let numbers: Vec<i32> = lost.values().copied().collect();
+        let taken = FdKeeper::take(keeper.as_fd(), &numbers).unwrap_or_else(|error| {
+            tracing::warn!(%error, "The dead pager's descriptors cannot be asked for");
+            Vec::new()
+        });
+        let taken = taken.into_iter().chain(std::iter::repeat_with(|| None));
+        for ((parent, event), uffd) in lost.keys().copied().zip(taken) {
+            self.journal.fork_is_kept(parent, event)?;
+            match uffd {
+                Some(uffd) => drop(self.make_child(parent, uffd.as_fd(), event)?),
+                None => tracing::error!(parent, "A forked child is not managed: its pages on devices are lost to it"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The child's regions are there; nobody knows whether the parent's devices had let go of what it shares.
+    fn revoke_again(&mut self, parent_id: u64, child_id: u64) {
+        let private = |region: &&Region| region.backing == Backing::Private;
+        let of =
+            |space: u64| self.regions.iter().filter(private).filter(move |r| r.space == space).map(|r| RegionId(r.id));
+        let (parents, child): (Vec<_>, _) = (of(parent_id).collect(), of(child_id).next());
+        if let (Some(space), Some(child)) = (self.spaces.get_mut(&child_id), child) {
+            space.unready_regions = parents.len();
+            for parent in parents {
+                self.push(Event::ForkedBefore { parent, child });
+            }
+        }
+        self.drain();
         self.child_may_be_ready(child_id);
-        self.check_children_soon();
     }
 
     /// One timer, however many processes there are to look after.
@@ -77,7 +177,9 @@ impl Pager {
         }
     }
 
-    fn make_child(&mut self, parent_id: u64, uffd: Userfaultfd) -> Result<u64, uhmm_kernel_hook::HookError> {
+    fn make_child(&mut self, parent_id: u64, uffd: BorrowedFd<'_>, event: u64) -> Result<u64, HookError> {
+        let own = uffd.try_clone_to_owned().map_err(|source| HookError::call("dup", None, source))?;
+        let uffd = Userfaultfd::from_fd(own)?;
         let mut token = [0u8; TOKEN_BYTES];
         random_bytes(&mut token)?;
         let id = self.next_space;
@@ -86,7 +188,18 @@ impl Pager {
             .spaces
             .get(&parent_id)
             .map_or((0, false, 0), |parent| (parent.state.features, parent.state.full, parent.state.sentinel_addr));
-        let state = SpaceState { id, nonce: 0, full, features, pid: 0, token, sentinel_addr };
+        let state = SpaceState {
+            id,
+            nonce: 0,
+            full,
+            features,
+            pid: 0,
+            token,
+            sentinel_addr,
+            birth: Birth::Made,
+            parent: parent_id,
+            fork_event: event,
+        };
         let space = Space {
             state,
             uffd,
@@ -94,12 +207,30 @@ impl Pager {
             segments: BTreeMap::new(),
             agent: None,
             dying: false,
-            incomplete_regions: 0,
+            unready_regions: 0,
             vacated: Default::default(),
         };
+        let fork = KeptFork { owner: parent_id, id: event, fd: space.uffd.as_fd().as_raw_fd() };
+        self.journal.fork_is_kept(parent_id, event)?;
+        if !self.journal.note_fork(fork)? {
+            tracing::warn!(
+                parent = parent_id,
+                "Too many forks at once: this one may be lost if the pager is killed now"
+            );
+        }
         self.spaces.insert(id, space);
         self.keep_child(id);
         Ok(id)
+    }
+
+    /// The vault has a child's userfaultfd, or nobody needs it any more.
+    pub(crate) fn birth_is_kept(&mut self, space_id: u64) {
+        let Some(state) = self.spaces.get(&space_id).map(|space| &space.state).filter(|state| state.parent != 0) else {
+            return;
+        };
+        if let Err(error) = self.journal.fork_is_kept(state.parent, state.fork_event) {
+            tracing::error!(%error, space = space_id, "The journal cannot be written");
+        }
     }
 
     /// The child's view of a private region: the core gives it its entries.
@@ -140,27 +271,52 @@ impl Pager {
         Some(id)
     }
 
-    /// The core has completed a child's region.
-    pub(crate) fn fork_ready(&mut self, region_id: RegionId) {
-        let Some(region) = self.regions.get(region_id.0) else { return };
-        let space_id = region.space;
+    /// The core has given a child's region its entries.
+    fn keep_clone(&mut self, space_id: u64, region_id: u64) {
+        let Some(region) = self.regions.get(region_id) else { return };
         if let Err(error) = region.directory.set_live() {
-            tracing::error!(%error, region = region_id.0, "A directory cannot be written");
+            tracing::error!(%error, region = region_id, "A directory cannot be written");
         }
         let directory = region.directory.fd();
-        let name = format!("{}dir", Space::region_prefix(space_id, region_id.0));
+        let name = format!("{}dir", Space::region_prefix(space_id, region_id));
         self.service.vault.put(&mut self.service.reactor, &name, directory);
+    }
+
+    /// Nobody writes what a child's region shares.
+    pub(crate) fn fork_ready(&mut self, region_id: RegionId) {
+        let Some(space_id) = self.regions.get(region_id.0).map(|region| region.space) else { return };
         if let Some(space) = self.spaces.get_mut(&space_id) {
-            space.incomplete_regions = space.incomplete_regions.saturating_sub(1);
+            space.unready_regions = space.unready_regions.saturating_sub(1);
         }
         self.child_may_be_ready(space_id);
     }
 
+    /// Also in the vault.
+    fn birth_is(&mut self, space_id: u64, birth: Birth) {
+        let Some(space) = self.spaces.get_mut(&space_id) else { return };
+        space.state.birth = birth;
+        match space.state.to_memfd() {
+            Ok(state) => {
+                let name = format!("{}state", Space::vault_prefix(space_id));
+                self.service.vault.put(&mut self.service.reactor, &name, state);
+            }
+            Err(error) => tracing::error!(%error, space = space_id, "A forked child's state cannot be kept"),
+        }
+    }
+
     fn child_may_be_ready(&mut self, space_id: u64) {
+        let Some(space) = self.spaces.get(&space_id) else { return };
+        let end = match space.state.birth {
+            Birth::Cloned => Birth::Done,
+            Birth::ClonedInPart => Birth::Lost,
+            Birth::Done | Birth::Made | Birth::Lost => return,
+        };
+        if space.unready_regions > 0 {
+            return;
+        }
+        self.birth_is(space_id, end);
         let Some(space) = self.spaces.remove(&space_id) else { return };
-        if space.incomplete_regions == 0
-            && let Err(error) = self.watch_space(&space)
-        {
+        if let Err(error) = self.watch_space(&space) {
             tracing::error!(%error, space = space_id, "A forked child cannot be watched");
         }
         self.spaces.insert(space_id, space);

@@ -54,6 +54,14 @@ impl Pager {
                 tracing::info!(space = id, "Space in the vault is incomplete or its process is gone: forgotten");
                 forgotten.push(id);
             }
+            if self.spaces.get(&id).is_some_and(Space::is_half_made) {
+                // What there is of its own regions is made again, under other names.
+                for region in regions_of(entries).into_keys() {
+                    self.next_region = self.next_region.max(region + 1);
+                    self.service.vault.remove(&mut self.service.reactor, &Space::region_prefix(id, region));
+                }
+                continue;
+            }
             regions.extend(regions_of(entries).into_iter().map(|(region, entries)| (id, region, entries)));
         }
         for (space, region, entries) in regions {
@@ -76,6 +84,7 @@ impl Pager {
         }
         self.recover_segments();
         self.push(Event::Recovered);
+        self.drain();
         self.repeat_kept_events()?;
         self.finish_cuts();
         self.drain();
@@ -122,10 +131,12 @@ impl Pager {
             segments,
             agent,
             dying: false,
-            incomplete_regions: 0,
+            unready_regions: 0,
             vacated: Default::default(),
         };
-        self.watch_space(&space)?;
+        if space.is_born() {
+            self.watch_space(&space)?;
+        }
         self.spaces.insert(id, space);
         self.stats.recovered_spaces += 1;
         Ok(true)
@@ -213,7 +224,7 @@ impl Pager {
                 self.start_revoke_message(Purpose::Unmap { region }, space, id, 0, page_count, granted_mask);
                 continue;
             }
-            let Some(owner) = self.spaces.get_mut(&space) else { continue };
+            let Some(owner) = self.spaces.get_mut(&space).filter(|owner| !owner.is_half_made()) else { continue };
             owner.segments.insert(addr, id);
             let tables = Default::default();
             self.regions.show(Segment { id, space, region, addr, first_page, page_count, tables, granted_mask });

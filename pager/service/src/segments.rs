@@ -116,6 +116,7 @@ impl Pager {
             return;
         }
         let was_live = region.phase == Phase::Live;
+        tracing::debug!(region = region_id, was_live, "A region goes");
         region.phase = Phase::Dying;
         for id in region.segments.clone() {
             self.retire(id);

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::message::{
-    Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
+    Call, ErrorCode, Event as WireEvent, Fd, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
+use uhmm_kernel_hook::fd_keeper::FdKeeper;
 use uhmm_kernel_hook::uffd::EventJournal;
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
@@ -71,6 +72,8 @@ pub(crate) enum VaultWait {
     Space { space: u64, conn: ConnId, call: CallId },
     /// The same, to a forked child.
     Child { space: u64, conn: ConnId, call: CallId },
+    /// A forked child's userfaultfd need not be looked for in this process any more.
+    Born { space: u64 },
     /// A region may be registered and reported.
     Region { region: u64, conn: ConnId, call: CallId },
 }
@@ -138,6 +141,10 @@ pub struct Pager {
     pub(crate) sentinel_page: Window,
     /// Events that are being acted on.
     pub(crate) journal: EventJournal,
+    /// Of the pager before, until it was asked.
+    pub(crate) old_keeper: Option<Fd>,
+    /// Keeps what this one has read and not put into the vault.
+    _keeper: Option<FdKeeper>,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
     again_armed: bool,
@@ -190,6 +197,22 @@ fn journal(service: &mut Service) -> Result<EventJournal, HookError> {
     Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(EventJournal::new)
 }
 
+/// The dead pager's, and this one's.
+fn keepers(service: &mut Service) -> (Option<Fd>, Option<FdKeeper>) {
+    const VAULT_NAME: &str = "keeper";
+    let old = service.vault.take(VAULT_NAME).into_iter().next().map(|(_, fd)| fd);
+    match FdKeeper::spawn() {
+        Ok((keeper, far)) => {
+            service.vault.put(&mut service.reactor, VAULT_NAME, Arc::new(far));
+            (old, Some(keeper))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "Without a keeper of descriptors: a fork that is read just before the pager is killed loses device pages");
+            (old, None)
+        }
+    }
+}
+
 impl Pager {
     fn new(mut service: Service) -> Result<Self, PagerError> {
         let kept = service.vault.take(DeviceRecords::VAULT_NAME).into_iter().next();
@@ -203,6 +226,7 @@ impl Pager {
             }
         };
         let journal = journal(&mut service)?;
+        let (old_keeper, keeper) = keepers(&mut service);
         let incarnation = service.incarnation;
         let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
@@ -247,6 +271,8 @@ impl Pager {
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
             journal,
+            old_keeper,
+            _keeper: keeper,
             stats: ShellStats::default(),
             again_armed: false,
             children_armed: false,
@@ -429,6 +455,7 @@ impl Pager {
             }
         }
         let Some(region) = self.regions.remove(region.0) else { return };
+        tracing::debug!(region = region.id, space = region.space, "A region is gone");
         self.taken.retain(|(of, _)| of.0 != region.id);
         for (space, range) in region.registered.iter() {
             // Somebody else may be shown there by now.
@@ -452,6 +479,7 @@ impl Pager {
         if !ended {
             return;
         }
+        self.birth_is_kept(space_id);
         if let Some(space) = self.spaces.remove(&space_id)
             && let Err(error) = self.service.reactor.remove_fd(&space.uffd)
         {

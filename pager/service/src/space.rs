@@ -38,6 +38,9 @@ const OFF_FEATURES: u64 = 32;
 const OFF_PID: u64 = 40;
 const OFF_SENTINEL: u64 = 48;
 const OFF_TOKEN: u64 = 56;
+const OFF_BIRTH: u64 = 72;
+const OFF_PARENT: u64 = 80;
+const OFF_FORK_EVENT: u64 = 88;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
@@ -61,6 +64,39 @@ pub struct SpaceState {
     pub sentinel_addr: u64,
     /// Proves ownership.
     pub token: [u8; TOKEN_BYTES],
+    /// How far its birth has come.
+    pub birth: Birth,
+    /// Space of the process that forked; 0 for a space that is no child.
+    pub parent: u64,
+    /// Name of that FORK event in the journal.
+    pub fork_event: u64,
+}
+
+/// How far a forked child has come: what a new pager does about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Birth {
+    /// Served like any other; also every space that is no child.
+    Done,
+    /// It has a userfaultfd: its regions are made, or made again.
+    Made,
+    /// Its regions are in the vault: the parent's device mappings are revoked, or revoked again.
+    Cloned,
+    /// The same, and some of them could not be made.
+    ClonedInPart,
+    /// Done, but some of its regions could not be made: there, what is not present is lost.
+    Lost,
+}
+
+impl Birth {
+    const ALL: [Self; 5] = [Self::Done, Self::Made, Self::Cloned, Self::ClonedInPart, Self::Lost];
+
+    fn word(self) -> u64 {
+        self as u64
+    }
+
+    fn from_word(word: u64) -> Self {
+        Self::ALL.into_iter().find(|birth| birth.word() == word).unwrap_or(Self::Lost)
+    }
 }
 
 impl SpaceState {
@@ -75,6 +111,9 @@ impl SpaceState {
         window.store_u64(OFF_PID, u64::from(self.pid))?;
         window.store_u64(OFF_SENTINEL, self.sentinel_addr)?;
         window.write(OFF_TOKEN, &self.token)?;
+        window.store_u64(OFF_BIRTH, self.birth.word())?;
+        window.store_u64(OFF_PARENT, self.parent)?;
+        window.store_u64(OFF_FORK_EVENT, self.fork_event)?;
         window.store_u64(OFF_MAGIC, MAGIC)?;
         Ok(Arc::new(fd))
     }
@@ -96,6 +135,9 @@ impl SpaceState {
             pid,
             sentinel_addr: window.load_u64(OFF_SENTINEL)?,
             token,
+            birth: Birth::from_word(window.load_u64(OFF_BIRTH)?),
+            parent: window.load_u64(OFF_PARENT)?,
+            fork_event: window.load_u64(OFF_FORK_EVENT)?,
         }))
     }
 }
@@ -204,13 +246,23 @@ pub struct Space {
     pub agent: Option<Agent>,
     /// The process is dead or said goodbye; the space is removed with its last region.
     pub dying: bool,
-    /// A forked child whose regions are not complete: its faults wait.
-    pub incomplete_regions: usize,
+    /// Revocations that a forked child waits for.
+    pub unready_regions: usize,
     /// What mremap has left and the kernel has more to tell about.
     pub vacated: Vacated,
 }
 
 impl Space {
+    /// Its faults and events may be read: a forked child's wait until its regions are complete.
+    pub fn is_born(&self) -> bool {
+        matches!(self.state.birth, Birth::Done | Birth::Lost)
+    }
+
+    /// A forked child without its regions.
+    pub fn is_half_made(&self) -> bool {
+        self.state.birth == Birth::Made
+    }
+
     /// Vault prefix of everything that belongs to the space.
     pub fn vault_prefix(id: u64) -> String {
         format!("space/{id}/")
@@ -328,5 +380,31 @@ impl Directory for Regions {
             // Page p is at address page `address_page + p - first_page`; the smallest p >= 0 with a multiple of 512.
             (512 - (address_page + 512 - segment.first_page % 512) % 512) % 512
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_space_is_read_back_as_it_was_kept() {
+        for birth in Birth::ALL {
+            let token = [5; TOKEN_BYTES];
+            let (parent, fork_event) = (6, 7);
+            let state = SpaceState {
+                id: 1,
+                nonce: 2,
+                full: true,
+                features: 3,
+                pid: 4,
+                sentinel_addr: 4096,
+                token,
+                birth,
+                parent,
+                fork_event,
+            };
+            assert_eq!(SpaceState::from_memfd(&state.to_memfd().unwrap()).unwrap(), Some(state));
+        }
     }
 }

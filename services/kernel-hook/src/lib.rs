@@ -17,6 +17,7 @@
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
 //!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
+//!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
@@ -31,6 +32,7 @@ pub mod bump;
 pub mod bytes;
 pub mod error;
 pub mod event;
+pub mod fd_keeper;
 pub mod fork;
 pub mod managed;
 pub mod memfd;

@@ -2,8 +2,8 @@
 //! too, so a reader that is killed between reading an event and acting on it leaves the event for its successor.
 //!
 //! ```text
-//!  0        64        96        ...      64 + 32 * 64
-//!  | owner  | message | message | ...    |           a message whose first word is zero is none
+//!  0       8       64        96        ...      64 + 32 * 64        ...
+//!  | owner | batch | message | message | ...    | fork | fork |     a message or fork whose first word is zero is none
 //! ```
 
 use std::os::fd::AsRawFd;
@@ -15,8 +15,12 @@ use crate::error::HookError;
 use crate::range::PAGE_SIZE;
 use crate::window::Window;
 
+const BATCH: u64 = 8;
 const MESSAGES: u64 = 64;
 const MESSAGE_BYTES: u64 = size_of::<abi::UffdMsg>() as u64;
+const FORKS: u64 = MESSAGES + READ_BATCH as u64 * MESSAGE_BYTES;
+const FORK_BYTES: u64 = 32;
+const FORKS_MAX: u64 = (PAGE_SIZE - FORKS) / FORK_BYTES;
 
 /// See the module head. One for a reader, whatever the number of its userfaultfds: events of one are dealt with before those of
 /// another are read.
@@ -30,8 +34,21 @@ pub struct EventJournal {
 pub struct KeptEvent {
     /// For [`EventJournal::handled`].
     pub slot: usize,
-    /// REMAP or UNMAP as read; the others cannot be repeated by somebody else (`None`: a fork, whose descriptor is gone).
-    pub event: Option<Change>,
+    /// As [`EventJournal::id`] has told its reader.
+    pub id: u64,
+    /// As read.
+    pub event: Change,
+}
+
+/// A forked child's userfaultfd that nobody but its reader has yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptFork {
+    /// Whose event it was.
+    pub owner: u64,
+    /// The event, see [`EventJournal::id`].
+    pub id: u64,
+    /// Number of the descriptor in the reader.
+    pub fd: i32,
 }
 
 /// What the address space has done.
@@ -45,6 +62,11 @@ pub enum Change {
         to: u64,
         /// Bytes.
         len: u64,
+    },
+    /// fork. The descriptor was made in the reader, see [`FdKeeper`](crate::fd_keeper::FdKeeper).
+    Fork {
+        /// Its number there.
+        fd: i32,
     },
     /// munmap.
     Unmap {
@@ -71,6 +93,7 @@ impl EventJournal {
     /// As [`Userfaultfd::read_events`].
     pub fn read(&self, uffd: &Userfaultfd, owner: u64, out: &mut Vec<UffdEvent>) -> Result<usize, HookError> {
         self.window.store_u64(0, owner)?;
+        self.window.store_u64(BATCH, self.window.load_u64(BATCH)?.wrapping_add(1))?;
         let len = READ_BATCH as u64 * MESSAGE_BYTES;
         let place = self.window.at_mut(MESSAGES, len)?;
         let read_bytes = loop {
@@ -104,12 +127,67 @@ impl EventJournal {
         Ok(abi::UffdMsg { event: word(0)? as u8, arg: [word(1)?, word(2)?, word(3)?], ..Default::default() })
     }
 
+    /// A name of an event of the last batch that no earlier one had.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for memory that is too short.
+    pub fn id(&self, slot: usize) -> Result<u64, HookError> {
+        Ok(self.window.load_u64(BATCH)?.wrapping_mul(READ_BATCH as u64).wrapping_add(slot as u64))
+    }
+
     /// An event was acted on: nobody has to repeat it.
     ///
     /// # Errors
     /// `OutOfWindow` for a slot that does not exist.
     pub fn handled(&self, slot: usize) -> Result<(), HookError> {
         self.window.store_u64(MESSAGES + slot as u64 * MESSAGE_BYTES, 0)
+    }
+
+    /// Notes where a forked child's userfaultfd is, until it is kept elsewhere ([`Self::fork_is_kept`]). `false`: no room, and nothing
+    /// is noted.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for memory that is too short.
+    pub fn note_fork(&self, fork: KeptFork) -> Result<bool, HookError> {
+        for place in 0..FORKS_MAX {
+            let at = FORKS + place * FORK_BYTES;
+            if self.window.load_u64(at)? == 0 {
+                self.window.store_u64(at + 8, fork.owner)?;
+                self.window.store_u64(at + 16, fork.fd as u32 as u64)?;
+                self.window.store_u64(at, fork.id)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Forgets a noted child.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for memory that is too short.
+    pub fn fork_is_kept(&self, owner: u64, id: u64) -> Result<(), HookError> {
+        for place in 0..FORKS_MAX {
+            let at = FORKS + place * FORK_BYTES;
+            if self.window.load_u64(at)? == id && self.window.load_u64(at + 8)? == owner {
+                self.window.store_u64(at, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Children that an earlier reader has noted.
+    ///
+    /// # Errors
+    /// `OutOfWindow` for memory that is too short.
+    pub fn noted_forks(&self) -> Result<Vec<KeptFork>, HookError> {
+        let mut forks = Vec::new();
+        for at in (0..FORKS_MAX).map(|place| FORKS + place * FORK_BYTES) {
+            let word = |index: u64| self.window.load_u64(at + 8 * index);
+            if word(0)? != 0 {
+                forks.push(KeptFork { id: word(0)?, owner: word(1)?, fd: word(2)? as u32 as i32 });
+            }
+        }
+        Ok(forks)
     }
 
     /// What an earlier reader has left, in order, and whose it is. Faults are left out: they are raised again after a wake.
@@ -122,12 +200,12 @@ impl EventJournal {
         for slot in 0..READ_BATCH {
             let abi::UffdMsg { event, arg: [first, second, third], .. } = self.message(slot)?;
             let event = match event {
-                abi::EVENT_FORK => None,
-                abi::EVENT_REMAP => Some(Change::Remap { from: first, to: second, len: third }),
-                abi::EVENT_UNMAP => Some(Change::Unmap { start: first, end: second }),
+                abi::EVENT_FORK => Change::Fork { fd: first as u32 as i32 },
+                abi::EVENT_REMAP => Change::Remap { from: first, to: second, len: third },
+                abi::EVENT_UNMAP => Change::Unmap { start: first, end: second },
                 _ => continue,
             };
-            kept.push(KeptEvent { slot, event });
+            kept.push(KeptEvent { slot, id: self.id(slot)?, event });
         }
         Ok((owner, kept))
     }
@@ -151,13 +229,28 @@ mod tests {
         put(1, abi::EVENT_REMAP, [1, 2, 3]);
         put(2, abi::EVENT_UNMAP, [4, 5, 0]);
         put(63, abi::EVENT_FORK, [7, 0, 0]);
-        let remap = KeptEvent { slot: 1, event: Some(Change::Remap { from: 1, to: 2, len: 3 }) };
-        let unmap = KeptEvent { slot: 2, event: Some(Change::Unmap { start: 4, end: 5 }) };
-        assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, KeptEvent { slot: 63, event: None }]));
+        journal.window.store_u64(BATCH, 3).unwrap();
+        let remap = KeptEvent { slot: 1, id: 193, event: Change::Remap { from: 1, to: 2, len: 3 } };
+        let unmap = KeptEvent { slot: 2, id: 194, event: Change::Unmap { start: 4, end: 5 } };
+        let fork = KeptEvent { slot: 63, id: 255, event: Change::Fork { fd: 7 } };
+        assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, fork]));
+        assert_eq!(journal.id(63).unwrap(), 255);
         journal.handled(1).unwrap();
         journal.handled(63).unwrap();
         let kept = journal.kept().unwrap().1;
         assert_eq!(kept.iter().map(|kept| kept.slot).collect::<Vec<_>>(), [2]);
         assert!(journal.handled(1000).is_err());
+    }
+
+    #[test]
+    fn a_forked_child_is_noted_until_it_is_kept_elsewhere() {
+        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap());
+        let fork = |id: u64| KeptFork { owner: 3, id, fd: id as i32 };
+        assert!((1..=FORKS_MAX).all(|id| journal.note_fork(fork(id)).unwrap()));
+        assert!(!journal.note_fork(fork(999)).unwrap(), "no room");
+        journal.fork_is_kept(4, 7).unwrap();
+        assert_eq!(journal.noted_forks().unwrap().len(), FORKS_MAX as usize, "another owner's");
+        (1..=FORKS_MAX).filter(|id| *id != 7).for_each(|id| journal.fork_is_kept(3, id).unwrap());
+        assert_eq!(journal.noted_forks().unwrap(), [fork(7)]);
     }
 }

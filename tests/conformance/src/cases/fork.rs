@@ -1,6 +1,11 @@
 //! fork: both processes keep their own bytes, wherever the pages were; a child opens its own mirror.
 
-use crate::case::{CaseResult, During, Registry, ensure_eq};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use uhmm_sdk::Operator;
+
+use crate::case::{CaseResult, During, Registry, ensure, ensure_eq};
 use crate::ctx::{BUF, Ctx, PMD, prot};
 use crate::forked::{Latch, fork};
 use crate::mem::{Mem, PAGE};
@@ -15,6 +20,7 @@ pub(super) fn register(list: &mut Registry) {
     list.one("F03_grandchildren", grandchildren);
     list.one("F04_parent_exits_first", parent_exits_first);
     list.one("F05_managed_region_in_child", managed_region_in_child);
+    list.one("F06_fork_while_the_pager_dies", fork_while_the_pager_dies);
 }
 
 fn anon_write_child(ctx: &Ctx) -> CaseResult {
@@ -208,6 +214,33 @@ fn managed_region_in_child(ctx: &Ctx) -> CaseResult {
     for word in 0..region.len_bytes() / 8 {
         let found = region.read_u64(8 * word).during("Read")?;
         ensure_eq!(found, crate::pattern::word(9, word), "Word {word} of the region, written by the child's device");
+    }
+    Ok(())
+}
+
+/// The pager is killed at other moments of a fork in every round: the child reads what the parent had, whatever the parent's device
+/// writes from then on.
+fn fork_while_the_pager_dies(ctx: &Ctx) -> CaseResult {
+    const ROUNDS: u32 = 20;
+    const STEP: Duration = Duration::from_micros(40);
+    ctx.needs_fork()?;
+    for round in 0..ROUNDS {
+        let mem = ctx.patterned_small(BUF, 6)?;
+        ctx.all_to_device(0, &mem)?;
+        let mut operator = Operator::connect(Some(ctx.run_dir()))?;
+        let begun = Instant::now();
+        let killer = thread::spawn(move || {
+            while begun.elapsed() < STEP * round {
+                std::hint::spin_loop();
+            }
+            operator.kill("pager")
+        });
+        let child = fork(|| mem.expect_all(6));
+        let killed = killer.join().is_ok_and(|killed| killed.is_ok());
+        ensure!(killed || ctx.args.chaos, "The pager cannot be killed");
+        ctx.writes(0, &mem, 0, BUF, 66)?;
+        child?.join().during(&format!("Round {round}, the child"))?;
+        mem.expect_all(66).during(&format!("Round {round}, the parent"))?;
     }
     Ok(())
 }

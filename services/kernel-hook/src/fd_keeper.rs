@@ -1,0 +1,184 @@
+//! Descriptors that outlive the death of a process which had no time to give them away.
+//!
+//! Reading a FORK event makes a descriptor in the reader, and only there: a reader that is killed before its next instruction
+//! closes it, and the forked child reads zeros where its pages were. So the reader shares its descriptor table with a second
+//! process that does nothing:
+//!
+//! ```text
+//!   reader --clone(CLONE_FILES)--> keeper: waits for the reader's death
+//!     | killed                        | poll(pidfd of the reader)
+//!     v                               v
+//!   next reader: FdKeeper::take -- numbers --> keeper -- descriptors --> next reader; the keeper ends, and the table with it
+//! ```
+//! The numbers are known from an [`EventJournal`](crate::uffd::EventJournal). As long as the keeper lives, the dead reader's
+//! connections stay open too: its successor takes what it needs at once, or nothing. A keeper that nobody asks ends by itself.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Signal;
+
+use crate::error::HookError;
+use crate::process::{self, PidFd};
+use crate::socket::{RecvStatus, SendStatus, SeqPacket};
+
+/// How long a keeper waits for its reader's successor, and the successor for its answers.
+const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+const NUMBERS_MAX: usize = 128;
+
+/// The running keeper of this process's descriptors. Dropping it ends it.
+#[derive(Debug)]
+pub struct FdKeeper {
+    pid: libc::pid_t,
+    pidfd: PidFd,
+    /// Its ends of things live in the table that we share.
+    _near: SeqPacket,
+    _own_pidfd: PidFd,
+}
+
+impl FdKeeper {
+    /// Begins to keep; returns what the successor of this process gives to [`FdKeeper::take`] (keep it in the vault).
+    ///
+    /// # Errors
+    /// `Call`: EAGAIN, ENOMEM, EMFILE.
+    pub fn spawn() -> Result<(Self, OwnedFd), HookError> {
+        let own_pidfd = PidFd::open(std::process::id())?;
+        let (near, far) = SeqPacket::pair()?;
+        let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
+        // SAFETY: like fork, with a shared descriptor table: the child has its own copy of all memory, runs `keep` (which neither
+        // allocates nor takes locks that another thread may have held, and closes nothing) and never returns.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+        if pid < 0 {
+            return Err(HookError::failed("clone", io::Error::last_os_error()));
+        }
+        if pid == 0 {
+            keep(&own_pidfd, &near);
+            // SAFETY: ends this process at once; its descriptors are the reader's.
+            unsafe { libc::_exit(0) };
+        }
+        let pid = pid as libc::pid_t;
+        let pidfd = PidFd::open(pid as u32)?;
+        Ok((Self { pid, pidfd, _near: near, _own_pidfd: own_pidfd }, far.into_fd()))
+    }
+
+    /// Gets descriptors of a dead process by their numbers there, and ends its keeper. `None`: it has no such descriptor, or
+    /// the keeper is gone too.
+    ///
+    /// # Errors
+    /// `Call`; `BadMessage` for more than 128 numbers.
+    pub fn take(far: BorrowedFd<'_>, numbers: &[RawFd]) -> Result<Vec<Option<OwnedFd>>, HookError> {
+        if numbers.len() > NUMBERS_MAX {
+            return Err(HookError::BadMessage("it asks for more than 128 descriptors"));
+        }
+        let far = SeqPacket::from_fd(crate::memfd::try_clone(far)?)?;
+        let mut request = [0u8; 1 + 4 * NUMBERS_MAX];
+        for (place, number) in request[1..].chunks_exact_mut(4).zip(numbers) {
+            place.copy_from_slice(&number.to_ne_bytes());
+        }
+        let mut answers: Vec<Option<OwnedFd>> = numbers.iter().map(|_| None).collect();
+        if far.send(&request[..1 + 4 * numbers.len()], &[])? != SendStatus::Sent {
+            return Ok(answers);
+        }
+        for answer in &mut answers {
+            let mut fds = Vec::new();
+            if !wait_for(&far.as_fd(), Some(&PATIENCE)) {
+                break;
+            }
+            match far.recv(&mut [0], &mut fds, 1)? {
+                RecvStatus::Message { .. } => *answer = fds.pop(),
+                RecvStatus::WouldBlock | RecvStatus::Closed => break,
+            }
+        }
+        // It has ended when the other end is closed, and with it everything that the dead process had open.
+        wait_for(&far.as_fd(), Some(&PATIENCE));
+        Ok(answers)
+    }
+}
+
+impl Drop for FdKeeper {
+    fn drop(&mut self) {
+        if self.pidfd.signal(Signal::KILL).is_ok() {
+            // SAFETY: no status is wanted; a child of ours that nobody else reaps.
+            unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
+        }
+    }
+}
+
+/// `false`: not in time.
+fn wait_for(fd: &BorrowedFd<'_>, timeout: Option<&Timespec>) -> bool {
+    loop {
+        match poll(&mut [PollFd::new(fd, PollFlags::IN)], timeout) {
+            Ok(count) => return count > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// The keeper's life. It owns none of the descriptors and allocates nothing.
+fn keep(reader: &PidFd, near: &SeqPacket) {
+    drop(process::set_name("uhmm-fd-keeper"));
+    if !wait_for(&reader.as_fd(), None) || !wait_for(&near.as_fd(), Some(&PATIENCE)) {
+        return;
+    }
+    let mut request = [0u8; 1 + 4 * NUMBERS_MAX];
+    let Ok(RecvStatus::Message { len, .. }) = near.recv(&mut request, &mut Vec::new(), 0) else { return };
+    for number in request[1..len.max(1)].chunks_exact(4) {
+        let number = RawFd::from_ne_bytes([number[0], number[1], number[2], number[3]]);
+        if number < 0 {
+            drop(near.send(&[0], &[]));
+            continue;
+        }
+        // SAFETY: nobody else uses this table any more; the kernel refuses a number that names nothing.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        if !matches!(near.send(&[1], &[fd]), Ok(SendStatus::Sent)) {
+            drop(near.send(&[0], &[]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fork::fork_child;
+    use crate::memfd;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_descriptor_of_a_killed_process_is_found_by_its_number() {
+        let (ours, theirs) = SeqPacket::pair().unwrap();
+        let child = fork_child(|| {
+            let (keeper, far) = FdKeeper::spawn().unwrap();
+            let late = memfd::create_sealed("uhmm-late", 3 * 4096).unwrap();
+            let number = late.as_raw_fd().to_ne_bytes();
+            drop(theirs.send(&number, &[far.as_fd()]));
+            wait_for(&theirs.as_fd(), None);
+            drop(keeper);
+            0
+        })
+        .unwrap();
+        let (mut number, mut fds) = ([0; 4], Vec::new());
+        wait_for(&ours.as_fd(), None);
+        let RecvStatus::Message { .. } = ours.recv(&mut number, &mut fds, 1).unwrap() else { panic!("no message") };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let numbers = [RawFd::from_ne_bytes(number), 9999, -1];
+        let mut taken = FdKeeper::take(fds[0].as_fd(), &numbers).unwrap();
+        assert!(taken[1].is_none() && taken[2].is_none());
+        let late = taken.swap_remove(0).expect("the keeper had it");
+        assert_eq!(memfd::len(late.as_fd()).unwrap(), 3 * 4096);
+        let again = FdKeeper::take(fds[0].as_fd(), &numbers[..1]).unwrap();
+        assert!(again[0].is_none(), "the keeper has ended");
+    }
+
+    #[test]
+    fn a_keeper_ends_with_its_handle() {
+        let (keeper, far) = FdKeeper::spawn().unwrap();
+        let pidfd = keeper.pidfd.try_clone().unwrap();
+        assert!(!pidfd.exited().unwrap());
+        drop(keeper);
+        assert!(pidfd.exited().unwrap());
+        assert!(FdKeeper::take(far.as_fd(), &[0]).unwrap()[0].is_none());
+    }
+}
