@@ -61,6 +61,17 @@ impl<P: Policy> Core<P> {
         (pages.iter().take_while(|page| gone(*page) == first).count() as u64, first)
     }
 
+    /// How many pages at the front of a transfer the shell may put in place now. It asks when bytes that a driver fetched have
+    /// arrived: what was discarded since [`Action::Fill`] is not wanted any more. After 0 the answer is `FillDone` of no page.
+    #[must_use]
+    pub fn fill_limit(&self, ticket: Ticket) -> u64 {
+        let Some(transfer) = self.transfers.get(&ticket) else { return 0 };
+        match self.alike_in_front(ticket, transfer.pages) {
+            (_, true) => 0,
+            (count, false) => count,
+        }
+    }
+
     /// Before a fill: what was discarded at the front of the transfer is dropped. Returns how many pages may be filled now, `None`
     /// when the transfer is over.
     pub(crate) fn drop_discarded_prefix(&mut self, ticket: Ticket, out: &mut Vec<Action>) -> Option<u64> {

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use uhmm_pager_core::{
-    Action, Attr, Backing, CopyRun, CopyStatus, Core, DefaultPolicy, DeviceId, Directory, Event, Pages, RegionId,
-    ReqId, SpaceId, StepResult, Target, Ticket,
+    Action, Attr, Backing, CopyRun, CopyStatus, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, Pages,
+    RegionId, ReqId, SpaceId, StepResult, Target, Ticket,
 };
 
 const REGION: RegionId = RegionId(1);
@@ -74,6 +74,39 @@ impl Machine {
         let actions = machine.send(Event::CopiedRuns { ticket: copy.expect("the copy begins"), runs });
         (machine, actions)
     }
+}
+
+#[test]
+fn what_is_discarded_while_a_driver_fetches_it_is_not_put_in_place() {
+    let mut machine = Machine { core: Core::new(DefaultPolicy::default()), table: Table::default() };
+    machine.table.0.extend((0..4).map(|page| (page, Entry::on_device(DeviceId(0), page as u32).bits())));
+    let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
+    let backing = Backing::Private;
+    for (ticket, _) in
+        punched(&machine.send(Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing }))
+    {
+        machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
+    }
+    machine.send(Event::DeviceUp {
+        device,
+        frame_count: 8,
+        fresh_mappings: true,
+        memory_known: true,
+        memory_lost: false,
+    });
+    machine.send(Event::Recovered);
+    let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target: Target::Home });
+    actions.extend(machine.send(Event::Tick));
+    let fill =
+        |action: &Action| if let Action::Fill { ticket, pages, .. } = action { Some((*ticket, *pages)) } else { None };
+    let (ticket, all) = actions.iter().find_map(fill).expect("a fill");
+    assert_eq!((all, machine.core.fill_limit(ticket)), (pages, 4));
+    machine.send(Event::Removed { region: REGION, pages: Pages::one(2) });
+    assert_eq!(machine.core.fill_limit(ticket), 2);
+    machine.send(Event::Removed { region: REGION, pages: Pages::one(0) });
+    assert_eq!(machine.core.fill_limit(ticket), 0);
+    let actions = machine.send(Event::FillDone { ticket, done_pages: 0, stop: None });
+    assert_eq!(actions.iter().find_map(fill).map(|(_, pages)| pages), Some(Pages::one(1)), "{actions:?}");
 }
 
 fn moved_back(actions: &[Action]) -> Vec<Pages> {

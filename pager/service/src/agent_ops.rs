@@ -12,11 +12,12 @@ use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
 use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::window::Window;
 use uhmm_pager_core::{Backing, CopyRun, CopyStatus, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 
 use crate::agent::{Agent, Job, Order, Purpose, SLOT_PAGES};
 use crate::calls::{Answer, refuse};
-use crate::execute::{Copy, Deferred};
+use crate::copies::{Copy, Deferred};
 use crate::segments::hidden;
 use crate::service::Pager;
 
@@ -439,25 +440,49 @@ impl Pager {
         self.send_to_agent(space_id);
     }
 
-    /// The frames' bytes go to a slot, from where the agent makes them a huge page. Only through an aperture: it is an optimisation.
+    /// The frames' bytes go to a slot, from where the agent makes them a huge page.
     pub(crate) fn private_fill_huge(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device: u8, frame: u32) {
+        let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
+        let space = self.regions.get(region.0).and_then(|region| self.spaces.get(&region.space));
+        let connected = space.and_then(|space| space.agent.as_ref()).is_some_and(|agent| agent.conn.is_some());
+        if !whole || !connected {
+            return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
+        }
+        let Some(aperture) = self.devices[usize::from(device)].as_mut().and_then(|device| device.aperture.take())
+        else {
+            let copy = Copy::HomeHuge { ticket, region, pages, frame };
+            return self.start_copy(Deferred { device, copy });
+        };
+        if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) == StepResult::Ok {
+            self.fill_huge_from(ticket, region, pages, &aperture, u64::from(frame) * PAGE_SIZE);
+        } else {
+            self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
+        }
+        if let Some(device) = self.devices[usize::from(device)].as_mut() {
+            device.aperture = Some(aperture);
+        }
+    }
+
+    pub(crate) fn fill_huge_from(
+        &mut self,
+        ticket: Ticket,
+        region: RegionId,
+        pages: Pages,
+        from: &Window,
+        offset: u64,
+    ) {
         let not_huge = Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) };
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
         let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
         let connected = |agent: &&mut Agent| agent.conn.is_some();
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()).filter(connected);
-        let aperture = self.devices[usize::from(device)].as_ref().and_then(|device| device.aperture.as_ref());
-        let (Some(agent), Some(aperture), true) = (agent, aperture, whole) else { return self.push(not_huge) };
+        let (Some(agent), true) = (agent, whole) else { return self.push(not_huge) };
         let Some(slot) = agent.take_slot() else { return self.push(not_huge) };
-        let (from, to) = (u64::from(frame) * PAGE_SIZE, u64::from(slot) * SLOT_PAGES * PAGE_SIZE);
-        if let Err(error) = aperture.copy_to(from, &agent.staging, to, pages.count * PAGE_SIZE) {
+        let to = u64::from(slot) * SLOT_PAGES * PAGE_SIZE;
+        if let Err(error) = from.copy_to(offset, &agent.staging, to, pages.count * PAGE_SIZE) {
             tracing::warn!(%error, "Staging a huge page failed");
             agent.free_slot(slot);
             return self.push(not_huge);
-        }
-        if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
-            self.free_slot(space_id, slot);
-            return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
         }
         self.ask_single(region, pages, Order::FillHuge { slot }, Purpose::FillHuge { ticket });
     }

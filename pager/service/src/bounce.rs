@@ -10,8 +10,8 @@ use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
 use uhmm_pager_core::{Event, StepResult};
 
+use crate::copies::{Copy, Deferred};
 use crate::devices::EngineJob;
-use crate::execute::{Copy, Deferred};
 use crate::service::Pager;
 
 impl Pager {

@@ -6,7 +6,7 @@
 //! | --- | --- |
 //! | `service` | the loop, life and death of spaces and regions |
 //! | `fault` | userfaultfd events |
-//! | `execute` | the core's actions: every system call of the data path |
+//! | `execute`, `copies` | the core's actions: every system call of the data path |
 //! | `revoke`, `revoking` | revocation, direct and by message |
 //! | `agent`, `agent_ops` | private memory: what only the client itself can do |
 //! | `bounce` | device to device without two apertures |
@@ -24,6 +24,7 @@ mod agent_ops;
 mod bounce;
 mod calls;
 mod clients;
+mod copies;
 mod create;
 mod devices;
 mod directory;

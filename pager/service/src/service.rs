@@ -24,9 +24,9 @@ use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId, SpaceId};
 
 use crate::agent_ops::Parts;
+use crate::copies::Deferred;
 use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
-use crate::execute::Deferred;
 use crate::fork::TIMER_CHILDREN;
 use crate::requests::{Group, PendingRequest};
 use crate::revoke::PendingRevokes;

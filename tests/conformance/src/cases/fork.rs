@@ -221,8 +221,8 @@ fn managed_region_in_child(ctx: &Ctx) -> CaseResult {
 /// The pager is killed at other moments of a fork in every round: the child reads what the parent had, whatever the parent's device
 /// writes from then on.
 fn fork_while_the_pager_dies(ctx: &Ctx) -> CaseResult {
-    const ROUNDS: u32 = 20;
-    const STEP: Duration = Duration::from_micros(40);
+    const ROUNDS: u32 = 8;
+    const STEP: Duration = Duration::from_micros(100);
     ctx.needs_fork()?;
     for round in 0..ROUNDS {
         let mem = ctx.patterned_small(BUF, 6)?;
