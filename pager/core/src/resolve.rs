@@ -243,8 +243,12 @@ impl<P: Policy> Core<P> {
         match entry.state() {
             PageState::Poisoned => Need::Refuse(CoreError::Poisoned { page }),
             PageState::Device | PageState::Exclusive if entry.device() == wish.device => {
-                let shared = self.table(entry.device()).is_some_and(|table| table.is_shared(entry.frame()));
-                if shared { Need::Home } else { Need::Unshare }
+                match self.table(entry.device()).map(|table| table.is_shared(entry.frame())) {
+                    // Who else names the frame is known when the device has logged in.
+                    None => Need::Wait,
+                    Some(true) => Need::Home,
+                    Some(false) => Need::Unshare,
+                }
             }
             PageState::Device | PageState::Exclusive => Need::Move,
             PageState::Duplicated => Need::Collapse,

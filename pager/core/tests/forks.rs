@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use uhmm_pager_core::{
-    Action, Attr, Backing, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, PageState, Pages, RegionId, SpaceId,
-    StepResult,
+    Action, Attr, Backing, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, PageState, Pages, RegionId, ReqId,
+    SpaceId, StepResult,
 };
 
 const PARENT: RegionId = RegionId(1);
@@ -109,4 +109,46 @@ fn a_childs_page_that_waited_for_its_parents_way_out_is_poisoned_and_not_zero() 
     let back = actions.iter().any(|action| matches!(action, Action::MoveBack { pages, .. } if *pages == Pages::one(0)));
     assert!(back, "its own way out is undone: {actions:?}");
     assert_eq!(machine.states(CHILD)[1..3], [PageState::System; 2]);
+}
+
+#[test]
+fn a_device_that_asks_before_its_frames_are_known_gets_no_shared_frame_to_write() {
+    let shared = Entry::on_device(DeviceId(0), 5).with_shared(true);
+    let mut machine = Machine::with(&[(PARENT, 2, shared), (CHILD, 2, shared)]);
+    for region in [PARENT, CHILD] {
+        let punches: Vec<_> = machine
+            .recover(region)
+            .iter()
+            .filter_map(|action| if let Action::Punch { ticket, .. } = action { Some(*ticket) } else { None })
+            .collect();
+        for ticket in punches {
+            machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
+        }
+    }
+    machine.send(Event::Recovered);
+    let (device, pages) = (DeviceId(0), Pages::one(2));
+    let wish = Event::Resolve {
+        req: ReqId(1),
+        region: PARENT,
+        pages,
+        fault_page: 2,
+        device,
+        write: true,
+        whole: false,
+        exclusive: false,
+    };
+    machine.send(wish);
+    machine.send(Event::Tick);
+    assert!(Entry::decode(machine.tables.load(PARENT, 2)).unwrap().shared(), "the child names it too");
+    let mut actions = machine.send(Event::DeviceUp {
+        device,
+        frame_count: 8,
+        fresh_mappings: false,
+        memory_known: true,
+        memory_lost: false,
+    });
+    actions.extend(machine.send(Event::Tick));
+    let home =
+        |action: &Action| matches!(action, Action::Fill { region: PARENT, pages, .. } if *pages == Pages::one(2));
+    assert!(actions.iter().any(home), "the parent gets a page of its own: {actions:?}");
 }
