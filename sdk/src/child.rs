@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use uhmm_ipc::message::pager::AgentMemory;
+use uhmm_ipc::message::pager::{AgentMemory, DIARY_BYTES};
 use uhmm_kernel_hook::{Advice, PAGE_SIZE, Window, memfd, procmap};
 
 use crate::Error;
@@ -44,7 +44,7 @@ impl Sentinel {
 /// Memory that the pager keeps for this process's agent.
 pub(crate) fn agent_memory() -> Result<AgentMemory, Error> {
     let maps = procmap::open_maps(std::process::id()).map_err(Error::kernel("Opening /proc/self/maps"))?;
-    let staging = memfd::create_sealed("uhmm-staging", STAGING_SLOTS * SLOT_BYTES);
+    let staging = memfd::create_sealed("uhmm-staging", STAGING_SLOTS * SLOT_BYTES + DIARY_BYTES);
     let staging = staging.map_err(Error::kernel("Making the staging memory"))?;
     Ok(AgentMemory { maps: Arc::new(maps), staging: Arc::new(staging) })
 }

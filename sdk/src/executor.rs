@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
+use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus, DIARY_BYTES};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
@@ -376,7 +376,11 @@ impl Executor {
             let count = self.mapped(order)?.page_count;
             let present = self.look(order.whole())?;
             if present[..count as usize].iter().any(Option::is_some) {
-                own_memory::advise(order.range(0, count), RangeAdvice::DontNeed)?;
+                let range = order.range(0, count);
+                let diary = self.staging.len() - DIARY_BYTES;
+                self.staging.store_u64(diary, range.start)?;
+                self.staging.store_u64(diary + 8, range.end())?;
+                own_memory::advise(range, RangeAdvice::DontNeed)?;
             }
         }
         Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])

@@ -38,8 +38,33 @@ const RESTART: &str = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_
 
 /// Manifest text with one software device of `memory` (`"64MiB"`).
 pub fn manifest(memory: &str, device_options: &str) -> String {
+    manifest_of(1, memory, device_options)
+}
+
+/// Manifest text with some software devices.
+pub fn manifest_of(device_count: u8, memory: &str, device_options: &str) -> String {
+    let device = |index: u8| {
+        format!(
+            r#"
+[[service]]
+name = "soft{index}"
+kind = "driver"
+driver = "soft"
+{RESTART}
+
+[[device]]
+name = "soft{index}"
+service = "soft{index}"
+memory_bytes = "{memory}"
+{device_options}
+"#
+        )
+    };
+    let devices: String = (0..device_count).map(device).collect();
     format!(
         r#"
+fault_injection = true
+
 [supervisor]
 heartbeat_ms = 500
 missed_limit = 10
@@ -53,19 +78,7 @@ kind = "pager"
 name = "mirror"
 kind = "mirror"
 {RESTART}
-
-[[service]]
-name = "soft0"
-kind = "driver"
-driver = "soft"
-{RESTART}
-
-[[device]]
-name = "soft0"
-service = "soft0"
-memory_bytes = "{memory}"
-{device_options}
-"#
+{devices}"#
     )
 }
 

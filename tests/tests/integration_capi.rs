@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use uhmm_tests::{TestBed, manifest};
+use uhmm_tests::TestBed;
 
 /// Parts of the program, in order; each says "ok NAME".
 const PARTS: [&str; 15] = [
@@ -64,7 +64,7 @@ fn compile(dir: &Path) -> PathBuf {
 
 #[test]
 fn integration_a_c_program_uses_the_whole_interface_and_every_byte_is_right() {
-    let bed = TestBed::with_manifest(&format!("fault_injection = true\n{}", manifest("64MiB", "")));
+    let bed = TestBed::start("64MiB");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let output = run(Command::new(compile(dir.path())).arg(bed.run_dir()));
     let text = String::from_utf8_lossy(&output.stdout);

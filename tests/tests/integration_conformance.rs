@@ -1,13 +1,13 @@
-//! The conformance suite against the software device: plain, with every service killed at random moments, with the agent stopped.
+//! The conformance suite against the software device: plain, without an aperture, with every service killed at random moments, with the agent stopped.
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use uhmm_tests::uhmm_exe;
+use uhmm_tests::{TestBed, manifest_of, uhmm_exe};
 
 /// Cases of the disturbed runs: one or two of every group.
-const SUBSET: &str = "^(T0[1-5]_|T1[0-9]_|T2[2459]_|T3[0-7]_|T40_|K0[69]_|K1[0478]_|K21_|F0[12]_|X01_|C0[12]_|IGT\\.(once|many-64k)\\.\
+const SUBSET: &str = "^(T0[1-5]_|T1[0-9]_|T2[2459]_|T3[0-7]_|T40_|K0[69]_|K1[0478]_|K21_|F0[126]_|X01_|C0[12]_|IGT\\.(once|many-64k)\\.\
                       (malloc|mmap|mmap-remap|mmap-huge|mmap-shared|region)$|P0[456]_|P17_)";
 
 /// Runs the suite and gives its JSON back.
@@ -53,6 +53,13 @@ fn integration_conformance_holds_for_the_software_device() {
     let list = Command::new(uhmm_exe()).args(["conformance", "--list"]).output().expect("uhmm conformance --list");
     let listed = String::from_utf8(list.stdout).expect("text");
     assert_eq!(listed.lines().collect::<BTreeSet<_>>(), names, "the list is not what was run");
+}
+
+#[test]
+fn integration_conformance_holds_for_devices_without_an_aperture() {
+    let bed = TestBed::with_manifest(&manifest_of(2, "64MiB", "aperture = false"));
+    let run_dir = bed.run_dir().to_str().expect("a path that is text");
+    assert_held(&conformance(&["--run-dir", run_dir]), 350);
 }
 
 #[test]

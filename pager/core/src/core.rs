@@ -140,7 +140,7 @@ impl<P: Policy> Core<P> {
             Event::CopyDone { ticket, result } | Event::ZeroDone { ticket, result } => {
                 self.copy_done(ticket, result, out);
             }
-            Event::PunchDone { ticket, result } => self.punch_done(ticket, result, out),
+            Event::PunchDone { ticket, result } => self.punch_done(dir, ticket, result, out),
             Event::FillDone { ticket, done_pages, stop } => self.fill_done(ticket, done_pages, stop, out),
             Event::ScrubDone { ticket, result } => self.scrub_done(ticket, result),
             Event::Tick => self.tick(dir, out),

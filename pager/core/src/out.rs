@@ -11,7 +11,7 @@
 use crate::core::Core;
 use crate::entry::{Entry, PageState};
 use crate::event::{
-    Action, Cause, CopyRun, CopyStatus, DeviceId, PageStatus, Pages, RegionId, StepResult, Ticket, TraceKind,
+    Action, Cause, CopyRun, CopyStatus, DeviceId, Directory, PageStatus, Pages, RegionId, StepResult, Ticket, TraceKind,
 };
 use crate::frames::HUGE_PAGES;
 use crate::policy::Policy;
@@ -215,7 +215,13 @@ impl<P: Policy> Core<P> {
         self.end(ticket);
     }
 
-    pub(crate) fn punch_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
+    pub(crate) fn punch_done(
+        &mut self,
+        dir: &impl Directory,
+        ticket: Ticket,
+        result: StepResult,
+        out: &mut Vec<Action>,
+    ) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         match transfer.phase {
             Phase::PunchStray => return self.fill(ticket, out),
@@ -233,8 +239,12 @@ impl<P: Policy> Core<P> {
         let Transfer { region, pages, owner, .. } = transfer;
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Ok);
-        self.drop_discarded(ticket, out);
+        // Where they are the entries say: after a restart a run is punched again wherever its frames are.
+        let discarded = self.discards.remove(&ticket).unwrap_or_default();
         self.end(ticket);
+        for part in discarded {
+            self.discard_now(dir, region, part, out);
+        }
     }
 
     /// The system pages are not valid any more and are punched (again), as the end of the way out.

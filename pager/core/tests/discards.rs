@@ -135,3 +135,33 @@ fn a_drop_of_a_discarded_page_that_is_tried_again_does_not_bring_it_back() {
     assert_eq!(moved_back(&again), []);
     assert_eq!(punched(&again).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [Pages::one(1)]);
 }
+
+#[test]
+fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
+    let mut machine = Machine { core: Core::new(DefaultPolicy::default()), table: Table::default() };
+    let on_device = |page: u64| Entry::on_device(DeviceId(0), 4 + page as u32);
+    machine.table.0.extend((0..4).map(|page| (page, on_device(page).bits())));
+    let backing = Backing::Private;
+    let recover = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing };
+    let punches = punched(&machine.send(recover));
+    machine.send(Event::Recovered);
+    machine.send(Event::Removed { region: REGION, pages: Pages { first: 2, count: 2 } });
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 8,
+        fresh_mappings: false,
+        memory_known: true,
+        memory_lost: false,
+    });
+    for (ticket, _) in punches {
+        machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
+    }
+    let entry = |machine: &Machine, page: u64| Entry::decode(machine.table.0[&page]).unwrap();
+    assert_eq!([0, 1].map(|page| entry(&machine, page)), [0, 1].map(on_device), "its neighbours stay where they are");
+    assert_eq!([2, 3].map(|page| entry(&machine, page)), [Entry::ABSENT; 2]);
+    // Room for four pages, and none of it is a neighbour's.
+    let pages = Pages { first: 2, count: 2 };
+    machine.send(Event::Migrate { req: ReqId(2), region: REGION, pages, target: Target::Device(DeviceId(0)) });
+    let moved = [2, 3].map(|page| entry(&machine, page));
+    assert!(moved.iter().all(|entry| entry.device() == DeviceId(0) && !(4..6).contains(&entry.frame())), "{moved:?}");
+}

@@ -11,7 +11,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::Fd;
-use uhmm_ipc::message::pager::AgentOp;
+use uhmm_ipc::message::pager::{AgentOp, DIARY_BYTES};
+use uhmm_kernel_hook::AddrRange;
 use uhmm_kernel_hook::window::Window;
 use uhmm_pager_core::{Pages, RegionId, Ticket};
 
@@ -214,10 +215,19 @@ impl Agent {
         outstanding.chain(std::mem::take(&mut self.waiting)).collect()
     }
 
-    /// An own madvise of the agent is under way on exactly these pages: its event is not the program's.
-    pub fn is_dropping(&self, region: RegionId, pages: Pages) -> bool {
+    /// An own madvise of the agent is under way on exactly these pages: its event is not the program's. After a restart the order may
+    /// still be the dead pager's, while ours waits for the agent's connection.
+    pub fn is_dropping(&self, region: RegionId, pages: Pages, addrs: AddrRange) -> bool {
         let drops = |job: &Job| job.order == Order::Drop { in_place: true } && job.region == region;
-        self.outstanding.values().any(|job| drops(job) && job.pages.overlap(pages) == Some(pages))
+        let mut jobs = self.outstanding.values().chain(&self.waiting);
+        self.has_announced(addrs) && jobs.any(|job| drops(job) && job.pages.overlap(pages) == Some(pages))
+    }
+
+    /// The agent's diary has these addresses as dropped last.
+    fn has_announced(&self, addrs: AddrRange) -> bool {
+        let diary = self.staging.len().saturating_sub(DIARY_BYTES);
+        let word = |at: u64| self.staging.load_u64(diary + at).unwrap_or(0);
+        word(0) <= addrs.start && addrs.end() <= word(8)
     }
 
     /// Jobs that wait or are under way.
@@ -237,7 +247,7 @@ mod tests {
     use super::*;
 
     fn agent(slots: u64) -> Agent {
-        let len = slots * SLOT_PAGES * 4096;
+        let len = slots * SLOT_PAGES * 4096 + DIARY_BYTES;
         let memory = memfd::create_sealed("uhmm-test-staging", len).unwrap();
         let staging = Window::map(memory.as_fd(), 0, len, Prot::ReadWrite).unwrap();
         let memory = Arc::new(memory);
@@ -280,9 +290,23 @@ mod tests {
     fn only_an_own_drop_of_exactly_these_pages_is_recognised() {
         let mut agent = agent(1);
         agent.ask(job(Order::Drop { in_place: true }, 8));
-        agent.ready();
-        let pages = |first, count| Pages { first, count };
-        assert!(agent.is_dropping(RegionId(1), pages(8, 8)) && agent.is_dropping(RegionId(1), pages(9, 2)));
-        assert!(!agent.is_dropping(RegionId(1), pages(7, 9)) && !agent.is_dropping(RegionId(2), pages(8, 8)));
+        let is_dropping = |agent: &Agent, region: u64, first: u64, count: u64| {
+            let addrs = AddrRange { start: first * 4096, len: count * 4096 };
+            agent.is_dropping(RegionId(region), Pages { first, count }, addrs)
+        };
+        assert!(!is_dropping(&agent, 1, 8, 8), "the agent has not begun: this is the program's");
+        let diary = agent.staging.len() - DIARY_BYTES;
+        agent.staging.store_u64(diary, 8 * 4096).unwrap();
+        agent.staging.store_u64(diary + 8, 16 * 4096).unwrap();
+        for sent in [false, true] {
+            if sent {
+                agent.ready();
+            }
+            assert!(is_dropping(&agent, 1, 8, 8) && is_dropping(&agent, 1, 9, 2), "sent {sent}");
+            assert!(!is_dropping(&agent, 1, 7, 9) && !is_dropping(&agent, 2, 8, 8), "sent {sent}");
+        }
+        let id = *agent.outstanding.keys().next().unwrap();
+        agent.answered(id);
+        assert!(!is_dropping(&agent, 1, 8, 8), "done: this is the program's");
     }
 }

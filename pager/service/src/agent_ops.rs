@@ -9,7 +9,7 @@
 //! A ticket whose pages lie in several segments is asked in parts; it is answered when all parts are.
 
 use uhmm_ipc::ConnId;
-use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, Event as WireEvent, FaultPoint};
+use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, DIARY_BYTES, Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
 use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
@@ -190,8 +190,11 @@ impl Pager {
     pub(crate) fn open_agent(&self, conn: Option<ConnId>, memory: &AgentMemory) -> Result<Agent, String> {
         use std::os::fd::AsFd;
         let len = uhmm_kernel_hook::memfd::len(memory.staging.as_fd()).map_err(|error| error.to_string())?;
-        if len < SLOT_PAGES * PAGE_SIZE || !len.is_multiple_of(SLOT_PAGES * PAGE_SIZE) {
-            return Err(format!("Staging memory has {len} bytes, it must be a multiple of 2 MiB"));
+        let slots_bytes = len.saturating_sub(DIARY_BYTES);
+        if slots_bytes == 0 || !slots_bytes.is_multiple_of(SLOT_PAGES * PAGE_SIZE) {
+            return Err(format!(
+                "Staging memory has {len} bytes, it must have a multiple of 2 MiB and {DIARY_BYTES} bytes"
+            ));
         }
         uhmm_kernel_hook::memfd::check_sealed(memory.staging.as_fd(), len).map_err(|error| error.to_string())?;
         let staging = uhmm_kernel_hook::window::Window::map(

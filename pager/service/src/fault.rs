@@ -52,6 +52,7 @@ impl Pager {
             tracing::info!(space = space_id, ?event, "Event of an address space, read by the pager before");
             match event {
                 Change::Unmap { start, end } => self.on_unmapped(space_id, start, end),
+                Change::Remove { start, end } => self.on_removed(space_id, start, end),
                 // Nothing at the old place: it was written down.
                 Change::Remap { from, to, len } if !self.touched(space_id, from, from + len).is_empty() => {
                     self.on_remapped(space_id, from, to, len);

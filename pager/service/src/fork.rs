@@ -107,7 +107,7 @@ impl Pager {
         let noted = self.journal.noted_forks()?;
         let slots = kept.iter().filter_map(|kept| match kept.event {
             Change::Fork { fd } => Some(KeptFork { owner: parent_id, id: kept.id, fd }),
-            Change::Remap { .. } | Change::Unmap { .. } => None,
+            Change::Remap { .. } | Change::Unmap { .. } | Change::Remove { .. } => None,
         });
         // The number on the note is the later one.
         let mut lost: BTreeMap<(u64, u64), i32> =

@@ -243,9 +243,10 @@ impl Pager {
     /// MADV_DONTNEED drops private content; it keeps that of shared memory, and MADV_REMOVE punches it: the backing is asked anyway,
     /// and pages on a device are not the backing's to lose.
     pub(crate) fn on_removed(&mut self, space_id: u64, start: u64, end: u64) {
+        let addrs = AddrRange { start, len: end - start };
         for (region, pages) in self.pieces(space_id, start, end) {
             let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
-            if !agent.is_some_and(|agent| agent.is_dropping(RegionId(region), pages)) {
+            if !agent.is_some_and(|agent| agent.is_dropping(RegionId(region), pages, addrs)) {
                 self.push(Event::Removed { region: RegionId(region), pages });
             }
         }

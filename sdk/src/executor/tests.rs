@@ -18,8 +18,8 @@ impl Bed {
     fn new() -> Self {
         let (uffd, _) = Userfaultfd::create(None).unwrap();
         uffd.api(Features::MOVE.union(Features::PAGEFAULT_FLAG_WP)).unwrap();
-        let memory = memfd::create_sealed("uhmm-test-staging", 2 * HUGE_BYTES).unwrap();
-        let map = || Window::map(memory.as_fd(), 0, 2 * HUGE_BYTES, window::Prot::ReadWrite).unwrap();
+        let memory = memfd::create_sealed("uhmm-test-staging", 2 * HUGE_BYTES + DIARY_BYTES).unwrap();
+        let map = || Window::map(memory.as_fd(), 0, 2 * HUGE_BYTES + DIARY_BYTES, window::Prot::ReadWrite).unwrap();
         Self { executor: Executor::new(uffd, map()).unwrap(), staging: map() }
     }
 

@@ -254,9 +254,13 @@ pub struct AgentRun {
 pub struct AgentMemory {
     /// /proc/self/maps of the client, opened by the client: PROCMAP_QUERY works on it without any right over the process.
     pub maps: Fd,
-    /// Staging memory, sealed, `staging_slots` times 2 MiB.
+    /// Staging memory, sealed: some slots of 2 MiB, and [`DIARY_BYTES`] behind them.
     pub staging: Fd,
 }
+
+/// The agent's diary, at the end of its staging memory: two words, first byte and end of the range that it last began to drop with
+/// madvise. The event of that names no author, and a new pager must not take it for the program's.
+pub const DIARY_BYTES: u64 = 4096;
 
 /// What happened, for profilers. Kept in a ring of the last 4096 a space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

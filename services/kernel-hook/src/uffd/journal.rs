@@ -68,6 +68,13 @@ pub enum Change {
         /// Its number there.
         fd: i32,
     },
+    /// madvise.
+    Remove {
+        /// First byte.
+        start: u64,
+        /// Behind the last byte.
+        end: u64,
+    },
     /// munmap.
     Unmap {
         /// First byte.
@@ -203,6 +210,7 @@ impl EventJournal {
                 abi::EVENT_FORK => Change::Fork { fd: first as u32 as i32 },
                 abi::EVENT_REMAP => Change::Remap { from: first, to: second, len: third },
                 abi::EVENT_UNMAP => Change::Unmap { start: first, end: second },
+                abi::EVENT_REMOVE => Change::Remove { start: first, end: second },
                 _ => continue,
             };
             kept.push(KeptEvent { slot, id: self.id(slot)?, event });
@@ -228,17 +236,19 @@ mod tests {
         put(0, abi::EVENT_PAGEFAULT, [1, 2, 3]);
         put(1, abi::EVENT_REMAP, [1, 2, 3]);
         put(2, abi::EVENT_UNMAP, [4, 5, 0]);
+        put(3, abi::EVENT_REMOVE, [6, 7, 0]);
         put(63, abi::EVENT_FORK, [7, 0, 0]);
         journal.window.store_u64(BATCH, 3).unwrap();
         let remap = KeptEvent { slot: 1, id: 193, event: Change::Remap { from: 1, to: 2, len: 3 } };
         let unmap = KeptEvent { slot: 2, id: 194, event: Change::Unmap { start: 4, end: 5 } };
+        let remove = KeptEvent { slot: 3, id: 195, event: Change::Remove { start: 6, end: 7 } };
         let fork = KeptEvent { slot: 63, id: 255, event: Change::Fork { fd: 7 } };
-        assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, fork]));
+        assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, remove, fork]));
         assert_eq!(journal.id(63).unwrap(), 255);
         journal.handled(1).unwrap();
         journal.handled(63).unwrap();
         let kept = journal.kept().unwrap().1;
-        assert_eq!(kept.iter().map(|kept| kept.slot).collect::<Vec<_>>(), [2]);
+        assert_eq!(kept.iter().map(|kept| kept.slot).collect::<Vec<_>>(), [2, 3]);
         assert!(journal.handled(1000).is_err());
     }
 
