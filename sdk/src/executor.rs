@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus, DIARY_BYTES};
+use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus, DIARY_BYTES, DIARY_ENTRIES};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
@@ -97,6 +97,8 @@ pub(crate) struct Executor {
     /// Empty but for one huge page each.
     kept_huge: Vec<usize>,
     taken: BTreeMap<(u64, u64), Taken>,
+    /// Ranges that were ever dropped in place.
+    drops: u64,
 }
 
 impl Executor {
@@ -110,6 +112,7 @@ impl Executor {
             free: Vec::new(),
             kept_huge: Vec::new(),
             taken: BTreeMap::new(),
+            drops: 0,
         })
     }
 
@@ -377,13 +380,19 @@ impl Executor {
             let present = self.look(order.whole())?;
             if present[..count as usize].iter().any(Option::is_some) {
                 let range = order.range(0, count);
-                let diary = self.staging.len() - DIARY_BYTES;
-                self.staging.store_u64(diary, range.start)?;
-                self.staging.store_u64(diary + 8, range.end())?;
+                self.announce(range)?;
                 own_memory::advise(range, RangeAdvice::DontNeed)?;
             }
         }
         Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+    }
+
+    /// Writes into the diary what is dropped now.
+    fn announce(&mut self, range: AddrRange) -> Result<(), HookError> {
+        let entry = self.staging.len() - DIARY_BYTES + self.drops % DIARY_ENTRIES * 16;
+        self.drops += 1;
+        self.staging.store_u64(entry, range.start)?;
+        self.staging.store_u64(entry + 8, range.end())
     }
 
     fn move_back(&mut self, order: &Order) -> Result<Vec<AgentRun>, HookError> {

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::Fd;
-use uhmm_ipc::message::pager::{AgentOp, DIARY_BYTES};
+use uhmm_ipc::message::pager::{AgentOp, DIARY_BYTES, DIARY_ENTRIES};
 use uhmm_kernel_hook::AddrRange;
 use uhmm_kernel_hook::window::Window;
 use uhmm_pager_core::{Pages, RegionId, Ticket};
@@ -223,11 +223,11 @@ impl Agent {
         self.has_announced(addrs) && jobs.any(|job| drops(job) && job.pages.overlap(pages) == Some(pages))
     }
 
-    /// The agent's diary has these addresses as dropped last.
+    /// The agent's diary has these addresses among those dropped last.
     fn has_announced(&self, addrs: AddrRange) -> bool {
         let diary = self.staging.len().saturating_sub(DIARY_BYTES);
-        let word = |at: u64| self.staging.load_u64(diary + at).unwrap_or(0);
-        word(0) <= addrs.start && addrs.end() <= word(8)
+        let word = |index: u64| self.staging.load_u64(diary + 8 * index).unwrap_or(0);
+        (0..DIARY_ENTRIES).any(|entry| word(2 * entry) <= addrs.start && addrs.end() <= word(2 * entry + 1))
     }
 
     /// Jobs that wait or are under way.
@@ -296,8 +296,10 @@ mod tests {
         };
         assert!(!is_dropping(&agent, 1, 8, 8), "the agent has not begun: this is the program's");
         let diary = agent.staging.len() - DIARY_BYTES;
-        agent.staging.store_u64(diary, 8 * 4096).unwrap();
-        agent.staging.store_u64(diary + 8, 16 * 4096).unwrap();
+        // The agent may have gone on to the next one when the event is dealt with.
+        for (word, page) in [8, 16, 32, 40].into_iter().enumerate() {
+            agent.staging.store_u64(diary + 8 * word as u64, page * 4096).unwrap();
+        }
         for sent in [false, true] {
             if sent {
                 agent.ready();

@@ -258,9 +258,11 @@ pub struct AgentMemory {
     pub staging: Fd,
 }
 
-/// The agent's diary, at the end of its staging memory: two words, first byte and end of the range that it last began to drop with
-/// madvise. The event of that names no author, and a new pager must not take it for the program's.
+/// The agent's diary, at the end of its staging memory: the ranges that it last began to drop with madvise. The event of that names no
+/// author, and a new pager must not take it for the program's. [`DIARY_ENTRIES`] times two words, first byte and end.
 pub const DIARY_BYTES: u64 = 4096;
+/// The agent is never more than one ahead of the event that is being dealt with: madvise returns when its event is read.
+pub const DIARY_ENTRIES: u64 = 8;
 
 /// What happened, for profilers. Kept in a ring of the last 4096 a space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
