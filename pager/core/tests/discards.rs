@@ -61,6 +61,7 @@ impl Machine {
             fresh_mappings: true,
             memory_known: false,
             memory_lost: false,
+            coherent: false,
         });
         let target = Target::Device(device);
         let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
@@ -93,6 +94,7 @@ fn what_is_discarded_while_a_driver_fetches_it_is_not_put_in_place() {
         fresh_mappings: true,
         memory_known: true,
         memory_lost: false,
+        coherent: false,
     });
     machine.send(Event::Recovered);
     let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target: Target::Home });
