@@ -182,6 +182,14 @@ impl Pager {
         self.vault_left.insert(wait, count);
     }
 
+    fn child_attached(&self, id: u64) -> Result<pager::Reply, WireError> {
+        let gone = || WireError::new(ErrorCode::NotFound, "The space is gone");
+        let space = self.spaces.get(&id).ok_or_else(gone)?;
+        let uffd = space.uffd.as_fd().try_clone_to_owned();
+        let uffd = uffd.map_err(|error| WireError::new(ErrorCode::NoMemory, error.to_string()))?;
+        Ok(pager::Reply::ChildAttached { uffd: Arc::new(uffd), features: space.state.features })
+    }
+
     fn space_opened(&self, id: u64) -> pager::Reply {
         let state = &self.spaces[&id].state;
         pager::Reply::SpaceOpened { space: id, token: state.token.to_vec(), features: state.features }
@@ -204,7 +212,9 @@ impl Pager {
         }
         if !is_child {
             self.session_is(conn, id);
-            return Some(Ok(pager::Reply::Done));
+            // A child's first call again: what it asks for was kept, and then the pager died before it could say so.
+            let again = agent.is_some();
+            return Some(if again { self.child_attached(id) } else { Ok(pager::Reply::Done) });
         }
         let Some(agent) = agent else {
             return refuse(ErrorCode::Invalid, "A forked child's first AttachSpace brings its agent's memory");
@@ -259,15 +269,10 @@ impl Pager {
             }
             VaultWait::Born { space } => self.birth_is_kept(space),
             VaultWait::Child { space, conn, call } => {
-                let Some(state) = self.spaces.get(&space) else { return };
-                let answer = match state.uffd.as_fd().try_clone_to_owned() {
-                    Ok(uffd) => {
-                        let (uffd, features) = (Arc::new(uffd), state.state.features);
-                        Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features }))
-                    }
-                    Err(error) => Err(WireError::new(ErrorCode::NoMemory, error.to_string())),
-                };
-                self.service.reactor.reply(conn, call, answer);
+                if self.spaces.contains_key(&space) {
+                    let answer = self.child_attached(space).map(Reply::Pager);
+                    self.service.reactor.reply(conn, call, answer);
+                }
             }
             VaultWait::Region { region, conn, call } => match self.start_region(region) {
                 Ok(()) => {
