@@ -40,10 +40,17 @@ struct Submit {
 struct Reply {
   union {
     info @0 :Info;
-    queueOpened @1 :Void;
+    queueOpened @1 :QueueOpened;
     finished @2 :Finished;
     accessed @3 :Accessed;
   }
+}
+
+# A coherent device's memory, for a client that has proven itself.
+struct QueueOpened {
+  memoryFd @0 :UInt16;          # or noFd: the device is not coherent
+  device @1 :UInt8;
+  generation @2 :UInt64;
 }
 
 struct Accessed {
@@ -57,6 +64,7 @@ struct Info {
   memoryBytes @2 :UInt64;
   aperture @3 :Bool;
   kernels @4 :List(Text);       # at most maxKernels
+  coherent @5 :Bool;            # the program reaches pages of allocated memory there
 }
 
 struct Finished {

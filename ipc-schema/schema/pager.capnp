@@ -277,7 +277,16 @@ struct Agent {
     moveBack @8 :Void;
     fillHuge @9 :UInt32;          # staging slot
     probe @10 :Void;
+    mapDevice @11 :MapDevice;
+    unmapDevice @12 :Void;
   }
+}
+
+# Frames of a coherent device, from here on, at the address.
+struct MapDevice {
+  device @0 :UInt8;
+  frame @1 :UInt32;
+  generation @2 :UInt64;          # of the memory, as in queueOpened
 }
 
 struct Invalidate {

@@ -71,6 +71,8 @@ struct ResidencyRun {
   pinned @5 :Bool;
   # One of 512 aligned pages in 512 aligned frames.
   huge @6 :Bool;
+  # On a device, and the program reaches it there.
+  coherent @7 :Bool;
 }
 
 # How a device may use pages.

@@ -30,8 +30,11 @@ use uhmm_ipc::{CallId, Endpoint, Identity, Limits, LinkId, Reactor, Wake, Waker}
 use uhmm_kernel_hook::{HookError, Prot, Userfaultfd, Window, memfd};
 
 use crate::Error;
-use crate::executor::{Executor, Order};
+use crate::executor::{Allocations, Executor, Order};
 use crate::pending::{Completer, Pending, pair};
+
+/// Name of the agent's thread.
+pub(crate) const AGENT_THREAD: &str = "uhmm-agent";
 
 /// Turns an answer into what the app asked for and delivers it.
 type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
@@ -93,6 +96,8 @@ pub(crate) struct Introduction {
     pub(crate) memory: AgentMemory,
     /// This process's userfaultfd; a forked child's comes with the pager's answer.
     pub(crate) uffd: Option<Userfaultfd>,
+    /// What the session allocates.
+    pub(crate) allocations: Arc<Allocations>,
 }
 
 impl Agent {
@@ -102,7 +107,7 @@ impl Agent {
         let (started, has_started) = mpsc::channel();
         let (opened, space) = pair(TraceId::fresh());
         let thread = std::thread::Builder::new()
-            .name("uhmm-agent".into())
+            .name(AGENT_THREAD.into())
             .spawn(move || match Loop::new(introduction, inbox, opened) {
                 Ok((mut agent, waker)) => {
                     if started.send(Ok(waker)).is_ok() {
@@ -184,6 +189,7 @@ struct Loop {
     /// Who we are, for a forked child.
     child: Option<(u64, Vec<u8>)>,
     staging: Fd,
+    allocations: Arc<Allocations>,
     executor: Option<Executor>,
 }
 
@@ -193,7 +199,7 @@ impl Loop {
         inbox: Receiver<Command>,
         opened: Completer<Space>,
     ) -> Result<(Self, Waker), Error> {
-        let Introduction { run_dir, who, memory, uffd } = introduction;
+        let Introduction { run_dir, who, memory, uffd, allocations } = introduction;
         let mut reactor = client_reactor(Role::Client)?;
         let waker = reactor.waker();
         let pager = reactor.link(endpoint(&run_dir, "pager"));
@@ -208,10 +214,12 @@ impl Loop {
             }
         };
         reactor.set_preamble(pager, vec![Call::Pager(hello)]);
-        let executor = uffd.map(|uffd| make_executor(uffd, &staging)).transpose()?;
+        let executor = uffd.map(|uffd| make_executor(uffd, &staging, &allocations)).transpose()?;
         let (drivers, waiting) = (HashMap::new(), HashMap::new());
         let opening = Some(opened);
-        Ok((Self { reactor, run_dir, inbox, pager, drivers, waiting, opening, child, staging, executor }, waker))
+        let agent =
+            Self { reactor, run_dir, inbox, pager, drivers, waiting, opening, child, staging, allocations, executor };
+        Ok((agent, waker))
     }
 
     fn run(&mut self) {
@@ -275,6 +283,11 @@ impl Loop {
             }
             Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.on_order(event),
             Wake::Preamble { link, result, .. } if link == self.pager => self.on_introduced(result),
+            Wake::Preamble { result: Ok(Reply::Driver(driver::Reply::QueueOpened { coherent })), .. } => {
+                if let (Some(executor), Some(memory)) = (&mut self.executor, coherent) {
+                    executor.know_aperture(memory);
+                }
+            }
             Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
             Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
             Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
@@ -317,7 +330,7 @@ impl Loop {
             .map_err(|source| Error::kernel("Keeping the userfaultfd")(HookError::call("dup", None, source)))?;
         let uffd = Userfaultfd::from_fd(own).map_err(Error::kernel("Keeping the userfaultfd"))?;
         let kept = uffd.try_clone().map_err(Error::kernel("Keeping the userfaultfd"))?;
-        self.executor = Some(make_executor(uffd, &self.staging)?);
+        self.executor = Some(make_executor(uffd, &self.staging, &self.allocations)?);
         self.attach_from_now_on(space, token.clone());
         Ok(Space { id: space, token, features, uffd: Some(Arc::new(kept)) })
     }
@@ -326,7 +339,7 @@ impl Loop {
     fn on_order(&mut self, event: pager::Event) {
         let pager::Event::Agent { id, region, first_page, addr, page_count, op } = event else { return };
         let Some(executor) = &mut self.executor else { return };
-        let runs = executor.run(&Order { region, first_page, addr, page_count, op });
+        let runs = executor.run(&Order { id, region, first_page, addr, page_count, op });
         tracing::trace!(id, region, first_page, page_count, ?op, ?runs, "Order of the pager");
         let done = Call::Pager(pager::Call::AgentDone { id, runs });
         self.reactor.call(self.pager, done, TraceId::default(), None);
@@ -340,10 +353,10 @@ impl Loop {
     }
 }
 
-fn make_executor(uffd: Userfaultfd, staging: &Fd) -> Result<Executor, Error> {
+fn make_executor(uffd: Userfaultfd, staging: &Fd, allocations: &Arc<Allocations>) -> Result<Executor, Error> {
     let failed = Error::kernel("Preparing the agent's memory");
     let window = memfd::len(staging.as_fd()).and_then(|len| Window::map(staging.as_fd(), 0, len, Prot::ReadWrite));
-    window.and_then(|window| Executor::new(uffd, window)).map_err(failed)
+    window.and_then(|window| Executor::new(uffd, window, Arc::clone(allocations))).map_err(failed)
 }
 
 /// A reactor for a process that only asks.

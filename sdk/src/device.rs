@@ -26,6 +26,8 @@ pub struct DeviceInfo {
     pub memory_bytes: u64,
     /// The CPU can see device memory.
     pub aperture: bool,
+    /// Pages of allocated memory that live there are reached by the program where they are: no CPU access brings them home.
+    pub coherent: bool,
     /// Kernels that jobs can name, with their arguments, one line each.
     pub kernels: Vec<String>,
 }
@@ -263,8 +265,8 @@ impl From<&Device> for Target {
 pub(crate) fn ask_info(session: &Inner, name: &str, deadline: Duration) -> Pending<DeviceInfo> {
     let peer = Peer::Driver(name.to_owned());
     session.agent.call(peer, Call::Driver(driver::Call::Info), Some(deadline), |reply| match reply {
-        Reply::Driver(driver::Reply::Info { driver, device, memory_bytes, aperture, kernels }) => {
-            Ok(DeviceInfo { driver, id: device, memory_bytes, aperture, kernels })
+        Reply::Driver(driver::Reply::Info { driver, device, memory_bytes, aperture, coherent, kernels }) => {
+            Ok(DeviceInfo { driver, id: device, memory_bytes, aperture, coherent, kernels })
         }
         _ => Err(Error::StrangeReply { question: "Info" }),
     })

@@ -6,6 +6,7 @@
 //!   Drop      scratch block is free (a huge page is kept for a later arrival)
 //!   MoveBack  scratch block --UFFDIO_MOVE--> address range
 //!   FillHuge  staging slot --copy--> scratch huge page --UFFDIO_MOVE--> address range
+//!   MapDevice, UnmapDevice: `frames`
 //! ```
 //!
 //! A block is 2 MiB of anonymous memory, aligned, registered for write protection only: UFFDIO_MOVE takes it as a destination, and
@@ -15,11 +16,14 @@
 //! Nothing here holds a reference into the program's memory; ranges are numbers, and the kernel checks them.
 
 mod blocks;
+mod frames;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use uhmm_ipc::message::driver::CoherentMemory;
 use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus, DIARY_BYTES, DIARY_ENTRIES};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
@@ -28,6 +32,7 @@ use uhmm_kernel_hook::{
 };
 
 use self::blocks::Block;
+pub(crate) use self::frames::{Allocation, Allocations, rights_stay};
 
 const HUGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGES: u64 = HUGE_BYTES / PAGE_SIZE;
@@ -44,6 +49,8 @@ const COPY_BYTES: usize = 64 << 10;
 /// One thing to do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
+    /// Grows with every new order.
+    pub id: u64,
     pub region: u64,
     pub first_page: u64,
     pub addr: u64,
@@ -99,10 +106,16 @@ pub(crate) struct Executor {
     taken: BTreeMap<(u64, u64), Taken>,
     /// Ranges that were ever dropped in place.
     drops: u64,
+    /// What the SDK has allocated.
+    allocations: Arc<Allocations>,
+    /// Memory of coherent devices, by device and generation; also what a device had before, of which frames may be mapped.
+    apertures: BTreeMap<(u8, u64), CoherentMemory>,
+    /// Latest order about frames.
+    last_frames_order: u64,
 }
 
 impl Executor {
-    pub(crate) fn new(uffd: Userfaultfd, staging: Window) -> Result<Self, HookError> {
+    pub(crate) fn new(uffd: Userfaultfd, staging: Window, allocations: Arc<Allocations>) -> Result<Self, HookError> {
         let pagemap = pagemap::open_pagemap(std::process::id())?;
         Ok(Self {
             uffd,
@@ -113,6 +126,9 @@ impl Executor {
             kept_huge: Vec::new(),
             taken: BTreeMap::new(),
             drops: 0,
+            allocations,
+            apertures: BTreeMap::new(),
+            last_frames_order: 0,
         })
     }
 
@@ -130,6 +146,8 @@ impl Executor {
             AgentOp::MoveBack => self.move_back(order),
             AgentOp::FillHuge { slot } => self.fill_huge(order, slot_offset(slot)),
             AgentOp::Probe => self.probe(order),
+            AgentOp::MapDevice { device, frame, generation } => self.map_device(order, device, frame, generation),
+            AgentOp::UnmapDevice => self.unmap_device(order),
         };
         result.unwrap_or_else(|error| {
             tracing::warn!(%error, ?order, "The agent could not do what the pager asked");

@@ -39,6 +39,7 @@ mod child;
 mod device;
 mod error;
 mod executor;
+mod forking;
 mod memory;
 pub mod operator;
 mod paths;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::agent::Peer;
 use crate::device::Device;
+use crate::executor::rights_stay;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::{Error, Session};
 
@@ -92,6 +93,10 @@ impl SnapshotPage {
     pub const ZERO: Self = Self(0x10);
     /// In this device's memory.
     pub const DEVICE_LOCAL: Self = Self(0x20);
+    /// In this device's memory, and the program reaches it there.
+    pub const COHERENT_LOCAL: Self = Self(0x40);
+    /// In another device's memory, and the program reaches it there.
+    pub const COHERENT_REMOTE: Self = Self(0x50);
 
     /// The raw value.
     pub fn bits(self) -> u8 {
@@ -182,7 +187,11 @@ impl Session {
     pub fn protect(&self, addr: u64, len_bytes: u64, read: bool, write: bool) -> Result<(), Error> {
         check_range(addr, len_bytes)?;
         let range = AddrRange { start: addr, len: len_bytes };
-        own_memory::protect(range, read, write).map_err(Error::kernel("Changing the protection of a range"))?;
+        {
+            // Frames of a coherent device may be about to take the place of a part of it.
+            let _unchanged = rights_stay();
+            own_memory::protect(range, read, write).map_err(Error::kernel("Changing the protection of a range"))?;
+        }
         self.inner.done("ProtectionChanged", pager::Call::ProtectionChanged { addr, len_bytes }, None).wait()
     }
 
@@ -356,6 +365,10 @@ fn shown(device_id: u8, vma: &Vma, kind: Option<Categories>, run: Option<&Reside
     let right = if vma.write { SnapshotPage::WRITE } else { SnapshotPage::READ };
     let huge = |page: SnapshotPage, huge: bool| if huge { page.with(SnapshotPage::PMD) } else { page };
     match run.map(|run| run.residency) {
+        Some(Residency::Device(id)) if run.is_some_and(|run| run.coherent) => {
+            let here = if id == device_id { SnapshotPage::COHERENT_LOCAL } else { SnapshotPage::COHERENT_REMOTE };
+            huge(here.with(right), run.is_some_and(|run| run.huge))
+        }
         Some(Residency::Device(id) | Residency::Exclusive(id)) if id == device_id => {
             huge(SnapshotPage::DEVICE_LOCAL.with(right), run.is_some_and(|run| run.huge))
         }
@@ -421,6 +434,7 @@ mod tests {
             pinned: false,
             mapped_mask: 0,
             huge,
+            coherent: false,
         };
         let (rw, ro) = (vma(0, 0x1000), Vma { write: false, ..vma(0, 0x1000) });
         let present = Some(Categories::PRESENT);
@@ -432,6 +446,8 @@ mod tests {
         assert_eq!(page(&rw, present.map(|kind| kind | Categories::HUGE), Some(run(Residency::System, false))), 6);
         assert_eq!(page(&rw, None, Some(run(Residency::Device(1), true))), 0x26);
         assert_eq!(page(&rw, None, Some(run(Residency::Device(0), false))), 0, "another device's");
+        let coherent = |id| Some(ResidencyRun { coherent: true, ..run(Residency::Device(id), false) });
+        assert_eq!((page(&rw, present, coherent(1)), page(&ro, None, coherent(0))), (0x42, 0x51));
         assert_eq!(page(&rw, None, Some(run(Residency::Absent, false))), 0);
         assert_eq!(page(&rw, None, Some(run(Residency::Poisoned, false))), 0xff);
     }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use uhmm_ipc::message::{Call, ErrorCode, Fd, Reply, pager};
-use uhmm_kernel_hook::{ManagedMapping, memfd};
+use uhmm_kernel_hook::{AddrRange, ManagedMapping, memfd};
 
 use crate::agent::Peer;
 use crate::arena::Arena;
+use crate::executor::Allocation;
 use crate::range::{check_inside, check_length};
 use crate::session::Inner;
 use crate::{Error, PAGE_BYTES};
@@ -40,9 +41,15 @@ impl Region {
         }
         let memory: Fd = Arc::new(memory);
         session.settle()?;
+        let allocations = Arc::clone(&session.allocations);
+        let range = AddrRange { start: mapping.addr(), len: len_bytes };
+        let allocation = Allocation { range, memory: memory.clone(), forks: session.forks() };
         let create = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes, memory: memory.clone() };
-        let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, |reply| match reply {
-            Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
+        let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, move |reply| match reply {
+            Reply::Pager(pager::Reply::RegionCreated { region }) => {
+                allocations.insert(region, allocation);
+                Ok(region)
+            }
             _ => Err(Error::StrangeReply { question: "CreateRegion" }),
         });
         let id = pending.wait()?;
@@ -106,9 +113,11 @@ impl Region {
         let free = pager::Call::FreeRegion { region: self.id };
         match self.session.done("FreeRegion", free, deadline).wait() {
             // Repeated after a restart of the pager: the first one had got through.
-            Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
-            other => other,
+            Err(error) if error.code() == ErrorCode::NotFound => {}
+            other => other?,
         }
+        self.session.allocations.remove(self.id);
+        Ok(())
     }
 
     /// Pages.

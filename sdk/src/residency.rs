@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     fn run(first_page: u64, page_count: u64, residency: Residency) -> ResidencyRun {
-        ResidencyRun { first_page, page_count, residency, pinned: false, mapped_mask: 0, huge: false }
+        ResidencyRun { first_page, page_count, residency, pinned: false, mapped_mask: 0, huge: false, coherent: false }
     }
 
     #[test]

@@ -13,11 +13,12 @@ use crate::adopted::AdoptedRanges;
 use crate::agent::{Agent, Identification, Introduction, Peer, Space};
 use crate::child::{Sentinel, agent_memory};
 use crate::device::{Device, DeviceInfo, ask_info};
+use crate::executor::Allocations;
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::region::Region;
 use crate::residency::{MigrateReport, ResidencySummary, append_runs};
-use crate::{Error, paths};
+use crate::{Error, forking, paths};
 
 /// How long `connect` and `device` wait for a service that is there but does not answer (it may be restarting).
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
@@ -36,6 +37,7 @@ pub(crate) struct Inner {
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
     adopted: Mutex<Adopted>,
+    pub(crate) allocations: Arc<Allocations>,
     // Never closed before the last region is gone either: without any reference left the kernel would turn
     // every page that is on a device into zeros.
     uffd: Option<Userfaultfd>,
@@ -79,7 +81,8 @@ impl Session {
             full: kind == UffdKind::Full,
             sentinel_addr: sentinel.addr(),
         };
-        let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: Some(agents) };
+        let introduction =
+            Introduction { run_dir, who, memory: agent_memory()?, uffd: Some(agents), allocations: Arc::default() };
         Self::begin(introduction, kind, Some(uffd), sentinel)
     }
 
@@ -90,6 +93,7 @@ impl Session {
         sentinel: Sentinel,
     ) -> Result<Self, Error> {
         let run_dir = introduction.run_dir.clone();
+        let allocations = Arc::clone(&introduction.allocations);
         let (agent, space) = Agent::start(introduction)?;
         let space = space.wait_timeout(OPEN_DEADLINE).unwrap_or_else(|| {
             let text = format!("The pager in {} does not answer: see `uhmm status`", run_dir.display());
@@ -98,7 +102,9 @@ impl Session {
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, uffd }) })
+        Ok(Self {
+            inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, allocations, uffd }),
+        })
     }
 
     /// In a forked child: its own session, on the address space that it has inherited. The parent's session, regions and devices
@@ -116,7 +122,8 @@ impl Session {
         }
         let who = Identification::Child { space, token };
         let run_dir = self.inner.run_dir.clone();
-        let introduction = Introduction { run_dir, who, memory: agent_memory()?, uffd: None };
+        let introduction =
+            Introduction { run_dir, who, memory: agent_memory()?, uffd: None, allocations: Arc::default() };
         let session = Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.clone())?;
         // What the parent has adopted is inherited, and needs an agent as long as this process lives.
         std::mem::forget(Arc::clone(&session.inner));
@@ -128,7 +135,8 @@ impl Session {
         self.inner.forks()
     }
 
-    /// Test hook: the agent thread stands still for this long. What is under way waits; CPU faults do not need it.
+    /// Test hook: the agent thread stands still for this long. What is under way waits. CPU faults do not need it, but for the
+    /// first access to a page that has just arrived on a coherent device.
     pub fn pause_agent(&self, duration: Duration) {
         self.inner.agent.pause(duration);
     }
@@ -274,6 +282,9 @@ impl Session {
         }
         self.inner.agent.open_driver(name, &self.inner.space);
         let info = ask_info(&self.inner, name, OPEN_DEADLINE).wait()?;
+        if info.coherent {
+            forking::prepare_for(&self.inner)?;
+        }
         self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), info.clone());
         Ok(open(info))
     }

@@ -55,6 +55,30 @@ fn integration_conformance_holds_for_the_software_device() {
     assert_eq!(listed.lines().collect::<BTreeSet<_>>(), names, "the list is not what was run");
 }
 
+/// All cases about coherent memory, and those in which the program uses allocated memory, forks or evicts.
+const COHERENT: &str = "\\.coherent$|^(F0[1-5]|K06|K11|K21|D0[1-3]|X0[1-4]|S03|Z01)_|^IGT\\.(once|many-64k)\\.region$";
+
+#[test]
+fn integration_conformance_holds_for_coherent_devices() {
+    let report = conformance(&["--coherent", "--filter", COHERENT]);
+    assert_held(&report, 45);
+    let twins = |status: &str| {
+        let of = |case: &&Value| case["name"].as_str().is_some_and(|name| name.ends_with(".coherent"));
+        cases(&report).iter().filter(of).filter(|case| case["status"] == status).count()
+    };
+    assert!(
+        twins("passed") >= 30,
+        "only {} coherent cases passed, {} do not apply",
+        twins("passed"),
+        twins("not_applicable")
+    );
+}
+
+#[test]
+fn integration_conformance_holds_for_coherent_devices_while_services_are_killed() {
+    assert_held(&conformance(&["--coherent", "--chaos", "2", "--filter", "\\.coherent$"]), 30);
+}
+
 #[test]
 fn integration_conformance_holds_for_devices_without_an_aperture() {
     let bed = TestBed::with_manifest(&manifest_of(2, "64MiB", "aperture = false"));

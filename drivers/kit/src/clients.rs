@@ -59,8 +59,16 @@ impl<D: Driver> DriverLoop<D> {
             device: self.plan.id,
             memory_bytes: u64::from(self.memory.frame_count()) * PAGE_BYTES,
             aperture: self.memory.aperture().is_some(),
+            coherent: self.plan.coherent && self.memory.aperture().is_some(),
             kernels: self.jobs.usage_lines(),
         }
+    }
+
+    /// What a client that has proven itself maps.
+    fn coherent_memory(&self) -> Option<driver::CoherentMemory> {
+        let (device, generation) = (self.plan.id, self.generation);
+        let memory = self.memory.aperture().filter(|_| self.plan.coherent);
+        memory.map(|memory| driver::CoherentMemory { device, generation, memory })
     }
 
     fn submit(
@@ -115,7 +123,11 @@ impl<D: Driver> DriverLoop<D> {
             self.spaces.insert(space, token);
             self.jobs.queue_opened(conn, space);
             self.refresh_preambles();
-            self.service.reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened)));
+            self.service.reactor.reply(
+                conn,
+                call,
+                Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: self.coherent_memory() })),
+            );
         } else if !self.jobs.space_in_use(space) {
             // The client left while its token was checked.
             self.end_space(space, "Its client disconnected", true);

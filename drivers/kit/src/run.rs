@@ -108,6 +108,8 @@ pub(crate) struct DriverLoop<D: Driver> {
     pub(crate) service: Service,
     pub(crate) driver_name: &'static str,
     pub(crate) plan: DevicePlan,
+    /// Names the content of device memory.
+    pub(crate) generation: u64,
     pub(crate) memory: D::Memory,
     pub(crate) table: D::Table,
     pub(crate) queue: D::Queue,
@@ -213,6 +215,7 @@ impl<D: Driver> DriverLoop<D> {
             window,
             service,
             plan,
+            generation: generation.number,
             memory: parts.memory,
             table: parts.table,
             queue: parts.queue,

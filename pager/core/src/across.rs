@@ -17,7 +17,7 @@ impl<P: Policy> Core<P> {
         region: RegionId,
         pages: Pages,
         first: Entry,
-        mask: u8,
+        mask: u16,
         to: (DeviceId, u32),
         owner: u64,
         cause: Cause,
@@ -46,7 +46,9 @@ impl<P: Policy> Core<P> {
         }
         self.stats.pages_across += pages.count;
         self.trace(TraceKind::MigrateEnd, &transfer, out);
-        Self::publish_frames(region, pages, Entry::on_device(to, to_frame), out);
+        let entry = self.arrived_entry(region, to, to_frame);
+        Self::publish_frames(region, pages, entry, out);
+        self.show_frames(region, pages, entry, out);
         self.give_back(&transfer, pages.count);
         self.policy.moved_out(region, pages, to, self.now_us);
         if let Some(transfer) = self.transfers.get_mut(&ticket) {
@@ -64,7 +66,7 @@ impl<P: Policy> Core<P> {
         region: RegionId,
         pages: Pages,
         first: Entry,
-        mask: u8,
+        mask: u16,
         owner: Option<u64>,
         out: &mut Vec<Action>,
     ) -> Ticket {

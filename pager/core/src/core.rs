@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::coherent::CpuMap;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
 use crate::event::{
     Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId,
@@ -44,6 +45,10 @@ pub struct Core<P> {
     pub(crate) regions: BTreeMap<RegionId, RegionInfo>,
     pub(crate) frames: [Option<FrameTable>; DEVICE_COUNT_MAX as usize],
     pub(crate) failed_mask: u8,
+    /// Devices whose frames the program may map.
+    pub(crate) coherent_mask: u8,
+    /// Frames on their way into the program's page table.
+    pub(crate) cpu_maps: BTreeMap<Ticket, CpuMap>,
     /// Devices whose free frames hold unknown bytes.
     unknown_mask: u8,
     pub(crate) transfers: BTreeMap<Ticket, Transfer>,
@@ -83,6 +88,8 @@ impl<P: Policy> Core<P> {
             regions: BTreeMap::new(),
             frames: Default::default(),
             failed_mask: 0,
+            coherent_mask: 0,
+            cpu_maps: BTreeMap::new(),
             unknown_mask: 0,
             transfers: BTreeMap::new(),
             cpu_ops: BTreeMap::new(),
@@ -125,6 +132,7 @@ impl<P: Policy> Core<P> {
         self.transfers.is_empty()
             && self.requests.is_empty()
             && self.cpu_ops.is_empty()
+            && self.cpu_maps.is_empty()
             && self.scrubs.is_empty()
             && !self.has_runnable_work()
     }
@@ -135,6 +143,7 @@ impl<P: Policy> Core<P> {
         match event {
             Event::CpuFault { region, page, wp, minor, .. } => self.cpu_fault(dir, region, page, wp, minor, out),
             Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(dir, ticket, done_pages, stop, out),
+            Event::CpuMapped { ticket, result } => self.frames_shown(dir, ticket, result, out),
             Event::WpDone { ticket, result } => self.wp_done(ticket, result, out),
             Event::RevokeDone { ticket, .. } => self.revoke_done(dir, ticket, out),
             Event::CopyDone { ticket, result } | Event::ZeroDone { ticket, result } => {
@@ -171,7 +180,7 @@ impl<P: Policy> Core<P> {
                 self.accept(Request::discard(Some(req), region, pages), out);
             }
             Event::RevokeMappings { req, region, pages, devices } => {
-                self.accept(Request::revoke(req, region, pages, devices), out);
+                self.accept(Request::revoke(req, region, pages, u16::from(devices)), out);
             }
             Event::Evict { req, space, device, page_count } => self.accept_evict(req, space, device, page_count, out),
             Event::InjectAllocation { space, huge, nth } => {
@@ -191,7 +200,8 @@ impl<P: Policy> Core<P> {
                 self.recover_region(dir, region, out);
             }
             Event::Recovered => {}
-            Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost } => {
+            Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent } => {
+                self.note_coherent(device, coherent);
                 self.device_up(dir, device, frame_count, fresh_mappings, memory_known, memory_lost, out);
             }
             Event::DeviceVoid { device } => self.clear_mapped(dir, device, out),
@@ -233,8 +243,8 @@ impl<P: Policy> Core<P> {
     }
 
     /// First pages of `pages` that are alike, in consecutive frames of one device; the first one is not busy. Also its entry, and
-    /// the devices that map any of them.
-    pub(crate) fn frame_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u8) {
+    /// everybody who maps any of them.
+    pub(crate) fn frame_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> (Pages, Entry, u16) {
         let first = Self::entry(dir, region, pages.first);
         let mut mask = 0;
         let run = Self::run_while(dir, region, pages, |offset, entry| {

@@ -122,7 +122,7 @@ impl<P: Policy> Core<P> {
         region: RegionId,
         pages: Pages,
         first: Entry,
-        mask: u8,
+        mask: u16,
         owner: Option<u64>,
         out: &mut Vec<Action>,
     ) {
@@ -168,8 +168,8 @@ impl<P: Policy> Core<P> {
         &mut self,
         region: RegionId,
         pages: Pages,
-        mask: u8,
-        devices: u8,
+        mask: u16,
+        devices: u16,
         owner: u64,
         out: &mut Vec<Action>,
     ) {
@@ -195,7 +195,7 @@ impl<P: Policy> Core<P> {
         dir: &impl Directory,
         region: RegionId,
         pages: Pages,
-        devices: u8,
+        devices: u16,
         out: &mut Vec<Action>,
     ) {
         for page in pages.iter() {
@@ -210,7 +210,7 @@ impl<P: Policy> Core<P> {
     }
 
     /// Starts the end of a region, once nothing of it moves.
-    pub(crate) fn start_teardown(&mut self, region: RegionId, pages: Pages, mask: u8, out: &mut Vec<Action>) {
+    pub(crate) fn start_teardown(&mut self, region: RegionId, pages: Pages, mask: u16, out: &mut Vec<Action>) {
         let ticket = self.begin(Transfer { mask, ..Transfer::new(region, pages, Kind::Teardown) }, out);
         self.revoke_or(ticket, out, Self::finish_teardown);
     }

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //!  63      56 55   54     53     52     51      44 43            12 11     4 3     0
-//! | poison   |huge|(zero)|shared|pinned| mapped   | frame          | device | state |
+//! | poison   |huge|  cpu |shared|pinned| mapped   | frame          | device | state |
 //! ```
 //!
 //! `mapped` has one bit a device: it holds a device mapping of this page (of its own frame, or of the system page in place).
-//! `shared`: other entries may name the same frame (a fork); devices may then only read it. `huge`: one of 512 aligned pages in
+//! `cpu`: the program's page table may have the frame (coherent device memory, `coherent.rs`); in masks it is [`CPU`], a mapping like
+//! that of a device, so that whoever takes the frame away revokes it first. `shared`: other entries may name the same frame (a fork); devices may then only read it. `huge`: one of 512 aligned pages in
 //! 512 aligned frames; cleared in all of them when one goes its own way.
 //! The shell keeps entries in a memfd of the vault as atomic words; nothing else about a page survives a crash.
 
@@ -15,11 +16,15 @@ use crate::event::DeviceId;
 /// Devices are few: the mapped mask has one bit each.
 pub const DEVICE_COUNT_MAX: u8 = 8;
 
+/// The program's own page table, beside the devices' bits of a mapped mask.
+pub const CPU: u16 = 1 << 8;
+
 const DEVICE_SHIFT: u32 = 4;
 const FRAME_SHIFT: u32 = 12;
 const MAPPED_SHIFT: u32 = 44;
 const PINNED: u64 = 1 << 52;
 const SHARED: u64 = 1 << 53;
+const CPU_SHIFT: u32 = 54;
 const HUGE: u64 = 1 << 55;
 const POISON_SHIFT: u32 = 56;
 
@@ -165,15 +170,23 @@ impl Entry {
         matches!(self.state(), PageState::MovingOut | PageState::MovingHome)
     }
 
-    /// Devices that map the page.
-    pub fn mapped_mask(self) -> u8 {
-        (self.0 >> MAPPED_SHIFT) as u8
+    /// Who maps the page: bit d for device d, and [`CPU`].
+    pub fn mapped_mask(self) -> u16 {
+        let cpu = if self.cpu_mapped() { CPU } else { 0 };
+        (self.0 >> MAPPED_SHIFT) as u16 & 0xff | cpu
+    }
+
+    /// The program may have the frame itself mapped.
+    pub fn cpu_mapped(self) -> bool {
+        self.0 >> CPU_SHIFT & 1 != 0
     }
 
     /// With another mask.
     #[must_use]
-    pub fn with_mapped_mask(self, mask: u8) -> Self {
-        Self(self.0 & !(0xff << MAPPED_SHIFT) | u64::from(mask) << MAPPED_SHIFT)
+    pub fn with_mapped_mask(self, mask: u16) -> Self {
+        let devices = u64::from(mask & 0xff) << MAPPED_SHIFT;
+        let cpu = u64::from(mask & CPU != 0) << CPU_SHIFT;
+        Self(self.0 & !(0xff << MAPPED_SHIFT | 1 << CPU_SHIFT) | devices | cpu)
     }
 
     /// Pinned pages stay in system memory.
@@ -235,7 +248,7 @@ impl std::fmt::Debug for Entry {
             write!(f, "{{device {}, frame {}}}", self.device().0, self.frame())?;
         }
         if self.mapped_mask() != 0 {
-            write!(f, " mapped {:#010b}", self.mapped_mask())?;
+            write!(f, " mapped {:#b}", self.mapped_mask())?;
         }
         for (on, name) in [(self.pinned(), "pinned"), (self.shared(), "shared"), (self.huge(), "huge")] {
             if on {
@@ -252,13 +265,25 @@ mod tests {
 
     #[test]
     fn fields_do_not_disturb_each_other() {
-        let entry = Entry::on_device(DeviceId(7), u32::MAX).with_mapped_mask(0xa5).with_pinned(true);
+        let entry = Entry::on_device(DeviceId(7), u32::MAX).with_mapped_mask(0xa5 | CPU).with_pinned(true);
         assert_eq!((entry.state(), entry.device(), entry.frame()), (PageState::Device, DeviceId(7), u32::MAX));
-        assert_eq!((entry.mapped_mask(), entry.pinned()), (0xa5, true));
+        assert_eq!((entry.mapped_mask(), entry.pinned()), (0xa5 | CPU, true));
         let moving = entry.with_state(PageState::MovingHome).with_mapped_mask(0);
         assert_eq!((moving.frame(), moving.mapped_mask(), moving.pinned()), (u32::MAX, 0, true));
         assert_eq!(Entry::decode(moving.bits()), Ok(moving));
         assert_eq!(entry.back_to_system(), Entry::SYSTEM.with_pinned(true));
+    }
+
+    #[test]
+    fn the_cpu_is_one_more_that_maps_and_takes_no_other_bit() {
+        let entry = Entry::on_device(DeviceId(1), 5).with_huge(true).with_shared(true);
+        let mapped = entry.with_mapped_mask(CPU);
+        assert_eq!(mapped.bits() ^ entry.bits(), 1 << 54);
+        assert_eq!((mapped.cpu_mapped(), mapped.mapped_mask()), (true, CPU));
+        assert_eq!(mapped.with_mapped_mask(0xff).mapped_mask(), 0xff);
+        assert_eq!(mapped.with_mapped_mask(0), entry);
+        assert_eq!(Entry::decode(mapped.bits()), Ok(mapped));
+        assert!(!mapped.back_to_system().cpu_mapped());
     }
 
     #[test]

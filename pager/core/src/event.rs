@@ -161,8 +161,16 @@ pub enum CopyStatus {
 #[allow(missing_docs, reason = "field names are the fields' meaning; each variant is documented")]
 pub enum Event {
     /// A driver logged in. `fresh_mappings`: a new incarnation, its old mappings are void. `memory_known`: it was used
-    /// under an earlier pager, so free frames hold unknown bytes. `memory_lost`: the frames' content is gone.
-    DeviceUp { device: DeviceId, frame_count: u32, fresh_mappings: bool, memory_known: bool, memory_lost: bool },
+    /// under an earlier pager, so free frames hold unknown bytes. `memory_lost`: the frames' content is gone. `coherent`: the program
+    /// may map frames itself.
+    DeviceUp {
+        device: DeviceId,
+        frame_count: u32,
+        fresh_mappings: bool,
+        memory_known: bool,
+        memory_lost: bool,
+        coherent: bool,
+    },
     /// The session is lost; the process may live on.
     DeviceDown { device: DeviceId },
     /// The process is dead: its mappings are void.
@@ -219,6 +227,8 @@ pub enum Event {
     WpDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Revoke`].
     RevokeDone { ticket: Ticket, result: StepResult },
+    /// Answer to [`Action::MapCpu`].
+    CpuMapped { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::CopyOut`] of shared pages and to [`Action::CopyAcross`].
     CopyDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::CopyOut`] of private pages; the runs cover the pages from the first one on.
@@ -283,8 +293,10 @@ pub enum Action {
     Wake { region: RegionId, pages: Pages },
     /// Accesses shall get SIGBUS.
     Poison { region: RegionId, pages: Pages },
-    /// Remove device mappings; done when the devices have stopped using them.
-    Revoke { ticket: Ticket, region: RegionId, pages: Pages, devices: u8 },
+    /// Remove mappings of devices, and with [`CPU`](crate::CPU) the program's mapping of frames; done when nobody uses them any more.
+    Revoke { ticket: Ticket, region: RegionId, pages: Pages, devices: u16 },
+    /// Show the program consecutive frames at the pages' addresses. Repeatable; not before every earlier `Revoke` of them is done.
+    MapCpu { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32 },
     /// System pages to consecutive frames. Private pages are taken out of the address space first, unless `keep`: then they are
     /// write-protected already and stay (read-mostly copies).
     CopyOut { ticket: Ticket, region: RegionId, pages: Pages, device: DeviceId, frame: u32, keep: bool, req: ReqId },

@@ -65,7 +65,7 @@ impl<P: Policy> Core<P> {
         out: &mut Vec<Action>,
     ) {
         let request = Request::evict(req, space, device, page_count);
-        if !request.target_is_inside() || self.table(device).is_none() {
+        if !request.target_is_inside() {
             let error = CoreError::NoSuchDevice { device: device.0 };
             self.reply(Some(req), Outcome::Failed(error), out);
             return;
@@ -84,7 +84,8 @@ impl<P: Policy> Core<P> {
         (space, device, left): (SpaceId, DeviceId, u64),
         out: &mut Vec<Action>,
     ) -> Next {
-        if request.outstanding >= OUTSTANDING_MAX {
+        // What is there nobody knows before the device has logged in.
+        if request.outstanding >= OUTSTANDING_MAX || self.table(device).is_none() {
             return Next::Wait;
         }
         let mine: Vec<RegionId> =

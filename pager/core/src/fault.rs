@@ -6,6 +6,7 @@
 //!   System           backing has the page    Continue
 //!   System           write-protected         unprotect
 //!   Duplicated       anything                the read-only copies end, then unprotected
+//!   Device, cpu bit  anything                show the frame (again); the fault is raised again when that is done
 //!   Device           anything                start the way home, with the neighbours that policy lets ride along
 //!   Moving*          anything                nothing: the end of the transfer wakes, and the fault is raised again
 //!   Poisoned         write-protected         punch what is left, then as below
@@ -65,6 +66,7 @@ impl<P: Policy> Core<P> {
         match entry.state() {
             _ if self.busy(region, page, entry) => self.stats.parked += 1,
             PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
+            PageState::Device if entry.cpu_mapped() => self.missed_a_frame(dir, rest, region, out),
             PageState::Device | PageState::Exclusive => {
                 match self.policy.cpu_waits_until_us(region, page, self.now_us) {
                     Some(until_us) => self.wake_later(region, page, until_us),

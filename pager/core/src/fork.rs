@@ -102,7 +102,7 @@ impl<P: Policy> Core<P> {
         parent: RegionId,
         child: RegionId,
         left: Pages,
-        mask: &mut u8,
+        mask: &mut u16,
         out: &mut Vec<Action>,
     ) -> u64 {
         let first = Self::entry(dir, parent, left.first);
@@ -179,7 +179,7 @@ impl<P: Policy> Core<P> {
     pub(crate) fn finish_fork(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, .. } = transfer;
-        self.clear_mapped_of(dir, region, pages, u8::MAX, out);
+        self.clear_mapped_of(dir, region, pages, u16::from(u8::MAX), out);
         out.push(Action::Wake { region, pages });
         self.fork_is_done(ticket, out);
     }

@@ -28,7 +28,7 @@ impl<P: Policy> Core<P> {
         region: RegionId,
         pages: Pages,
         first: Entry,
-        mask: u8,
+        mask: u16,
         owner: Option<u64>,
         cause: Cause,
         out: &mut Vec<Action>,

@@ -20,6 +20,7 @@
 
 mod across;
 mod attr;
+mod coherent;
 mod core;
 mod discard;
 mod entry;
@@ -41,7 +42,7 @@ mod way;
 
 pub use attr::Attr;
 pub use core::{CHUNK_PAGES, Core};
-pub use entry::{BadEntry, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
+pub use entry::{BadEntry, CPU, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
 pub use event::{
     Action, Backing, Cause, CopyRun, CopyStatus, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind,
     MapRun, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket, TraceKind,

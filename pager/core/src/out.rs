@@ -24,7 +24,7 @@ pub(crate) struct Way {
     /// Frame of the first page.
     pub frame: u32,
     /// Devices that map the system pages.
-    pub mask: u8,
+    pub mask: u16,
     /// Nothing to copy.
     pub zero: bool,
     /// The system pages stay valid.
@@ -81,7 +81,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         let aligned = frame.is_multiple_of(HUGE_PAGES) && pages.count == u64::from(HUGE_PAGES);
-        let entry = Entry::on_device(device, frame).with_huge(huge && aligned);
+        let entry = self.arrived_entry(region, device, frame).with_huge(huge && aligned);
         Self::publish_frames(region, pages, entry, out);
         self.policy.moved_out(region, pages, device, self.now_us);
         self.share_with_children(region, pages, device, frame, out);
@@ -95,6 +95,7 @@ impl<P: Policy> Core<P> {
         }
         self.hold_for_punch(ticket);
         out.push(Action::Punch { ticket, region, pages });
+        self.show_frames(region, pages, entry, out);
     }
 
     /// The copies are made and the system pages stay: devices may read, nobody may write.

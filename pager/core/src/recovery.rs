@@ -19,7 +19,7 @@ use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
 /// The entry of a page that a dead device maps no more; nothing is exclusive to it either.
-fn without_device(entry: Entry, bit: u8) -> Entry {
+fn without_device(entry: Entry, bit: u16) -> Entry {
     let mine = entry.mapped_mask() & bit != 0;
     let state = if mine && entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
     entry.with_state(state).with_mapped_mask(entry.mapped_mask() & !bit)
@@ -105,7 +105,18 @@ impl<P: Policy> Core<P> {
             self.stats.poisoned += 1;
             Self::publish_same(region, Pages::one(page), Entry::poisoned(PoisonReason::BadEntry), out);
         }
-        out.push(Action::Poison { region, pages: run });
+        let mut left = run;
+        while left.count > 0 {
+            let mapped = |page| Self::entry(dir, region, page).cpu_mapped();
+            let hidden = mapped(left.first);
+            let part = Self::run_while(dir, region, left, |_, entry| entry.cpu_mapped() == hidden);
+            if hidden {
+                self.hide_poisoned(region, part, out);
+            } else {
+                out.push(Action::Poison { region, pages: part });
+            }
+            left = left.after(part.count);
+        }
     }
 
     /// A driver logged in.
@@ -158,7 +169,7 @@ impl<P: Policy> Core<P> {
         if !has_old_bytes {
             table.mark_all_clean();
         }
-        let bit = 1u8 << device.0;
+        let bit = 1u16 << device.0;
         let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.space, info.page_count)).collect();
         let mut homecomings = Vec::new();
         for (region, space, page_count) in regions {
@@ -184,7 +195,7 @@ impl<P: Policy> Core<P> {
                         out,
                     );
                 } else if lost {
-                    self.poison(region, Pages::one(page), out);
+                    self.poison_page(region, page, entry, out);
                 } else if cleared != entry {
                     Self::publish_same(region, Pages::one(page), cleared, out);
                 }
@@ -215,7 +226,7 @@ impl<P: Policy> Core<P> {
 
     /// The device's process is dead: it maps nothing any more. Pages on the move clear their own bits when they arrive.
     pub(crate) fn clear_mapped(&mut self, dir: &impl Directory, device: DeviceId, out: &mut Vec<Action>) {
-        let bit = 1u8.checked_shl(u32::from(device.0)).unwrap_or(0);
+        let bit = 1u16.checked_shl(u32::from(device.0)).unwrap_or(0);
         let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.page_count)).collect();
         for (region, page_count) in regions {
             for page in 0..page_count {
@@ -240,7 +251,7 @@ impl<P: Policy> Core<P> {
                 let entry = Self::entry(dir, region, page);
                 let owner = Owner { region, page };
                 if entry.lives_on_device() && entry.device() == device {
-                    self.poison(region, Pages::one(page), out);
+                    self.poison_page(region, page, entry, out);
                     self.release(device, entry.frame(), 1, owner);
                 } else if entry.state() == PageState::Duplicated && entry.device() == device {
                     let mask = entry.mapped_mask() & !(1 << device.0);

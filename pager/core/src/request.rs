@@ -23,7 +23,7 @@ enum Kind {
     Resolve(Resolve),
     Pin { on: bool },
     Discard,
-    Revoke { devices: u8 },
+    Revoke { devices: u16 },
     Evict { space: SpaceId, device: DeviceId, left: u64 },
     Teardown,
 }
@@ -94,7 +94,7 @@ impl Request {
         Self::new(req, region, pages, Kind::Discard)
     }
 
-    pub fn revoke(req: ReqId, region: RegionId, pages: Pages, devices: u8) -> Self {
+    pub fn revoke(req: ReqId, region: RegionId, pages: Pages, devices: u16) -> Self {
         Self::new(Some(req), region, pages, Kind::Revoke { devices })
     }
 
@@ -440,7 +440,7 @@ impl<P: Policy> Core<P> {
         dir: &impl Directory,
         order: u64,
         request: &mut Request,
-        devices: u8,
+        devices: u16,
         out: &mut Vec<Action>,
     ) -> Next {
         let left = request.left();

@@ -14,7 +14,7 @@
 //! that cannot be had.
 
 use crate::core::{CHUNK_PAGES, Core};
-use crate::entry::PageState;
+use crate::entry::{CPU, PageState};
 use crate::event::{
     Action, Backing, Cause, CoreError, DeviceId, Directory, MapKind, MapRun, Outcome, PageStatus, Pages, RegionId,
     TraceKind,
@@ -46,6 +46,8 @@ enum Need {
     Wait,
     /// The frame is nobody else's any more: say so.
     Unshare,
+    /// The program maps the frame, and the device wants it alone.
+    HideFromCpu,
     Home,
     Collapse,
     Move,
@@ -127,6 +129,13 @@ impl<P: Policy> Core<P> {
                 Self::publish_same(region, Pages::one(page), entry.with_shared(false), out);
                 return Next::Again;
             }
+            Need::HideFromCpu => {
+                let run = Self::run_while(dir, region, left, |offset, entry| {
+                    entry.cpu_mapped() && !self.busy(region, page + offset, entry)
+                });
+                self.start_revoke(region, run, CPU, CPU, order, out);
+                run
+            }
             Need::Home => {
                 let (run, first, mask) = self.frame_run(dir, region, left);
                 self.split_huge(dir, region, run, out);
@@ -203,7 +212,8 @@ impl<P: Policy> Core<P> {
         }
         match entry.state() {
             PageState::Device | PageState::Exclusive => {
-                entry.device() == wish.device && !(wish.write && entry.shared())
+                let kept = wish.write && entry.shared() || wish.exclusive && entry.cpu_mapped();
+                entry.device() == wish.device && !kept
             }
             PageState::Absent | PageState::System => {
                 let full = page >= wish.in_place_from && self.reaches_system(region);
@@ -242,6 +252,11 @@ impl<P: Policy> Core<P> {
         }
         match entry.state() {
             PageState::Poisoned => Need::Refuse(CoreError::Poisoned { page }),
+            PageState::Device | PageState::Exclusive
+                if entry.device() == wish.device && wish.exclusive && entry.cpu_mapped() =>
+            {
+                Need::HideFromCpu
+            }
             PageState::Device | PageState::Exclusive if entry.device() == wish.device => {
                 match self.table(entry.device()).map(|table| table.is_shared(entry.frame())) {
                     // Who else names the frame is known when the device has logged in.
@@ -271,7 +286,7 @@ impl<P: Policy> Core<P> {
 
     /// Maps what can be mapped at this instant, the faulting page among it. Nothing is mapped in place that could still migrate.
     fn map_window(&mut self, dir: &impl Directory, request: &Request, wish: Resolve, out: &mut Vec<Action>) -> Next {
-        let (region, bit) = (request.region, 1u8 << wish.device.0);
+        let (region, bit) = (request.region, 1u16 << wish.device.0);
         let mut runs: Vec<MapRun> = Vec::new();
         let window = Pages { first: request.pages.first, count: request.limit - request.pages.first };
         for page in window.iter() {

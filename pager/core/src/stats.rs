@@ -26,6 +26,8 @@ counters! {
     device_faults,
     /// Pages moved to devices.
     pages_out,
+    /// Pages on coherent devices that the program reaches there.
+    cpu_mapped,
     /// Pages brought home, for whatever reason.
     pages_home,
     /// Of those: because a device was full.

@@ -37,7 +37,7 @@ pub(crate) enum Kind {
     /// The content is gone; `frames`: it was on a device.
     Drop { frames: bool },
     /// Some devices lose their mappings, the pages stay where they are.
-    Revoke { devices: u8 },
+    Revoke { devices: u16 },
     /// The process forked: what both own must not be written by devices.
     Fork { child: RegionId },
     /// The whole region goes.
@@ -69,8 +69,8 @@ pub(crate) struct Transfer {
     pub frame: u32,
     pub kind: Kind,
     pub phase: Phase,
-    /// Devices that map the pages, until revoked.
-    pub mask: u8,
+    /// Who maps the pages, until revoked.
+    pub mask: u16,
     /// The pages are pinned (they can only be on their way home).
     pub pinned: bool,
     /// Other entries may name the frames too.
@@ -113,7 +113,7 @@ impl Transfer {
     }
 
     /// As `new`, of pages whose frames (or mappings) the entry of the first one names.
-    pub fn of(region: RegionId, pages: Pages, first: Entry, mask: u8, kind: Kind) -> Self {
+    pub fn of(region: RegionId, pages: Pages, first: Entry, mask: u16, kind: Kind) -> Self {
         let (device, frame) = (first.device(), first.frame());
         let (pinned, shared) = (first.pinned(), first.shared());
         Self { device, frame, mask, pinned, shared, ..Self::new(region, pages, kind) }

@@ -61,6 +61,7 @@ impl Machine {
             fresh_mappings: true,
             memory_known: false,
             memory_lost: false,
+            coherent: false,
         });
         let target = Target::Device(device);
         let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
@@ -93,6 +94,7 @@ fn what_is_discarded_while_a_driver_fetches_it_is_not_put_in_place() {
         fresh_mappings: true,
         memory_known: true,
         memory_lost: false,
+        coherent: false,
     });
     machine.send(Event::Recovered);
     let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target: Target::Home });
@@ -152,6 +154,7 @@ fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
         fresh_mappings: false,
         memory_known: true,
         memory_lost: false,
+        coherent: false,
     });
     for (ticket, _) in punches {
         machine.send(Event::PunchDone { ticket, result: StepResult::Ok });

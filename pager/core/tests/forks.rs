@@ -146,6 +146,7 @@ fn a_device_that_asks_before_its_frames_are_known_gets_no_shared_frame_to_write(
         fresh_mappings: false,
         memory_known: true,
         memory_lost: false,
+        coherent: false,
     });
     actions.extend(machine.send(Event::Tick));
     let home =

@@ -50,9 +50,9 @@ proptest! {
     #[test]
     fn no_history_loses_a_write_or_leaves_anybody_waiting(
         ops in proptest::collection::vec(op(), 1..120), faults in faults(), seed in any::<u64>(),
-        pace in 0..4u8,
+        pace in 0..4u8, coherent in any::<bool>(),
     ) {
-        let config = Config { page_counts: vec![8, 6], frame_counts: vec![5, 3], faults, seed };
+        let config = Config { page_counts: vec![8, 6], frame_counts: vec![5, 3], faults, coherent, seed };
         let mut simulator = Simulator::new(config);
         simulator.log = std::env::var_os("UHMM_SIM_LOG").map(|_| Vec::new());
         // From a pager that lags behind to one that has nearly everything done before the next thing happens.

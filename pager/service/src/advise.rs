@@ -162,6 +162,9 @@ impl Pager {
             Ok(space) => SpaceId(space),
             Err(error) => return Some(Err(error)),
         };
+        if self.service.plan.device(device).is_none() {
+            return refuse(ErrorCode::NotFound, format!("The plan has no device {device}"));
+        }
         let pending =
             PendingRequest { conn, call, trace: TraceId::default(), first_page: 0, then: Then::CountEvicted, group: 0 };
         let req = self.ask_core(pending);

@@ -46,6 +46,16 @@ pub enum Purpose {
         /// The core's ticket.
         ticket: Ticket,
     },
+    /// Frames for the program to map.
+    Show {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
+    /// Frames that the program shall not map any more.
+    Hide {
+        /// The core's ticket.
+        ticket: Ticket,
+    },
     /// One huge page home.
     FillHuge {
         /// The core's ticket.
@@ -61,6 +71,8 @@ impl Purpose {
             | Self::Punch { ticket }
             | Self::MoveBack { ticket }
             | Self::Probe { ticket }
+            | Self::Show { ticket }
+            | Self::Hide { ticket }
             | Self::FillHuge { ticket } => ticket,
         }
     }
@@ -87,6 +99,17 @@ pub enum Order {
     },
     /// Look.
     Probe,
+    /// Map frames over the pages.
+    MapDevice {
+        /// Device.
+        device: u8,
+        /// Frame of the first page.
+        frame: u32,
+        /// Of the device's memory.
+        generation: u64,
+    },
+    /// Map the region's own memory there again.
+    UnmapDevice,
 }
 
 /// One thing to do, on consecutive addresses.
@@ -111,6 +134,11 @@ impl Job {
         self.slot.is_none() && matches!(self.order, Order::MoveOut | Order::CopyOut)
     }
 
+    /// Of an allocated region, whose addresses do not change.
+    pub fn is_about_frames(&self) -> bool {
+        matches!(self.order, Order::MapDevice { .. } | Order::UnmapDevice)
+    }
+
     /// As it goes on the wire.
     pub fn op(&self) -> AgentOp {
         let slot = self.slot.unwrap_or(0);
@@ -121,6 +149,8 @@ impl Job {
             Order::MoveBack => AgentOp::MoveBack,
             Order::FillHuge { slot } => AgentOp::FillHuge { slot },
             Order::Probe => AgentOp::Probe,
+            Order::MapDevice { device, frame, generation } => AgentOp::MapDevice { device, frame, generation },
+            Order::UnmapDevice => AgentOp::UnmapDevice,
         }
     }
 }
@@ -205,7 +235,8 @@ impl Agent {
 
     /// mremap: these pages are elsewhere now. Jobs that were not sent yet go to the new addresses.
     pub fn moved(&mut self, region: RegionId, pages: Pages) {
-        let concerned = |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some();
+        let concerned =
+            |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some() && !job.is_about_frames();
         self.outstanding.values_mut().chain(&mut self.waiting).filter(concerned).for_each(|job| job.moved = true);
     }
 
@@ -284,6 +315,16 @@ mod tests {
         assert!(agent.answered(sent[1].0).is_some() && agent.answered(sent[1].0).is_none());
         assert_eq!(agent.unanswered(), [sent[0], sent[2]]);
         assert_eq!(agent.give_up().len(), 2);
+    }
+
+    #[test]
+    fn allocated_memory_does_not_move_so_orders_about_its_frames_stay_good() {
+        let mut agent = agent(1);
+        agent.ask(job(Order::MapDevice { device: 0, frame: 3, generation: 1 }, 8));
+        agent.ask(job(Order::UnmapDevice, 8));
+        agent.moved(RegionId(1), Pages { first: 0, count: 100 });
+        let ready = agent.ready();
+        assert!(ready[0].0 < ready[1].0 && ready.iter().all(|(_, job)| !job.moved && job.is_about_frames()));
     }
 
     #[test]

@@ -150,11 +150,13 @@ impl Pager {
     }
 
     fn send_job(&mut self, conn: ConnId, id: u64, job: &Job) {
-        let addr = self
-            .regions
-            .showing(job.region.0, job.pages)
-            .next()
-            .map_or(0, |(segment, part)| segment.addr_of(part.first));
+        let shown = self.regions.showing(job.region.0, job.pages).next();
+        let addr = if job.is_about_frames() {
+            // Also at the end of a region, when nothing shows it any more.
+            self.cpu_home(job.region, job.pages.first).map_or(0, |(_, addr)| addr)
+        } else {
+            shown.map_or(0, |(segment, part)| segment.addr_of(part.first))
+        };
         let (region, first_page, page_count) = (job.region.0, job.pages.first, job.pages.count);
         let event = WireEvent::Agent { id, region, first_page, addr, page_count, op: job.op() };
         self.service.reactor.event(conn, AnyEvent::Pager(event), TraceId::default());
@@ -273,6 +275,7 @@ impl Pager {
                 }
                 self.part_done(ticket, job.purpose);
             }
+            Purpose::Show { .. } | Purpose::Hide { .. } => self.frames_done(space_id, job, runs),
             Purpose::Punch { .. } => {
                 if job.moved && job.order == (Order::Drop { in_place: true }) {
                     self.ask_parts(space_id, job.region, job.pages, job.order, job.purpose);
@@ -388,6 +391,8 @@ impl Pager {
             Purpose::FillHuge { .. } => {
                 self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
             }
+            // Never in parts.
+            Purpose::Show { .. } | Purpose::Hide { .. } => {}
         }
     }
 

@@ -81,7 +81,8 @@ impl Pager {
             let text = format!("{max} processes are managed already (quota.max_spaces in the manifest)");
             return refuse(ErrorCode::NoMemory, text);
         }
-        match self.make_space(pid, opening) {
+        let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
+        match self.make_space(pid, uid, opening) {
             Err(error) => Some(Err(error)),
             Ok(id) => {
                 self.session_is(conn, id);
@@ -98,7 +99,7 @@ impl Pager {
         self.agent_connected(space, conn);
     }
 
-    fn make_space(&mut self, pid: u32, opening: Opening) -> Result<u64, WireError> {
+    fn make_space(&mut self, pid: u32, uid: u32, opening: Opening) -> Result<u64, WireError> {
         let Opening { nonce, uffd, full, sentinel_addr, agent } = opening;
         let agent = self.open_agent(None, &agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
         let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
@@ -120,6 +121,7 @@ impl Pager {
             full,
             features: features.bits(),
             pid,
+            uid,
             token,
             sentinel_addr,
             birth: Birth::Done,
@@ -180,6 +182,14 @@ impl Pager {
         self.vault_left.insert(wait, count);
     }
 
+    fn child_attached(&self, id: u64) -> Result<pager::Reply, WireError> {
+        let gone = || WireError::new(ErrorCode::NotFound, "The space is gone");
+        let space = self.spaces.get(&id).ok_or_else(gone)?;
+        let uffd = space.uffd.as_fd().try_clone_to_owned();
+        let uffd = uffd.map_err(|error| WireError::new(ErrorCode::NoMemory, error.to_string()))?;
+        Ok(pager::Reply::ChildAttached { uffd: Arc::new(uffd), features: space.state.features })
+    }
+
     fn space_opened(&self, id: u64) -> pager::Reply {
         let state = &self.spaces[&id].state;
         pager::Reply::SpaceOpened { space: id, token: state.token.to_vec(), features: state.features }
@@ -202,12 +212,15 @@ impl Pager {
         }
         if !is_child {
             self.session_is(conn, id);
-            return Some(Ok(pager::Reply::Done));
+            // A child's first call again: what it asks for was kept, and then the pager died before it could say so.
+            let again = agent.is_some();
+            return Some(if again { self.child_attached(id) } else { Ok(pager::Reply::Done) });
         }
         let Some(agent) = agent else {
             return refuse(ErrorCode::Invalid, "A forked child's first AttachSpace brings its agent's memory");
         };
-        match self.adopt_child(id, pid.unwrap_or(0), &agent) {
+        let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
+        match self.adopt_child(id, (pid.unwrap_or(0), uid), &agent) {
             Err(error) => Some(Err(error)),
             Ok(()) => {
                 self.session_is(conn, id);
@@ -218,13 +231,14 @@ impl Pager {
     }
 
     /// A forked child says who it is: from now on it is a client like any other.
-    fn adopt_child(&mut self, id: u64, pid: u32, agent: &AgentMemory) -> Result<(), WireError> {
+    fn adopt_child(&mut self, id: u64, (pid, uid): (u32, u32), agent: &AgentMemory) -> Result<(), WireError> {
         let agent = self.open_agent(None, agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
         let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
         let Some(space) = self.spaces.get_mut(&id) else {
             return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
         };
-        (space.state.pid, space.pidfd, space.agent) = (pid, Some(pidfd), Some(agent));
+        (space.state.pid, space.state.uid) = (pid, uid);
+        (space.pidfd, space.agent) = (Some(pidfd), Some(agent));
         self.watch_pid(id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))
     }
 
@@ -255,15 +269,10 @@ impl Pager {
             }
             VaultWait::Born { space } => self.birth_is_kept(space),
             VaultWait::Child { space, conn, call } => {
-                let Some(state) = self.spaces.get(&space) else { return };
-                let answer = match state.uffd.as_fd().try_clone_to_owned() {
-                    Ok(uffd) => {
-                        let (uffd, features) = (Arc::new(uffd), state.state.features);
-                        Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features }))
-                    }
-                    Err(error) => Err(WireError::new(ErrorCode::NoMemory, error.to_string())),
-                };
-                self.service.reactor.reply(conn, call, answer);
+                if self.spaces.contains_key(&space) {
+                    let answer = self.child_attached(space).map(Reply::Pager);
+                    self.service.reactor.reply(conn, call, answer);
+                }
             }
             VaultWait::Region { region, conn, call } => match self.start_region(region) {
                 Ok(()) => {

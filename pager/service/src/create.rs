@@ -128,6 +128,7 @@ impl Pager {
             segments: Vec::new(),
             retired: Vec::new(),
             registered,
+            cpu_home: (wanted.backing == Backing::Shared).then_some((space_id, range.start)),
         });
         if let Some(space) = self.spaces.get_mut(&space_id) {
             space.vacated.made(range);

@@ -26,6 +26,8 @@ use crate::space::DEVICE_SLOTS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-dev");
 const RECORD_BYTES: u64 = 32;
+/// User id plus one of who has a coherent device.
+const OFF_USER: u64 = 16;
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -77,9 +79,23 @@ impl DeviceRecords {
         (self.window.load_u64(base).unwrap_or(0), self.window.load_u64(base + 8).unwrap_or(0))
     }
 
-    /// Remembers both.
+    /// Who may use a coherent device; nobody does before the first one.
+    pub fn user(&self, device: u8) -> Option<u32> {
+        let word = self.window.load_u64(RECORD_BYTES * (1 + u64::from(device)) + OFF_USER).unwrap_or(0);
+        word.checked_sub(1).and_then(|uid| u32::try_from(uid).ok())
+    }
+
+    /// From now on only this user may.
+    pub fn set_user(&self, device: u8, uid: u32) -> Result<(), HookError> {
+        self.window.store_u64(RECORD_BYTES * (1 + u64::from(device)) + OFF_USER, u64::from(uid) + 1)
+    }
+
+    /// Remembers both. Other memory is nobody's yet.
     pub fn set(&self, device: u8, incarnation: u64, generation: u64) -> Result<(), HookError> {
         let base = RECORD_BYTES * (1 + u64::from(device));
+        if self.get(device).1 != generation {
+            self.window.store_u64(base + OFF_USER, 0)?;
+        }
         self.window.store_u64(base + 8, generation)?;
         self.window.store_u64(base, incarnation)
     }
@@ -241,4 +257,24 @@ pub fn map_aperture(fd: &Fd, frame_count: u32) -> Result<Window, DeviceError> {
     let len_bytes = u64::from(frame_count) * PAGE_SIZE;
     memfd::check_sealed(fd.as_fd(), len_bytes)?;
     Ok(Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_coherent_device_is_one_users_until_its_memory_is_another() {
+        let records = DeviceRecords::create().unwrap();
+        records.set(3, 1, 77).unwrap();
+        assert_eq!(records.user(3), None);
+        records.set_user(3, 0).unwrap();
+        records.set_user(4, 1000).unwrap();
+        // A new incarnation of the driver with the memory of the old one.
+        records.set(3, 2, 77).unwrap();
+        let next = DeviceRecords::adopt(records.fd()).unwrap().unwrap();
+        assert_eq!((next.get(3), next.user(3), next.user(4), next.user(5)), ((2, 77), Some(0), Some(1000), None));
+        next.set(3, 2, 78).unwrap();
+        assert_eq!((next.user(3), next.user(4)), (None, Some(1000)));
+    }
 }

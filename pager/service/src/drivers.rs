@@ -124,7 +124,16 @@ impl Pager {
             self.void_mappings(id);
         }
         let memory_known = old_generation == generation;
-        self.push(Event::DeviceUp { device: DeviceId(id), frame_count, fresh_mappings, memory_known, memory_lost });
+        let reached = self.devices[usize::from(id)].as_ref().is_some_and(|device| device.aperture.is_some());
+        let coherent = reached && self.service.plan.device(id).is_some_and(|plan| plan.coherent);
+        self.push(Event::DeviceUp {
+            device: DeviceId(id),
+            frame_count,
+            fresh_mappings,
+            memory_known,
+            memory_lost,
+            coherent,
+        });
         self.drain();
         self.records
             .set(id, u64::from(incarnation), generation)
@@ -213,6 +222,8 @@ impl Pager {
             let text = format!("Space {space} does not exist or the token is not its own");
             return Err(WireError::new(ErrorCode::Permission, text));
         }
+        let uid = self.spaces.get(&space).map_or(u32::MAX, |known| known.state.uid);
+        self.lease(device, uid)?;
         self.open_mirrors.insert((space, device));
         Ok(pager::Reply::Done)
     }

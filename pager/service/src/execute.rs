@@ -44,6 +44,9 @@ impl Pager {
             Action::Wake { region, pages } => self.wake(region, pages),
             Action::Poison { region, pages } => self.poison(region, pages),
             Action::Revoke { ticket, region, pages, devices } => self.revoke(ticket, region, pages, devices),
+            Action::MapCpu { ticket, region, pages, device, frame } => {
+                self.map_cpu(ticket, region, pages, device.0, frame);
+            }
             Action::CopyOut { ticket, region, pages, device, frame, keep, req } if self.is_private(region) => {
                 self.log_copy(req, region, pages, device);
                 self.private_out(ticket, region, pages, (device.0, frame), keep);

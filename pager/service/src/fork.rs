@@ -184,16 +184,17 @@ impl Pager {
         random_bytes(&mut token)?;
         let id = self.next_space;
         self.next_space += 1;
-        let (features, full, sentinel_addr) = self
-            .spaces
-            .get(&parent_id)
-            .map_or((0, false, 0), |parent| (parent.state.features, parent.state.full, parent.state.sentinel_addr));
+        let (features, full, sentinel_addr, uid) =
+            self.spaces.get(&parent_id).map_or((0, false, 0, u32::MAX), |parent| {
+                (parent.state.features, parent.state.full, parent.state.sentinel_addr, parent.state.uid)
+            });
         let state = SpaceState {
             id,
             nonce: 0,
             full,
             features,
             pid: 0,
+            uid,
             token,
             sentinel_addr,
             birth: Birth::Made,
@@ -267,6 +268,7 @@ impl Pager {
             segments: Vec::new(),
             retired: Vec::new(),
             registered,
+            cpu_home: None,
         });
         Some(id)
     }

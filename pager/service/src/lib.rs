@@ -9,6 +9,7 @@
 //! | `execute`, `copies` | the core's actions: every system call of the data path |
 //! | `revoke`, `revoking` | revocation, direct and by message |
 //! | `agent`, `agent_ops` | private memory: what only the client itself can do |
+//! | `coherent` | frames that the program maps itself, and who may use such a device |
 //! | `bounce` | device to device without two apertures |
 //! | `calls`, `requests` | messages in, answers out |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
@@ -24,6 +25,7 @@ mod agent_ops;
 mod bounce;
 mod calls;
 mod clients;
+mod coherent;
 mod copies;
 mod create;
 mod devices;

@@ -74,6 +74,9 @@ impl Pager {
     /// empty page that the kernel would give. It is not unregistered, because by now it may be another thread's.
     pub(crate) fn on_remapped(&mut self, space_id: u64, from: u64, to: u64, len: u64) {
         let (old, new) = (AddrRange { start: from, len }, AddrRange { start: to, len });
+        if self.is_return_of_memory(space_id, old, new) {
+            return;
+        }
         // Shown there still: its own UNMAP event comes later than this one.
         self.not_registered(space_id, new);
         self.not_registered(space_id, old);

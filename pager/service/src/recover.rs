@@ -171,6 +171,10 @@ impl Pager {
         let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
         let registered = records.iter().filter(|r| !r.retired).map(|record| (record.space, range(record))).collect();
         let (page_count, backing) = (header.page_count, header.backing);
+        // Allocated memory does not move; segments of others (forked children) lie at the same addresses.
+        let first = records.iter().find(|record| record.space == header.space).or(records.first());
+        let page_0 = |record: &SegmentRecord| (record.space, record.addr.wrapping_sub(record.first_page * PAGE_SIZE));
+        let cpu_home = first.filter(|_| backing == Backing::Shared).map(page_0);
         self.regions.insert(Region {
             id,
             space,
@@ -182,6 +186,7 @@ impl Pager {
             segments: Vec::new(),
             retired: Vec::new(),
             registered,
+            cpu_home,
         });
         if space != found_in {
             self.keep_under(space, id);

@@ -235,6 +235,11 @@ impl Pager {
         if let Err(error) = self.check_mapped(conn, addr, len_bytes) {
             return Some(Err(error));
         }
+        if let CoreTarget::Device(device) = target
+            && let Err(error) = self.may_use(conn, device.0)
+        {
+            return Some(Err(error));
+        }
         if prefetch {
             for piece in &pieces {
                 self.change_attributes(piece.located, |attr| attr.with_prefetched(Some(target)));
@@ -257,7 +262,9 @@ impl Pager {
             let seen = residency(self.regions.get(region).map_or(0, |region| region.directory.load(page)));
             let full = runs.len() == ANSWER_RUNS_MAX;
             match runs.last_mut() {
-                Some(run) if (run.residency, run.pinned, run.mapped_mask, run.huge) == seen => run.page_count += 1,
+                Some(run) if (run.residency, run.pinned, run.mapped_mask, run.huge, run.coherent) == seen => {
+                    run.page_count += 1
+                }
                 _ if full => break,
                 _ => runs.push(ResidencyRun {
                     first_page: offset as u64,
@@ -266,6 +273,7 @@ impl Pager {
                     pinned: seen.1,
                     mapped_mask: seen.2,
                     huge: seen.3,
+                    coherent: seen.4,
                 }),
             }
         }
@@ -383,9 +391,9 @@ fn bounded(mut runs: Vec<StatusRun>) -> Vec<StatusRun> {
     runs
 }
 
-/// Residency, pinned, mapped mask, huge of a raw entry. What does not decode is shown as lost: recovery poisons it.
-pub(crate) fn residency(raw: u64) -> (Residency, bool, u8, bool) {
-    let Ok(entry) = Entry::decode(raw) else { return (Residency::Poisoned, false, 0, false) };
+/// Residency, pinned, devices that map it, huge, coherent of a raw entry. What does not decode is shown as lost: recovery poisons it.
+pub(crate) fn residency(raw: u64) -> (Residency, bool, u8, bool, bool) {
+    let Ok(entry) = Entry::decode(raw) else { return (Residency::Poisoned, false, 0, false, false) };
     let residency = match entry.state() {
         PageState::Absent => Residency::Absent,
         PageState::System => Residency::System,
@@ -395,7 +403,8 @@ pub(crate) fn residency(raw: u64) -> (Residency, bool, u8, bool) {
         PageState::MovingOut | PageState::MovingHome => Residency::Moving,
         PageState::Poisoned => Residency::Poisoned,
     };
-    (residency, entry.pinned(), entry.mapped_mask(), entry.huge())
+    let coherent = entry.cpu_mapped() && entry.state() == PageState::Device;
+    (residency, entry.pinned(), entry.mapped_mask() as u8, entry.huge(), coherent)
 }
 
 fn wire_status(status: CoreStatus) -> PageStatus {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager;
-use uhmm_pager_core::{Event, Pages, RegionId, StepResult, Ticket};
+use uhmm_pager_core::{CPU, Event, Pages, RegionId, StepResult, Ticket};
 
 use crate::revoke::{PendingRevoke, Purpose};
 use crate::service::{Pager, REVOKE_DEADLINE_MS, TIMER_GATE};
@@ -26,12 +26,13 @@ pub(crate) struct GateWatch {
 }
 
 impl Pager {
-    /// Revokes on every device of the mask; directly where page table and gate are shared.
-    pub(crate) fn revoke(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device_mask: u8) {
-        let (direct_mask, messages) = self.swap_shared_entries(region, pages, device_mask);
+    /// Revokes on every device of the mask, directly where page table and gate are shared; and the program's own mappings of frames.
+    pub(crate) fn revoke(&mut self, ticket: Ticket, region: RegionId, pages: Pages, mask: u16) {
+        let (direct_mask, messages) = self.swap_shared_entries(region, pages, mask as u8);
         let inside = |device: &u8| direct_mask & (1 << device) != 0 && !self.gate_is_empty(*device);
         let inside: Vec<u8> = (0..DEVICE_SLOTS as u8).filter(inside).collect();
-        let parts = messages.len() + usize::from(!inside.is_empty());
+        let cpu_parts = if mask & CPU != 0 { self.unmap_cpu(ticket, region, pages) } else { 0 };
+        let parts = messages.len() + usize::from(!inside.is_empty()) + cpu_parts;
         if parts == 0 {
             self.stats.revokes_direct += 1;
             self.push(Event::RevokeDone { ticket, result: StepResult::Ok });
@@ -169,15 +170,17 @@ impl Pager {
 
     pub(crate) fn revoke_through(&mut self, revoke: PendingRevoke) {
         match revoke.purpose {
-            Purpose::Ticket(ticket) => {
-                let Some(left) = self.revoke_parts.get_mut(&ticket) else { return };
-                *left -= 1;
-                if *left == 0 {
-                    self.revoke_parts.remove(&ticket);
-                    self.push(Event::RevokeDone { ticket: Ticket(ticket), result: StepResult::Ok });
-                }
-            }
+            Purpose::Ticket(ticket) => self.revoke_part_through(ticket),
             Purpose::Unmap { region } => self.unmap_through(region, revoke.segment),
+        }
+    }
+
+    pub(crate) fn revoke_part_through(&mut self, ticket: u64) {
+        let Some(left) = self.revoke_parts.get_mut(&ticket) else { return };
+        *left -= 1;
+        if *left == 0 {
+            self.revoke_parts.remove(&ticket);
+            self.push(Event::RevokeDone { ticket: Ticket(ticket), result: StepResult::Ok });
         }
     }
 }

@@ -217,7 +217,9 @@ impl Pager {
     /// munmap: the addresses are gone. The content too, unless another mapping shows it; a region without addresses is freed.
     pub(crate) fn on_unmapped(&mut self, space_id: u64, start: u64, end: u64) {
         let parts = self.spaces.get_mut(&space_id).map(|space| space.vacated.unmapped(start, end));
-        for part in parts.unwrap_or_default() {
+        let parts = parts.unwrap_or_default();
+        let parts: Vec<_> = parts.iter().flat_map(|part| self.unmapped_by_program(space_id, *part)).collect();
+        for part in parts {
             self.not_registered(space_id, part);
             for cut in self.cut(space_id, part.start, part.end()) {
                 self.settle_cut(cut);

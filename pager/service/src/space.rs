@@ -41,6 +41,7 @@ const OFF_TOKEN: u64 = 56;
 const OFF_BIRTH: u64 = 72;
 const OFF_PARENT: u64 = 80;
 const OFF_FORK_EVENT: u64 = 88;
+const OFF_UID: u64 = 96;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
@@ -60,6 +61,8 @@ pub struct SpaceState {
     pub features: u64,
     /// Process.
     pub pid: u32,
+    /// Its user.
+    pub uid: u32,
     /// Where a forked child finds out who it is.
     pub sentinel_addr: u64,
     /// Proves ownership.
@@ -109,6 +112,7 @@ impl SpaceState {
         window.store_u64(OFF_FULL, u64::from(self.full))?;
         window.store_u64(OFF_FEATURES, self.features)?;
         window.store_u64(OFF_PID, u64::from(self.pid))?;
+        window.store_u64(OFF_UID, u64::from(self.uid))?;
         window.store_u64(OFF_SENTINEL, self.sentinel_addr)?;
         window.write(OFF_TOKEN, &self.token)?;
         window.store_u64(OFF_BIRTH, self.birth.word())?;
@@ -133,6 +137,7 @@ impl SpaceState {
             full: window.load_u64(OFF_FULL)? != 0,
             features: window.load_u64(OFF_FEATURES)?,
             pid,
+            uid: u32::try_from(window.load_u64(OFF_UID)?).unwrap_or(u32::MAX),
             sentinel_addr: window.load_u64(OFF_SENTINEL)?,
             token,
             birth: Birth::from_word(window.load_u64(OFF_BIRTH)?),
@@ -186,6 +191,8 @@ pub struct Region {
     pub retired: Vec<Segment>,
     /// Ranges to unregister when the region is dropped.
     pub registered: Registered,
+    /// Allocated memory: the process that made it and the address of page 0 there. Frames may be mapped at its addresses.
+    pub cpu_home: Option<(u64, u64)>,
 }
 
 /// Addresses of one space that show consecutive pages of a region. Mirror and drivers know segments, by the name "region".
@@ -398,6 +405,7 @@ mod tests {
                 full: true,
                 features: 3,
                 pid: 4,
+                uid: 1000,
                 sentinel_addr: 4096,
                 token,
                 birth,

@@ -452,6 +452,10 @@ typedef struct {
    */
   bool aperture;
   /**
+   * The CPU reaches allocated memory there without bringing it home.
+   */
+  bool coherent;
+  /**
    * Device memory in bytes.
    */
   uint64_t memory_bytes;
@@ -582,6 +586,10 @@ typedef struct {
    * Kept as pages of 2 MiB on the device.
    */
   bool huge;
+  /**
+   * On a device, and the CPU reaches them there.
+   */
+  bool coherent;
 } uhmm_residency_run;
 
 /**

@@ -33,6 +33,8 @@ pub struct uhmm_device_info {
     pub id: u8,
     /// The CPU can see device memory.
     pub aperture: bool,
+    /// The CPU reaches allocated memory there without bringing it home.
+    pub coherent: bool,
     /// Device memory in bytes.
     pub memory_bytes: u64,
     /// Kernels that jobs can name, see uhmm_device_kernel().
@@ -93,6 +95,7 @@ pub unsafe extern "C" fn uhmm_device_describe(device: *mut uhmm_device, info: *m
             driver: text_field(&info.driver),
             id: info.id,
             aperture: info.aperture,
+            coherent: info.coherent,
             memory_bytes: info.memory_bytes,
             kernel_count: info.kernels.len(),
         });

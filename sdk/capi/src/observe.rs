@@ -71,6 +71,8 @@ pub struct uhmm_residency_run {
     pub pinned: bool,
     /// Kept as pages of 2 MiB on the device.
     pub huge: bool,
+    /// On a device, and the CPU reaches them there.
+    pub coherent: bool,
 }
 
 /// Where the pages of a range are, in order and without gaps; they may move while this is written. At most `capacity` runs are
@@ -143,6 +145,7 @@ fn flatten(run: &ResidencyRun) -> uhmm_residency_run {
         mapped_mask: run.mapped_mask,
         pinned: run.pinned,
         huge: run.huge,
+        coherent: run.coherent,
     }
 }
 
@@ -170,13 +173,12 @@ mod tests {
     #[test]
     fn a_run_says_which_device_only_where_one_has_a_part() {
         let run = |residency| {
-            let run =
-                ResidencyRun { first_page: 1, page_count: 2, residency, pinned: true, mapped_mask: 4, huge: false };
+            let (first_page, page_count, mapped_mask) = (1, 2, 4);
+            let (pinned, huge, coherent) = (true, false, true);
+            let run = ResidencyRun { first_page, page_count, residency, pinned, mapped_mask, huge, coherent };
             let flat = flatten(&run);
-            assert_eq!(
-                (flat.first_page, flat.page_count, flat.mapped_mask, flat.pinned, flat.huge),
-                (1, 2, 4, true, false)
-            );
+            assert_eq!((flat.first_page, flat.page_count, flat.mapped_mask), (1, 2, 4));
+            assert_eq!((flat.pinned, flat.huge, flat.coherent), (true, false, true));
             (flat.residency, flat.device)
         };
         assert_eq!(run(Residency::Device(3)), (UHMM_RESIDENCY_DEVICE, 3));

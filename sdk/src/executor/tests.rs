@@ -20,7 +20,7 @@ impl Bed {
         uffd.api(Features::MOVE.union(Features::PAGEFAULT_FLAG_WP)).unwrap();
         let memory = memfd::create_sealed("uhmm-test-staging", 2 * HUGE_BYTES + DIARY_BYTES).unwrap();
         let map = || Window::map(memory.as_fd(), 0, 2 * HUGE_BYTES + DIARY_BYTES, window::Prot::ReadWrite).unwrap();
-        Self { executor: Executor::new(uffd, map()).unwrap(), staging: map() }
+        Self { executor: Executor::new(uffd, map(), Arc::default()).unwrap(), staging: map() }
     }
 
     fn adopt(&self, memory: &ProgramMemory) {
@@ -29,7 +29,8 @@ impl Bed {
     }
 
     fn run(&mut self, memory: &ProgramMemory, first: u64, count: u64, op: AgentOp) -> Vec<(u64, AgentStatus)> {
-        let order = Order { region: 1, first_page: first, addr: memory.addr() + first * P, page_count: count, op };
+        let order =
+            Order { id: 1, region: 1, first_page: first, addr: memory.addr() + first * P, page_count: count, op };
         self.executor.run(&order).iter().map(|run| (run.page_count, run.status)).collect()
     }
 

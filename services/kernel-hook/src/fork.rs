@@ -1,11 +1,38 @@
-//! fork, for programs that test uhmm: a closure runs in the child, which then exits without destructors.
+//! fork: what a process does before it forks; and for programs that test uhmm, a closure that runs in the child, which then exits
+//! without destructors.
 
 use std::io;
+use std::sync::OnceLock;
 
 use rustix::process::Signal;
 
 use crate::error::HookError;
 use crate::process::PidFd;
+
+/// What runs before every fork of this process, and whether that could be arranged (an errno otherwise).
+static BEFORE: OnceLock<(fn(), i32)> = OnceLock::new();
+
+/// From now on `before` runs in every thread that forks through the C library, before the child exists; also in children, when they
+/// fork. A panic of it ends the process. Only the first call counts: a process has one such thing to do. Not for vfork, posix_spawn and
+/// bare system calls.
+///
+/// # Errors
+/// `Call`: ENOMEM.
+pub fn before_fork(before: fn()) -> Result<(), HookError> {
+    extern "C" fn prepare() {
+        if let Some((before, _)) = BEFORE.get() {
+            before();
+        }
+    }
+    let (_, error) = BEFORE.get_or_init(|| {
+        // SAFETY: the handler is a function of this program, which stays as long as the process.
+        (before, unsafe { libc::pthread_atfork(Some(prepare), None, None) })
+    });
+    match *error {
+        0 => Ok(()),
+        error => Err(HookError::failed("pthread_atfork", io::Error::from_raw_os_error(error))),
+    }
+}
 
 /// A child made by [`fork_child`]. Dropping it kills and reaps it.
 #[derive(Debug)]

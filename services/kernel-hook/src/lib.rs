@@ -19,6 +19,7 @@
 //!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
+//!   stand_in         a mapping that takes the place of another one
 //!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
@@ -45,6 +46,7 @@ pub mod program;
 pub mod range;
 pub mod signal;
 pub mod socket;
+pub mod stand_in;
 mod sys;
 pub mod uffd;
 pub mod window;

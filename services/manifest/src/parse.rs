@@ -144,6 +144,10 @@ pub struct Device {
     /// The CPU sees device memory through a window.
     #[serde(default = "yes")]
     pub aperture: bool,
+    /// A program reaches pages of memory that uhmm allocated for it where they are, on the device too. Needs `aperture`. Such a device
+    /// serves one user: the first one, as long as the services run.
+    #[serde(default)]
+    pub coherent: bool,
     /// Device threads.
     #[serde(default = "default_workers")]
     pub workers: u32,

@@ -41,6 +41,9 @@ pub struct DevicePlan {
     pub populate: bool,
     /// CPU-visible.
     pub aperture: bool,
+    /// Programs map frames themselves; one user only.
+    #[serde(default)]
+    pub coherent: bool,
     /// Device threads.
     pub workers: u32,
     /// Copy engine's data area, a multiple of the page size.

@@ -103,6 +103,7 @@ impl Manifest {
             memory_bytes: device.memory_bytes.0,
             populate: device.populate,
             aperture: device.aperture,
+            coherent: device.coherent,
             workers: device.workers,
             staging_bytes: device.staging_bytes.0,
         });
@@ -181,6 +182,9 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
     let memory_bytes = device.memory_bytes.0;
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES) || memory_bytes > MEMORY_BYTES_MAX {
         return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
+    }
+    if device.coherent && !device.aperture {
+        return wrong("coherent = true needs aperture = true: programs map its memory".into());
     }
     let staging_bytes = device.staging_bytes.0;
     if staging_bytes < STAGING_BYTES_MIN || !staging_bytes.is_multiple_of(PAGE_BYTES) {

@@ -30,17 +30,18 @@ impl Plan {
             );
         }
         text += &format!(
-            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} WORKERS\n",
-            "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "POPULATE"
+            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} WORKERS\n",
+            "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "COHERENT", "POPULATE"
         );
         for device in &self.devices {
             text += &format!(
-                "{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {}\n",
+                "{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} {}\n",
                 device.id,
                 device.name,
                 device.service,
                 device.memory_bytes >> 20,
                 device.aperture,
+                device.coherent,
                 device.populate,
                 device.workers,
             );

@@ -126,6 +126,18 @@ fn numbers_out_of_range_are_named() {
 }
 
 #[test]
+fn a_coherent_device_needs_an_aperture() {
+    let plan = |more: &str| with(&(driver("d0", "driver = \"soft\"") + more));
+    assert!(!plan("").expect("plan").devices[0].coherent);
+    let coherent = plan("coherent = true\n").expect("plan");
+    assert!(
+        coherent.devices[0].coherent && Plan::from_toml(&coherent.to_toml()).expect("the wire").devices[0].coherent
+    );
+    let text = driver("d0", "driver = \"soft\"") + "aperture = false\ncoherent = true\n";
+    assert!(refused(&text).contains("aperture = true"));
+}
+
+#[test]
 fn services_start_after_what_they_need() {
     let text = driver("first", "driver = \"soft\"\nneeds = [\"second\"]") + &driver("second", "driver = \"soft\"");
     let plan = with(&text).expect("plan");

@@ -101,9 +101,9 @@ pub(crate) use {ensure, ensure_eq, not_applicable};
 /// Which kind of device memory a case is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Needs {
-    /// Device memory that the CPU cannot address: a CPU access brings the page home.
+    /// Memory that a CPU access brings home: adopted memory, on a device of any kind.
     Private,
-    /// Device memory that the CPU reaches without a fault.
+    /// Memory that the CPU reaches where it is: allocated memory on coherent devices.
     Coherent,
     /// Either.
     Any,
@@ -178,7 +178,7 @@ pub struct CaseArgs {
     pub run_dir: PathBuf,
     /// Device names, first to last.
     pub devices: Vec<String>,
-    /// The devices' memory is CPU-coherent.
+    /// The case is about memory that the CPU reaches on the device.
     pub coherent: bool,
     /// Services are being killed meanwhile.
     pub chaos: bool,

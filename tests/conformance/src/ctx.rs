@@ -131,8 +131,20 @@ impl Ctx {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner).join("; ")
     }
 
-    /// Fresh private memory with a pattern, adopted.
+    /// The memory of the cases about coherent devices: allocated by the SDK, whose addresses are its own.
+    pub(crate) fn allocated(&self, len_bytes: u64, seed: Option<u64>) -> CaseResult<Mem> {
+        let mem = Mem::allocated(self.session.allocate(len_bytes).during("Allocate")?);
+        if let Some(seed) = seed {
+            mem.fill(seed)?;
+        }
+        Ok(mem)
+    }
+
+    /// Fresh private memory with a pattern, adopted; in a coherent case: allocated.
     pub(crate) fn patterned(&self, len_bytes: u64, seed: u64) -> CaseResult<Mem> {
+        if self.coherent() {
+            return self.allocated(len_bytes, Some(seed));
+        }
         let mem = Mem::private(len_bytes)?;
         mem.fill(seed)?;
         self.adopt(&mem)?;
@@ -141,6 +153,9 @@ impl Ctx {
 
     /// The same, of 4 KiB pages only.
     pub(crate) fn patterned_small(&self, len_bytes: u64, seed: u64) -> CaseResult<Mem> {
+        if self.coherent() {
+            return self.allocated(len_bytes, Some(seed));
+        }
         let mem = Mem::small(len_bytes)?;
         mem.fill(seed)?;
         self.adopt(&mem)?;
@@ -149,6 +164,9 @@ impl Ctx {
 
     /// Never touched, adopted.
     pub(crate) fn untouched(&self, len_bytes: u64) -> CaseResult<Mem> {
+        if self.coherent() {
+            return self.allocated(len_bytes, None);
+        }
         let mem = Mem::private(len_bytes)?;
         self.adopt(&mem)?;
         Ok(mem)
@@ -156,6 +174,9 @@ impl Ctx {
 
     /// A region of 2 MiB pages where the kernel has them, adopted after it was filled (with a seed) or untouched.
     pub(crate) fn huge(&self, len_bytes: u64, seed: Option<u64>) -> CaseResult<Mem> {
+        if self.coherent() {
+            return self.allocated(len_bytes, seed);
+        }
         let mem = Mem::huge(len_bytes)?;
         if let Some(seed) = seed {
             mem.fill(seed)?;
@@ -341,6 +362,19 @@ impl Ctx {
     }
 
     // ---- the address space
+
+    /// Pages that nobody can read: a hole, or where there can be none, without rights.
+    pub(crate) fn unreadable(&self, mem: &Mem, off: u64, len_bytes: u64) -> CaseResult {
+        if self.coherent() { self.protect(mem, off, len_bytes, false, false) } else { mem.unmap(off, len_bytes) }
+    }
+
+    /// For cases in which a forked child gets pages of its own.
+    pub(crate) fn needs_copy_on_write(&self) -> CaseResult {
+        if self.coherent() {
+            not_applicable!("The CPU reaches only memory that uhmm has allocated on a device, and children share that");
+        }
+        Ok(())
+    }
 
     /// mprotect through the SDK, which tells the pager.
     pub(crate) fn protect(&self, mem: &Mem, off: u64, len_bytes: u64, read: bool, write: bool) -> CaseResult {

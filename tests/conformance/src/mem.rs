@@ -1,15 +1,18 @@
 //! A program's own memory, as cases use it: made in every way that Linux knows, filled, cut, moved, and compared byte for byte.
 //!
-//! A thin layer over the kernel hook's [`ProgramMemory`]: patterns, words of failure, and offsets. An access to a part that a case
+//! A thin layer over the kernel hook's [`ProgramMemory`], or over a region that the SDK has allocated: patterns, words of failure,
+//! and offsets. An access to a part that a case
 //! has unmapped or protected ends the case's process with a signal, which the runner reports.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
 
 use uhmm_kernel_hook::pagemap::{Categories, open_pagemap, scan};
 use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_kernel_hook::{AddrRange, HookError};
+use uhmm_sdk::Region;
 
-use crate::case::{CaseResult, During, Failure};
+use crate::case::{CaseResult, During, Failure, not_applicable};
 use crate::pattern;
 
 pub(crate) use uhmm_kernel_hook::program::ProgramAdvice as MemAdvice;
@@ -30,13 +33,43 @@ pub(crate) enum Remap {
 
 /// See the module head.
 pub(crate) struct Mem {
-    memory: ProgramMemory,
+    memory: Memory,
     private: bool,
+}
+
+enum Memory {
+    Own(ProgramMemory),
+    Allocated(Box<Region>),
+}
+
+/// The same call on the one or the other.
+macro_rules! on {
+    ($memory:expr, $name:ident($($arg:expr),*)) => {
+        match &$memory {
+            Memory::Own(memory) => memory.$name($($arg),*),
+            Memory::Allocated(region) => region.bytes().$name($($arg),*),
+        }
+    };
 }
 
 impl Mem {
     fn of(memory: Result<ProgramMemory, HookError>, private: bool, what: &str) -> CaseResult<Self> {
-        Ok(Self { memory: memory.during(what)?, private })
+        Ok(Self { memory: Memory::Own(memory.during(what)?), private })
+    }
+
+    /// Memory that the SDK has allocated: managed from its first byte on, at addresses that are the SDK's.
+    pub(crate) fn allocated(region: Region) -> Self {
+        Self { memory: Memory::Allocated(Box::new(region)), private: false }
+    }
+
+    /// The memory of the program's own that some steps need.
+    fn own(&self, step: &str) -> CaseResult<&ProgramMemory> {
+        match &self.memory {
+            Memory::Own(memory) => Ok(memory),
+            Memory::Allocated(_) => not_applicable!(
+                "The CPU reaches only memory that uhmm has allocated on a device, and its addresses are uhmm's: {step} is not done there"
+            ),
+        }
     }
 
     /// Private anonymous memory.
@@ -66,7 +99,7 @@ impl Mem {
     /// hugetlb memory.
     pub(crate) fn hugetlb(len: u64, shared: bool) -> Result<Self, HookError> {
         let memory = if shared { ProgramMemory::hugetlb_shared(len)? } else { ProgramMemory::hugetlb(len)? };
-        Ok(Self { memory, private: !shared })
+        Ok(Self { memory: Memory::Own(memory), private: !shared })
     }
 
     /// Shared mapping of a file.
@@ -85,11 +118,11 @@ impl Mem {
     }
 
     pub(crate) fn addr(&self) -> u64 {
-        self.memory.addr()
+        on!(self.memory, addr())
     }
 
     pub(crate) fn len(&self) -> u64 {
-        self.memory.len()
+        on!(self.memory, len())
     }
 
     /// Copy-on-write memory, which a device owns when it has it.
@@ -100,25 +133,28 @@ impl Mem {
     // ---- the CPU's accesses
 
     pub(crate) fn load(&self, off: u64) -> CaseResult<u64> {
-        Ok(self.memory.load_u64(off)?)
+        Ok(on!(self.memory, load_u64(off))?)
     }
 
     pub(crate) fn store(&self, off: u64, value: u64) -> CaseResult {
-        Ok(self.memory.store_u64(off, value)?)
+        Ok(on!(self.memory, store_u64(off, value))?)
     }
 
     /// Adds atomically; the value before.
     pub(crate) fn fetch_add(&self, off: u64, value: u64) -> CaseResult<u64> {
-        Ok(self.memory.fetch_add_u64(off, value)?)
+        Ok(match &self.memory {
+            Memory::Own(memory) => memory.fetch_add_u64(off, value)?,
+            Memory::Allocated(region) => region.bytes().atomic_u64(off)?.fetch_add(value, Ordering::SeqCst),
+        })
     }
 
     pub(crate) fn write(&self, off: u64, bytes: &[u8]) -> CaseResult {
-        Ok(self.memory.write(off, bytes)?)
+        Ok(on!(self.memory, write(off, bytes))?)
     }
 
     pub(crate) fn bytes(&self, off: u64, len: u64) -> CaseResult<Vec<u8>> {
         let mut bytes = vec![0; len as usize];
-        self.memory.read(off, &mut bytes)?;
+        on!(self.memory, read(off, &mut bytes))?;
         Ok(bytes)
     }
 
@@ -170,20 +206,24 @@ impl Mem {
     // ---- the address space
 
     pub(crate) fn unmap(&self, off: u64, len: u64) -> CaseResult {
-        self.memory.unmap(off, len).during("munmap")
+        self.own("munmap")?.unmap(off, len).during("munmap")
     }
 
     /// mprotect behind the SDK's back.
     pub(crate) fn protect(&self, off: u64, len: u64, read: bool, write: bool) -> CaseResult {
-        self.memory.protect(off, len, read, write).during("mprotect")
+        self.own("mprotect behind the SDK's back")?.protect(off, len, read, write).during("mprotect")
     }
 
     pub(crate) fn advise(&self, off: u64, len: u64, advice: MemAdvice) -> CaseResult {
-        self.memory.advise(off, len, advice).during("madvise")
+        if matches!((&self.memory, advice), (Memory::Allocated(_), MemAdvice::HugePage | MemAdvice::NoHugePage)) {
+            // Says something about pages that allocated memory does not have.
+            return Ok(());
+        }
+        self.own("madvise")?.advise(off, len, advice).during("madvise")
     }
 
     pub(crate) fn lock(&self, off: u64, len: u64) -> CaseResult {
-        self.memory.lock(off, len).during("mlock")
+        self.own("mlock")?.lock(off, len).during("mlock")
     }
 
     fn moved(&self, memory: Result<ProgramMemory, HookError>) -> CaseResult<Self> {
@@ -192,17 +232,18 @@ impl Mem {
 
     /// Moves a part to wherever the kernel likes.
     pub(crate) fn remap(&self, off: u64, len: u64, how: Remap) -> CaseResult<Self> {
-        self.moved(self.memory.remap(off, len, how == Remap::KeepOld, None))
+        self.moved(self.own("mremap")?.remap(off, len, how == Remap::KeepOld, None))
     }
 
     /// Moves a part over `target` at an offset, which takes its place.
     pub(crate) fn remap_over(&self, off: u64, len: u64, how: Remap, target: &Mem, at: u64) -> CaseResult<Self> {
-        self.moved(self.memory.remap(off, len, how == Remap::KeepOld, Some((&target.memory, at))))
+        let target = target.own("mremap")?;
+        self.moved(self.own("mremap")?.remap(off, len, how == Remap::KeepOld, Some((target, at))))
     }
 
     /// Fresh private memory in a hole that `unmap` has left.
     pub(crate) fn map_fresh(&self, off: u64, len: u64) -> CaseResult<Self> {
-        Self::of(self.memory.map_fresh(off, len), true, "mmap(fixed)")
+        Self::of(self.own("mmap over a hole")?.map_fresh(off, len), true, "mmap(fixed)")
     }
 
     // ---- what the kernel says about it

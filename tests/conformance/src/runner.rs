@@ -40,6 +40,8 @@ const DEFAULT_DRIVER: &str = "soft";
 pub struct Options {
     /// Driver; `soft` when not named.
     pub driver: Option<String>,
+    /// The devices of a system of our own are coherent.
+    pub coherent: bool,
     /// Regular expression over case names.
     pub filter: Option<String>,
     /// Machines read the output: no table.
@@ -93,7 +95,7 @@ pub fn run(exe: &Path, options: &Options) -> Result<Report, ConformanceError> {
     let driver = options.driver.as_deref().unwrap_or(DEFAULT_DRIVER);
     let system = match &options.run_dir {
         Some(run_dir) => System::existing(run_dir.clone()),
-        None => System::start(exe, driver)?,
+        None => System::start(exe, driver, options.coherent)?,
     };
     let mut runner = Runner::new(exe, options, system, driver, stop)?;
     let report = runner.run(&cases)?;
@@ -194,7 +196,8 @@ impl<'a> Runner<'a> {
             return Ok(Outcome { status: OutcomeStatus::NotApplicable, why });
         }
         let seed = self.options.chaos.unwrap_or(0) ^ hash(&case.name);
-        let args = CaseArgs { chaos: self.options.chaos.is_some(), ..self.args(&case.name, seed) };
+        let coherent = case.needs == Needs::Coherent;
+        let args = CaseArgs { chaos: self.options.chaos.is_some(), coherent, ..self.args(&case.name, seed) };
         let factor = if self.disturbed() { DISTURBED_FACTOR } else { 1 };
         let outcome = match self.options.chaos {
             Some(_) => self.run_under_chaos(&args, case.deadline * factor)?,
@@ -230,7 +233,7 @@ impl<'a> Runner<'a> {
             name: name.to_owned(),
             run_dir: self.system.run_dir().to_owned(),
             devices: self.found.devices.clone(),
-            coherent: self.found.coherent,
+            coherent: false,
             chaos: false,
             pause_agent: self.options.pause_agent,
             seed,
@@ -242,9 +245,6 @@ impl<'a> Runner<'a> {
     fn excluded(&self, case: &Case) -> Option<String> {
         let have = self.found.devices.len();
         match case.needs {
-            Needs::Private if self.found.coherent => {
-                Some("The device's memory is CPU-coherent: see the case's .coherent twin".into())
-            }
             Needs::Coherent if !self.found.coherent => {
                 Some("The device's memory is not CPU-coherent: a CPU access brings a page home".into())
             }

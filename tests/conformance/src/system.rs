@@ -34,9 +34,10 @@ struct Own {
     supervisor: Child,
     exe: PathBuf,
     driver: String,
+    coherent: bool,
 }
 
-fn manifest(driver: &str) -> String {
+fn manifest(driver: &str, coherent: bool) -> String {
     // Drills kill often: short waits, never held.
     let restart = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 100000 }";
     let mut text = format!(
@@ -46,7 +47,8 @@ fn manifest(driver: &str) -> String {
     for index in 0..DEVICE_COUNT {
         text += &format!(
             "\n[[service]]\nname = \"{driver}{index}\"\nkind = \"driver\"\ndriver = \"{driver}\"\n{restart}\n\n\
-             [[device]]\nname = \"{driver}{index}\"\nservice = \"{driver}{index}\"\nmemory_bytes = \"{DEVICE_MEMORY}\"\n"
+             [[device]]\nname = \"{driver}{index}\"\nservice = \"{driver}{index}\"\nmemory_bytes = \"{DEVICE_MEMORY}\"\n\
+             coherent = {coherent}\n"
         );
     }
     text
@@ -54,21 +56,21 @@ fn manifest(driver: &str) -> String {
 
 impl System {
     /// Starts a system of our own.
-    pub(crate) fn start(exe: &Path, driver: &str) -> Result<Self, ConformanceError> {
+    pub(crate) fn start(exe: &Path, driver: &str, coherent: bool) -> Result<Self, ConformanceError> {
         let run_dir = std::env::temp_dir().join(format!("uhmm-conformance-{}", std::process::id()));
         // Not recursive and private: a folder that somebody else has put there must not be used.
         std::fs::DirBuilder::new().mode(0o700).create(&run_dir).map_err(ConformanceError::path(&run_dir))?;
         let mut system = Self { run_dir, own: None };
-        let supervisor = system.spawn(exe, driver);
+        let supervisor = system.spawn(exe, driver, coherent);
         let supervisor = supervisor.inspect_err(|_| system.remove_run_dir())?;
-        system.own = Some(Own { supervisor, exe: exe.to_owned(), driver: driver.to_owned() });
+        system.own = Some(Own { supervisor, exe: exe.to_owned(), driver: driver.to_owned(), coherent });
         system.wait_started()?;
         Ok(system)
     }
 
-    fn spawn(&self, exe: &Path, driver: &str) -> Result<Child, ConformanceError> {
+    fn spawn(&self, exe: &Path, driver: &str, coherent: bool) -> Result<Child, ConformanceError> {
         let manifest_path = self.run_dir.join("manifest.toml");
-        std::fs::write(&manifest_path, manifest(driver)).map_err(ConformanceError::path(&manifest_path))?;
+        std::fs::write(&manifest_path, manifest(driver, coherent)).map_err(ConformanceError::path(&manifest_path))?;
         let log_path = self.log_path();
         let log = File::options().append(true).create(true).open(&log_path);
         let log = log.map_err(ConformanceError::path(&log_path))?;
@@ -104,10 +106,10 @@ impl System {
     /// A fresh system in the place of the old one, where it is ours: what a failed case did to it is no other case's fault.
     /// False when the system is somebody else's.
     pub(crate) fn restart(&mut self) -> Result<bool, ConformanceError> {
-        let Some(Own { exe, driver, supervisor }) = self.own.take() else { return Ok(false) };
+        let Some(Own { exe, driver, supervisor, coherent }) = self.own.take() else { return Ok(false) };
         self.stop(supervisor);
-        let supervisor = self.spawn(&exe, &driver)?;
-        self.own = Some(Own { supervisor, exe, driver });
+        let supervisor = self.spawn(&exe, &driver, coherent)?;
+        self.own = Some(Own { supervisor, exe, driver, coherent });
         self.wait_started()?;
         Ok(true)
     }
@@ -184,9 +186,13 @@ mod tests {
 
     #[test]
     fn the_manifest_has_two_devices_of_the_driver_and_test_hooks() {
-        let text = manifest("nvme");
+        let text = manifest("nvme", true);
         assert!(text.starts_with("fault_injection = true"));
         assert_eq!(text.matches("driver = \"nvme\"").count(), 2);
+        assert_eq!(
+            (text.matches("coherent = true").count(), manifest("nvme", false).matches("= true").count()),
+            (2, 1)
+        );
         assert!(text.contains("name = \"nvme0\"") && text.contains("name = \"nvme1\""));
     }
 }

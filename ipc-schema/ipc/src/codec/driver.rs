@@ -8,7 +8,7 @@ use uhmm_schema::sdk_capnp::{MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
-use crate::message::driver::{AccessOp, Call, Reply};
+use crate::message::driver::{AccessOp, Call, CoherentMemory, Reply};
 
 pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
@@ -77,14 +77,15 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
     })
 }
 
-pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>) -> Result<(), EncodeError> {
+pub(super) fn write_reply(from: &Reply, to: reply::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
-        Reply::Info { driver, device, memory_bytes, aperture, kernels } => {
+        Reply::Info { driver, device, memory_bytes, aperture, coherent, kernels } => {
             let mut to = to.init_info();
             to.set_driver(out_text("info.driver", driver, MAX_NAME_BYTES)?);
             to.set_device(*device);
             to.set_memory_bytes(*memory_bytes);
             to.set_aperture(*aperture);
+            to.set_coherent(*coherent);
             let mut list = to.init_kernels(out_len("info.kernels", kernels.len(), MAX_KERNELS)?);
             for (index, kernel) in kernels.iter().enumerate() {
                 list.set(index as u32, out_text("info.kernels", kernel, MAX_TEXT_BYTES)?);
@@ -95,7 +96,14 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>) -> Result<()
             to.set_page_count(*page_count);
             to.set_fault_count(*fault_count);
         }
-        Reply::QueueOpened => to.set_queue_opened(()),
+        Reply::QueueOpened { coherent } => {
+            let mut to = to.init_queue_opened();
+            to.set_memory_fd(fds.put_optional(coherent.as_ref().map(|coherent| &coherent.memory)));
+            if let Some(CoherentMemory { device, generation, .. }) = coherent {
+                to.set_device(*device);
+                to.set_generation(*generation);
+            }
+        }
         Reply::Finished { results, fault_count, run_time_ns } => {
             let mut to = to.init_finished();
             to.set_fault_count(*fault_count);
@@ -106,7 +114,7 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>) -> Result<()
     Ok(())
 }
 
-pub(super) fn read_reply(from: reply::Reader<'_>) -> Result<Reply, DecodeError> {
+pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<Reply, DecodeError> {
     Ok(match from.which()? {
         reply::Info(from) => {
             let from = from?;
@@ -117,6 +125,7 @@ pub(super) fn read_reply(from: reply::Reader<'_>) -> Result<Reply, DecodeError> 
                 device: from.get_device(),
                 memory_bytes: from.get_memory_bytes(),
                 aperture: from.get_aperture(),
+                coherent: from.get_coherent(),
                 kernels: list
                     .iter()
                     .map(|kernel| in_text("info.kernels", kernel, MAX_TEXT_BYTES))
@@ -127,7 +136,12 @@ pub(super) fn read_reply(from: reply::Reader<'_>) -> Result<Reply, DecodeError> 
             let from = from?;
             Reply::Accessed { page_count: from.get_page_count(), fault_count: from.get_fault_count() }
         }
-        reply::QueueOpened(()) => Reply::QueueOpened,
+        reply::QueueOpened(from) => {
+            let from = from?;
+            let memory = fds.take_optional("queueOpened.memoryFd", from.get_memory_fd())?;
+            let (device, generation) = (from.get_device(), from.get_generation());
+            Reply::QueueOpened { coherent: memory.map(|memory| CoherentMemory { device, generation, memory }) }
+        }
         reply::Finished(from) => {
             let from = from?;
             Reply::Finished {

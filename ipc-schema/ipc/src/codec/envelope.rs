@@ -187,7 +187,7 @@ fn write_body(body: BodyRef<'_>, to: any_pointer::Builder<'_>, fds: &mut FdSink)
         BodyRef::Reply(Reply::Supervisor(reply)) => supervisor::write_reply(reply, to.init_as(), fds),
         BodyRef::Reply(Reply::Pager(reply)) => pager::write_reply(reply, to.init_as(), fds),
         BodyRef::Reply(Reply::Mirror(reply)) => mirror::write_reply(reply, to.init_as(), fds),
-        BodyRef::Reply(Reply::Driver(reply)) => driver::write_reply(reply, to.init_as()),
+        BodyRef::Reply(Reply::Driver(reply)) => driver::write_reply(reply, to.init_as(), fds),
         BodyRef::Event(Event::Supervisor(event)) => supervisor::write_event(event, to.init_as()),
         BodyRef::Event(Event::Pager(event)) => pager::write_event(event, to.init_as()),
         BodyRef::Event(Event::Mirror(event)) => mirror::write_event(event, to.init_as()),
@@ -256,7 +256,7 @@ fn read_reply(scope: Scope, body: any_pointer::Reader<'_>, fds: &mut FdSource) -
         Scope::Supervisor => Reply::Supervisor(supervisor::read_reply(body.get_as()?, fds)?),
         Scope::Pager => Reply::Pager(pager::read_reply(body.get_as()?, fds)?),
         Scope::Mirror => Reply::Mirror(mirror::read_reply(body.get_as()?, fds)?),
-        Scope::Driver => Reply::Driver(driver::read_reply(body.get_as()?)?),
+        Scope::Driver => Reply::Driver(driver::read_reply(body.get_as()?, fds)?),
     })
 }
 

@@ -145,7 +145,15 @@ fn the_largest_answers_fit_into_one_message() {
     let migrated = pager::StatusRun { first_page, page_count, status: pager::PageStatus::Gone };
     let mapped = pager::MapRun { first_page, page_count, kind: pager::MapKind::Frame(u32::MAX), writable: true };
     let residency = pager::Residency::Duplicated(7);
-    let there = pager::ResidencyRun { first_page, page_count, residency, pinned: true, mapped_mask: 0xff, huge: true };
+    let there = pager::ResidencyRun {
+        first_page,
+        page_count,
+        residency,
+        pinned: true,
+        mapped_mask: 0xff,
+        huge: true,
+        coherent: true,
+    };
     let advised = samples::attribute_runs()[1];
     let traced = samples::trace_records()[1];
     let replies = [

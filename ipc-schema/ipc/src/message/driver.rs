@@ -64,8 +64,19 @@ impl Call {
     }
 }
 
+/// A coherent device's memory, for the agent of a client that has proven itself to map.
+#[derive(Clone, Debug)]
+pub struct CoherentMemory {
+    /// Device id in the plan.
+    pub device: u8,
+    /// Names the memory, as in the pager's `DriverLogin`.
+    pub generation: u64,
+    /// All of it, frame 0 at offset 0.
+    pub memory: Fd,
+}
+
 /// Answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Reply {
     /// Answer to `Info`.
     Info {
@@ -77,11 +88,16 @@ pub enum Reply {
         memory_bytes: u64,
         /// The CPU can see device memory.
         aperture: bool,
+        /// The program reaches pages of allocated memory there without bringing them home.
+        coherent: bool,
         /// Kernels that `Submit` takes, with their argument lists, one line each.
         kernels: Vec<String>,
     },
     /// Answer to `OpenQueue`.
-    QueueOpened,
+    QueueOpened {
+        /// Its memory, if the device is coherent.
+        coherent: Option<CoherentMemory>,
+    },
     /// Answer to `Access`: all pages were done.
     Accessed {
         /// Pages.

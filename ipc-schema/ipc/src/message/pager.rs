@@ -78,6 +78,8 @@ pub struct ResidencyRun {
     pub mapped_mask: u8,
     /// Part of 512 aligned pages in 512 consecutive, aligned frames.
     pub huge: bool,
+    /// On a device, and the program reaches it there: a CPU access does not bring it home.
+    pub coherent: bool,
 }
 
 /// What a device page table entry shall point to.
@@ -219,6 +221,17 @@ pub enum AgentOp {
     },
     /// Tell which pages exist in the address space: `Moved` for those that do, `Zero` for holes.
     Probe,
+    /// Map frames of a coherent device over the pages of an allocated region. Answer `Moved` when all of them are, else `Failed`.
+    MapDevice {
+        /// Device.
+        device: u8,
+        /// Frame of the first page.
+        frame: u32,
+        /// Of the device's memory: what was given with the queue is no good when it is another.
+        generation: u64,
+    },
+    /// Map the region's own memory again, watched by the pager. `Moved` when no page is a frame any more, `Failed`: ask again.
+    UnmapDevice,
 }
 
 /// What became of pages under an [`AgentOp`].

@@ -192,7 +192,8 @@ fn attacks_after_hello() -> Vec<(&'static str, Vec<u8>)> {
             root.set_interface(schema::Interface::Driver);
             root.set_call_id(id);
             root.set_interface_version(schema::MINOR_VERSION);
-            root.init_body().init_as::<driver_capnp::reply::Builder<'_>>().set_queue_opened(());
+            let reply = root.init_body().init_as::<driver_capnp::reply::Builder<'_>>();
+            reply.init_queue_opened().set_memory_fd(schema::NO_FD);
         })
     };
     vec![
@@ -308,7 +309,7 @@ fn integration_unanswered_calls_stop_the_reading_of_their_own_connection_only() 
     let identity = crate::support::identity("server", uhmm_ipc::message::Role::Driver, 1, Some(Interface::Driver));
     let _server = Server::start_as(&place, uhmm_ipc::Identity { limits, ..identity }, |reactor, wake| {
         if let Wake::Call { conn, call, body: Call::Driver(driver::Call::Info), .. } = wake {
-            reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened)));
+            reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: None })));
         }
     });
     let raw = Raw::greeted(&place.path);
@@ -331,7 +332,7 @@ fn integration_connections_that_say_nothing_do_not_keep_services_out() {
     let identity = crate::support::identity("server", uhmm_ipc::message::Role::Driver, 1, Some(Interface::Driver));
     let _server = Server::start_as(&place, uhmm_ipc::Identity { limits, ..identity }, |reactor, wake| {
         if let Wake::Call { conn, call, .. } = wake {
-            reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened)));
+            reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: None })));
         }
     });
     let silent: Vec<Raw> = (0..20).map(|_| Raw::connect(&place.path)).collect();
@@ -362,7 +363,8 @@ fn integration_a_server_that_answers_what_was_not_asked_loses_the_link_and_calls
         root.set_kind(Kind::Reply);
         root.set_interface(schema::Interface::Driver);
         root.set_call_id(99);
-        root.init_body().init_as::<driver_capnp::reply::Builder<'_>>().set_queue_opened(());
+        let reply = root.init_body().init_as::<driver_capnp::reply::Builder<'_>>();
+        reply.init_queue_opened().set_memory_fd(schema::NO_FD);
     });
     fake.send(&surprise, &[memory.as_fd()]);
     let mut wakes = Vec::new();

@@ -40,7 +40,26 @@ impl World {
                 self.check_valid_copy(*id, page, entry)?;
             }
         }
+        self.check_cpu_frames()?;
         self.check_mappings()
+    }
+
+    /// The CPU reaches a frame only where the directory says so, and never one that is given away or a device's alone.
+    fn check_cpu_frames(&self) -> Result<(), Violation> {
+        for (id, region) in &self.regions {
+            for (page, model) in (0..).zip(&region.pages) {
+                let Some((device, frame)) = model.cpu_frame else { continue };
+                let entry = self.entry(*id, page);
+                let there = entry.owns_frame() && (entry.device(), entry.frame()) == (device, frame);
+                let right = model.may_be_lost || there && entry.state() != PageState::Exclusive;
+                if !entry.cpu_mapped() || !right || model.mapped {
+                    let text =
+                        format!("CPU maps frame {frame} of {device:?}: {id:?} page {page}, directory: {entry:?}");
+                    return Err(Violation::new("inv2", text));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The copy that the directory calls valid holds what was written last.

@@ -1,8 +1,8 @@
 //! What each action does to the machine.
 
 use super::check::Violation;
-use super::machine::{JUNK, Mapping, World};
-use crate::{Action, DeviceId, Event, FillStop, Outcome, PageState, Pages, RegionId, ReqId, StepResult, Ticket};
+use super::machine::{JUNK, Mapping, RegionModel, World};
+use crate::{Action, CPU, DeviceId, Event, FillStop, Outcome, PageState, Pages, RegionId, ReqId, StepResult, Ticket};
 
 /// An action that is answered later.
 #[derive(Clone, Debug)]
@@ -12,9 +12,20 @@ pub(super) struct Pending {
     early: Option<Vec<u64>>,
     /// It cannot succeed any more.
     pub fail: bool,
+    /// When it was asked: a client's agent does one thing after the other.
+    order: u64,
 }
 
 impl Pending {
+    /// The client's agent has to do something for it.
+    fn is_the_agents(&self) -> bool {
+        match &self.action {
+            Action::MapCpu { .. } => true,
+            Action::Revoke { devices, .. } => devices & CPU != 0,
+            _ => false,
+        }
+    }
+
     /// The device that has to do something for it; revocations are the mirror's.
     pub fn device(&self) -> Option<DeviceId> {
         match &self.action {
@@ -64,8 +75,13 @@ impl World {
             Action::Reply { req, outcome } => self.answer(req, &outcome)?,
             Action::DropRegion { region } => {
                 let mapped = self.devices.iter().any(|d| d.mappings.keys().any(|(of, _)| *of == region));
+                let cpu = |region: &RegionModel| region.pages.iter().any(|page| page.cpu_frame.is_some());
+                let mapped = mapped || self.regions.get(&region).is_some_and(cpu);
                 if mapped {
-                    return Err(Violation::new("inv2", format!("{region:?} is dropped while a device maps it")));
+                    return Err(Violation::new(
+                        "inv2",
+                        format!("{region:?} is dropped while somebody maps its frames"),
+                    ));
                 }
                 self.regions.remove(&region);
                 self.blocked.retain(|access| access.region != region);
@@ -188,7 +204,8 @@ impl World {
     /// Copies may read their source at once and finish later, or do everything when they finish.
     fn begin(&mut self, action: Action) {
         let early = self.rng.chance(50).then(|| self.source(&action));
-        self.pending.push(Pending { action, early, fail: false });
+        let order = self.action_count;
+        self.pending.push(Pending { action, early, fail: false, order });
     }
 
     fn source(&mut self, action: &Action) -> Vec<u64> {
@@ -217,7 +234,10 @@ impl World {
                     device.session || device.failed
                 })
         };
-        (0..self.pending.len()).filter(|index| ready(&self.pending[*index])).collect()
+        let next = self.pending.iter().filter(|pending| pending.is_the_agents()).map(|pending| pending.order).min();
+        let in_turn = |pending: &Pending| !pending.is_the_agents() || Some(pending.order) == next;
+        let able = |pending: &Pending| in_turn(pending) && ready(pending);
+        (0..self.pending.len()).filter(|index| able(&self.pending[*index])).collect()
     }
 
     /// Finishes a pending action and returns the event that says so.
@@ -232,7 +252,23 @@ impl World {
                     let _ = id;
                     device.mappings.retain(|(of, page), _| *of != region || !pages.contains(*page));
                 }
+                for page in pages.iter().filter(|_| devices & CPU != 0) {
+                    if let Some(model) = self.page(region, page) {
+                        model.cpu_frame = None;
+                    }
+                }
                 Event::RevokeDone { ticket, result: StepResult::Ok }
+            }
+            Action::MapCpu { ticket, region, pages, device, frame } => {
+                let fails = self.rng.chance(self.faults.io);
+                let count = if fails { self.rng.below(pages.count) } else { pages.count };
+                for (offset, page) in pages.iter().take(count as usize).enumerate() {
+                    if let Some(model) = self.page(region, page) {
+                        model.cpu_frame = Some((device, frame + offset as u32));
+                        (model.mapped, model.protected, model.poisoned) = (false, false, false);
+                    }
+                }
+                Event::CpuMapped { ticket, result: if fails { StepResult::Io } else { StepResult::Ok } }
             }
             Action::CopyOut { ticket, region, pages, device, frame, .. } => {
                 self.no_mapping(region, pages, |mapping| mapping == Mapping::InPlace)?;
@@ -282,6 +318,11 @@ impl World {
 
     /// No device may use the pages in this way while their owner changes.
     fn no_mapping(&self, region: RegionId, pages: Pages, bad: impl Fn(Mapping) -> bool) -> Result<(), Violation> {
+        let inside = |region: &RegionModel| pages.iter().any(|page| region.pages[page as usize].cpu_frame.is_some());
+        if self.regions.get(&region).is_some_and(inside) {
+            let text = format!("The CPU has frames of {region:?} {pages:?} during their copy");
+            return Err(Violation::new("inv2", text));
+        }
         for (id, device) in self.devices.iter().enumerate() {
             for ((of, page), mapping) in &device.mappings {
                 if *of == region && pages.contains(*page) && bad(*mapping) {

@@ -21,6 +21,8 @@ pub struct PageModel {
     pub mapped: bool,
     /// Write-protected; on an unmapped page: a marker that no fill preserves.
     pub protected: bool,
+    /// The client maps this frame itself, in the place of the memfd's page.
+    pub cpu_frame: Option<(DeviceId, u32)>,
     /// Accesses get SIGBUS.
     pub poisoned: bool,
     /// What was written last.
@@ -199,6 +201,10 @@ impl World {
 
     fn try_cpu(&mut self, access: CpuAccess) -> Result<(), Violation> {
         let CpuAccess { region, page, write } = access;
+        let Some(model) = self.page(region, page).copied() else { return Ok(()) };
+        if let Some((device, frame)) = model.cpu_frame {
+            return self.through_aperture(access, model, device, frame);
+        }
         let Some(model) = self.page(region, page) else { return Ok(()) };
         if model.mapped && (write.is_none() || !model.protected) {
             match write {
@@ -219,6 +225,32 @@ impl World {
         let (wp, minor) = (model.mapped, !model.mapped && model.cache.is_some());
         self.blocked.push(access);
         self.events.push_back(Event::CpuFault { region, page, write: write.is_some(), wp, minor });
+        Ok(())
+    }
+
+    /// The client's own mapping of a frame.
+    fn through_aperture(
+        &mut self,
+        access: CpuAccess,
+        model: PageModel,
+        device: DeviceId,
+        frame: u32,
+    ) -> Result<(), Violation> {
+        let CpuAccess { region, page, write } = access;
+        if model.may_be_lost {
+            return Ok(());
+        }
+        let slot = &mut self.devices[usize::from(device.0)].frames[frame as usize];
+        let seen = *slot;
+        if let Some(token) = write {
+            *slot = token;
+            if let Some(model) = self.page(region, page) {
+                model.expected = token;
+            }
+        } else if seen != model.expected {
+            let text = format!("CPU reads {seen:#x} in frame {frame} of {device:?}: {region:?} {page} {model:?}");
+            return Err(Violation::new("inv1", text));
+        }
         Ok(())
     }
 

@@ -5,7 +5,7 @@
 //!                   ^                                                     |
 //!                   |  check after every action                           v
 //!                 execute <------------- actions ------------------- Core::handle
-//!                   `-- pending (CopyOut, Fill, Revoke, Scrub, ZeroFrames): answered later, in any order
+//!                   `-- pending (CopyOut, Fill, Revoke, MapCpu, Scrub, ZeroFrames): answered later, in any order
 //! ```
 //!
 //! Every page has an expected value, the last one that anybody wrote. After every single action the copy that the directory calls valid

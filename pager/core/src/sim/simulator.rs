@@ -17,6 +17,8 @@ pub struct Config {
     pub frame_counts: Vec<u32>,
     /// How often steps fail.
     pub faults: Faults,
+    /// The CPU reaches the memory of device 0.
+    pub coherent: bool,
     /// Of everything random.
     pub seed: u64,
 }
@@ -135,7 +137,8 @@ impl Simulator {
         let frame_count = model.frames.len() as u32;
         let device = DeviceId(device as u8);
         let memory_known = memory_known && !memory_lost;
-        let event = Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost };
+        let coherent = self.config.coherent && device.0 == 0;
+        let event = Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent };
         self.world.events.push_back(event);
     }
 
@@ -379,6 +382,7 @@ impl Simulator {
         self.crash_count += 1;
         let read = std::mem::take(&mut self.world.events);
         while !self.world.pending.is_empty() {
+            // What the agent was asked it does before what the next pager asks, or never.
             let able = self.world.deliverable().contains(&0);
             if able && self.world.rng.chance(50) {
                 self.world.complete(0)?;

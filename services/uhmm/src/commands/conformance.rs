@@ -12,6 +12,9 @@ pub struct ConformanceArgs {
     /// Driver whose devices are tested [default: soft]
     #[arg(long)]
     driver: Option<String>,
+    /// The devices of its own system are coherent: run the `.coherent` cases too
+    #[arg(long)]
+    coherent: bool,
     /// Only cases whose name matches this regular expression
     #[arg(long, value_name = "RE")]
     filter: Option<String>,
@@ -37,7 +40,7 @@ pub struct ConformanceCaseArgs {
     /// Device names
     #[arg(long, value_delimiter = ',')]
     devices: Vec<String>,
-    /// The devices' memory is CPU-coherent
+    /// The case is about memory that the CPU reaches on the device
     #[arg(long)]
     coherent: bool,
     /// Services are being killed meanwhile
@@ -63,8 +66,8 @@ pub fn conformance(args: ConformanceArgs, run_dir: Option<PathBuf>) -> anyhow::R
         return Ok(ExitCode::SUCCESS);
     }
     let exe = std::env::current_exe().context("The path of this program is unknown")?;
-    let ConformanceArgs { driver, filter, json, chaos, pause_agent, list: _ } = args;
-    let report = run(&exe, &Options { driver, filter, json, chaos, pause_agent, run_dir })?;
+    let ConformanceArgs { driver, coherent, filter, json, chaos, pause_agent, list: _ } = args;
+    let report = run(&exe, &Options { driver, coherent, filter, json, chaos, pause_agent, run_dir })?;
     Ok(if report.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -68,6 +68,7 @@ fn exclusive_mprotect(ctx: &Ctx) -> CaseResult {
 
 fn exclusive_cow(ctx: &Ctx) -> CaseResult {
     ctx.needs_fork()?;
+    ctx.needs_copy_on_write()?;
     let mem = made_exclusive(ctx, BUF, 27)?;
     let child = fork(|| read_and_increment(&mem, 27))?;
     read_and_increment(&mem, 27)?;

@@ -25,6 +25,7 @@ pub(super) fn register(list: &mut Registry) {
 
 fn anon_write_child(ctx: &Ctx) -> CaseResult {
     ctx.needs_fork()?;
+    ctx.needs_copy_on_write()?;
     for migrated in [false, true] {
         for huge in [false, true] {
             write_in_child(ctx, migrated, huge).during(&format!("migrated {migrated}, huge {huge}"))?;

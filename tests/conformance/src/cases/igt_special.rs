@@ -227,7 +227,7 @@ fn threads_same_page(ctx: &Ctx) -> CaseResult {
                 .collect();
             threads.into_iter().try_for_each(joined)
         })?;
-        if ctx.counters_hold() && !ctx.coherent() {
+        if ctx.counters_hold() {
             ensure_eq!(homecomings(ctx, since, mem.addr() + page * PAGE)?, 1, "Migrations of page {page}");
         }
     }
@@ -272,7 +272,7 @@ fn process_same_page(ctx: &Ctx) -> CaseResult {
         check(page)?;
         private.expect(page * PAGE, PAGE, 2)?;
         children.into_iter().try_for_each(|child| child.join())?;
-        if ctx.counters_hold() && !ctx.coherent() {
+        if ctx.counters_hold() {
             let moves = homecomings(ctx, since, region.addr() + page * PAGE)?;
             ensure!(moves <= 1, "The shared page {page} came home {moves} times");
         }

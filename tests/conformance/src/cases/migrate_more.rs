@@ -61,16 +61,14 @@ fn migrate_large(ctx: &Ctx) -> CaseResult {
     ctx.all_to_device(0, &mem)?;
     ctx.on_device(0, &mem, 0, len)?;
     ctx.sees_all(0, &mem, 113)?;
-    if !ctx.coherent() {
-        ensure_eq!(mem.load(len / 2)?, pattern::word(113, len / 16), "The word that is touched");
-        if ctx.counters_hold() {
-            // All of it is on the way; a driver may still be copying (the touched word was served first).
-            let summary = ctx.residency(&mem, 0, len)?;
-            ensure_eq!(summary.all_device_pages(), 0, "Pages that stay on the device ({summary:?})");
-        }
+    ensure_eq!(mem.load(len / 2)?, pattern::word(113, len / 16), "The word that is touched");
+    if ctx.counters_hold() {
+        // All of it is on the way; a driver may still be copying (the touched word was served first).
+        let summary = ctx.residency(&mem, 0, len)?;
+        ensure_eq!(summary.all_device_pages(), 0, "Pages that stay on the device ({summary:?})");
     }
     mem.expect_all(113)?;
-    if ctx.counters_hold() && !ctx.coherent() {
+    if ctx.counters_hold() {
         ctx.at_home(&mem, 0, len)?;
     }
     ctx.all_to_device(0, &mem)?;

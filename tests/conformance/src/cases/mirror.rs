@@ -72,9 +72,11 @@ fn open_close(ctx: &Ctx) -> CaseResult {
 }
 
 fn anon_read(ctx: &Ctx) -> CaseResult {
-    let mem = Mem::private(BUF)?;
+    let mem = if ctx.coherent() { ctx.allocated(BUF, None)? } else { Mem::private(BUF)? };
     mem.fill_at(2 * PAGE, BUF - 2 * PAGE, 2)?;
-    ctx.adopt(&mem)?;
+    if !ctx.coherent() {
+        ctx.adopt(&mem)?;
+    }
     ctx.protect(&mem, 0, BUF, true, false)?;
     ensure_eq!(mem.load(PAGE)?, 0, "The zero page, read by the CPU");
     let access = ctx.read(0, &mem, 0, BUF)?;

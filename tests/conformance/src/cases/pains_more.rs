@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use uhmm_sdk::{Operator, Target};
 
 use super::joined;
-use crate::case::{CaseResult, During, Registry, ensure, ensure_eq, not_applicable};
+use crate::case::{CaseResult, During, Registry, ensure, ensure_eq};
 use crate::ctx::{BUF, Ctx, PMD};
 use crate::forked::{Latch, fork};
 use crate::mem::{Mem, MemAdvice, PAGE, Remap};
@@ -69,7 +69,7 @@ fn ping_pong(ctx: &Ctx) -> CaseResult {
         ctx.try_write(0, region.addr(), &pattern::bytes(round, 0, PAGE))?.during("Device write")?;
         ensure_eq!(region.read_u64(8).during("Read")?, pattern::word(round, 1), "The CPU's word in round {round}");
     }
-    if ctx.counters_hold() && !ctx.coherent() {
+    if ctx.counters_hold() {
         let moves = moved(ctx)? - before;
         ensure!(moves < ROUNDS, "The page has moved {moves} times in {ROUNDS} rounds");
     }
@@ -78,9 +78,6 @@ fn ping_pong(ctx: &Ctx) -> CaseResult {
 
 /// P16: a CPU that walks through device-resident memory does not fault on every 4 KiB.
 fn neighbours(ctx: &Ctx) -> CaseResult {
-    if ctx.coherent() {
-        not_applicable!("The CPU does not fault on coherent device memory");
-    }
     let mem = ctx.patterned(BUF, 1)?;
     ctx.all_to_device(0, &mem)?;
     let before = ctx.metric("pager", "cpu_faults")?;

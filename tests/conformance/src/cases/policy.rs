@@ -170,7 +170,10 @@ fn access_in_place(ctx: &Ctx) -> CaseResult {
         region.write_u64(page * PAGE, page).during("Write")?;
     }
     let summary = ctx.session.residency_summary(region.addr(), LEN).during("Residency")?;
-    if !ctx.coherent() {
+    if ctx.device(0)?.info().coherent {
+        ensure_eq!(summary.all_device_pages(), LEN / PAGE, "Pages that the CPU reaches on the device");
+        ctx.migrate(region.addr(), LEN, Target::Home).during("Migrate home")?;
+    } else {
         ensure_eq!(summary.all_device_pages(), 0, "Pages on the device after the CPU has touched every page");
     }
     let fill = 0x55aa_aa55_55aa_aa55u64.to_ne_bytes().repeat(LEN as usize / 8);
@@ -186,9 +189,6 @@ fn access_in_place(ctx: &Ctx) -> CaseResult {
 
 /// One touched page brings home its aligned block of 2^n pages, no more and no less.
 fn granularity(ctx: &Ctx) -> CaseResult {
-    if ctx.coherent() {
-        not_applicable!("The CPU does not fault on coherent device memory");
-    }
     let mem = Mem::huge(2 * PMD)?;
     mem.fill(112)?;
     ctx.adopt(&mem)?;
@@ -243,9 +243,7 @@ fn profiling_event(ctx: &Ctx) -> CaseResult {
     let ended = pages(TraceKind::MigrateEnd, TraceCause::Prefetch, Target::Home, target);
     ensure!(started >= all, "MIGRATE_START for {started} of {all} prefetched pages: {records:?}");
     ensure_eq!(ended, all, "Pages in MIGRATE_END of the prefetch");
-    if !ctx.coherent() {
-        let home = pages(TraceKind::MigrateEnd, TraceCause::CpuFault, target, Target::Home);
-        ensure_eq!(home, all, "Pages in MIGRATE_END of CPU faults");
-    }
+    let home = pages(TraceKind::MigrateEnd, TraceCause::CpuFault, target, Target::Home);
+    ensure_eq!(home, all, "Pages in MIGRATE_END of CPU faults");
     Ok(())
 }

@@ -7,12 +7,14 @@ use uhmm_sdk::{ErrorCode, Target};
 
 use super::joined;
 use crate::case::{CaseResult, During, Failure, Registry, ensure, ensure_eq};
-use crate::ctx::{BUF, Ctx};
+use crate::ctx::{BUF, Ctx, refused};
 use crate::mem::{Mem, MemAdvice, PAGE, Remap};
 use crate::pattern::{self, Rng};
 
 pub(super) fn register(list: &mut Registry) {
-    list.both("T20_anon_teardown", |ctx| teardown(ctx, Racer::Unmap, Work::Read));
+    list.both("T20_anon_teardown", |ctx| {
+        if ctx.coherent() { freed_in_flight(ctx) } else { teardown(ctx, Racer::Unmap, Work::Read) }
+    });
     for (racer, name) in [
         (Racer::Unmap, "munmap"),
         (Racer::DontNeed, "dontneed"),
@@ -84,6 +86,37 @@ fn work_once(ctx: &Ctx, work: Work, racer: Racer, mem: &Mem, seed: u64) -> CaseR
                 ensure!(found == expected || dropped, "Page {page} of a successful raced read is wrong");
             }
         }
+    }
+    Ok(())
+}
+
+/// What munmap is for memory of one's own: allocated memory is freed while a device reads it, or while it is on its way.
+fn freed_in_flight(ctx: &Ctx) -> CaseResult {
+    let mut rng = ctx.rng();
+    for round in 0..20u64 {
+        let seed = 2050 + round;
+        let mem = ctx.patterned(BUF, seed)?;
+        let (addr, len) = (mem.addr(), mem.len());
+        ctx.to_device(0, &mem, 0, len / 2)?;
+        let spins = rng.below(40_000);
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| -> CaseResult {
+                if round % 2 == 0 {
+                    // Refused or done; the report is about pages that are gone by now.
+                    drop(ctx.migrate(addr, len, ctx.device(0)?.target()));
+                    return Ok(());
+                }
+                let Ok(access) = ctx.try_read(0, addr, len)? else { return Ok(()) };
+                ensure!(access.bytes == pattern::bytes(seed, 0, len), "A successful read of freed memory is wrong");
+                Ok(())
+            });
+            for _ in 0..spins {
+                std::hint::spin_loop();
+            }
+            drop(mem);
+            joined(work)
+        })?;
+        refused(ctx.try_read(0, addr, PAGE)?, ErrorCode::Fault, "A device read of freed memory")?;
     }
     Ok(())
 }

@@ -46,9 +46,12 @@ fn first_contact(args: &CaseArgs) -> CaseResult<Found> {
         ctx.sees_all(device, &mem, 1)?;
         mem.expect_all(1)?;
         // Read by the CPU and still on the device: that is what coherent means.
+        let mem = ctx.allocated(2 * PMD, Some(2))?;
+        ctx.all_to_device(device, &mem)?;
+        mem.expect_all(2)?;
         found.coherent = ctx.residency(&mem, 0, 2 * PMD)?.all_device_pages() > 0;
         ctx.to_home(&mem, 0, 2 * PMD)?;
-        mem.expect_all(1)?;
+        mem.expect_all(2)?;
     }
     let region = ctx.session.allocate(PMD).during("Allocate")?;
     ctx.migrate(region.addr(), PMD, ctx.device(0)?.target()).during("Migrate")?;

@@ -77,6 +77,13 @@ pub(super) fn write_order(from: &Event, mut to: agent::Builder<'_>) {
         AgentOp::MoveBack => to.set_move_back(()),
         AgentOp::FillHuge { slot } => to.set_fill_huge(*slot),
         AgentOp::Probe => to.set_probe(()),
+        AgentOp::MapDevice { device, frame, generation } => {
+            let mut to = to.init_map_device();
+            to.set_device(*device);
+            to.set_frame(*frame);
+            to.set_generation(*generation);
+        }
+        AgentOp::UnmapDevice => to.set_unmap_device(()),
     }
 }
 
@@ -88,6 +95,12 @@ pub(super) fn read_order(from: agent::Reader<'_>) -> Result<Event, DecodeError> 
         agent::op::MoveBack(()) => AgentOp::MoveBack,
         agent::op::FillHuge(slot) => AgentOp::FillHuge { slot },
         agent::op::Probe(()) => AgentOp::Probe,
+        agent::op::MapDevice(from) => {
+            let from = from?;
+            let (device, frame, generation) = (from.get_device(), from.get_frame(), from.get_generation());
+            AgentOp::MapDevice { device, frame, generation }
+        }
+        agent::op::UnmapDevice(()) => AgentOp::UnmapDevice,
     };
     Ok(Event::Agent {
         id: from.get_id(),

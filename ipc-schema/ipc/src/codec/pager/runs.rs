@@ -218,6 +218,7 @@ fn write_residency_run(from: &ResidencyRun, mut to: residency_run::Builder<'_>) 
     to.set_pinned(from.pinned);
     to.set_mapped_mask(from.mapped_mask);
     to.set_huge(from.huge);
+    to.set_coherent(from.coherent);
     let (residency, device) = match from.residency {
         Residency::Absent => (sdk::Residency::Absent, 0),
         Residency::System => (sdk::Residency::System, 0),
@@ -252,6 +253,7 @@ fn read_residency_run(from: residency_run::Reader<'_>) -> Result<ResidencyRun, D
         pinned: from.get_pinned(),
         mapped_mask: from.get_mapped_mask(),
         huge: from.get_huge(),
+        coherent: from.get_coherent(),
     })
 }
 

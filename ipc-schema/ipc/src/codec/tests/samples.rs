@@ -305,7 +305,7 @@ fn pager_replies() -> Vec<Reply> {
     ];
     let place = |residency| {
         let huge = residency == Residency::Device(7);
-        ResidencyRun { first_page: 1, page_count: 2, residency, pinned: true, mapped_mask: 0x81, huge }
+        ResidencyRun { first_page: 1, page_count: 2, residency, pinned: true, mapped_mask: 0x81, huge, coherent: huge }
     };
     let region = RegionStatus {
         space: 1,
@@ -354,11 +354,13 @@ fn mirror_replies() -> Vec<Reply> {
 }
 
 fn driver_replies() -> Vec<Reply> {
+    use driver::CoherentMemory;
     use driver::Reply::*;
     let kernels = vec!["sum addr len".into(), "fill addr len value".into()];
     [
-        Info { driver: "soft".into(), device: 2, memory_bytes: 1 << 30, aperture: true, kernels },
-        QueueOpened,
+        Info { driver: "soft".into(), device: 2, memory_bytes: 1 << 30, aperture: true, coherent: true, kernels },
+        QueueOpened { coherent: None },
+        QueueOpened { coherent: Some(CoherentMemory { device: 2, generation: u64::MAX, memory: fd(4096) }) },
         Accessed { page_count: 1024, fault_count: 1 },
         Finished { results: vec![1, 2, 3], fault_count: 4, run_time_ns: 5 },
     ]
@@ -382,6 +384,7 @@ pub(super) fn events() -> Vec<Event> {
     use pager::AgentOp::*;
     let ops = [MoveOut { slot: 15 }, CopyOut { slot: 0 }, Drop { in_place: true }, Drop { in_place: false }, MoveBack];
     let ops = ops.into_iter().chain([FillHuge { slot: 3 }, Probe]);
+    let ops = ops.chain([MapDevice { device: 7, frame: u32::MAX, generation: u64::MAX }, UnmapDevice]);
     let agent = ops.map(|op| pager::Event::Agent { id, region, first_page, addr: 4096, page_count, op });
     let pager: Vec<_> = pager.into_iter().chain(agent).collect();
     let mirror = [
