@@ -294,7 +294,7 @@ impl FrameTable {
 
     /// Next victims by the clock: owners of consecutive frames that hold consecutive pages, `want` at most in one run.
     /// `spare` says which owners must not be taken; `used` whether the device used an owner's page since it was asked last.
-    /// Three rounds at most: the first one clears reference bits, in the third nobody is asked any more. Also returns how many
+    /// Four rounds at most: the first one clears reference bits, in the last two nobody is asked any more. Also returns how many
     /// frames got a second chance by `used`: no more than [`SECOND_CHANCES_MAX`], so that a device that uses all of its memory
     /// costs no long search.
     pub fn victims(
@@ -305,7 +305,7 @@ impl FrameTable {
     ) -> (Option<(Owner, u32)>, u32) {
         let total = self.frame_count();
         let mut chances = 0;
-        for step in 0..u64::from(total) * 3 {
+        for step in 0..u64::from(total) * 4 {
             let may_ask = step < u64::from(total) * 2;
             let at = self.hand;
             self.hand = (self.hand + 1) % total;
@@ -316,6 +316,8 @@ impl FrameTable {
                 continue;
             }
             if may_ask && chances < SECOND_CHANCES_MAX && self.any_owner(at, owner, &used) {
+                // As good as new: the hand may come by again before the device has had time to mark it.
+                self.frames[at as usize].referenced = true;
                 chances += 1;
                 continue;
             }
@@ -418,6 +420,7 @@ mod tests {
         let used = |owner: Owner| marks.borrow_mut().remove(&owner.page);
         assert_eq!(table.victims(8, |_| false, used), (Some((owner(2), 2)), 3), "pages 0, 1 and 4 are hot");
         assert_eq!(table.victims(8, |_| false, used), (Some((owner(5), 3)), 0), "the mark of page 4 was not lost");
+        assert_eq!(table.victims(8, |_| false, used).0, Some((owner(2), 6)), "pages 0 and 1 are passed once more");
         assert_eq!(table.victims(8, |_| false, used), (Some((owner(0), 8)), 0), "not used again: all may go");
     }
 
