@@ -35,6 +35,7 @@ struct Call {
     readTrace @24 :ReadTrace;           # client; idempotent
     inject @25 :Inject;                 # client, tests; idempotent
     agentDone @26 :AgentDone;           # client's agent; idempotent
+    hotRanges @27 :HotRanges;           # client; idempotent
   }
 }
 
@@ -54,6 +55,10 @@ struct AttachFile {
 struct Evict {
   device @0 :UInt8;
   pageCount @1 :UInt64;       # 0: all
+}
+
+struct HotRanges {
+  device @0 :UInt8;
 }
 
 struct ReadTrace {
@@ -199,6 +204,7 @@ struct Reply {
     trace @9 :List(Sdk.TraceRecord);        # at most maxTraceRecords
     evicted @10 :Evicted;
     childAttached @11 :ChildAttached;
+    hotRanges @12 :List(HotRange);          # at most Sdk.maxRuns
   }
 }
 
@@ -215,6 +221,12 @@ struct RegionCreated {
 struct Migrated {
   movedPages @0 :UInt64;
   runs @1 :List(Sdk.StatusRun);             # at most maxRuns
+}
+
+# 2 MiB that a device has used lately.
+struct HotRange {
+  addr @0 :UInt64;            # a multiple of 2 MiB
+  heatPermille @1 :UInt16;    # 1000: every page in every period
 }
 
 struct ChildAttached {

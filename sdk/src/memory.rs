@@ -1,6 +1,8 @@
 //! Memory that exists already: adopting it, and everything that is said about ranges of it.
 
-use uhmm_ipc::message::pager::{AttributeRun, Attributes, FaultPoint, Residency, ResidencyRun, Target, TraceRecord};
+use uhmm_ipc::message::pager::{
+    AttributeRun, Attributes, FaultPoint, HotRange, Residency, ResidencyRun, Target, TraceRecord,
+};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, pager};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
@@ -240,6 +242,22 @@ impl Session {
         let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Trace { records }) => Ok(records),
             _ => Err(Error::StrangeReply { question: "ReadTrace" }),
+        });
+        answer.wait()
+    }
+
+    /// Which 2 MiB ranges of this process's memory a device uses, hottest first, 2048 at most; what it has not used for two seconds is
+    /// not among them. A page in place counts like one in the device's memory. The first call begins the watching and tells what was
+    /// used up to now; it goes on until five seconds after the last call, so ask again to see how heat changes. A restart of
+    /// the pager forgets the heat and nothing else.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`] for a device without an aperture: only its driver reads its page table.
+    pub fn hot_ranges(&self, device: &Device) -> Result<Vec<HotRange>, Error> {
+        let call = pager::Call::HotRanges { device: device.id() };
+        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::HotRanges { ranges }) => Ok(ranges),
+            _ => Err(Error::StrangeReply { question: "HotRanges" }),
         });
         answer.wait()
     }

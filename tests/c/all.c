@@ -25,6 +25,7 @@ int main(int argc, char **argv)
         {"jobs", jobs},
         {"advice", advice},
         {"pins_and_eviction", pins_and_eviction},
+        {"hot_ranges", hot_ranges},
         {"snapshots", snapshots},
         {"counters_and_trace", counters_and_trace},
         {"injected_failures", injected_failures},

@@ -154,6 +154,37 @@ void pins_and_eviction(const struct bench *bench)
     OK(munmap(memory, len));
 }
 
+void hot_ranges(const struct bench *bench)
+{
+    enum { ROOM = 64 };
+    const uint64_t len = 4 * MIB, range = 2 * MIB;
+    uint8_t *memory = anonymous(len);
+    uint64_t buffer[UHMM_PAGE_BYTES / 8], wanted = (uint64_t)(uintptr_t)memory / range * range;
+    uhmm_hot_range found[ROOM + 1];
+    size_t count = 0, at = 0;
+
+    fill(memory, len, 46);
+    OK(uhmm_adopt(bench->session, memory, len));
+    OK(uhmm_device_read(bench->device, memory, buffer, PAGE, NULL));
+    EXPECT(buffer, PAGE, 46);
+    memset(found, 0xee, sizeof found);
+    OK(uhmm_hot_ranges(bench->session, bench->device, found, ROOM, &count));
+    TRUE_THAT(count >= 1 && count <= ROOM);
+    while (at < count && found[at].addr != wanted)
+        at++;
+    TRUE_THAT(at < count && found[at].heat_permille >= 1 && found[at].heat_permille <= 1000);
+    for (size_t i = 1; i < count; i++)
+        TRUE_THAT(found[i - 1].heat_permille >= found[i].heat_permille);
+    SAME(found[ROOM].heat_permille, 0xeeee);
+    OK(uhmm_hot_ranges(bench->session, bench->device, NULL, 0, &count));
+
+    FAILS(uhmm_hot_ranges(bench->session, bench->device, found, ROOM, NULL), EINVAL);
+    FAILS(uhmm_hot_ranges(bench->session, NULL, found, ROOM, &count), EINVAL);
+    FAILS(uhmm_hot_ranges(bench->session, bench->device, NULL, ROOM, &count), EINVAL);
+    OK(uhmm_release(bench->session, memory, len));
+    OK(munmap(memory, len));
+}
+
 void snapshots(const struct bench *bench)
 {
     enum { PAGES = 6 };

@@ -131,6 +131,7 @@ void without_waiting(const struct bench *bench);
 void jobs(const struct bench *bench);
 void advice(const struct bench *bench);
 void pins_and_eviction(const struct bench *bench);
+void hot_ranges(const struct bench *bench);
 void snapshots(const struct bench *bench);
 void counters_and_trace(const struct bench *bench);
 void injected_failures(const struct bench *bench);

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use uhmm_tests::TestBed;
 
 /// Parts of the program, in order; each says "ok NAME".
-const PARTS: [&str; 15] = [
+const PARTS: [&str; 16] = [
     "handles_and_errors",
     "devices",
     "shared_memory",
@@ -20,6 +20,7 @@ const PARTS: [&str; 15] = [
     "jobs",
     "advice",
     "pins_and_eviction",
+    "hot_ranges",
     "snapshots",
     "counters_and_trace",
     "injected_failures",

@@ -9,7 +9,8 @@
 //!
 //! **Use bits.** Every access marks its entry before it touches the page: accessed, and dirty for a write. That is `Table::touch`,
 //! called by device threads and by [`DevicePageTable::with_page`]. Whoever holds the table's memfd (the pager, of a device with an
-//! aperture) finds the bits there, with the entry that they belong to; they end with its revocation, which tells whether it was
+//! aperture) finds the bits there, with the entry that they belong to, and takes the accessed ones away when it has noted the use (for
+//! eviction and hot ranges); they end with its revocation, which tells whether it was
 //! dirty ([`DevicePageTable::revoke`]).
 //!
 //! The gate has one slot a device thread and one more, the last, for the loop's own accesses.

@@ -183,6 +183,7 @@ impl<P: Policy> Core<P> {
                 self.accept(Request::revoke(req, region, pages, u16::from(devices)), out);
             }
             Event::Evict { req, space, device, page_count } => self.accept_evict(req, space, device, page_count, out),
+            Event::Used { region, pages, device } => self.used(dir, region, pages, device),
             Event::InjectAllocation { space, huge, nth } => {
                 self.failing_allocation.insert((space, huge), nth);
             }

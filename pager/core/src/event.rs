@@ -89,6 +89,9 @@ pub trait Directory {
     fn load(&self, region: RegionId, page: u64) -> u64;
     /// Pages of a region, zero when it does not exist.
     fn page_count(&self, region: RegionId) -> u64;
+    /// Whether the device used the page since this (or [`Event::Used`]) told so last: the mark is taken away. Asked by eviction
+    /// only, see [`crate::SECOND_CHANCES_MAX`]. False where nobody can tell.
+    fn take_used(&self, region: RegionId, page: u64, device: DeviceId) -> bool;
 }
 
 /// Where a migration goes.
@@ -219,6 +222,8 @@ pub enum Event {
     RevokeMappings { req: ReqId, region: RegionId, pages: Pages, devices: u8 },
     /// Bring pages of the space home from a device, coldest first; 0: all. Answered with [`Outcome::Migrated`] without runs.
     Evict { req: ReqId, space: SpaceId, device: DeviceId, page_count: u64 },
+    /// The device has used these pages lately: they are not the next ones that must make room.
+    Used { region: RegionId, pages: Pages, device: DeviceId },
     /// Test hook: the n-th allocation for the space from now on fails (1: the next one, 0: disarm).
     InjectAllocation { space: SpaceId, huge: bool, nth: u32 },
     /// Bring home and keep there, or allow migration again.

@@ -1,5 +1,6 @@
 //! Making room: pages leave a device because others want its frames, or because somebody says so. The clock of the frame table
-//! picks them: what was not used since it last came by goes first.
+//! picks them: what was not used since it last came by goes first. Used is what a device was given lately, and what it has marked
+//! in its page table since ([`Directory::take_used`], [`crate::Event::Used`]).
 
 use crate::core::Core;
 use crate::entry::PageState;
@@ -44,8 +45,11 @@ impl<P: Policy> Core<P> {
                 && !held.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
         };
         let table = self.table(device)?;
-        let (first, count) =
-            table.victims(want.min(u64::from(u32::MAX)) as u32, |owner| !settled(owner) || spare(owner))?;
+        let used = |owner: Owner| dir.take_used(owner.region, owner.page, device);
+        let want = want.min(u64::from(u32::MAX)) as u32;
+        let (victim, chances) = table.victims(want, |owner| !settled(owner) || spare(owner), used);
+        self.stats.second_chances += u64::from(chances);
+        let (first, count) = victim?;
         let region = first.region;
         let (run, entry, mask) = self.frame_run(dir, region, Pages { first: first.page, count: u64::from(count) });
         self.stats.evicted += run.count;
@@ -54,6 +58,17 @@ impl<P: Policy> Core<P> {
         }
         self.split_huge(dir, region, run, out);
         Some(self.start_home(region, run, entry, mask, owner, Cause::Eviction, out))
+    }
+
+    /// Marks that somebody else has taken off the device's page table.
+    pub(crate) fn used(&mut self, dir: &impl Directory, region: RegionId, pages: Pages, device: DeviceId) {
+        let Some(table) = self.table(device) else { return };
+        for page in pages.iter() {
+            let entry = Self::entry(dir, region, page);
+            if entry.owns_frame() && entry.device() == device {
+                table.touch(entry.frame());
+            }
+        }
     }
 
     pub(crate) fn accept_evict(

@@ -47,6 +47,6 @@ pub use event::{
     Action, Backing, Cause, CopyRun, CopyStatus, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind,
     MapRun, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket, TraceKind,
 };
-pub use frames::{FrameTable, Owner};
+pub use frames::{FrameTable, Owner, SECOND_CHANCES_MAX};
 pub use policy::{CpuFault, DefaultPolicy, DeviceFault, DeviceFaultAction, Policy};
 pub use stats::Stats;

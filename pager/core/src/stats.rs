@@ -32,6 +32,8 @@ counters! {
     pages_home,
     /// Of those: because a device was full.
     evicted,
+    /// Pages that eviction passed over because their device had used them since it came by last.
+    second_chances,
     /// Pages moved from device to device.
     pages_across,
     /// Pages copied to devices for reading, the system page stays.

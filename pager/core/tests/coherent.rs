@@ -16,6 +16,9 @@ const ALL: Pages = Pages { first: 0, count: 4 };
 struct Table(BTreeMap<u64, u64>);
 
 impl Directory for Table {
+    fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
+        false
+    }
     fn attr(&self, _region: RegionId, _page: u64) -> Attr {
         Attr::default()
     }

@@ -25,6 +25,9 @@ impl Directory for Table {
     fn page_count(&self, _region: RegionId) -> u64 {
         4
     }
+    fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
+        false
+    }
 }
 
 struct Machine {

@@ -1,7 +1,7 @@
 //! The invariants of the design, each by name, and what random histories once found.
 
-use uhmm_pager_core::PageState;
 use uhmm_pager_core::sim::{Config, Faults, Op, Simulator};
+use uhmm_pager_core::{DeviceId, Event, PageState, Pages};
 
 const SEEDS: u64 = 24;
 const SURE_AGAIN: Faults = Faults { again: 100, io: 0, partial: 0 };
@@ -217,6 +217,43 @@ fn an_unpunched_page_of_a_device_that_is_given_up_gets_its_signal() {
         apply(simulator, &[migrate(1, Some(0)), PUMP, TICK, PUMP, DELIVER]);
         simulator.set_faults(SURE_IO);
         apply(simulator, &[Op::Pump { count: 1 }, Op::DriverHeld { device: 0 }, PUMP, cpu(0, true), PUMP]);
+    });
+}
+
+/// Device 1 has three frames and has met four pages: page 0 had to go, and the marks of the others are taken.
+fn full_device(simulator: &mut Simulator) {
+    settle(simulator, &[device(1, 0), device(1, 1), device(1, 2), device(1, 3)]);
+    let states = [0, 1, 2, 3].map(|page| state(simulator, page));
+    assert_eq!(states, [PageState::System, PageState::Device, PageState::Device, PageState::Device]);
+}
+
+#[test]
+fn a_page_that_the_device_keeps_using_survives_an_eviction_and_a_cold_one_goes() {
+    for_every_seed(|simulator| {
+        full_device(simulator);
+        // Through the page table, so nobody is told: only the accessed mark shows it. Page 1 is the next one of the clock.
+        settle(simulator, &[device(1, 1), device(1, 0)]);
+        assert_eq!((state(simulator, 1), state(simulator, 2)), (PageState::Device, PageState::System));
+    });
+}
+
+#[test]
+fn a_mark_that_was_harvested_before_counts_in_an_eviction() {
+    for_every_seed(|simulator| {
+        full_device(simulator);
+        let (region, pages, device_id) = (simulator.region(0), Pages { first: 0, count: 2 }, DeviceId(1));
+        simulator.world.events.push_back(Event::Used { region, pages, device: device_id });
+        settle(simulator, &[device(1, 0)]);
+        assert_eq!((state(simulator, 1), state(simulator, 2)), (PageState::Device, PageState::System));
+    });
+}
+
+#[test]
+fn what_nobody_uses_any_more_goes_in_turn() {
+    for_every_seed(|simulator| {
+        full_device(simulator);
+        settle(simulator, &[device(1, 0)]);
+        assert_eq!((state(simulator, 1), state(simulator, 2)), (PageState::System, PageState::Device));
     });
 }
 

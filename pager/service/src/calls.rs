@@ -55,6 +55,7 @@ impl Pager {
             | pager::Call::ProtectionChanged { .. }
             | pager::Call::Evict { .. }
             | pager::Call::QueryAttributes { .. }
+            | pager::Call::HotRanges { .. }
             | pager::Call::ReadTrace { .. }
             | pager::Call::Inject { .. }
             | pager::Call::AgentDone { .. } => role == Role::Client,
@@ -99,6 +100,7 @@ impl Pager {
             pager::Call::Discard { addr, len_bytes } => self.discard(conn, call, addr, len_bytes),
             pager::Call::ProtectionChanged { addr, len_bytes } => self.protection_changed(conn, call, addr, len_bytes),
             pager::Call::Evict { device, page_count } => self.evict(conn, call, device, page_count),
+            pager::Call::HotRanges { device } => self.hot_ranges(conn, call, device),
             pager::Call::ReadTrace { since } => Some(self.read_trace(conn, since)),
             pager::Call::Inject { point, nth } => self.inject(conn, point, nth),
             pager::Call::AgentDone { id, runs } => self.agent_done(conn, id, &runs),

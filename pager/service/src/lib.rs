@@ -16,6 +16,7 @@
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
 //! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
+//! | `heat` | what devices use, as long as somebody asks |
 //! | `devices`, `space`, `directory` | what there is, and how it lies in the vault |
 //! | `recover` | a new incarnation's first act |
 
@@ -34,6 +35,7 @@ mod drivers;
 mod execute;
 mod fault;
 mod fork;
+mod heat;
 mod moved;
 mod protection;
 mod recover;

@@ -28,6 +28,7 @@ use crate::copies::Deferred;
 use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
+use crate::heat::{TIMER_HEAT, Watch};
 use crate::requests::{Group, PendingRequest};
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
@@ -137,6 +138,8 @@ pub struct Pager {
     /// Copies that shall fail, by space.
     pub(crate) injections: HashMap<(u64, FaultPoint), u32>,
     pub(crate) traces: HashMap<u64, TraceRing>,
+    /// Spaces whose hot ranges are asked for.
+    pub(crate) watches: BTreeMap<u64, Watch>,
     /// What a sentinel page is filled from.
     pub(crate) sentinel_page: Window,
     /// Events that are being acted on.
@@ -268,6 +271,7 @@ impl Pager {
             next_bounce: 1,
             injections: HashMap::new(),
             traces: HashMap::new(),
+            watches: BTreeMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
             journal,
@@ -317,6 +321,7 @@ impl Pager {
             Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
             Wake::Timer(TIMER_GATE) => self.check_gates(),
             Wake::Timer(TIMER_CHILDREN) => self.check_children(),
+            Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_HEAT => self.sweep(token & !KIND_MASK),
             _ => {}
         }
     }

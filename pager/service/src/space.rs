@@ -11,7 +11,9 @@
 //!
 //! A space or region with a name missing was never reported to its client: recovery drops it and the client asks again.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -22,10 +24,11 @@ use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::Userfaultfd;
 use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
-use uhmm_pager_core::{Attr, Backing, Directory, Pages, RegionId};
+use uhmm_pager_core::{Attr, Backing, DeviceId, Directory, Pages, RegionId};
 
 use crate::agent::Agent;
 use crate::directory::{DirectoryFile, SegmentRecord};
+use crate::heat::{Heat, add_page};
 use crate::moved::Vacated;
 use crate::registered::Registered;
 
@@ -286,6 +289,8 @@ impl Space {
 pub struct Regions {
     by_id: BTreeMap<u64, Region>,
     segments: BTreeMap<u64, Segment>,
+    /// Marks of devices that eviction takes are heat too; it looks through [`Directory`], which changes nothing else.
+    pub(crate) heat: RefCell<Heat>,
 }
 
 impl Regions {
@@ -359,6 +364,18 @@ impl Regions {
         segments.filter_map(move |segment| Some((segment, segment.pages().overlap(pages)?)))
     }
 
+    /// Takes the accessed marks of entries of a segment's table, notes them as heat, and returns the pages of the region.
+    pub(crate) fn take_marks(&self, segment: &Segment, device: u8, entries: Range<u64>) -> Vec<Pages> {
+        let mut runs = Vec::new();
+        let Some(table) = segment.tables.get(usize::from(device)).and_then(Option::as_ref) else { return runs };
+        for entry in entries.filter(|entry| table.take_accessed(*entry)) {
+            let page = segment.first_page + entry;
+            self.heat.borrow_mut().note(segment.space, device, segment.addr_of(page));
+            add_page(&mut runs, page);
+        }
+        runs
+    }
+
     /// The same, and those that are retired: wherever a device may have a table.
     pub fn with_tables(&self, region: u64, pages: Pages) -> impl Iterator<Item = (&Segment, Pages)> {
         let retired = self.by_id.get(&region).map_or(&[][..], |region| &region.retired);
@@ -374,6 +391,13 @@ impl Directory for Regions {
 
     fn page_count(&self, region: RegionId) -> u64 {
         self.by_id.get(&region.0).map_or(0, |r| r.page_count)
+    }
+
+    fn take_used(&self, region: RegionId, page: u64, device: DeviceId) -> bool {
+        self.showing(region.0, Pages::one(page)).fold(false, |any, (segment, pages)| {
+            let entry = pages.first - segment.first_page;
+            !self.take_marks(segment, device.0, entry..entry + 1).is_empty() || any
+        })
     }
 
     fn attr(&self, region: RegionId, page: u64) -> Attr {

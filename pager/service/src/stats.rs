@@ -17,6 +17,8 @@ pub struct ShellStats {
     pub revokes_direct: u64,
     /// Revocations that needed messages.
     pub revokes_by_message: u64,
+    /// Sweeps over device page tables for hot ranges.
+    pub heat_sweeps: u64,
 }
 
 impl Pager {
@@ -31,6 +33,8 @@ impl Pager {
             metric("spaces_ended", self.stats.spaces_ended),
             metric("revokes_direct", self.stats.revokes_direct),
             metric("revokes_by_message", self.stats.revokes_by_message),
+            metric("heat_sweeps", self.stats.heat_sweeps),
+            metric("heat_spaces", self.watched_spaces()),
             metric("pending_revokes", self.revokes.len() as u64),
             metric("spaces", self.spaces.len() as u64),
             metric("regions", self.regions.iter().count() as u64),

@@ -593,6 +593,20 @@ typedef struct {
 } uhmm_residency_run;
 
 /**
+ * 2 MiB of memory that a device has used lately.
+ */
+typedef struct {
+  /**
+   * First address, a multiple of 2 MiB.
+   */
+  uint64_t addr;
+  /**
+   * Share of its pages that the device uses in 100 ms, 1 to 1000, on an average that halves with every 100 ms.
+   */
+  uint16_t heat_permille;
+} uhmm_hot_range;
+
+/**
  * One counter of a service.
  */
 typedef struct {
@@ -1092,6 +1106,19 @@ int uhmm_snapshot(uhmm_session *session,
                   uint64_t len_bytes,
                   uint8_t *pages,
                   size_t capacity);
+
+/**
+ * What a device uses of this process's memory, hottest first. The first call begins the watching and tells what was used up to now;
+ * it goes on until five seconds after the last call. At most `capacity` ranges are copied to `ranges`; `range_count` gets how many
+ * there are, which may be more. A restart of the pager forgets the heat and nothing else.
+ *
+ * Errors: -ENOENT the device has no aperture, so nobody but its driver knows.
+ */
+int uhmm_hot_ranges(uhmm_session *session,
+                    uhmm_device *device,
+                    uhmm_hot_range *ranges,
+                    size_t capacity,
+                    size_t *range_count);
 
 /**
  * All counters of a service: "supervisor", "pager", "mirror" or a device's name. At most `capacity` are copied to `metrics`;

@@ -1,8 +1,8 @@
-//! Where pages are: residency by page runs, and snapshots with the kernel's byte for each page.
+//! Where pages are: residency by page runs, and snapshots with the kernel's byte for each page, and what devices use.
 
 use std::ffi::{c_int, c_void};
 
-use uhmm_sdk::{Residency, ResidencyRun};
+use uhmm_sdk::{HotRange, Residency, ResidencyRun};
 
 use crate::buffers::{Out, address, copy_items, items_mut};
 use crate::device::uhmm_device;
@@ -123,6 +123,42 @@ pub unsafe extern "C" fn uhmm_snapshot(
         let session = handles::get(session)?;
         let found = session.sdk.snapshot(&*handles::get(device)?, address(addr)?, len_bytes)?;
         copy_items(found.iter().map(|page| page.bits()), pages);
+        Ok(())
+    })
+}
+
+/// 2 MiB of memory that a device has used lately.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct uhmm_hot_range {
+    /// First address, a multiple of 2 MiB.
+    pub addr: u64,
+    /// Share of its pages that the device uses in 100 ms, 1 to 1000, on an average that halves with every 100 ms.
+    pub heat_permille: u16,
+}
+
+/// What a device uses of this process's memory, hottest first. The first call begins the watching and tells what was used up to now;
+/// it goes on until five seconds after the last call. At most `capacity` ranges are copied to `ranges`; `range_count` gets how many
+/// there are, which may be more. A restart of the pager forgets the heat and nothing else.
+///
+/// Errors: -ENOENT the device has no aperture, so nobody but its driver knows.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn uhmm_hot_ranges(
+    session: *mut uhmm_session,
+    device: *mut uhmm_device,
+    ranges: *mut uhmm_hot_range,
+    capacity: usize,
+    range_count: *mut usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable.
+        let range_count = unsafe { Out::new(range_count, "range_count") }?;
+        // SAFETY: the caller's array of `capacity`.
+        let ranges = unsafe { items_mut(ranges, capacity, "ranges") }?;
+        let found = handles::get(session)?.sdk.hot_ranges(&*handles::get(device)?)?;
+        let told = |range: &HotRange| uhmm_hot_range { addr: range.addr, heat_permille: range.heat_permille };
+        copy_items(found.iter().map(told), ranges);
+        range_count.set(found.len());
         Ok(())
     })
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Signal;
 use uhmm_kernel_hook::fork::{Child, fork_child};
+use uhmm_kernel_hook::process::PidFd;
 
 use crate::case::{CaseArgs, CaseResult, During, Failure, Outcome, OutcomeStatus, ensure, guarded};
 use crate::ctx::Ctx;
@@ -54,19 +55,28 @@ impl Latch {
 
     /// Waits for one `open`. The one who should open it may have failed: then waiting fails too, after a while.
     pub(crate) fn wait(&self) -> CaseResult {
+        wait_readable(&self.reader)?;
         let failed = |error: Errno| Failure::Failed(format!("Waiting for another process: {error}"));
-        let end = Instant::now() + LATCH_PATIENCE;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            match poll(&mut [PollFd::new(&self.reader, PollFlags::IN)], Some(&timeout)) {
-                Ok(0) => return Err(Failure::Failed("Another process did not do its part in time".into())),
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
         rustix::io::read(&self.reader, &mut [0; 1]).map(|_| ()).map_err(failed)
+    }
+}
+
+/// Waits until a process has exited.
+pub(crate) fn exit_of(process: &PidFd) -> CaseResult {
+    wait_readable(process)
+}
+
+fn wait_readable(fd: &impl AsFd) -> CaseResult {
+    let end = Instant::now() + LATCH_PATIENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return Err(Failure::Failed("Another process did not do its part in time".into())),
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(Failure::Failed(format!("Waiting for another process: {error}"))),
+        }
     }
 }
 

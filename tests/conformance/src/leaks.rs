@@ -96,6 +96,8 @@ pub(crate) fn wait_clean(
         if left.is_none() || Instant::now() > end {
             return Ok(left);
         }
+        // Nobody tells when another process has closed its last descriptor: looked at now and then, not all the time, because the
+        // services need the cores for just that.
         std::thread::sleep(POLL);
     }
 }

@@ -155,6 +155,7 @@ impl<'a> Runner<'a> {
         let end = Instant::now() + CLEAN_PATIENCE;
         let mut last = Inventory::take(&mut self.operator, supervisor)?;
         loop {
+            // No event: that nothing changes for a while is what is looked for.
             std::thread::sleep(Duration::from_millis(50));
             let now = Inventory::take(&mut self.operator, supervisor)?;
             if now == last || Instant::now() > end {

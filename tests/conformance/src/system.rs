@@ -167,6 +167,7 @@ pub(crate) fn wait_ready(operator: &mut Operator) -> Result<Vec<ServiceStatus>, 
             let state = state.collect::<Vec<_>>().join(", ");
             return Err(ConformanceError::NeverReady { seconds: READY_PATIENCE.as_secs(), state });
         }
+        // The supervisor tells states to whoever asks, and nobody when they change.
         std::thread::sleep(POLL);
     }
 }

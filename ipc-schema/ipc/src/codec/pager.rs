@@ -64,6 +64,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_file_fd(fds.put(file));
             to.set_offset_bytes(*offset_bytes);
         }
+        Call::HotRanges { device } => to.init_hot_ranges().set_device(*device),
         Call::Evict { device, page_count } => {
             let mut to = to.init_evict();
             to.set_device(*device);
@@ -208,6 +209,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             Call::Evict { device: from.get_device(), page_count: from.get_page_count() }
         }
+        call::HotRanges(from) => Call::HotRanges { device: from?.get_device() },
         call::ReadTrace(from) => Call::ReadTrace { since: from?.get_since() },
         call::Inject(from) => {
             let from = from?;

@@ -156,6 +156,7 @@ fn the_largest_answers_fit_into_one_message() {
     };
     let advised = samples::attribute_runs()[1];
     let traced = samples::trace_records()[1];
+    let warm = pager::HotRange { addr: u64::MAX, heat_permille: u16::MAX };
     let replies = [
         Reply::Pager(pager::Reply::Migrated { moved_pages: 1, runs: vec![migrated; 2048] }),
         Reply::Pager(pager::Reply::Resolved { runs: vec![mapped; 2048] }),
@@ -163,6 +164,7 @@ fn the_largest_answers_fit_into_one_message() {
         Reply::Pager(pager::Reply::Residency { runs: vec![there; 2048] }),
         Reply::Pager(pager::Reply::Attributes { runs: vec![advised; 2048] }),
         Reply::Pager(pager::Reply::Trace { records: vec![traced; 256] }),
+        Reply::Pager(pager::Reply::HotRanges { ranges: vec![warm; 2048] }),
     ];
     for reply in replies {
         let (words, fds) = encode(BodyRef::Reply(&reply));

@@ -145,6 +145,16 @@ pub enum Advice {
     Granularity(Option<u8>),
 }
 
+/// 2 MiB of addresses that a device has used lately.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HotRange {
+    /// First address, a multiple of 2 MiB.
+    pub addr: u64,
+    /// Share of its pages that the device uses in a period of 100 ms, on an average that halves with every period: 1000 is every
+    /// page in every period, 1 is the least that is told.
+    pub heat_permille: u16,
+}
+
 /// What was advised for neighbouring pages, and where they were prefetched to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Attributes {
@@ -422,6 +432,12 @@ pub enum Call {
         /// Bytes.
         len_bytes: u64,
     },
+    /// Client: what a device has used lately of the caller's memory. Watching begins with the first call; it ends some seconds after
+    /// the last one. NotFound: no such device, or one whose page table the pager cannot read.
+    HotRanges {
+        /// Device.
+        device: u8,
+    },
     /// Client: the trace ring from a sequence number on (0: all there is), at most 256 records.
     ReadTrace {
         /// First sequence number wanted.
@@ -623,6 +639,11 @@ pub enum Reply {
     Attributes {
         /// Runs from the start of the range.
         runs: Vec<AttributeRun>,
+    },
+    /// Answer to `HotRanges`.
+    HotRanges {
+        /// Hottest first; at most 2048.
+        ranges: Vec<HotRange>,
     },
     /// Answer to `ReadTrace`.
     Trace {

@@ -12,7 +12,7 @@
 //! ```
 //! A device fault takes a while to be resolved; an invalidation may come in between. The nonce makes that visible: `install`
 //! succeeds only if the entry still holds what `begin` wrote, so a resolution that was revoked meanwhile is never installed.
-//! Accessed and dirty bits are set by compare-and-swap on the very VALID value that was loaded, so a late device thread cannot
+//! The pager takes ACCESSED away again when it has noted the use (`take_accessed`). Accessed and dirty bits are set by compare-and-swap on the very VALID value that was loaded, so a late device thread cannot
 //! bring a revoked entry back. A table does not outlive its driver's incarnation: a new one attaches new tables.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -210,6 +210,21 @@ impl<W: Words> Table<W> {
         }
     }
 
+    /// Whether the device used the page since this was asked last. Called by the pager. A device thread that holds the entry as it
+    /// was marks it again; the dirty mark stays, it belongs to the revocation.
+    pub fn take_accessed(&self, page: u64) -> bool {
+        let loaded = self.load(page);
+        // Most entries are not marked: only those that are cost a write to memory that the device uses.
+        if !loaded.is_accessed() {
+            return false;
+        }
+        if let Some(index) = self.index(page) {
+            // Lost to a revocation: nothing to clear. Lost to another mark: the next look sees both.
+            let _raced = self.words.compare_exchange(index, loaded.0, loaded.0 & !ACCESSED, AcqRel, Acquire);
+        }
+        true
+    }
+
     /// Makes the entries invalid, pending ones too, and tells whether the device wrote through any of them. Pages outside the
     /// table are ignored. The device may be using the pages until [`Gate::wait`](super::gate::Gate::wait) says otherwise.
     pub fn revoke(&self, first_page: u64, page_count: u64) -> bool {
@@ -288,6 +303,24 @@ mod tests {
         let writable = mapped(&table, 1, Pte::frame(5, true));
         assert!(table.touch(1, writable, true).expect("writable").is_dirty());
         assert_eq!(table.touch(2, Pte::INVALID, false), None);
+    }
+
+    #[test]
+    fn an_accessed_mark_is_taken_once_and_set_again_by_the_next_use() {
+        let table = table();
+        let unmarked = mapped(&table, 2, Pte::frame(9, true));
+        assert!(!table.take_accessed(2), "mapped is not used");
+        let marked = table.touch(2, unmarked, true).expect("writable");
+        assert!(table.take_accessed(2) && !table.take_accessed(2));
+        assert!(table.load(2).is_dirty() && !table.load(2).is_accessed(), "the dirty mark is the revocation's");
+        // A thread that loaded the marked entry goes on with it and is not thrown out.
+        assert_eq!(table.touch(2, marked, true), Some(marked));
+        let again = table.touch(2, table.load(2), false).expect("readable");
+        assert!(again.is_accessed() && table.take_accessed(2));
+        assert!(table.revoke(2, 1) && !table.take_accessed(2));
+        assert_eq!(table.begin(3, 77), Begin::Started);
+        assert!(!table.take_accessed(3) && !table.take_accessed(8), "pending entries and pages outside are not marks");
+        assert_eq!(table.load(3).pending_nonce(), Some(77));
     }
 
     #[test]

@@ -251,6 +251,7 @@ impl World {
                 for (id, device) in self.devices.iter_mut().enumerate().filter(|(id, _)| devices & (1 << id) != 0) {
                     let _ = id;
                     device.mappings.retain(|(of, page), _| *of != region || !pages.contains(*page));
+                    device.used.get_mut().retain(|(of, page)| *of != region || !pages.contains(*page));
                 }
                 for page in pages.iter().filter(|_| devices & CPU != 0) {
                     if let Some(model) = self.page(region, page) {

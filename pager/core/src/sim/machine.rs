@@ -1,5 +1,6 @@
 //! The state of the simulated machine, and what CPU threads and device jobs do with it.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::check::Violation;
@@ -64,6 +65,8 @@ pub struct DeviceModel {
     pub frames: Vec<u64>,
     /// Device page table.
     pub mappings: BTreeMap<(RegionId, u64), Mapping>,
+    /// Accessed marks of the page table.
+    pub used: RefCell<BTreeSet<(RegionId, u64)>>,
     /// The driver is logged in at this pager.
     pub session: bool,
     /// Held by the supervisor.
@@ -128,6 +131,11 @@ impl Directory for World {
     fn huge_phase(&self, _region: RegionId) -> u64 {
         0
     }
+
+    fn take_used(&self, region: RegionId, page: u64, device: DeviceId) -> bool {
+        let model = self.devices.get(usize::from(device.0));
+        model.is_some_and(|model| model.used.borrow_mut().remove(&(region, page)))
+    }
 }
 
 impl World {
@@ -136,6 +144,7 @@ impl World {
         let device = |count: &u32| DeviceModel {
             frames: vec![JUNK; *count as usize],
             mappings: BTreeMap::new(),
+            used: RefCell::default(),
             session: false,
             failed: false,
             incarnation: 1,
@@ -302,6 +311,7 @@ impl World {
         page: u64,
         write: Option<u64>,
     ) -> Result<(), Violation> {
+        self.devices[usize::from(device)].used.get_mut().insert((region, page));
         let Some(model) = self.page(region, page) else { return Ok(()) };
         let (expected, gone) = (model.expected, model.gone);
         if let Some(token) = write {

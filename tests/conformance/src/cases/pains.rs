@@ -1,13 +1,16 @@
 //! Reproducers of what users of other systems complain about (anchors, section 5): pressure, idleness, storms, pins, teardown.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use uhmm_kernel_hook::process::PidFd;
 use uhmm_sdk::{Advice, FaultPoint, Operator, PageStatus, Residency, Session, Target};
 
 use super::joined;
-use crate::case::{CaseResult, During, Registry, ensure, ensure_eq};
+use crate::case::{CaseResult, During, Failure, Registry, ensure, ensure_eq};
 use crate::ctx::{BUF, Ctx, PMD};
+use crate::forked::exit_of;
 use crate::leaks::cpu_ticks;
 use crate::mem::{Mem, MemAdvice, PAGE};
 
@@ -61,6 +64,19 @@ fn service_ticks(ctx: &Ctx) -> CaseResult<u64> {
     Ok(services.iter().filter_map(|service| cpu_ticks(service.pid)).sum())
 }
 
+/// What was begun has ended: the pager copies nothing, waits for no agent and no revocation.
+fn at_rest(ctx: &Ctx) -> CaseResult {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let end = Instant::now() + PATIENCE;
+    for name in ["copies_waiting", "agent_jobs", "pending_revokes"] {
+        // Each look is a question to the pager, which does its work in between.
+        while ctx.metric("pager", name)? > 0 {
+            ensure!(Instant::now() < end, "The pager's {name} do not end although nobody asks for anything");
+        }
+    }
+    Ok(())
+}
+
 /// P3: pages were evicted, their process idles, and nobody works on its behalf; the next use brings them back.
 fn idle_costs_nothing(ctx: &Ctx) -> CaseResult {
     ctx.needs_living_services("Processor time")?;
@@ -70,9 +86,9 @@ fn idle_costs_nothing(ctx: &Ctx) -> CaseResult {
     ctx.all_to_device(0, &first)?;
     ctx.all_to_device(0, &second)?;
     ensure!(ctx.residency(&first, 0, first.len())?.system_pages > 0, "Nothing was evicted");
-    // What was begun may end first.
-    std::thread::sleep(Duration::from_millis(100));
+    at_rest(ctx)?;
     let before = service_ticks(ctx)?;
+    // Time that passes is what the case is about: nobody asks for anything meanwhile.
     std::thread::sleep(IDLE);
     let used = service_ticks(ctx)? - before;
     // A tick is 10 ms. All services together may use a tenth of one core for heartbeats and their clocks.
@@ -250,9 +266,10 @@ fn reach_state(ctx: &Ctx, state: &str) -> CaseResult {
         "a_failure_is_armed" => ctx.session.inject(FaultPoint::CopyOut, 1)?,
         "a_child_lives_on" => {
             ctx.all_to_device(0, &mem)?;
-            // Ends by itself soon after its parent, with the pages that it has from it.
+            // Ends by itself after its parent, with the pages that it has from it.
+            let parent = PidFd::open(std::process::id())?;
             std::mem::forget(crate::forked::fork(|| {
-                std::thread::sleep(Duration::from_millis(30));
+                exit_of(&parent)?;
                 mem.expect_all(9)
             })?);
         }
@@ -260,13 +277,20 @@ fn reach_state(ctx: &Ctx, state: &str) -> CaseResult {
     }
     std::thread::scope(|scope| {
         if state == "a_read_is_under_way" {
-            scope.spawn(|| -> CaseResult {
+            let (begun, begins) = channel();
+            let mem = &mem;
+            scope.spawn(move || -> CaseResult {
                 loop {
-                    ctx.read(0, &mem, 0, BUF)?;
+                    // Nobody listens after the first time.
+                    let _heard = begun.send(());
+                    ctx.read(0, mem, 0, BUF)?;
                     ctx.migrate(mem.addr(), BUF, Target::Home)?;
                 }
             });
-            std::thread::sleep(Duration::from_millis(2));
+            // The second turn: a whole one went well.
+            for _ in 0..2 {
+                begins.recv().map_err(|_| Failure::Failed("The reading thread has ended".into()))?;
+            }
         }
         println!("reached");
         if ctx.role() == Some("exit") {

@@ -190,6 +190,7 @@ fn end_now(ctx: &Ctx, end: &str, work: Work) -> CaseResult {
                 }
             }
         });
+        // No event: the end shall come at any moment of the work.
         std::thread::sleep(Duration::from_micros(rng.below(3000)));
         match end {
             "exit" => std::process::exit(0),

@@ -1,8 +1,10 @@
 //! Residency queries and error injection, as UVM's test hooks define them.
 
-use uhmm_sdk::{FaultPoint, PageStatus, Residency};
+use std::time::{Duration, Instant};
 
-use crate::case::{CaseResult, During, Registry, ensure, ensure_eq};
+use uhmm_sdk::{ErrorCode, FaultPoint, HotRange, PageStatus, Residency};
+
+use crate::case::{CaseResult, During, Registry, ensure, ensure_eq, not_applicable};
 use crate::ctx::{BUF, Ctx, PMD};
 use crate::mem::{Mem, PAGE};
 
@@ -16,6 +18,8 @@ pub(super) fn register(list: &mut Registry) {
     list.one("R07_injection_is_the_callers_own", injection_is_own);
     list.one("R08_evict_some", evict_some);
     list.one("R09_evict_error_keeps_data", evict_error);
+    list.one("R10_hot_ranges", hot_ranges);
+    list.one("R11_overcommit_keeps_what_the_device_uses", overcommit_keeps_hot).deadline_s(60);
 }
 
 /// Every page of a mixed range: where it is, which devices map it, whether it is pinned.
@@ -169,4 +173,62 @@ fn evict_error(ctx: &Ctx) -> CaseResult {
     ctx.session.evict(ctx.device(0)?, 0).during("Evict again")?;
     ctx.at_home(&mem, 0, BUF)?;
     mem.expect_all(11)
+}
+
+/// What the first device uses, for devices whose page table can be looked at.
+fn heat(ctx: &Ctx) -> CaseResult<Vec<HotRange>> {
+    match ctx.session.hot_ranges(ctx.device(0)?) {
+        Err(error) if error.code() == ErrorCode::NotFound => not_applicable!("The device tells no use: {error}"),
+        other => other.during("Hot ranges"),
+    }
+}
+
+/// Both ranges were used once, one is used again and again: it gets hot, the other one is forgotten.
+fn hot_ranges(ctx: &Ctx) -> CaseResult {
+    /// Heat halves in 100 ms and needs some periods without a restart.
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let mem = ctx.patterned(5 * PMD, 12)?;
+    heat(ctx)?;
+    let hot = mem.addr().next_multiple_of(PMD);
+    let cold = hot + 2 * PMD;
+    let off = hot - mem.addr();
+    ctx.sees_all(0, &mem, 12)?;
+    let end = Instant::now() + PATIENCE;
+    let ranges = loop {
+        ctx.sees(0, &mem, off, PMD, 12)?;
+        let ranges = heat(ctx)?;
+        let of = |addr| ranges.iter().find(|range| range.addr == addr).map_or(0, |range| range.heat_permille);
+        if of(hot) >= 250 && of(cold) == 0 {
+            break ranges;
+        }
+        ensure!(Instant::now() < end, "{hot:#x} is used all the time and {cold:#x} is not, but: {ranges:?}");
+    };
+    ensure_eq!(ranges.first().map(|range| range.addr), Some(hot), "The hottest range of {ranges:?}");
+    mem.expect_all(12)
+}
+
+/// The device keeps reading one range while twice its memory comes by: the range stays, what is not used makes room.
+fn overcommit_keeps_hot(ctx: &Ctx) -> CaseResult {
+    let memory = ctx.device(0)?.info().memory_bytes / PMD * PMD;
+    let hot = ctx.patterned(2 * PMD, 13)?;
+    ctx.all_to_device(0, &hot)?;
+    ctx.sees_all(0, &hot, 13)?;
+    let cold = ctx.patterned(2 * memory, 14)?;
+    let (mut faults, evicted) = (0, ctx.metric("pager", "evicted")?);
+    for off in (0..2 * memory).step_by(PMD as usize) {
+        ctx.to_device(0, &cold, off, PMD)?;
+        faults += ctx.sees_all(0, &hot, 13)?.fault_count;
+    }
+    if ctx.undisturbed() {
+        let evicted = ctx.metric("pager", "evicted")? - evicted;
+        ensure!(evicted >= memory / PAGE, "Only {evicted} pages made room: the device was never full");
+        if faults > 0 {
+            // A device whose marks nobody can read is evicted in turn. Not asked before: who asks for heat takes the marks away.
+            heat(ctx)?;
+        }
+        ensure_eq!(faults, 0, "Faults in the range that the device uses all the time");
+        ctx.on_device(0, &hot, 0, hot.len())?;
+    }
+    cold.expect_all(14)?;
+    hot.expect_all(13)
 }

@@ -1,7 +1,7 @@
 //! The pager's answers: runs of pages, regions.
 
 use capnp::struct_list;
-use uhmm_schema::pager_capnp::{MAX_REGIONS, map_run, region, reply};
+use uhmm_schema::pager_capnp::{MAX_REGIONS, hot_range, map_run, region, reply};
 use uhmm_schema::sdk_capnp::{
     self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, region_status, residency_run, status_run,
 };
@@ -12,7 +12,7 @@ use crate::codec::error::{DecodeError, EncodeError};
 use crate::codec::fds::{FdSink, FdSource};
 use crate::codec::limits::{in_data, in_len, out_data, out_len};
 use crate::message::pager::{
-    MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun, StatusRun,
+    HotRange, MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun, StatusRun,
 };
 
 pub(in crate::codec) fn write_reply(
@@ -55,6 +55,14 @@ pub(in crate::codec) fn write_reply(
             let mut list = to.init_attributes(out_len("attributes", runs.len(), MAX_RUNS)?);
             for (index, run) in runs.iter().enumerate() {
                 write_attribute_run(run, list.reborrow().get(index as u32))?;
+            }
+        }
+        Reply::HotRanges { ranges } => {
+            let mut list = to.init_hot_ranges(out_len("hotRanges", ranges.len(), MAX_RUNS)?);
+            for (index, range) in ranges.iter().enumerate() {
+                let mut to = list.reborrow().get(index as u32);
+                to.set_addr(range.addr);
+                to.set_heat_permille(range.heat_permille);
             }
         }
         Reply::Trace { records } => {
@@ -109,6 +117,15 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             let list = list?;
             in_len("attributes", list.len(), MAX_RUNS)?;
             Reply::Attributes { runs: list.iter().map(read_attribute_run).collect::<Result<_, _>>()? }
+        }
+        reply::HotRanges(list) => {
+            let list = list?;
+            in_len("hotRanges", list.len(), MAX_RUNS)?;
+            let read = |from: hot_range::Reader<'_>| HotRange {
+                addr: from.get_addr(),
+                heat_permille: from.get_heat_permille(),
+            };
+            Reply::HotRanges { ranges: list.iter().map(read).collect() }
         }
         reply::Trace(list) => {
             let list = list?;

@@ -20,7 +20,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Common", common::Call: Stats),
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
-            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes ReadTrace Inject AgentDone
+            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes HotRanges ReadTrace Inject AgentDone
             DriverLogin AttachTable MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
@@ -35,7 +35,7 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
         variants!("Common", common::Reply: Stats),
         variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
-            Evicted ChildAttached),
+            Evicted ChildAttached HotRanges),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
         variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
@@ -103,6 +103,7 @@ fn client_calls() -> Vec<Call> {
         ProtectionChanged { addr, len_bytes },
         QueryAttributes { addr, len_bytes },
         Evict { device: 7, page_count: u64::MAX },
+        HotRanges { device: 7 },
         ReadTrace { since: 12 },
         Query { addr, len_bytes },
         ListRegions,
@@ -331,6 +332,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Residency { runs: places.map(place).to_vec() },
         R::Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: pager::Memory::Private },
         R::Attributes { runs: attribute_runs() },
+        R::HotRanges { ranges: vec![pager::HotRange { addr: 3 << 21, heat_permille: 1000 }] },
         R::Trace { records: trace_records() },
         R::Evicted { page_count: 77 },
         R::Resolved { runs: map_runs() },
