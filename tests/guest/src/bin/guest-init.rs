@@ -1,0 +1,150 @@
+//! Pid 1 of the guest: makes the devices available to an ordinary user, runs every suite, reports, powers off.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+use uhmm_guest::records::{Record, TestRecord};
+use uhmm_guest::wait::wait_or_kill;
+
+/// In this order: each needs those before it.
+const MODULES: [&str; 5] = ["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci"];
+/// `finit_module` flag: the kernel decompresses the file itself.
+const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
+/// Vendor and device: edu, ivshmem, nvme. All are given to the suites.
+const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
+/// Who runs the suites.
+const USER: u32 = 1000;
+const TEST_LIMIT: Duration = Duration::from_secs(60);
+const LOG_LIMIT_BYTES: usize = 16 << 10;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("guest-init is the init program of the test guest: run tests/guest/run");
+        std::process::exit(2);
+    }
+    if let Err(error) = run() {
+        eprintln!("guest-init: {error:#}");
+    }
+    // A return of pid 1 would be a kernel panic; with -no-reboot a restart ends QEMU.
+    if let Err(error) = reboot(RebootCommand::Restart) {
+        eprintln!("guest-init: cannot power off: {error}");
+    }
+}
+
+fn run() -> Result<()> {
+    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/tmp")] {
+        mount(kind, place, kind, MountFlags::empty(), None).with_context(|| format!("Mount {place}"))?;
+    }
+    fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777))?;
+    let mut results = OpenOptions::new().write(true).open("/dev/ttyS1").context("Open the results line")?;
+    let mut end = match prepare().and_then(|()| run_suites(&mut results)) {
+        Ok(()) => Record::End,
+        Err(error) => Record::Broken { why: format!("{error:#}") },
+    };
+    say(&mut results, &mut end)?;
+    rustix::termios::tcdrain(&results).context("Drain the results line")
+}
+
+fn say(results: &mut File, record: &mut Record) -> Result<()> {
+    let line = serde_json::to_string(record)?;
+    writeln!(results, "{line}").context("Write a result")
+}
+
+/// Modules, devices bound to vfio-pci, their groups given to the user.
+fn prepare() -> Result<()> {
+    for name in MODULES {
+        let file = File::open(format!("/modules/{name}.ko.xz")).with_context(|| format!("Open module {name}"))?;
+        finit_module(&file, c"", MODULE_INIT_COMPRESSED_FILE).with_context(|| format!("Load module {name}"))?;
+    }
+    for device in fs::read_dir("/sys/bus/pci/devices")? {
+        let device = device?;
+        let word = |name| fs::read_to_string(device.path().join(name)).map(|text| text.trim().to_owned());
+        let (vendor, id) = (word("vendor")?, word("device")?);
+        if !DEVICES.contains(&(vendor.as_str(), id.as_str())) {
+            continue;
+        }
+        let address = device.file_name().into_string().ok().context("A PCI address is text")?;
+        fs::write(device.path().join("driver_override"), "vfio-pci")?;
+        // The kernel's own driver (nvme is built in) may have been faster.
+        let bound = device.path().join("driver/unbind");
+        if bound.exists() {
+            fs::write(&bound, &address).with_context(|| format!("Take {address} from its driver"))?;
+        }
+        fs::write("/sys/bus/pci/drivers_probe", &address).with_context(|| format!("Bind {address} to vfio-pci"))?;
+        let group = fs::read_link(device.path().join("iommu_group")).with_context(|| {
+            format!("{address} has no IOMMU group: boot with intel_iommu=on and an intel-iommu device")
+        })?;
+        let node = Path::new("/dev/vfio").join(group.file_name().context("A group has a number")?);
+        chown(&node, Some(USER), Some(USER)).with_context(|| format!("Give {} to the user", node.display()))?;
+    }
+    Ok(())
+}
+
+fn run_suites(results: &mut File) -> Result<()> {
+    let mut suites: Vec<PathBuf> = fs::read_dir("/suites")?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    suites.sort();
+    for suite in suites {
+        let name = suite.file_name().and_then(|name| name.to_str()).context("A suite has a name")?.to_owned();
+        for test in list(&suite).with_context(|| format!("List suite {name}"))? {
+            eprintln!("== {name} {test}");
+            let record = run_test(&suite, &name, &test).with_context(|| format!("Run {name} {test}"))?;
+            say(results, &mut Record::Test(record))?;
+        }
+    }
+    Ok(())
+}
+
+fn as_user(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.uid(USER).gid(USER).current_dir("/tmp").env_clear().env("RUST_BACKTRACE", "0").stdin(Stdio::null());
+    command
+}
+
+fn list(suite: &Path) -> Result<Vec<String>> {
+    let output = as_user(suite).args(["--list", "--ignored", "--format", "terse"]).output()?;
+    ensure!(output.status.success(), "it ended with {}", output.status);
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// One process a test: what one leaves open cannot hurt the next.
+fn run_test(suite: &Path, suite_name: &str, test: &str) -> Result<TestRecord> {
+    let mut log = OpenOptions::new().read(true).write(true).create(true).truncate(true).open("/tmp/.log")?;
+    let started = Instant::now();
+    let mut child = as_user(suite)
+        .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
+        .stdout(log.try_clone()?)
+        .stderr(log.try_clone()?)
+        .spawn()?;
+    let status = wait_or_kill(&mut child, TEST_LIMIT)?;
+    let time_ms = started.elapsed().as_millis() as u64;
+    let mut text = Vec::new();
+    log.rewind()?;
+    log.read_to_end(&mut text)?;
+    let mut log = shortened(&String::from_utf8_lossy(&text));
+    match status {
+        None => log += &format!("\nKilled: it ran longer than {} s", TEST_LIMIT.as_secs()),
+        Some(status) if !status.success() => log += &format!("\nIt ended with {status}"),
+        Some(_) => {}
+    }
+    let passed = status.is_some_and(|status| status.success());
+    Ok(TestRecord { suite: suite_name.to_owned(), name: test.to_owned(), passed, time_ms, log })
+}
+
+fn shortened(text: &str) -> String {
+    if text.len() <= LOG_LIMIT_BYTES {
+        return text.to_owned();
+    }
+    let head: String = text.chars().take(LOG_LIMIT_BYTES / 8).collect();
+    let tail: Vec<char> = text.chars().rev().take(LOG_LIMIT_BYTES / 8).collect();
+    let tail: String = tail.into_iter().rev().collect();
+    format!("{head}\n[...]\n{tail}")
+}

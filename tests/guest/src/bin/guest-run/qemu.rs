@@ -1,0 +1,45 @@
+//! The virtual machine: software emulation (no KVM), an Intel IOMMU, devices to drive.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use uhmm_guest::wait::wait_or_kill;
+
+use crate::kernel::Kernel;
+
+const DISK_BYTES: u64 = 64 << 20;
+
+/// Boots and waits until the guest has powered off. `None`: it was killed at the deadline.
+pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> Result<Option<ExitStatus>> {
+    let disk = out.join("nvme.raw");
+    File::create(&disk)?.set_len(DISK_BYTES)?;
+    let (console, results) = (out.join("console.log"), out.join("results.jsonl"));
+    for line in [&console, &results] {
+        File::create(line).with_context(|| format!("Empty {}", line.display()))?;
+    }
+    eprintln!("== booting (console: {})", console.display());
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max"])
+        .args(["-smp", "2", "-m", "1G"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", "console=ttyS0 quiet panic=-1 intel_iommu=on"])
+        .args(["-serial", &format!("file:{}", console.display())])
+        .args(["-serial", &format!("file:{}", results.display())])
+        .args(["-device", "intel-iommu,intremap=on,caching-mode=on"])
+        .args(["-device", "edu", "-device", "edu"])
+        .args(["-object", "memory-backend-memfd,id=plain,size=16M,share=on"])
+        .args(["-device", "ivshmem-plain,memdev=plain"])
+        .args(["-drive", &format!("file={},format=raw,if=none,id=n0", disk.display())])
+        .args(["-device", "nvme,serial=uhmm0,drive=n0"])
+        .stdin(Stdio::null());
+    let mut child =
+        qemu.spawn().context("Start qemu-system-x86_64: install it with `apt-get install qemu-system-x86`")?;
+    wait_or_kill(&mut child, limit).context("Wait for QEMU")
+}
