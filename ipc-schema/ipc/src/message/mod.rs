@@ -3,10 +3,12 @@
 //! One file an interface, the twin of one `schema/*.capnp` file. Services match on these enums and never see Cap'n Proto;
 //! the conversions live in `crate::codec`. Descriptors are fields here ([`Fd`]) and travel by SCM_RIGHTS beside the bytes.
 
+mod agent;
 pub mod common;
 pub mod driver;
 pub mod mirror;
 pub mod pager;
+mod policy;
 pub mod supervisor;
 
 use std::os::fd::OwnedFd;

@@ -1,0 +1,99 @@
+//! Advice, attributes, heat and injected faults: what a client says and asks about ranges. Part of the pager's messages.
+
+use super::pager::Target;
+
+/// How a device may use pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AccessMode {
+    /// A device fault moves the page to the device (the default).
+    Migrate,
+    /// A device fault maps the page where it is, if the device can reach it there; else it moves.
+    InPlace,
+    /// The device may not use the page: its faults end with EPERM.
+    None,
+}
+
+/// What the client says about a range. The same value again changes nothing and invalidates nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Advice {
+    /// Goes home and stays until `Unpin`.
+    Pin,
+    /// Ends `Pin`.
+    Unpin,
+    /// Devices map system pages in place instead of migrating on fault.
+    InPlace,
+    /// Ends `InPlace`: device faults migrate (the default).
+    MigrateOnFault,
+    /// Devices may only read.
+    DeviceReadOnly,
+    /// Ends `DeviceReadOnly`.
+    DeviceReadWrite,
+    /// What one device may do. `InPlace` and `MigrateOnFault` set it for all devices.
+    Access {
+        /// Device.
+        device: u8,
+        /// How.
+        mode: AccessMode,
+    },
+    /// Where the pages shall live if nobody has a better claim; `None`: nowhere in particular (the default).
+    PreferredLocation(Option<Target>),
+    /// Mostly read: reading devices get a copy and the system page stays valid; the first write collapses the copies.
+    ReadMostly(bool),
+    /// One CPU fault brings home an aligned block of 2^n pages; 0..=63. `None`: adaptive (the default).
+    Granularity(Option<u8>),
+}
+
+/// 2 MiB of addresses that a device has used lately.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HotRange {
+    /// First address, a multiple of 2 MiB.
+    pub addr: u64,
+    /// Share of its pages that the device uses in a period of 100 ms, on an average that halves with every period: 1000 is every
+    /// page in every period, 1 is the least that is told.
+    pub heat_permille: u16,
+}
+
+/// What was advised for neighbouring pages, and where they were prefetched to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attributes {
+    /// See [`Advice::PreferredLocation`].
+    pub preferred: Option<Target>,
+    /// Target of the last `Migrate` with `prefetch`.
+    pub prefetched: Option<Target>,
+    /// Bit d: device d maps in place.
+    pub in_place_mask: u8,
+    /// Bit d: device d may not use the pages.
+    pub no_access_mask: u8,
+    /// See [`Advice::ReadMostly`].
+    pub read_mostly: bool,
+    /// See [`Advice::DeviceReadOnly`].
+    pub device_read_only: bool,
+    /// See [`Advice::Granularity`].
+    pub granularity_log2_pages: Option<u8>,
+    /// See [`Advice::Pin`].
+    pub pinned: bool,
+}
+
+/// Neighbouring pages of the same attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttributeRun {
+    /// Offset in pages from the start of the request.
+    pub first_page: u64,
+    /// Pages.
+    pub page_count: u64,
+    /// What holds for them.
+    pub attributes: Attributes,
+}
+
+/// What the test hook makes fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FaultPoint {
+    /// Allocation of device frames for a run of 512 pages (a huge page): small runs are tried instead.
+    HugeFrames,
+    /// Allocation of device frames.
+    Frames,
+    /// Copy to a device.
+    CopyOut,
+    /// Copy to system memory.
+    CopyHome,
+}
