@@ -1,108 +1,68 @@
 //! Coherent device memory: the program's own mapping of a frame is revoked before anybody takes the frame away.
 
-use std::collections::BTreeMap;
+mod machine;
 
+use machine::{Machine, PAGES};
 use uhmm_pager_core::sim::{Config, Faults, Op, Simulator};
 use uhmm_pager_core::{
-    Action, Attr, Backing, CPU, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, PageState, Pages, RegionId,
-    ReqId, SpaceId, StepResult, Target, Ticket,
+    Action, Backing, CPU, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId, StepResult, Target,
+    Ticket,
 };
 
 const REGION: RegionId = RegionId(1);
 const DEVICE: DeviceId = DeviceId(0);
-const ALL: Pages = Pages { first: 0, count: 4 };
+const ALL: Pages = Pages { first: 0, count: PAGES };
 
-#[derive(Default)]
-struct Table(BTreeMap<u64, u64>);
-
-impl Directory for Table {
-    fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
-        false
-    }
-    fn attr(&self, _region: RegionId, _page: u64) -> Attr {
-        Attr::default()
-    }
-    fn huge_phase(&self, _region: RegionId) -> u64 {
-        0
-    }
-    fn load(&self, _region: RegionId, page: u64) -> u64 {
-        self.0.get(&page).copied().unwrap_or(0)
-    }
-    fn page_count(&self, _region: RegionId) -> u64 {
-        ALL.count
-    }
+/// A machine with a device.
+fn with(entry: impl Fn(u64) -> Entry, recover: bool, coherent: bool) -> Machine {
+    let mut machine = entries(entry);
+    let (region, space, page_count, backing) = (REGION, SpaceId(1), ALL.count, Backing::Shared);
+    machine.send(if recover {
+        Event::RecoverRegion { region, space, page_count, backing }
+    } else {
+        Event::RegionAdded { region, space, page_count, backing }
+    });
+    machine.send(Event::DeviceUp {
+        device: DEVICE,
+        frame_count: 8,
+        fresh_mappings: !recover,
+        memory_known: recover,
+        memory_lost: false,
+        coherent,
+    });
+    machine
 }
 
-struct Machine {
-    core: Core<DefaultPolicy>,
-    table: Table,
+/// All pages on the device; what the end of the way out orders.
+fn moved_out(coherent: bool) -> (Machine, Vec<Action>) {
+    let mut machine = with(|_| Entry::SYSTEM, false, coherent);
+    let target = Target::Device(DEVICE);
+    machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages: ALL, target });
+    let protect = machine.send(Event::Tick);
+    let ticket =
+        protect.iter().find_map(|a| if let Action::WriteProtect { ticket, .. } = a { Some(*ticket) } else { None });
+    let copy = machine.send(Event::WpDone { ticket: ticket.expect("protected first"), result: StepResult::Ok });
+    let ticket = copy.iter().find_map(|a| if let Action::CopyOut { ticket, .. } = a { Some(*ticket) } else { None });
+    let mut actions = machine.send(Event::CopyDone { ticket: ticket.expect("then copied"), result: StepResult::Ok });
+    let punch = actions.iter().find_map(|a| if let Action::Punch { ticket, .. } = a { Some(*ticket) } else { None });
+    actions.extend(machine.send(Event::PunchDone { ticket: punch.expect("then punched"), result: StepResult::Ok }));
+    machine.send(Event::Tick);
+    (machine, actions)
 }
 
-impl Machine {
-    fn send(&mut self, event: Event) -> Vec<Action> {
-        let mut out = Vec::new();
-        self.core.handle(&self.table, 0, event, &mut out);
-        for action in &out {
-            if let Action::Publish { first, entries, .. } = action {
-                self.table.0.extend(entries.iter().enumerate().map(|(at, entry)| (first + at as u64, entry.bits())));
-            }
-        }
-        out
-    }
+fn shown() -> Machine {
+    let (mut machine, actions) = moved_out(true);
+    let (ticket, _) = maps(&actions)[0];
+    machine.send(Event::CpuMapped { ticket, result: StepResult::Ok });
+    machine
+}
 
-    fn entry(&self, page: u64) -> Entry {
-        Entry::decode(self.table.load(REGION, page)).expect("the core publishes legal entries")
-    }
+fn fault(machine: &mut Machine, page: u64) -> Vec<Action> {
+    machine.send(Event::CpuFault { region: REGION, page, write: false, wp: false, minor: false })
+}
 
-    fn with(table: Table, recover: bool, coherent: bool) -> Self {
-        let mut machine = Self { core: Core::new(DefaultPolicy::default()), table };
-        let (region, space, page_count, backing) = (REGION, SpaceId(1), ALL.count, Backing::Shared);
-        machine.send(if recover {
-            Event::RecoverRegion { region, space, page_count, backing }
-        } else {
-            Event::RegionAdded { region, space, page_count, backing }
-        });
-        machine.send(Event::DeviceUp {
-            device: DEVICE,
-            frame_count: 8,
-            fresh_mappings: !recover,
-            memory_known: recover,
-            memory_lost: false,
-            coherent,
-        });
-        machine
-    }
-
-    /// All pages on the device; what the end of the way out orders.
-    fn moved_out(coherent: bool) -> (Self, Vec<Action>) {
-        let mut machine = Self::with(Table((0..4).map(|page| (page, 1)).collect()), false, coherent);
-        let target = Target::Device(DEVICE);
-        machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages: ALL, target });
-        let protect = machine.send(Event::Tick);
-        let ticket =
-            protect.iter().find_map(|a| if let Action::WriteProtect { ticket, .. } = a { Some(*ticket) } else { None });
-        let copy = machine.send(Event::WpDone { ticket: ticket.expect("protected first"), result: StepResult::Ok });
-        let ticket =
-            copy.iter().find_map(|a| if let Action::CopyOut { ticket, .. } = a { Some(*ticket) } else { None });
-        let mut actions =
-            machine.send(Event::CopyDone { ticket: ticket.expect("then copied"), result: StepResult::Ok });
-        let punch =
-            actions.iter().find_map(|a| if let Action::Punch { ticket, .. } = a { Some(*ticket) } else { None });
-        actions.extend(machine.send(Event::PunchDone { ticket: punch.expect("then punched"), result: StepResult::Ok }));
-        machine.send(Event::Tick);
-        (machine, actions)
-    }
-
-    fn shown() -> Self {
-        let (mut machine, actions) = Self::moved_out(true);
-        let (ticket, _) = maps(&actions)[0];
-        machine.send(Event::CpuMapped { ticket, result: StepResult::Ok });
-        machine
-    }
-
-    fn fault(&mut self, page: u64) -> Vec<Action> {
-        self.send(Event::CpuFault { region: REGION, page, write: false, wp: false, minor: false })
-    }
+fn entries(entry: impl Fn(u64) -> Entry) -> Machine {
+    Machine::with(&(0..PAGES).map(|page| (REGION, page, entry(page))).collect::<Vec<_>>())
 }
 
 fn maps(actions: &[Action]) -> Vec<(Ticket, Pages)> {
@@ -124,31 +84,31 @@ fn fills(actions: &[Action]) -> usize {
 
 #[test]
 fn pages_that_arrive_on_a_coherent_device_are_shown_to_the_cpu_and_say_so_before() {
-    let (machine, actions) = Machine::moved_out(true);
+    let (machine, actions) = moved_out(true);
     assert_eq!(maps(&actions).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [ALL]);
     let published = actions.iter().position(|action| matches!(action, Action::Publish { .. }));
     let ordered = actions.iter().position(|action| matches!(action, Action::MapCpu { .. }));
     assert!(published < ordered, "a crash between the two must not forget who maps the frames");
-    assert!(ALL.iter().all(|page| machine.entry(page).cpu_mapped()));
-    let (machine, actions) = Machine::moved_out(false);
-    assert!(maps(&actions).is_empty() && machine.entry(0).mapped_mask() == 0);
+    assert!(ALL.iter().all(|page| machine.entry(REGION, page).cpu_mapped()));
+    let (machine, actions) = moved_out(false);
+    assert!(maps(&actions).is_empty() && machine.entry(REGION, 0).mapped_mask() == 0);
 }
 
 #[test]
 fn the_way_home_begins_with_the_cpus_mapping() {
-    let mut machine = Machine::shown();
+    let mut machine = shown();
     machine.send(Event::Migrate { req: ReqId(2), region: REGION, pages: ALL, target: Target::Home });
     let actions = machine.send(Event::Tick);
     let [(ticket, ALL, CPU)] = revokes(&actions)[..] else { panic!("{actions:?}") };
     assert_eq!(fills(&actions), 0, "the program may still write the frames");
-    assert!(machine.entry(0).cpu_mapped(), "a crash now must not forget it");
+    assert!(machine.entry(REGION, 0).cpu_mapped(), "a crash now must not forget it");
     let actions = machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
     assert_eq!(fills(&actions), 1);
 }
 
 #[test]
 fn a_device_that_wants_pages_for_itself_gets_them_when_the_cpu_has_them_no_more() {
-    let mut machine = Machine::shown();
+    let mut machine = shown();
     let resolve = Event::Resolve {
         req: ReqId(2),
         region: REGION,
@@ -162,44 +122,44 @@ fn a_device_that_wants_pages_for_itself_gets_them_when_the_cpu_has_them_no_more(
     let mut actions = machine.send(resolve);
     actions.extend(machine.send(Event::Tick));
     let [(ticket, ALL, CPU)] = revokes(&actions)[..] else { panic!("{actions:?}") };
-    assert!(ALL.iter().all(|page| machine.entry(page).state() == PageState::Device));
+    assert!(ALL.iter().all(|page| machine.entry(REGION, page).state() == PageState::Device));
     machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
     for _ in 0..8 {
         machine.send(Event::Tick);
     }
-    assert!(ALL.iter().all(|page| machine.entry(page).state() == PageState::Exclusive));
-    assert_eq!(machine.entry(0).mapped_mask(), 1);
+    assert!(ALL.iter().all(|page| machine.entry(REGION, page).state() == PageState::Exclusive));
+    assert_eq!(machine.entry(REGION, 0).mapped_mask(), 1);
 }
 
 #[test]
 fn a_fault_waits_for_the_mapping_and_after_a_crash_asks_for_it_again() {
-    let (mut machine, actions) = Machine::moved_out(true);
-    assert!(machine.fault(1).is_empty(), "the mapping is under way");
+    let (mut machine, actions) = moved_out(true);
+    assert!(fault(&mut machine, 1).is_empty(), "the mapping is under way");
     let woken = machine.send(Event::CpuMapped { ticket: maps(&actions)[0].0, result: StepResult::Ok });
     assert_eq!(woken, [Action::Wake { region: REGION, pages: ALL }]);
-    let mut next = Machine::with(machine.table, true, true);
+    let mut next = with(|page| machine.entry(REGION, page), true, true);
     // Recovery punches once more what has left.
-    let punch = next.fault(1);
+    let punch = fault(&mut next, 1);
     assert!(punch.is_empty(), "{punch:?}");
     next.send(Event::PunchDone { ticket: Ticket(1), result: StepResult::Ok });
-    let again = next.fault(1);
+    let again = fault(&mut next, 1);
     assert_eq!(maps(&again).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [Pages { first: 1, count: 3 }]);
 }
 
 #[test]
 fn frames_that_cannot_be_shown_come_home_by_fault_like_any_others() {
-    let (mut machine, actions) = Machine::moved_out(true);
+    let (mut machine, actions) = moved_out(true);
     let actions = machine.send(Event::CpuMapped { ticket: maps(&actions)[0].0, result: StepResult::Io });
     let [(ticket, ALL, CPU)] = revokes(&actions)[..] else { panic!("some may be mapped: {actions:?}") };
     machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
-    assert_eq!((machine.entry(0).state(), machine.entry(0).mapped_mask()), (PageState::Device, 0));
-    let actions = machine.fault(0);
+    assert_eq!((machine.entry(REGION, 0).state(), machine.entry(REGION, 0).mapped_mask()), (PageState::Device, 0));
+    let actions = fault(&mut machine, 0);
     assert_eq!((maps(&actions).len(), fills(&actions) > 0), (0, true));
 }
 
 #[test]
 fn lost_frames_are_taken_from_the_program_before_it_meets_the_poison() {
-    let mut machine = Machine::shown();
+    let mut machine = shown();
     let lost = Event::DeviceUp {
         device: DEVICE,
         frame_count: 8,
@@ -210,14 +170,14 @@ fn lost_frames_are_taken_from_the_program_before_it_meets_the_poison() {
     };
     let actions = machine.send(lost);
     assert_eq!(revokes(&actions).len(), 4);
-    assert!(machine.entry(0).cpu_mapped() && machine.entry(0).state() == PageState::Poisoned);
+    assert!(machine.entry(REGION, 0).cpu_mapped() && machine.entry(REGION, 0).state() == PageState::Poisoned);
     // A pager that dies now leaves it to the next one.
-    let mut next = Machine { core: Core::new(DefaultPolicy::default()), table: Table(machine.table.0.clone()) };
+    let mut next = entries(|page| machine.entry(REGION, page));
     let (region, space, page_count, backing) = (REGION, SpaceId(1), ALL.count, Backing::Shared);
     let actions = next.send(Event::RecoverRegion { region, space, page_count, backing });
     let [(ticket, ALL, CPU)] = revokes(&actions)[..] else { panic!("{actions:?}") };
     next.send(Event::RevokeDone { ticket, result: StepResult::Ok });
-    assert!(matches!(next.fault(0)[..], [Action::Poison { .. }]));
+    assert!(matches!(fault(&mut next, 0)[..], [Action::Poison { .. }]));
 }
 
 fn machine(seed: u64) -> Simulator {

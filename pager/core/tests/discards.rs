@@ -1,89 +1,49 @@
 //! Content that is discarded while its pages are on the way: it never returns, and its neighbours never go with it.
 
-use std::collections::BTreeMap;
+mod machine;
 
+use machine::{Machine, PAGES};
 use uhmm_pager_core::{
-    Action, Attr, Backing, CopyRun, CopyStatus, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, Pages,
-    RegionId, ReqId, SpaceId, StepResult, Target, Ticket,
+    Action, Backing, CopyRun, CopyStatus, DeviceId, Entry, Event, Pages, RegionId, ReqId, SpaceId, StepResult, Target,
+    Ticket,
 };
 
 const REGION: RegionId = RegionId(1);
 
-#[derive(Default)]
-struct Table(BTreeMap<u64, u64>);
-
-impl Directory for Table {
-    fn attr(&self, _region: RegionId, _page: u64) -> Attr {
-        Attr::default()
-    }
-    fn huge_phase(&self, _region: RegionId) -> u64 {
-        0
-    }
-    fn load(&self, _region: RegionId, page: u64) -> u64 {
-        self.0.get(&page).copied().unwrap_or(0)
-    }
-    fn page_count(&self, _region: RegionId) -> u64 {
-        4
-    }
-    fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
-        false
-    }
+/// All pages with these entries.
+fn all(entry: impl Fn(u64) -> Entry) -> Machine {
+    Machine::with(&(0..PAGES).map(|page| (REGION, page, entry(page))).collect::<Vec<_>>())
 }
 
-struct Machine {
-    core: Core<DefaultPolicy>,
-    table: Table,
-}
-
-impl Machine {
-    fn send(&mut self, event: Event) -> Vec<Action> {
-        let mut out = Vec::new();
-        self.core.handle(&self.table, 0, event, &mut out);
-        for action in &out {
-            if let Action::Publish { first, entries, .. } = action {
-                self.table.0.extend(entries.iter().enumerate().map(|(at, entry)| (first + at as u64, entry.bits())));
-            }
-        }
-        out
-    }
-
-    /// Four system pages are being taken out; page 1 is discarded meanwhile, and the copy fails.
-    fn failed_copy_with_a_discard() -> (Self, Vec<Action>) {
-        let mut machine = Self { core: Core::new(DefaultPolicy::default()), table: Table::default() };
-        machine.table.0.extend((0..4).map(|page| (page, 1)));
-        machine.send(Event::RegionAdded {
-            region: REGION,
-            space: SpaceId(1),
-            page_count: 4,
-            backing: Backing::Private,
-        });
-        let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
-        machine.send(Event::DeviceUp {
-            device,
-            frame_count: 8,
-            fresh_mappings: true,
-            memory_known: false,
-            memory_lost: false,
-            coherent: false,
-        });
-        let target = Target::Device(device);
-        let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
-        actions.extend(machine.send(Event::Tick));
-        let copy = actions.iter().find_map(|action| match action {
-            Action::CopyOut { ticket, .. } => Some(*ticket),
-            _ => None,
-        });
-        machine.send(Event::Removed { region: REGION, pages: Pages::one(1) });
-        let runs = vec![CopyRun { count: 4, status: CopyStatus::Io }];
-        let actions = machine.send(Event::CopiedRuns { ticket: copy.expect("the copy begins"), runs });
-        (machine, actions)
-    }
+/// Four system pages are being taken out; page 1 is discarded meanwhile, and the copy fails.
+fn failed_copy_with_a_discard() -> (Machine, Vec<Action>) {
+    let mut machine = all(|_| Entry::SYSTEM);
+    machine.send(Event::RegionAdded { region: REGION, space: SpaceId(1), page_count: 4, backing: Backing::Private });
+    let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
+    machine.send(Event::DeviceUp {
+        device,
+        frame_count: 8,
+        fresh_mappings: true,
+        memory_known: false,
+        memory_lost: false,
+        coherent: false,
+    });
+    let target = Target::Device(device);
+    let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
+    actions.extend(machine.send(Event::Tick));
+    let copy = actions.iter().find_map(|action| match action {
+        Action::CopyOut { ticket, .. } => Some(*ticket),
+        _ => None,
+    });
+    machine.send(Event::Removed { region: REGION, pages: Pages::one(1) });
+    let runs = vec![CopyRun { count: 4, status: CopyStatus::Io }];
+    let actions = machine.send(Event::CopiedRuns { ticket: copy.expect("the copy begins"), runs });
+    (machine, actions)
 }
 
 #[test]
 fn what_is_discarded_while_a_driver_fetches_it_is_not_put_in_place() {
-    let mut machine = Machine { core: Core::new(DefaultPolicy::default()), table: Table::default() };
-    machine.table.0.extend((0..4).map(|page| (page, Entry::on_device(DeviceId(0), page as u32).bits())));
+    let mut machine = all(|page| Entry::on_device(DeviceId(0), page as u32));
     let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
     let backing = Backing::Private;
     for (ticket, _) in
@@ -125,14 +85,14 @@ fn punched(actions: &[Action]) -> Vec<(Ticket, Pages)> {
 
 #[test]
 fn a_failed_copy_gives_the_neighbours_of_a_discarded_page_back() {
-    let (_, actions) = Machine::failed_copy_with_a_discard();
+    let (_, actions) = failed_copy_with_a_discard();
     assert_eq!(moved_back(&actions), [Pages::one(0), Pages { first: 2, count: 2 }]);
     assert_eq!(punched(&actions).iter().map(|(_, pages)| *pages).collect::<Vec<_>>(), [Pages::one(1)]);
 }
 
 #[test]
 fn a_drop_of_a_discarded_page_that_is_tried_again_does_not_bring_it_back() {
-    let (mut machine, actions) = Machine::failed_copy_with_a_discard();
+    let (mut machine, actions) = failed_copy_with_a_discard();
     for (ticket, _) in punched(&actions) {
         machine.send(Event::PunchDone { ticket, result: StepResult::Again });
     }
@@ -143,9 +103,8 @@ fn a_drop_of_a_discarded_page_that_is_tried_again_does_not_bring_it_back() {
 
 #[test]
 fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
-    let mut machine = Machine { core: Core::new(DefaultPolicy::default()), table: Table::default() };
     let on_device = |page: u64| Entry::on_device(DeviceId(0), 4 + page as u32);
-    machine.table.0.extend((0..4).map(|page| (page, on_device(page).bits())));
+    let mut machine = all(on_device);
     let backing = Backing::Private;
     let recover = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing };
     let punches = punched(&machine.send(recover));
@@ -162,12 +121,15 @@ fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
     for (ticket, _) in punches {
         machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
     }
-    let entry = |machine: &Machine, page: u64| Entry::decode(machine.table.0[&page]).unwrap();
-    assert_eq!([0, 1].map(|page| entry(&machine, page)), [0, 1].map(on_device), "its neighbours stay where they are");
-    assert_eq!([2, 3].map(|page| entry(&machine, page)), [Entry::ABSENT; 2]);
+    assert_eq!(
+        [0, 1].map(|page| machine.entry(REGION, page)),
+        [0, 1].map(on_device),
+        "its neighbours stay where they are"
+    );
+    assert_eq!([2, 3].map(|page| machine.entry(REGION, page)), [Entry::ABSENT; 2]);
     // Room for four pages, and none of it is a neighbour's.
     let pages = Pages { first: 2, count: 2 };
     machine.send(Event::Migrate { req: ReqId(2), region: REGION, pages, target: Target::Device(DeviceId(0)) });
-    let moved = [2, 3].map(|page| entry(&machine, page));
+    let moved = [2, 3].map(|page| machine.entry(REGION, page));
     assert!(moved.iter().all(|entry| entry.device() == DeviceId(0) && !(4..6).contains(&entry.frame())), "{moved:?}");
 }

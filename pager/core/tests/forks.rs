@@ -1,69 +1,19 @@
 //! Forks that a pager's death interrupts: the child reads its parent's bytes, or learns that they are lost, and never zeros instead.
 
-use std::collections::BTreeMap;
+mod machine;
 
+use machine::{Machine, PAGES};
 use uhmm_pager_core::{
-    Action, Attr, Backing, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, PageState, Pages, RegionId, ReqId,
-    SpaceId, StepResult,
+    Action, Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId, StepResult,
 };
 
 const PARENT: RegionId = RegionId(1);
 const CHILD: RegionId = RegionId(2);
-const PAGES: u64 = 4;
 const ALL: Pages = Pages { first: 0, count: PAGES };
 
-#[derive(Default)]
-struct Tables(BTreeMap<(RegionId, u64), u64>);
-
-impl Directory for Tables {
-    fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
-        false
-    }
-    fn attr(&self, _region: RegionId, _page: u64) -> Attr {
-        Attr::default()
-    }
-    fn huge_phase(&self, _region: RegionId) -> u64 {
-        0
-    }
-    fn load(&self, region: RegionId, page: u64) -> u64 {
-        self.0.get(&(region, page)).copied().unwrap_or(0)
-    }
-    fn page_count(&self, _region: RegionId) -> u64 {
-        PAGES
-    }
-}
-
-struct Machine {
-    core: Core<DefaultPolicy>,
-    tables: Tables,
-}
-
-impl Machine {
-    fn with(entries: &[(RegionId, u64, Entry)]) -> Self {
-        let tables = entries.iter().map(|(region, page, entry)| ((*region, *page), entry.bits())).collect();
-        Self { core: Core::new(DefaultPolicy::default()), tables: Tables(tables) }
-    }
-
-    fn send(&mut self, event: Event) -> Vec<Action> {
-        let mut out = Vec::new();
-        self.core.handle(&self.tables, 0, event, &mut out);
-        for action in &out {
-            if let Action::Publish { region, first, entries } = action {
-                let words = entries.iter().enumerate().map(|(at, entry)| ((*region, first + at as u64), entry.bits()));
-                self.tables.0.extend(words);
-            }
-        }
-        out
-    }
-
-    fn recover(&mut self, region: RegionId) -> Vec<Action> {
-        let space = SpaceId(region.0);
-        self.send(Event::RecoverRegion { region, space, page_count: PAGES, backing: Backing::Private })
-    }
-
-    fn states(&self, region: RegionId) -> Vec<PageState> {
-        ALL.iter().map(|page| Entry::decode(self.tables.load(region, page)).unwrap().state()).collect()
-    }
+fn recover(machine: &mut Machine, region: RegionId) -> Vec<Action> {
+    let space = SpaceId(region.0);
+    machine.send(Event::RecoverRegion { region, space, page_count: PAGES, backing: Backing::Private })
 }
 
 fn ready(actions: &[Action]) -> bool {
@@ -74,8 +24,8 @@ fn ready(actions: &[Action]) -> bool {
 fn what_devices_may_write_of_the_parents_is_revoked_again_before_the_child_is_served() {
     let shared = Entry::on_device(DeviceId(0), 5).with_shared(true);
     let mut machine = Machine::with(&[(PARENT, 2, shared.with_mapped_mask(0b101)), (CHILD, 2, shared)]);
-    machine.recover(PARENT);
-    machine.recover(CHILD);
+    recover(&mut machine, PARENT);
+    recover(&mut machine, CHILD);
     machine.send(Event::Recovered);
     let actions = machine.send(Event::ForkedBefore { parent: PARENT, child: CHILD });
     let ticket = actions.iter().find_map(|action| match action {
@@ -85,14 +35,14 @@ fn what_devices_may_write_of_the_parents_is_revoked_again_before_the_child_is_se
     assert!(!ready(&actions), "not before the revocation is through");
     let actions = machine.send(Event::RevokeDone { ticket: ticket.expect("a revocation"), result: StepResult::Ok });
     assert!(ready(&actions));
-    assert_eq!(Entry::decode(machine.tables.load(PARENT, 2)).unwrap().mapped_mask(), 0);
+    assert_eq!(machine.entry(PARENT, 2).mapped_mask(), 0);
 }
 
 #[test]
 fn a_child_of_a_parent_that_no_device_maps_is_served_at_once() {
     let mut machine = Machine::with(&[(PARENT, 0, Entry::on_device(DeviceId(0), 5).with_mapped_mask(1))]);
-    machine.recover(PARENT);
-    machine.recover(CHILD);
+    recover(&mut machine, PARENT);
+    recover(&mut machine, CHILD);
     let actions = machine.send(Event::ForkedBefore { parent: PARENT, child: CHILD });
     assert!(ready(&actions), "what only the parent owns concerns no child");
     assert!(ready(&machine.send(Event::ForkedBefore { parent: RegionId(9), child: CHILD })), "the parent has gone");
@@ -103,7 +53,7 @@ fn a_childs_page_that_waited_for_its_parents_way_out_is_poisoned_and_not_zero() 
     let own = Entry::SYSTEM.with_state(PageState::MovingOut);
     let mut machine =
         Machine::with(&[(CHILD, 0, own), (CHILD, 1, Entry::WAITS_FOR_PARENT), (CHILD, 2, Entry::WAITS_FOR_PARENT)]);
-    let actions = machine.recover(CHILD);
+    let actions = recover(&mut machine, CHILD);
     let poisoned: Vec<Pages> = actions
         .iter()
         .filter_map(|action| if let Action::Poison { region: CHILD, pages } = action { Some(*pages) } else { None })
@@ -111,7 +61,7 @@ fn a_childs_page_that_waited_for_its_parents_way_out_is_poisoned_and_not_zero() 
     assert_eq!(poisoned, [Pages { first: 1, count: 2 }]);
     let back = actions.iter().any(|action| matches!(action, Action::MoveBack { pages, .. } if *pages == Pages::one(0)));
     assert!(back, "its own way out is undone: {actions:?}");
-    assert_eq!(machine.states(CHILD)[1..3], [PageState::System; 2]);
+    assert_eq!([1, 2].map(|page| machine.entry(CHILD, page).state()), [PageState::System; 2]);
 }
 
 #[test]
@@ -119,8 +69,7 @@ fn a_device_that_asks_before_its_frames_are_known_gets_no_shared_frame_to_write(
     let shared = Entry::on_device(DeviceId(0), 5).with_shared(true);
     let mut machine = Machine::with(&[(PARENT, 2, shared), (CHILD, 2, shared)]);
     for region in [PARENT, CHILD] {
-        let punches: Vec<_> = machine
-            .recover(region)
+        let punches: Vec<_> = recover(&mut machine, region)
             .iter()
             .filter_map(|action| if let Action::Punch { ticket, .. } = action { Some(*ticket) } else { None })
             .collect();
@@ -142,7 +91,7 @@ fn a_device_that_asks_before_its_frames_are_known_gets_no_shared_frame_to_write(
     };
     machine.send(wish);
     machine.send(Event::Tick);
-    assert!(Entry::decode(machine.tables.load(PARENT, 2)).unwrap().shared(), "the child names it too");
+    assert!(machine.entry(PARENT, 2).shared(), "the child names it too");
     let mut actions = machine.send(Event::DeviceUp {
         device,
         frame_count: 8,
