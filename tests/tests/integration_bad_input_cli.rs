@@ -88,6 +88,14 @@ fn integration_plan_doctor_status_and_stats_show_what_there_is() {
 }
 
 #[test]
+fn integration_output_that_nobody_reads_ends_the_command_without_a_panic() {
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+    let output = Command::new(uhmm_exe()).arg("doctor").stdout(writer).output().expect("uhmm runs");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
 fn integration_the_demo_refuses_a_path_that_is_not_there() {
     refused(&uhmm(&["demo", "/nonexistent/text"]), &["/nonexistent/text"]);
 }

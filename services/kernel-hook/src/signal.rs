@@ -33,6 +33,13 @@ impl StopSignals {
     }
 }
 
+/// Ends this process when nobody reads its output any more (`uhmm status | head`), as other tools do: Rust's runtime ignores SIGPIPE.
+/// For programs that only print; sockets are not concerned, their sends ask for no signal.
+pub fn end_when_output_is_closed() {
+    // SAFETY: sets the default action, which no other code of this process relies on being another.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 impl AsFd for StopSignals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -125,6 +125,9 @@ impl ServiceFlags {
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
+    if matches!(cli.command, Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor) {
+        uhmm_kernel_hook::signal::end_when_output_is_closed();
+    }
     match cli.command {
         Command::Conformance(args) => return commands::conformance(args, cli.run_dir),
         Command::ConformanceCase(args) => commands::conformance_case(args, run_dir)?,
