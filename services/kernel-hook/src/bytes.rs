@@ -14,6 +14,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::error::HookError;
+use crate::guarded;
 use crate::range::{AddrRange, PAGE_SIZE, aligned};
 
 const UNTYPED: u8 = 0;
@@ -62,12 +63,15 @@ impl Advice {
 /// Mapped bytes with checked access; [`crate::Window`] and [`crate::ManagedMapping`] lend it. Unmaps itself when dropped.
 ///
 /// Errors of every accessor: `OutOfWindow`, `Unaligned`, and for changes `ReadOnly` or `Claimed`. An access to a page that the
-/// pager has poisoned, or that a truncated file no longer has, raises SIGBUS: map sealed files only.
+/// pager has poisoned, or that a truncated file no longer has, raises SIGBUS: map sealed files only, or
+/// [`crate::Window::map_guarded`], whose bulk copies answer an error.
 #[derive(Debug)]
 pub struct MappedBytes {
     base: NonNull<u8>,
     len: u64,
     writable: bool,
+    /// It may vanish: bulk copies go through the kernel.
+    guarded: bool,
     claim: AtomicU8,
 }
 
@@ -82,7 +86,17 @@ impl MappedBytes {
     /// # Safety
     /// `base..base+len` (rounded up to pages) is mapped, readable, writable if `writable`, and owned by nobody else.
     pub(crate) unsafe fn from_raw(base: NonNull<u8>, len: u64, writable: bool) -> Self {
-        Self { base, len, writable, claim: AtomicU8::new(UNTYPED) }
+        Self { base, len, writable, guarded: false, claim: AtomicU8::new(UNTYPED) }
+    }
+
+    /// Bulk copies of it answer an error when its bytes have vanished (see [`crate::Window::map_guarded`]).
+    pub(crate) fn guarded(mut self) -> Self {
+        self.guarded = true;
+        self
+    }
+
+    fn end(&self, at: *mut u8) -> guarded::End {
+        guarded::End { at, guarded: self.guarded }
     }
 
     /// First address in this process.
@@ -284,6 +298,11 @@ impl MappedBytes {
     /// See the type.
     pub fn read(&self, off: u64, into: &mut [u8]) -> Result<(), HookError> {
         let from = self.at(off, into.len() as u64)?;
+        if self.guarded {
+            let to = guarded::End { at: into.as_mut_ptr(), guarded: false };
+            // SAFETY: as below.
+            return unsafe { guarded::copy(self.end(from), to, into.len()) };
+        }
         // SAFETY: source checked; the destination is an exclusive slice of the same length, which no mapping of ours can overlap.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
         Ok(())
@@ -295,6 +314,11 @@ impl MappedBytes {
     /// See the type.
     pub fn write(&self, off: u64, from: &[u8]) -> Result<(), HookError> {
         let into = self.at_mut(off, from.len() as u64)?;
+        if self.guarded {
+            let source = guarded::End { at: from.as_ptr().cast_mut(), guarded: false };
+            // SAFETY: as below; the source is only read.
+            return unsafe { guarded::copy(source, self.end(into), from.len()) };
+        }
         // SAFETY: destination checked and writable; the source is a slice, which no mapping of ours can overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
         Ok(())
@@ -305,11 +329,7 @@ impl MappedBytes {
     /// # Errors
     /// See the type.
     pub fn copy_within(&self, off: u64, to_off: u64, len: u64) -> Result<(), HookError> {
-        let from = self.at(off, len)?;
-        let into = self.at_mut(to_off, len)?;
-        // SAFETY: both checked; `copy` allows overlap.
-        unsafe { std::ptr::copy(from, into, len as usize) };
-        Ok(())
+        self.copy_to(off, self, to_off, len)
     }
 
     /// Copies `len` bytes to another mapping (or the same one).
@@ -319,6 +339,10 @@ impl MappedBytes {
     pub fn copy_to(&self, off: u64, dst: &MappedBytes, dst_off: u64, len: u64) -> Result<(), HookError> {
         let from = self.at(off, len)?;
         let into = dst.at_mut(dst_off, len)?;
+        if self.guarded || dst.guarded {
+            // SAFETY: as below.
+            return unsafe { guarded::copy(self.end(from), dst.end(into), len as usize) };
+        }
         // SAFETY: both checked; `copy` allows overlap, which occurs when `dst` is this very mapping.
         unsafe { std::ptr::copy(from, into, len as usize) };
         Ok(())
@@ -330,6 +354,10 @@ impl MappedBytes {
     /// See the type.
     pub fn fill(&self, off: u64, len: u64, byte: u8) -> Result<(), HookError> {
         let into = self.at_mut(off, len)?;
+        if self.guarded {
+            // SAFETY: as below.
+            return unsafe { guarded::fill(self.end(into), byte, len as usize) };
+        }
         // SAFETY: checked and writable.
         unsafe { std::ptr::write_bytes(into, byte, len as usize) };
         Ok(())

@@ -14,6 +14,7 @@
 //! ```text
 //!   range, error     words everybody uses: AddrRange, PAGE_SIZE, HookError
 //!   abi, sys         kernel structs and ioctl numbers (the build machine's headers are older than the kernel)
+//!   guarded          bulk copies of memory that may vanish
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
 //!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
@@ -35,6 +36,7 @@ pub mod error;
 pub mod event;
 pub mod fd_keeper;
 pub mod fork;
+mod guarded;
 pub mod managed;
 pub mod memfd;
 pub mod own_memory;

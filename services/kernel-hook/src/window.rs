@@ -51,6 +51,17 @@ impl Window {
         Ok(Self { bytes: unsafe { MappedBytes::from_raw(base, len, prot == Prot::ReadWrite) } })
     }
 
+    /// As [`Window::map`], of memory that may vanish under us: a device's BAR, a file that is not sealed. Bulk copies (`read`, `write`,
+    /// `copy_to`, `fill`) answer `Call` (EFAULT) then, after having copied a part; they cost one system call each. Loads, stores and
+    /// atomics of single words still raise SIGBUS. Overlapping copies inside such a mapping give some mix.
+    ///
+    /// # Errors
+    /// As [`Window::map`].
+    pub fn map_guarded(fd: BorrowedFd<'_>, off: u64, len: u64, prot: Prot) -> Result<Self, HookError> {
+        let window = Self::map(fd, off, len, prot)?;
+        Ok(Self { bytes: window.bytes.guarded() })
+    }
+
     /// Private zeroed memory, for scratch and staging.
     ///
     /// # Errors
