@@ -51,6 +51,7 @@ struct QueueOpened {
   memoryFd @0 :UInt16;          # or noFd: the device is not coherent
   device @1 :UInt8;
   generation @2 :UInt64;
+  memoryOffset @3 :UInt64;      # where in the file device memory begins
 }
 
 struct Accessed {

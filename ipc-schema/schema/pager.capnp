@@ -142,6 +142,7 @@ struct DriverLogin {
   apertureFd @3 :UInt16;      # or noFd
   gateFd @4 :UInt16;          # or noFd
   copyRing @5 :CopyRing;      # null when the device has an aperture
+  apertureOffset @6 :UInt64;  # where in the aperture's file device memory begins
 }
 
 struct CopyRing {

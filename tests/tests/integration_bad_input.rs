@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use uhmm_ipc::message::{Call, ErrorCode, Fd, Interface, Reply, Role, TraceId, WireError, pager};
+use uhmm_ipc::message::{Aperture, Call, ErrorCode, Fd, Interface, Reply, Role, TraceId, WireError, pager};
 use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::{ManagedMapping, SeqPacket, Userfaultfd, Window, memfd};
 use uhmm_sdk::{Job, Session};
@@ -192,7 +192,7 @@ fn integration_calls_out_of_turn_or_out_of_role_are_refused() {
         device: 0,
         generation: 1,
         frame_count: 1,
-        aperture: Some(dev_null()),
+        aperture: Some(Aperture { fd: dev_null(), offset_bytes: 0 }),
         gate: None,
         copy_ring: None,
     };

@@ -10,21 +10,19 @@
 //! A ring belongs to one session with the pager: when the link is lost, the thread ends and hands the engine back, and the
 //! next session begins with a new ring. What was in flight the new pager asks again (copies are absolute).
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::CopyRing;
 use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
 use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
-use uhmm_kernel_hook::{EventFd, HookError, Prot, Window, memfd};
+use uhmm_kernel_hook::{EventFd, HookError};
 
 use crate::access::engine::{EngineLane, PIECE_PAGES};
-use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES};
+use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES, Staging, StagingUse};
 use crate::error::DriverError;
 use crate::stats::CopyCounters;
 
@@ -44,7 +42,7 @@ pub(crate) struct CopyService<E> {
 impl<E: CopyEngine + 'static> CopyService<E> {
     /// Makes ring and staging area and starts the thread.
     pub(crate) fn start(
-        engine: E,
+        mut engine: E,
         frame_count: u32,
         staging_bytes: u64,
         counters: Arc<CopyCounters>,
@@ -52,15 +50,14 @@ impl<E: CopyEngine + 'static> CopyService<E> {
     ) -> Result<Self, DriverError> {
         let staging_pages = u32::try_from(staging_bytes / PAGE_BYTES).unwrap_or(u32::MAX);
         let staging_bytes = u64::from(staging_pages) * PAGE_BYTES;
-        let staging: Fd = Arc::new(memfd::create_sealed("uhmm-staging", staging_bytes)?);
-        let window = Window::map(staging.as_fd(), 0, staging_bytes, Prot::ReadWrite)?;
+        let areas = Areas::create(staging_bytes, &mut engine)?;
         let ring = Ring::create(RING_ENTRIES)?;
         let (submit, complete) = (EventFd::new()?, EventFd::new()?);
         let shown = CopyRing {
             ring: ring.fd().clone(),
             submit: Arc::new(submit.try_clone()?.into_fd()),
             complete: Arc::new(complete.try_clone()?.into_fd()),
-            staging,
+            staging: areas.pager.fd.clone(),
         };
         let (completions, requests) = ring.into_ends();
         let stop = Arc::new(AtomicBool::new(false));
@@ -68,9 +65,8 @@ impl<E: CopyEngine + 'static> CopyService<E> {
         let worker = Worker {
             engine,
             frame_count,
-            staging: window,
+            areas,
             staging_pages,
-            access_staging: Window::anonymous(PIECE_PAGES * PAGE_BYTES)?,
             lane,
             requests,
             completions,
@@ -106,14 +102,31 @@ impl<E: CopyEngine + 'static> CopyService<E> {
     }
 }
 
+/// What the engine copies from and to.
+struct Areas {
+    pager: Staging,
+    /// The pager does not see it.
+    access: Staging,
+}
+
+impl Areas {
+    fn create<E: CopyEngine>(staging_bytes: u64, engine: &mut E) -> Result<Self, DriverError> {
+        let pager = Staging::create(StagingUse::Pager, staging_bytes)?;
+        let access = Staging::create(StagingUse::Access, PIECE_PAGES * PAGE_BYTES)?;
+        let areas = Self { pager, access };
+        for area in [&areas.pager, &areas.access] {
+            engine.attach(area).map_err(DriverError::Staging)?;
+        }
+        Ok(areas)
+    }
+}
+
 /// What the thread owns.
 struct Worker<E> {
     engine: E,
     frame_count: u32,
-    staging: Window,
+    areas: Areas,
     staging_pages: u32,
-    /// For direct accesses; the pager does not see it.
-    access_staging: Window,
     lane: EngineLane,
     requests: Consumer,
     completions: Producer,
@@ -164,7 +177,7 @@ impl<E: CopyEngine> Worker<E> {
     fn access(&mut self) {
         let Some(piece) = self.lane.take() else { return };
         let done = if piece.in_bounds(self.frame_count) {
-            piece.perform(&mut self.engine, &self.access_staging)
+            piece.perform(&mut self.engine, &self.areas.access)
         } else {
             Err("A mapping leaves device memory".into())
         };
@@ -183,8 +196,8 @@ impl<E: CopyEngine> Worker<E> {
         }
         let frames = Frames { first: request.frame, count: request.count };
         let done: Result<(), DeviceError> = match request.op {
-            CopyOp::CopyIn => self.engine.copy_in(&self.staging, request.staging_page, frames),
-            CopyOp::CopyOut => self.engine.copy_out(frames, &self.staging, request.staging_page),
+            CopyOp::CopyIn => self.engine.copy_in(&self.areas.pager, request.staging_page, frames),
+            CopyOp::CopyOut => self.engine.copy_out(frames, &self.areas.pager, request.staging_page),
             CopyOp::Scrub => self.engine.scrub(frames),
         };
         self.counters.count(done.is_ok(), u64::from(request.count) * PAGE_BYTES);
@@ -224,6 +237,10 @@ impl<E: CopyEngine> Worker<E> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
+
+    use uhmm_kernel_hook::{Prot, Window};
+
     use crate::port::DevicePort;
 
     const STAGING_PAGES: u32 = 16;
@@ -243,13 +260,22 @@ mod tests {
     }
 
     impl CopyEngine for Recorder {
-        fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
-            assert_eq!(staging.load_u64(u64::from(staging_page) * PAGE_BYTES)?, 77, "the pager's bytes are there");
+        fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError> {
+            self.asked.push(("attach", staging.used_by as u32, (staging.window.len() / PAGE_BYTES) as u32, 0));
+            Ok(())
+        }
+
+        fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+            assert_eq!(
+                staging.window.load_u64(u64::from(staging_page) * PAGE_BYTES)?,
+                77,
+                "the pager's bytes are there"
+            );
             self.note("in", frames, staging_page)
         }
 
-        fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError> {
-            staging.store_u64(u64::from(staging_page) * PAGE_BYTES, 99)?;
+        fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
+            staging.window.store_u64(u64::from(staging_page) * PAGE_BYTES, 99)?;
             self.note("out", frames, staging_page)
         }
 
@@ -316,7 +342,16 @@ mod tests {
         assert_eq!(asker.ask(CopyOp::CopyIn, 0, 2, STAGING_PAGES - 1)?, CopyStatus::OutOfRange);
         assert_eq!(asker.ask(CopyOp::Scrub, 0, 64, u32::MAX)?, CopyStatus::Ok);
         let engine = service.stop().ok_or("The engine comes back")?;
-        assert_eq!(engine.asked, [("in", 10, 4, 5), ("out", 60, 4, 9), ("scrub", 0, 64, 0)]);
+        assert_eq!(
+            engine.asked,
+            [
+                ("attach", 0, STAGING_PAGES, 0),
+                ("attach", 1, PIECE_PAGES as u32, 0),
+                ("in", 10, 4, 5),
+                ("out", 60, 4, 9),
+                ("scrub", 0, 64, 0)
+            ]
+        );
         assert_eq!(counters.bytes.load(Ordering::Relaxed), 72 * PAGE_BYTES);
         assert_eq!(counters.failed_copies.load(Ordering::Relaxed), 2);
         Ok(())
@@ -332,7 +367,7 @@ mod tests {
         engine.broken = false;
         let service = CopyService::start(engine, 8, STAGING_BYTES, counters, lane())?;
         assert_eq!(Asker::open(&service.ring())?.ask(CopyOp::Scrub, 1, 1, 0)?, CopyStatus::Ok);
-        assert_eq!(service.stop().map(|engine| engine.asked.len()), Some(2));
+        assert_eq!(service.stop().map(|engine| engine.asked.len()), Some(6));
         Ok(())
     }
 }

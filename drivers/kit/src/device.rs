@@ -11,11 +11,13 @@
 //! The device talks back only through [`crate::DevicePort`].
 
 use std::fmt;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use uhmm_ipc::message::pager::{MapRun, Memory};
-use uhmm_ipc::message::{Fd, WireError};
-use uhmm_kernel_hook::Window;
+use uhmm_ipc::message::{Aperture, Fd, WireError};
+use uhmm_kernel_hook::{HookError, Prot, Window, memfd};
 use uhmm_manifest::DevicePlan;
 
 use crate::file_pages::FilePages;
@@ -92,23 +94,56 @@ pub trait DeviceMemory {
     /// Size in pages.
     fn frame_count(&self) -> u32;
 
-    /// A CPU-visible window onto all of it, frame 0 at offset 0; sealed when it is a memfd. `None`: the pager moves data
-    /// through [`CopyEngine`].
-    fn aperture(&self) -> Option<Fd>;
+    /// A CPU-visible window onto all of it; sealed when it is a file. `None`: the pager moves data through [`CopyEngine`].
+    fn aperture(&self) -> Option<Aperture>;
 
     /// Descriptors that the vault keeps for the next incarnation, by vault name below `driver/`.
     fn kept(&self) -> Vec<(String, Fd)>;
 }
 
+/// Whose a staging area is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StagingUse {
+    /// The pager's: pages on their way out and home.
+    Pager,
+    /// The kit's own, for `Access` calls.
+    Access,
+}
+
+/// Memory that a copy engine reads and writes: a sealed memfd, and all of it mapped here.
+#[derive(Clone, Debug)]
+pub struct Staging {
+    /// Whose.
+    pub used_by: StagingUse,
+    /// The file.
+    pub fd: Fd,
+    /// The mapping.
+    pub window: Arc<Window>,
+}
+
+impl Staging {
+    /// New zeroed memory.
+    ///
+    /// # Errors
+    /// Out of memory or descriptors.
+    pub fn create(used_by: StagingUse, len_bytes: u64) -> Result<Self, HookError> {
+        let fd: Fd = Arc::new(memfd::create_sealed("uhmm-staging", len_bytes)?);
+        let window = Arc::new(Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite)?);
+        Ok(Self { used_by, fd, window })
+    }
+}
+
 /// Moves bytes for devices without an aperture. Called by the copy thread, one request at a time; ranges are already checked.
-/// Two staging areas take turns: the pager's, and one of the kit's own for `Access` calls; an engine that has to prepare memory
-/// for DMA knows them by [`uhmm_kernel_hook::MappedBytes::addr`], which stays for a session with the pager.
 pub trait CopyEngine: Send {
+    /// From now on requests name this area, and none that came before it for the same use: a session with the pager begins. Here an
+    /// engine that does DMA makes the area reachable for the device, and the earlier one unreachable.
+    fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError>;
+
     /// Staging pages, the first one here, to frames. Returns after the frames hold the bytes.
-    fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError>;
+    fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError>;
 
     /// Frames to staging pages. Returns after the staging area holds the bytes.
-    fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError>;
+    fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError>;
 
     /// Frames become zero.
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError>;

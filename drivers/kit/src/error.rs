@@ -44,6 +44,9 @@ pub enum DriverError {
         /// The supervisor's answer.
         text: String,
     },
+    /// The engine cannot reach memory that it is to copy from and to.
+    #[error("The copy engine cannot use its staging area")]
+    Staging(#[source] DeviceError),
     /// The copy thread could not be started.
     #[error("The copy thread could not be started")]
     Thread(#[source] std::io::Error),

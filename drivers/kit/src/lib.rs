@@ -35,7 +35,7 @@ mod uplink;
 pub use device::{
     CopyEngine, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId, Frames,
     InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES, PageRange,
-    Parts, Place, Quiescence, RegionKey, RegionMap, SystemPages,
+    Parts, Place, Quiescence, RegionKey, RegionMap, Staging, StagingUse, SystemPages,
 };
 pub use error::DriverError;
 pub use file_pages::FilePages;

@@ -17,9 +17,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
+use uhmm_ipc::message::{Aperture, Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
-use uhmm_kernel_hook::{Prot, Window};
+use uhmm_kernel_hook::Window;
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_manifest::DevicePlan;
 
@@ -99,7 +99,7 @@ struct MemoryShown {
     device: u8,
     generation: u64,
     frame_count: u32,
-    aperture: Option<uhmm_ipc::message::Fd>,
+    aperture: Option<Aperture>,
     gate: Option<uhmm_ipc::message::Fd>,
 }
 
@@ -180,7 +180,8 @@ impl<D: Driver> DriverLoop<D> {
         let Some(early) = keep_in_vault(&mut service, &parts.memory, &generation)? else { return Ok(None) };
 
         let len_bytes = u64::from(frame_count) * PAGE_BYTES;
-        let window = parts.memory.aperture().map(|fd| Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite));
+        let map_all = |memory: Aperture| Window::map_aperture(memory.fd.as_fd(), memory.offset_bytes, len_bytes);
+        let window = parts.memory.aperture().map(map_all);
         let window = window
             .transpose()
             .map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;

@@ -4,8 +4,8 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES};
-use uhmm_ipc::message::Fd;
+use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging};
+use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::{Prot, Window, memfd};
 
 /// Vault name of the memory.
@@ -66,8 +66,8 @@ impl DeviceMemory for SoftMemory {
         self.frame_count
     }
 
-    fn aperture(&self) -> Option<Fd> {
-        self.aperture.then(|| self.fd.clone())
+    fn aperture(&self) -> Option<Aperture> {
+        self.aperture.then(|| Aperture { fd: self.fd.clone(), offset_bytes: 0 })
     }
 
     fn kept(&self) -> Vec<(String, Fd)> {
@@ -93,14 +93,19 @@ fn bytes_of(page: u32) -> u64 {
 }
 
 impl CopyEngine for SoftEngine {
-    fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
-        let (from, to) = (bytes_of(staging_page), bytes_of(frames.first));
-        Ok(staging.copy_to(from, &self.window, to, bytes_of(frames.count))?)
+    /// The processor reaches it as it is.
+    fn attach(&mut self, _: &Staging) -> Result<(), DeviceError> {
+        Ok(())
     }
 
-    fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError> {
+    fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+        let (from, to) = (bytes_of(staging_page), bytes_of(frames.first));
+        Ok(staging.window.copy_to(from, &self.window, to, bytes_of(frames.count))?)
+    }
+
+    fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
         let (from, to) = (bytes_of(frames.first), bytes_of(staging_page));
-        Ok(self.window.copy_to(from, staging, to, bytes_of(frames.count))?)
+        Ok(self.window.copy_to(from, &staging.window, to, bytes_of(frames.count))?)
     }
 
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
@@ -110,6 +115,8 @@ impl CopyEngine for SoftEngine {
 
 #[cfg(test)]
 mod tests {
+    use uhmm_driver_kit::StagingUse;
+
     use super::*;
 
     #[test]
@@ -136,15 +143,15 @@ mod tests {
     #[test]
     fn the_engine_moves_and_scrubs_whole_frames() -> Result<(), DeviceError> {
         let (memory, _) = SoftMemory::open(vec![], 64 * PAGE_BYTES, false, false)?;
-        let staging = Window::anonymous(8 * PAGE_BYTES)?;
-        staging.fill(2 * PAGE_BYTES, 2 * PAGE_BYTES, 0xab)?;
+        let staging = Staging::create(StagingUse::Pager, 8 * PAGE_BYTES)?;
+        staging.window.fill(2 * PAGE_BYTES, 2 * PAGE_BYTES, 0xab)?;
         let mut engine = SoftEngine::new(&memory);
         let frames = Frames { first: 30, count: 2 };
         engine.copy_in(&staging, 2, frames)?;
         assert_eq!(memory.window().load_u8(32 * PAGE_BYTES - 1)?, 0xab);
         assert_eq!(memory.window().load_u8(32 * PAGE_BYTES)?, 0);
         engine.copy_out(frames, &staging, 5)?;
-        assert_eq!(staging.load_u8(7 * PAGE_BYTES - 1)?, 0xab);
+        assert_eq!(staging.window.load_u8(7 * PAGE_BYTES - 1)?, 0xab);
         engine.scrub(frames)?;
         assert_eq!(memory.window().load_u8(30 * PAGE_BYTES)?, 0);
         assert!(engine.scrub(Frames { first: 63, count: 2 }).is_err());

@@ -252,13 +252,6 @@ pub struct Device {
 /// All device slots.
 pub type Devices = [Option<Device>; DEVICE_SLOTS];
 
-/// Maps an aperture after checking that it can neither shrink nor lie about its size.
-pub fn map_aperture(fd: &Fd, frame_count: u32) -> Result<Window, DeviceError> {
-    let len_bytes = u64::from(frame_count) * PAGE_SIZE;
-    memfd::check_sealed(fd.as_fd(), len_bytes)?;
-    Ok(Window::map(fd.as_fd(), 0, len_bytes, Prot::ReadWrite)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

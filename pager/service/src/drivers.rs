@@ -9,13 +9,13 @@ use std::os::fd::AsFd;
 
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
-use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
+use uhmm_ipc::message::{Aperture, ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
-use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
+use uhmm_kernel_hook::{PAGE_SIZE, PidFd, Window};
 use uhmm_pager_core::{DeviceId, Event, Pages};
 
-use crate::devices::{CopyEngine, Device, DeviceError, map_aperture};
+use crate::devices::{CopyEngine, Device, DeviceError};
 use crate::requests::residency;
 use crate::revoke::PendingRevoke;
 use crate::service::Pager;
@@ -31,7 +31,7 @@ impl Pager {
         device_id: u8,
         generation: u64,
         frame_count: u32,
-        aperture: Option<Fd>,
+        aperture: Option<Aperture>,
         gate: Option<Fd>,
         copy_ring: Option<CopyRing>,
     ) -> Result<pager::Reply> {
@@ -68,7 +68,7 @@ impl Pager {
         device_id: u8,
         peer: &uhmm_ipc::Peer,
         frame_count: u32,
-        aperture: Option<Fd>,
+        aperture: Option<Aperture>,
         gate: Option<Fd>,
         copy_ring: Option<CopyRing>,
     ) -> std::result::Result<Device, DeviceError> {
@@ -76,13 +76,15 @@ impl Pager {
             return Err(DeviceError::NoCopyPath);
         }
         let shared = |error: uhmm_ipc::shared::words::WordsError| DeviceError::Shared(error.to_string());
+        let len_bytes = u64::from(frame_count) * PAGE_SIZE;
+        let map_all = |memory: Aperture| Window::map_aperture(memory.fd.as_fd(), memory.offset_bytes, len_bytes);
         Ok(Device {
             id: device_id,
             service: peer.name.clone(),
             conn: Some(conn),
             incarnation: peer.incarnation,
             pidfd: PidFd::open(peer.pid)?,
-            aperture: aperture.map(|fd| map_aperture(&fd, frame_count)).transpose()?,
+            aperture: aperture.map(map_all).transpose()?,
             gate: gate.map(|fd| Gate::open(fd.as_fd()).map_err(shared)).transpose()?,
             engine: copy_ring.map(|ring| CopyEngine::open(&ring)).transpose()?,
             fenced: false,

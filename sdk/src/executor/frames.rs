@@ -118,8 +118,8 @@ impl Executor {
         let (Some(allocation), Some(aperture)) = (self.allocations.of(order), aperture) else {
             return answer(AgentStatus::Failed);
         };
-        let offset = u64::from(frame) * PAGE_SIZE;
-        let wanted = Wanted { memory: &aperture.memory, offset, watched: false, forks: false };
+        let offset = aperture.memory.offset_bytes + u64::from(frame) * PAGE_SIZE;
+        let wanted = Wanted { memory: &aperture.memory.fd, offset, watched: false, forks: false };
         let _unchanged = rights_stay();
         let missing = self.others(order, &allocation, &wanted)?;
         if missing.is_empty() {
@@ -173,7 +173,7 @@ impl Executor {
                 }
                 let mut ours = is(&allocation.memory)?;
                 for aperture in self.apertures.values() {
-                    ours = ours || is(&aperture.memory)?;
+                    ours = ours || is(&aperture.memory.fd)?;
                 }
                 if ours {
                     others.push(part);
@@ -206,6 +206,7 @@ impl Executor {
 mod tests {
     use std::sync::Arc;
 
+    use uhmm_ipc::message::Aperture;
     use uhmm_ipc::message::pager::AgentOp;
     use uhmm_kernel_hook::{Features, ManagedMapping, Prot, Userfaultfd, Window, memfd};
 
@@ -213,6 +214,8 @@ mod tests {
 
     const P: u64 = PAGE_SIZE;
     const GENERATION: u64 = 9;
+    /// Device memory does not begin where its file does (a BAR).
+    const SKIPPED: u64 = 4 * P;
 
     /// A region of eight pages and a device of sixteen frames. Nobody answers faults, so every page is there before.
     struct Bed {
@@ -222,13 +225,17 @@ mod tests {
         next_id: u64,
     }
 
+    fn aperture(fd: &Fd) -> Aperture {
+        Aperture { fd: fd.clone(), offset_bytes: SKIPPED }
+    }
+
     impl Bed {
         fn new() -> Self {
             let (uffd, _) = Userfaultfd::create(None).unwrap();
             let shared = Features::MISSING_SHMEM.union(Features::MINOR_SHMEM).union(Features::WP_HUGETLBFS_SHMEM);
             uffd.api(shared.union(Features::PAGEFAULT_FLAG_WP)).unwrap();
             let memory: Fd = Arc::new(memfd::create_sealed("uhmm-test-region", 8 * P).unwrap());
-            let frames: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", 16 * P).unwrap());
+            let frames: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", SKIPPED + 16 * P).unwrap());
             let mapping = ManagedMapping::map(memory.as_fd(), 8 * P, None).unwrap();
             (0..8).for_each(|page| mapping.store_u64(page * P, page).unwrap());
             let allocations = Arc::<Allocations>::default();
@@ -236,8 +243,8 @@ mod tests {
             allocations.insert(1, Allocation { range, memory, forks: false });
             let staging = Window::anonymous(P).unwrap();
             let mut executor = Executor::new(uffd, staging, allocations).unwrap();
-            executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION, memory: frames.clone() });
-            let device = Window::map(frames.as_fd(), 0, 16 * P, Prot::ReadWrite).unwrap();
+            executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION, memory: aperture(&frames) });
+            let device = Window::map(frames.as_fd(), SKIPPED, 16 * P, Prot::ReadWrite).unwrap();
             Self { executor, mapping, device, next_id: 1 }
         }
 
@@ -308,8 +315,8 @@ mod tests {
         let mut bed = Bed::new();
         let order = bed.order(0, 8, map(0));
         bed.run(&order);
-        let memory: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", 16 * P).unwrap());
-        bed.executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION + 1, memory });
+        let memory: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", SKIPPED + 16 * P).unwrap());
+        bed.executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION + 1, memory: aperture(&memory) });
         let order = bed.order(0, 8, AgentOp::UnmapDevice);
         bed.run(&order);
         (0..8).for_each(|page| assert_eq!(bed.mapping.load_u64(page * P).unwrap(), page));

@@ -62,6 +62,20 @@ impl Window {
         Ok(Self { bytes: window.bytes.guarded() })
     }
 
+    /// Device memory that another process shows: a file must be sealed, so that it can neither shrink nor lie about its size; anything
+    /// else (a BAR) may vanish at any time and is mapped guarded.
+    ///
+    /// # Errors
+    /// As [`Window::map`], `NotSealed`.
+    pub fn map_aperture(fd: BorrowedFd<'_>, off: u64, len: u64) -> Result<Self, HookError> {
+        let stat = rustix::fs::fstat(fd).map_err(|error| HookError::failed("fstat", error))?;
+        if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
+            return Self::map_guarded(fd, off, len, Prot::ReadWrite);
+        }
+        crate::memfd::check_sealed(fd, stat.st_size.max(0) as u64)?;
+        Self::map(fd, off, len, Prot::ReadWrite)
+    }
+
     /// Private zeroed memory, for scratch and staging.
     ///
     /// # Errors
@@ -179,6 +193,20 @@ mod tests {
         assert!(matches!(Window::map(fd.as_fd(), 4096, 1, Prot::ReadOnly), Err(HookError::OutOfWindow { .. })));
         assert!(matches!(Window::map(fd.as_fd(), 1, 1, Prot::ReadOnly), Err(HookError::Unaligned { .. })));
         assert!(matches!(Window::map(fd.as_fd(), 0, 0, Prot::ReadOnly), Err(HookError::Empty { .. })));
+    }
+
+    #[test]
+    fn an_aperture_is_a_sealed_file_that_is_long_enough() {
+        let sealed = crate::memfd::create_sealed("uhmm-window-test", 4 * 4096).unwrap();
+        let window = Window::map_aperture(sealed.as_fd(), 4096, 3 * 4096).unwrap();
+        window.store_u64(0, 7).unwrap();
+        assert_eq!(Window::map_aperture(sealed.as_fd(), 0, 8192).unwrap().load_u64(4096).unwrap(), 7);
+        assert!(matches!(Window::map_aperture(sealed.as_fd(), 8192, 3 * 4096), Err(HookError::OutOfWindow { .. })));
+        let open = rustix::fs::memfd_create("uhmm-window-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&open, 8192).unwrap();
+        assert!(matches!(Window::map_aperture(open.as_fd(), 0, 8192), Err(HookError::NotSealed { .. })));
+        let zero = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap();
+        assert!(Window::map_aperture(zero.as_fd(), 0, 8192).unwrap().compare(0, &[0; 8192]).unwrap());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uhmm_ipc::message::driver::AccessOp;
 use uhmm_kernel_hook::Window;
 
-use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES};
+use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES, Staging};
 use crate::port::DevicePort;
 
 /// Most pages of one piece, and size of the kit's staging area.
@@ -61,25 +61,26 @@ impl Piece {
     }
 
     /// Called on the copy thread.
-    pub(crate) fn perform<E: CopyEngine>(&self, engine: &mut E, staging: &Window) -> Result<(), DeviceError> {
+    pub(crate) fn perform<E: CopyEngine>(&self, engine: &mut E, staging: &Staging) -> Result<(), DeviceError> {
+        let bytes = &staging.window;
         for Run { frames, buffer_page } in &self.runs {
             let (at, len) = (buffer_page * PAGE_BYTES, u64::from(frames.count) * PAGE_BYTES);
             match self.op {
                 AccessOp::Read => {
                     engine.copy_out(*frames, staging, 0)?;
-                    staging.copy_to(0, &self.buffer, at, len)?;
+                    bytes.copy_to(0, &self.buffer, at, len)?;
                 }
                 AccessOp::Write => {
-                    self.buffer.copy_to(at, staging, 0, len)?;
+                    self.buffer.copy_to(at, bytes, 0, len)?;
                     engine.copy_in(staging, 0, *frames)?;
                 }
                 // Nobody else reaches the frames: see `DriverLoop::additions_may_run`.
                 AccessOp::FetchAdd(value) => {
                     engine.copy_out(*frames, staging, 0)?;
                     for word in (0..len).step_by(8) {
-                        let before = staging.load_u64(word)?;
+                        let before = bytes.load_u64(word)?;
                         self.buffer.store_u64(at + word, before)?;
-                        staging.store_u64(word, before.wrapping_add(value))?;
+                        bytes.store_u64(word, before.wrapping_add(value))?;
                     }
                     engine.copy_in(staging, 0, *frames)?;
                 }
@@ -164,19 +165,24 @@ impl EngineLane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::StagingUse;
 
     /// Device memory as a window that only the engine reaches.
     struct Engine(Window);
 
     impl CopyEngine for Engine {
-        fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
-            let (from, to) = (u64::from(staging_page) * PAGE_BYTES, u64::from(frames.first) * PAGE_BYTES);
-            Ok(staging.copy_to(from, &self.0, to, u64::from(frames.count) * PAGE_BYTES)?)
+        fn attach(&mut self, _: &Staging) -> Result<(), DeviceError> {
+            Ok(())
         }
 
-        fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError> {
+        fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+            let (from, to) = (u64::from(staging_page) * PAGE_BYTES, u64::from(frames.first) * PAGE_BYTES);
+            Ok(staging.window.copy_to(from, &self.0, to, u64::from(frames.count) * PAGE_BYTES)?)
+        }
+
+        fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
             let (from, to) = (u64::from(frames.first) * PAGE_BYTES, u64::from(staging_page) * PAGE_BYTES);
-            Ok(self.0.copy_to(from, staging, to, u64::from(frames.count) * PAGE_BYTES)?)
+            Ok(self.0.copy_to(from, &staging.window, to, u64::from(frames.count) * PAGE_BYTES)?)
         }
 
         fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
@@ -204,7 +210,7 @@ mod tests {
     #[test]
     fn bytes_go_out_come_back_and_are_added_to_through_the_engine() -> Result<(), DeviceError> {
         let mut engine = Engine(Window::anonymous(16 * PAGE_BYTES)?);
-        let staging = Window::anonymous(PIECE_PAGES * PAGE_BYTES)?;
+        let staging = Staging::create(StagingUse::Access, PIECE_PAGES * PAGE_BYTES)?;
         let buffer = Arc::new(Window::anonymous(5 * PAGE_BYTES)?);
         buffer.store_u64(2 * PAGE_BYTES + 8, u64::MAX)?;
         buffer.store_u64(3 * PAGE_BYTES, 77)?;

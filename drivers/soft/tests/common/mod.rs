@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use uhmm_driver_soft::run;
 use uhmm_ipc::message::pager::{MapKind, MapRun};
 use uhmm_ipc::message::{
-    Call, ErrorCode, Event, Fd, Interface, Metric, Reply, Role, TraceId, WireError, common, driver, mirror, pager,
-    supervisor,
+    Aperture, Call, ErrorCode, Event, Fd, Interface, Metric, Reply, Role, TraceId, WireError, common, driver, mirror,
+    pager, supervisor,
 };
 use uhmm_ipc::{CallId, ConnId, Endpoint, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::{Prot, SeqListener, Window, memfd};
@@ -55,7 +55,7 @@ pub struct World {
     supervisor_conn: Option<ConnId>,
     mirror_conn: Option<ConnId>,
     pub memory: Fd,
-    pub logins: Vec<(u64, u32, Option<Fd>, Option<pager::CopyRing>)>,
+    pub logins: Vec<(u64, u32, Option<Aperture>, Option<pager::CopyRing>)>,
     pub tables: Vec<Fd>,
     pub acks: Vec<u64>,
     pub asked: Vec<(u64, bool)>,
@@ -252,8 +252,13 @@ impl World {
     /// Device memory through the aperture of the last login.
     pub fn aperture(&self) -> Result<Window, AnyError> {
         let (_, frame_count, aperture, _) = self.logins.last().ok_or("The driver logged in")?;
-        let fd = aperture.as_ref().ok_or("The device has an aperture")?;
-        Ok(Window::map(fd.as_fd(), 0, u64::from(*frame_count) * PAGE_BYTES, Prot::ReadWrite)?)
+        let aperture = aperture.as_ref().ok_or("The device has an aperture")?;
+        Ok(Window::map(
+            aperture.fd.as_fd(),
+            aperture.offset_bytes,
+            u64::from(*frame_count) * PAGE_BYTES,
+            Prot::ReadWrite,
+        )?)
     }
 
     /// Device memory as the vault keeps it, whether or not the CPU is shown it.

@@ -8,6 +8,7 @@ use uhmm_schema::sdk_capnp::{MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
+use crate::message::Aperture;
 use crate::message::driver::{AccessOp, Call, CoherentMemory, Reply};
 
 pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
@@ -98,8 +99,9 @@ pub(super) fn write_reply(from: &Reply, to: reply::Builder<'_>, fds: &mut FdSink
         }
         Reply::QueueOpened { coherent } => {
             let mut to = to.init_queue_opened();
-            to.set_memory_fd(fds.put_optional(coherent.as_ref().map(|coherent| &coherent.memory)));
-            if let Some(CoherentMemory { device, generation, .. }) = coherent {
+            to.set_memory_fd(fds.put_optional(coherent.as_ref().map(|coherent| &coherent.memory.fd)));
+            if let Some(CoherentMemory { device, generation, memory }) = coherent {
+                to.set_memory_offset(memory.offset_bytes);
                 to.set_device(*device);
                 to.set_generation(*generation);
             }
@@ -139,6 +141,7 @@ pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<
         reply::QueueOpened(from) => {
             let from = from?;
             let memory = fds.take_optional("queueOpened.memoryFd", from.get_memory_fd())?;
+            let memory = memory.map(|fd| Aperture { fd, offset_bytes: from.get_memory_offset() });
             let (device, generation) = (from.get_device(), from.get_generation());
             Reply::QueueOpened { coherent: memory.map(|memory| CoherentMemory { device, generation, memory }) }
         }

@@ -6,8 +6,8 @@ use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, out_data};
-use crate::message::Fd;
 use crate::message::pager::{Call, CopyRing, Event};
+use crate::message::{Aperture, Fd};
 
 mod agent;
 mod places;
@@ -148,13 +148,14 @@ fn write_resolve(from: &Call, mut to: resolve::Builder<'_>) {
 }
 
 fn write_driver_memory(
-    aperture: Option<&Fd>,
+    aperture: Option<&Aperture>,
     gate: Option<&Fd>,
     copy_ring: Option<&CopyRing>,
     mut to: driver_login::Builder<'_>,
     fds: &mut FdSink,
 ) {
-    to.set_aperture_fd(fds.put_optional(aperture));
+    to.set_aperture_fd(fds.put_optional(aperture.map(|aperture| &aperture.fd)));
+    to.set_aperture_offset(aperture.map_or(0, |aperture| aperture.offset_bytes));
     to.set_gate_fd(fds.put_optional(gate));
     if let Some(CopyRing { ring, submit, complete, staging }) = copy_ring {
         let mut to = to.init_copy_ring();
@@ -297,6 +298,7 @@ fn read_resolve(from: resolve::Reader<'_>) -> Call {
 
 fn read_driver_login(from: driver_login::Reader<'_>, fds: &mut FdSource) -> Result<Call, DecodeError> {
     let aperture = fds.take_optional("driverLogin.apertureFd", from.get_aperture_fd())?;
+    let aperture = aperture.map(|fd| Aperture { fd, offset_bytes: from.get_aperture_offset() });
     let gate = fds.take_optional("driverLogin.gateFd", from.get_gate_fd())?;
     let copy_ring = if from.has_copy_ring() {
         let from = from.get_copy_ring()?;

@@ -1,5 +1,16 @@
 //! What every interface shares: the handshake, the closed error enum, metrics.
 
+use crate::message::Fd;
+
+/// A window onto device memory: what to map, and where in it frame 0 is.
+#[derive(Clone, Debug)]
+pub struct Aperture {
+    /// A sealed memfd, or a device's own descriptor (a BAR through VFIO): that one may vanish, and it lets its holder do more than map.
+    pub fd: Fd,
+    /// In bytes, page aligned.
+    pub offset_bytes: u64,
+}
+
 /// Which service a connection is for. Sent in [`Hello`]; a mismatch refuses the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Interface {

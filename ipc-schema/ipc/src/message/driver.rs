@@ -1,6 +1,6 @@
 //! Driver interface, for SDK clients: open a queue, submit jobs on virtual addresses.
 
-use super::Fd;
+use super::{Aperture, Fd};
 
 /// What a device does with a range of virtual addresses on its own, without a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,8 +71,8 @@ pub struct CoherentMemory {
     pub device: u8,
     /// Names the memory, as in the pager's `DriverLogin`.
     pub generation: u64,
-    /// All of it, frame 0 at offset 0.
-    pub memory: Fd,
+    /// All of it.
+    pub memory: Aperture,
 }
 
 /// Answers.

@@ -14,7 +14,7 @@ pub mod supervisor;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-pub use common::{ErrorCode, Hello, Interface, Metric, Role, Welcome, WireError};
+pub use common::{Aperture, ErrorCode, Hello, Interface, Metric, Role, Welcome, WireError};
 
 /// A descriptor inside a message. Shared, so that an idempotent call can be sent again after a restart.
 pub type Fd = Arc<OwnedFd>;

@@ -1,9 +1,9 @@
 //! Pager interface. Clients own spaces and regions; drivers bring device memory; the mirror resolves device faults and carries
 //! invalidations.
 
-use super::Fd;
 pub use super::agent::*;
 pub use super::policy::*;
+use super::{Aperture, Fd};
 
 /// Where pages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -312,8 +312,8 @@ pub enum Call {
         generation: u64,
         /// Size of device memory in pages.
         frame_count: u32,
-        /// CPU-visible window onto all of device memory (sealed memfd). Without it the driver's copy engine moves the data.
-        aperture: Option<Fd>,
+        /// CPU-visible window onto all of device memory. Without it the driver's copy engine moves the data.
+        aperture: Option<Aperture>,
         /// Where the device's threads say that they are inside (see `uhmm_ipc::shared::gate`): lets the pager revoke without a message.
         gate: Option<Fd>,
         /// Copy engine: ring memfd, submit eventfd, complete eventfd, staging memfd. Required without an aperture.

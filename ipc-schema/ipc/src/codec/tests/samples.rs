@@ -1,6 +1,7 @@
 //! One message of every kind, with values that differ from every default.
 
 use super::*;
+use crate::message::Aperture;
 
 /// Names every variant of an enum once: as a pattern, so that a forgotten one does not compile, and as text.
 macro_rules! variants {
@@ -127,6 +128,10 @@ fn client_calls() -> Vec<Call> {
     calls.into_iter().map(Call::Pager).collect()
 }
 
+fn window(len: u64) -> Aperture {
+    Aperture { fd: fd(len), offset_bytes: 2 << 40 }
+}
+
 fn service_calls() -> Vec<Call> {
     use pager::Call::*;
     let ring = pager::CopyRing { ring: fd(4096), submit: fd(8192), complete: fd(12288), staging: fd(16384) };
@@ -150,9 +155,9 @@ fn service_calls() -> Vec<Call> {
         exclusive,
     };
     [
-        login(Some(fd(20480)), Some(fd(4096)), None),
+        login(Some(window(20480)), Some(fd(4096)), None),
         login(None, Some(fd(4096)), Some(ring.clone())),
-        login(Some(fd(4096)), None, Some(ring)),
+        login(Some(window(4096)), None, Some(ring)),
         login(None, None, None),
         AttachTable { space: 1, region: 2, table: fd(4096) },
         MirrorLogin,
@@ -362,7 +367,7 @@ fn driver_replies() -> Vec<Reply> {
     [
         Info { driver: "soft".into(), device: 2, memory_bytes: 1 << 30, aperture: true, coherent: true, kernels },
         QueueOpened { coherent: None },
-        QueueOpened { coherent: Some(CoherentMemory { device: 2, generation: u64::MAX, memory: fd(4096) }) },
+        QueueOpened { coherent: Some(CoherentMemory { device: 2, generation: u64::MAX, memory: window(4096) }) },
         Accessed { page_count: 1024, fault_count: 1 },
         Finished { results: vec![1, 2, 3], fault_count: 4, run_time_ns: 5 },
     ]
