@@ -110,6 +110,7 @@ pub struct SharedTable {
     gate: Gate,
     /// The loop's own place in the gate, behind those of the device's threads.
     own_slot: Slot,
+    thread_count: usize,
     shown_to_pager: bool,
 }
 
@@ -125,12 +126,19 @@ impl SharedTable {
     pub fn create(thread_count: u32, shown_to_pager: bool) -> Result<Self, DeviceError> {
         let gate = Gate::create(thread_count + 1)?;
         let own_slot = gate.slot(thread_count as usize).ok_or("The gate has no slot for the loop")?;
-        Ok(Self { spaces: AddressSpaces::default(), by_key: HashMap::new(), gate, own_slot, shown_to_pager })
+        let thread_count = thread_count as usize;
+        let (spaces, by_key) = (AddressSpaces::default(), HashMap::new());
+        Ok(Self { spaces, by_key, gate, own_slot, thread_count, shown_to_pager })
     }
 
     /// For the device's threads.
     pub fn spaces(&self) -> AddressSpaces {
         self.spaces.clone()
+    }
+
+    /// Places for device threads.
+    pub fn thread_count(&self) -> usize {
+        self.thread_count
     }
 
     /// The gate's slot of one device thread; each index for one thread only.

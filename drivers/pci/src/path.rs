@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::PciError;
 
 /// Domain, bus, device, function: `0000:00:05.0`.
@@ -46,8 +48,9 @@ impl FromStr for PciAddress {
     }
 }
 
-/// `pci = "0000:00:05.0"` (VFIO), or `pci = "vfio-user:/run/model.sock"` (a device in another process).
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// `pci = "0000:00:05.0"` (VFIO), or `pci = "vfio-user:/run/model.sock"` (a device in another process). Manifest and plan hold it as this text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum PciPath {
     /// A device of this machine that is bound to vfio-pci.
     Vfio(PciAddress),
@@ -64,6 +67,20 @@ impl FromStr for PciPath {
             Some(_) => Err(PciError::Path { text: text.to_owned() }),
             None => text.parse().map(Self::Vfio),
         }
+    }
+}
+
+impl TryFrom<String> for PciPath {
+    type Error = PciError;
+
+    fn try_from(text: String) -> Result<Self, PciError> {
+        text.parse()
+    }
+}
+
+impl From<PciPath> for String {
+    fn from(path: PciPath) -> Self {
+        path.to_string()
     }
 }
 

@@ -1,29 +1,24 @@
 //! The soft device: a complete device in one process, with its own memory, its own page table, its own threads.
 //!
 //! ```text
-//!   driver kit's loop --submit, resume, cancel--> workers: unit-0, unit-1, ...   each: kernel -> Mmu -> frames | system pages
+//!   driver kit's loop --submit, resume, cancel--> uhmm_compute::Workers: unit-0, unit-1, ...
 //!                     --begin, install, revoke--> SharedTable (memfd, shown to the pager if there is an aperture)
 //!                     <--------- DevicePort ----- faults, ends of jobs
 //! ```
 //! With an aperture the pager reads and writes device memory directly; without one (`aperture = false` in the manifest) it uses
 //! the copy ring and revokes by message, exactly as with hardware whose memory the CPU cannot see.
-//!
-//! * [`kernels`]: what jobs can run. [`mmu`]: how they reach memory. [`workers`]: who runs them. [`memory`]: device memory.
+//! [`memory`]: device memory; everything else comes from the driver kit and `uhmm-compute`.
 
-pub mod kernels;
 pub mod memory;
-pub mod mmu;
-pub mod workers;
 
 use std::sync::Arc;
 
+use uhmm_compute::{Kernel, UnitFrames, Workers, kernels};
 use uhmm_driver_kit::{
     DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, Parts, ServiceArgs, SharedTable, run_driver,
 };
 
-use crate::kernels::Kernel;
 use crate::memory::{SoftEngine, SoftMemory};
-use crate::workers::{Device, Workers};
 
 /// The driver of the soft device.
 #[derive(Debug)]
@@ -64,9 +59,8 @@ impl Driver for SoftDriver {
         let (memory, origin) = SoftMemory::open(kept, plan.memory_bytes, plan.populate, plan.aperture)?;
         let worker_count = plan.workers.max(1);
         let table = SharedTable::create(worker_count, plan.aperture)?;
-        let device = Device { memory: memory.window(), spaces: table.spaces(), port, kernels: self.kernels.clone() };
-        let slots = (0..worker_count as usize).filter_map(|index| table.slot(index)).collect();
-        let queue = Workers::start(&device, slots)?;
+        let frames = (0..worker_count).map(|_| UnitFrames::Window(memory.window())).collect();
+        let queue = Workers::start(&table, &port, &self.kernels, frames)?;
         let engine = (!plan.aperture).then(|| SoftEngine::new(&memory));
         Ok(Parts { memory, origin, engine, table, queue })
     }

@@ -16,6 +16,7 @@ mod show;
 pub use error::ManifestError;
 pub use parse::{ByteSize, Device, Kind, Manifest, Quota, Restart, Sandbox, Service, Supervisor};
 pub use plan::{Channel, DevicePlan, Plan, ServicePlan};
+pub use resolve::MEMORY_BYTES_MAX;
 
 /// Devices that one plan can have: one bit each in a directory entry.
 pub const DEVICE_COUNT_MAX: usize = 8;

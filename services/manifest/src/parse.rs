@@ -1,6 +1,7 @@
 //! The manifest as it is written.
 
 use serde::{Deserialize, Deserializer, Serialize, de};
+use uhmm_pci::PciPath;
 
 use crate::ManifestError;
 
@@ -135,13 +136,20 @@ pub struct Device {
     pub name: String,
     /// The service that drives it.
     pub service: String,
-    /// Device memory.
-    #[serde(default = "default_memory")]
-    pub memory_bytes: ByteSize,
+    /// The PCI device: `"0000:00:05.0"` (bound to vfio-pci), or `"vfio-user:/path"` (a process that plays one). For drivers of PCI
+    /// devices only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PciPath>,
+    /// Which base address register of the PCI device holds its memory, 0 to 5. Without it the largest one that can be mapped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bar: Option<u8>,
+    /// Device memory. A software device has exactly this much, 1 GiB if nothing is said; of a PCI device it is the most that is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<ByteSize>,
     /// Touch all of device memory at start, as hardware has it from the beginning.
     #[serde(default)]
     pub populate: bool,
-    /// The CPU sees device memory through a window.
+    /// The CPU sees device memory through a window. PCI devices decide that themselves.
     #[serde(default = "yes")]
     pub aperture: bool,
     /// A program reaches pages of memory that uhmm allocated for it where they are, on the device too. Needs `aperture`. Such a device
@@ -154,10 +162,6 @@ pub struct Device {
     /// Data area of the copy engine of a device without aperture.
     #[serde(default = "default_staging")]
     pub staging_bytes: ByteSize,
-}
-
-fn default_memory() -> ByteSize {
-    ByteSize(1 << 30)
 }
 
 fn yes() -> bool {

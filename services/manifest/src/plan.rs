@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use uhmm_pci::PciPath;
 
 use crate::ManifestError;
 use crate::parse::{Kind, Quota, Restart, Sandbox, Supervisor};
@@ -35,7 +36,14 @@ pub struct DevicePlan {
     pub name: String,
     /// Service that drives it.
     pub service: String,
-    /// Device memory, a multiple of the page size.
+    /// The PCI device, for drivers of such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<PciPath>,
+    /// The base address register with device memory, if the manifest says which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bar: Option<u8>,
+    /// Device memory, a multiple of the page size. Of a PCI device: use at most this much of what there is
+    /// ([`crate::MEMORY_BYTES_MAX`]: all of it).
     pub memory_bytes: u64,
     /// Touch all of it at start.
     pub populate: bool,

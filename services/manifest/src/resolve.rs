@@ -8,11 +8,14 @@ use crate::plan::{Channel, DevicePlan, Plan, ServicePlan};
 use crate::{DEVICE_COUNT_MAX, ManifestError};
 
 const PAGE_BYTES: u64 = 4096;
-/// Frame numbers have 32 bits.
-const MEMORY_BYTES_MAX: u64 = (u32::MAX as u64) * PAGE_BYTES;
+/// Most memory of one device: frame numbers have 32 bits.
+pub const MEMORY_BYTES_MAX: u64 = (u32::MAX as u64) * PAGE_BYTES;
+/// Of a software device when the manifest says nothing.
+const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
 /// The copy engine moves chunks of 2 MiB.
 const STAGING_BYTES_MIN: u64 = 2 << 20;
-const BUILT_IN_DRIVERS: [&str; 1] = ["soft"];
+/// Built-in drivers and whether they drive PCI devices. `uhmm driver NAME` runs them.
+const BUILT_IN_DRIVERS: &[(&str, bool)] = &[("soft", false)];
 
 impl Manifest {
     /// Checks everything and decides what was left open. Programs of third parties must exist now.
@@ -100,7 +103,9 @@ impl Manifest {
             id: id as u8,
             name: device.name.clone(),
             service: device.service.clone(),
-            memory_bytes: device.memory_bytes.0,
+            pci: device.pci.clone(),
+            bar: device.bar,
+            memory_bytes: memory_bytes(device),
             populate: device.populate,
             aperture: device.aperture,
             coherent: device.coherent,
@@ -179,7 +184,8 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
     if service.kind != Kind::Driver {
         return wrong(format!("service {:?} is no driver: give kind = \"driver\"", service.name));
     }
-    let memory_bytes = device.memory_bytes.0;
+    check_pci(device, service)?;
+    let memory_bytes = memory_bytes(device);
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES) || memory_bytes > MEMORY_BYTES_MAX {
         return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
     }
@@ -196,6 +202,34 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
     Ok(())
 }
 
+fn memory_bytes(device: &Device) -> u64 {
+    let default = if device.pci.is_some() { MEMORY_BYTES_MAX } else { MEMORY_BYTES_DEFAULT };
+    device.memory_bytes.map_or(default, |given| given.0)
+}
+
+/// Third parties' drivers may drive either kind of device.
+fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
+    let wrong = |problem: String| Err(ManifestError::Device { device: device.name.clone(), problem });
+    let built_in = BUILT_IN_DRIVERS.iter().find(|(name, _)| service.driver.as_deref() == Some(*name));
+    match (&device.pci, built_in) {
+        (None, Some((driver, true))) => {
+            return wrong(format!("driver {driver:?} drives a PCI device: say which, as in pci = \"0000:00:05.0\""));
+        }
+        (Some(_), Some((driver, false))) => {
+            return wrong(format!("driver {driver:?} drives no PCI device: remove `pci`, or use another driver"));
+        }
+        _ => {}
+    }
+    if device.pci.is_some() && (!device.aperture || device.populate) {
+        return wrong("a PCI device decides about its memory itself: remove `aperture` and `populate`".into());
+    }
+    match device.bar {
+        Some(_) if device.pci.is_none() => wrong("`bar` is for PCI devices: remove it, or give `pci`".into()),
+        Some(bar) if bar > 5 => wrong(format!("bar = {bar} must be 0 to 5")),
+        _ => Ok(()),
+    }
+}
+
 /// The command of a service, and whether it is a program of its own.
 fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
     let wrong =
@@ -205,10 +239,13 @@ fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
         (Kind::Pager, None, None) => built_in(&["pager"]),
         (Kind::Mirror, None, None) => built_in(&["mirror"]),
         (Kind::Pager | Kind::Mirror, ..) => wrong("pager and mirror are built in: remove `driver` and `command`"),
-        (Kind::Driver, Some(driver), None) if BUILT_IN_DRIVERS.contains(&driver.as_str()) => {
+        (Kind::Driver, Some(driver), None) if BUILT_IN_DRIVERS.iter().any(|(name, _)| name == driver) => {
             built_in(&["driver", driver])
         }
-        (Kind::Driver, Some(_), None) => wrong("the built-in drivers are: soft; for any other give `command`"),
+        (Kind::Driver, Some(_), None) => {
+            let names: Vec<&str> = BUILT_IN_DRIVERS.iter().map(|(name, _)| *name).collect();
+            wrong(&format!("the built-in drivers are: {}; for any other give `command`", names.join(", ")))
+        }
         (Kind::Driver, None, Some(command)) => match command.first() {
             None => wrong("`command` is empty: give program and arguments"),
             Some(path) => executable(service, path).map(|()| (command.clone(), true)),

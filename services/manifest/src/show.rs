@@ -1,7 +1,22 @@
 //! The plan for people: a table and a picture.
 
 use crate::parse::Kind;
-use crate::plan::Plan;
+use crate::plan::{DevicePlan, Plan};
+use crate::resolve::MEMORY_BYTES_MAX;
+
+/// A PCI device knows its aperture and, unless the manifest limits it, its size when it is open.
+fn line(device: &DevicePlan) -> String {
+    let DevicePlan { id, name, service, coherent, populate, workers, .. } = device;
+    let mib = device.memory_bytes >> 20;
+    let (mib, aperture, pci) = match &device.pci {
+        None => (mib.to_string(), device.aperture.to_string(), "-".to_owned()),
+        Some(pci) => {
+            let most = if device.memory_bytes == MEMORY_BYTES_MAX { "all".to_owned() } else { format!("<= {mib}") };
+            (most, "device".to_owned(), device.bar.map_or(pci.to_string(), |bar| format!("{pci}, BAR {bar}")))
+        }
+    };
+    format!("{id:<4} {name:<16} {service:<16} {mib:>10} {aperture:<9} {coherent:<9} {populate:<9} {workers:<8} {pci}\n")
+}
 
 impl Plan {
     /// Services in start order, devices, channels, limits.
@@ -30,21 +45,11 @@ impl Plan {
             );
         }
         text += &format!(
-            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} WORKERS\n",
-            "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "COHERENT", "POPULATE"
+            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} {:<8} PCI\n",
+            "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "COHERENT", "POPULATE", "WORKERS"
         );
         for device in &self.devices {
-            text += &format!(
-                "{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} {}\n",
-                device.id,
-                device.name,
-                device.service,
-                device.memory_bytes >> 20,
-                device.aperture,
-                device.coherent,
-                device.populate,
-                device.workers,
-            );
+            text += &line(device);
         }
         text += &format!(
             "\nHeartbeat every {} ms, killed after {} missed. Clients: {} processes, {} regions each.\n",

@@ -110,6 +110,43 @@ fn a_driver_needs_one_program_and_one_device() {
 }
 
 #[test]
+fn a_pci_device_is_named_by_address_or_socket_and_decides_about_its_memory() {
+    let plan = |more: &str| with(&(driver("d0", "command = [\"/bin/sh\"]") + more));
+    for path in ["0000:00:05.0", "vfio-user:/run/model.sock"] {
+        let plan = plan(&format!("pci = \"{path}\"\n")).expect("a PCI device");
+        assert_eq!(plan.devices[0].pci.as_ref().map(ToString::to_string).as_deref(), Some(path));
+        assert_eq!((plan.devices[0].memory_bytes, plan.devices[0].bar), (MEMORY_BYTES_MAX, None));
+        assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+        assert!(plan.print().lines().any(|line| line.contains(path) && line.contains(" all ")), "{}", plan.print());
+    }
+    let limited = plan("pci = \"0000:00:05.0\"\nbar = 2\nmemory_bytes = \"64MiB\"\n").expect("a PCI device");
+    assert_eq!((limited.devices[0].memory_bytes, limited.devices[0].bar), (64 << 20, Some(2)));
+    assert!(limited.print().contains("<= 64") && limited.print().contains("0000:00:05.0, BAR 2"));
+    assert!(plan("").expect("without PCI").devices[0].pci.is_none(), "other drivers of third parties need none");
+}
+
+#[test]
+fn bad_pci_devices_are_refused() {
+    let said = |more: &str| refused(&(driver("d0", "command = [\"/bin/sh\"]") + more));
+    for path in ["00:05.0", "vfio-user:model.sock", "", "0000:00:05.9"] {
+        let text = said(&format!("pci = \"{path}\"\n"));
+        assert!(text.contains("names no PCI device") && text.contains("line 15"), "{text}");
+    }
+    assert!(said("bar = 2\n").contains("`bar` is for PCI devices"));
+    for (more, why) in [
+        ("bar = 6", "0 to 5"),
+        ("aperture = false", "remove `aperture`"),
+        ("populate = true", "remove `aperture` and `populate`"),
+        ("memory_bytes = 0", "multiple of 4096"),
+    ] {
+        let text = said(&format!("pci = \"0000:00:05.0\"\n{more}\n"));
+        assert!(text.contains(why), "{text}");
+    }
+    let text = refused(&(driver("d0", "driver = \"soft\"") + "pci = \"0000:00:05.0\"\n"));
+    assert!(text.contains("\"soft\" drives no PCI device"), "{text}");
+}
+
+#[test]
 fn nine_devices_are_one_too_many() {
     let text: String = (0..9).map(|i| driver(&format!("d{i}"), "driver = \"soft\"")).collect();
     assert!(refused(&text).contains("at most 8"));

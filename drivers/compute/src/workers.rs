@@ -1,4 +1,4 @@
-//! The soft device's compute units: threads that take one job each and run its kernel.
+//! The units: threads that take one job each and run its kernel.
 //!
 //! ```text
 //!   submit --> waiting --a thread is free--> running --kernel returned--> finished (reported once)
@@ -17,25 +17,35 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use uhmm_driver_kit::{AddressSpaces, DeviceFault, DevicePort, FaultId, Job, JobId, JobQueue, JobReport};
+use uhmm_driver_kit::{AddressSpaces, DeviceFault, DevicePort, FaultId, Job, JobId, JobQueue, JobReport, SharedTable};
 use uhmm_ipc::message::{ErrorCode, WireError};
 use uhmm_ipc::shared::gate::Slot;
-use uhmm_kernel_hook::Window;
 
+use crate::frames::UnitFrames;
 use crate::kernels::{Kernel, KernelResult};
 use crate::mmu::{Mmu, Suspend};
 
+/// Why there are no units.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ComputeError {
+    /// The driver made its page table for fewer threads.
+    #[error("The page table has no place for unit {unit}: make it for as many threads as there are units")]
+    NoSlot {
+        /// Counted from 0.
+        unit: usize,
+    },
+    /// The host gives no more threads.
+    #[error("A unit's thread could not be started: raise the limit on processes, or plan fewer workers")]
+    Thread(#[source] std::io::Error),
+}
+
 /// What every thread needs of the device.
 #[derive(Clone)]
-pub struct Device {
-    /// Device memory, frame 0 at offset 0.
-    pub memory: Arc<Window>,
-    /// Attached regions.
-    pub spaces: AddressSpaces,
-    /// Where faults and ends are reported.
-    pub port: DevicePort,
-    /// Kernels by number.
-    pub kernels: Arc<[Kernel]>,
+struct Device {
+    spaces: AddressSpaces,
+    port: DevicePort,
+    kernels: Arc<[Kernel]>,
 }
 
 /// A job that a thread has taken.
@@ -85,14 +95,24 @@ impl std::fmt::Debug for Workers {
 }
 
 impl Workers {
-    /// One thread for each slot of the gate.
-    pub fn start(device: &Device, slots: Vec<Slot>) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let mut workers = Self { shared: shared.clone(), port: device.port.clone(), threads: Vec::new() };
-        for (index, slot) in slots.into_iter().enumerate() {
-            let (shared, device) = (shared.clone(), device.clone());
-            let name = format!("unit-{index}");
-            let thread = std::thread::Builder::new().name(name).spawn(move || work(&shared, &device, slot))?;
+    /// One unit for each item of `frames`; unit n stands at place n of the table's gate, which the driver uses for nothing else.
+    /// Jobs name `kernels` by their place. Called once, by [`uhmm_driver_kit::Driver::open`].
+    ///
+    /// # Errors
+    /// The table has fewer places, or the host gives no thread; nothing is running then.
+    pub fn start(
+        table: &SharedTable,
+        port: &DevicePort,
+        kernels: &Arc<[Kernel]>,
+        frames: Vec<UnitFrames>,
+    ) -> Result<Self, ComputeError> {
+        let device = Device { spaces: table.spaces(), port: port.clone(), kernels: kernels.clone() };
+        let mut workers = Self { shared: Arc::default(), port: port.clone(), threads: Vec::new() };
+        for (unit, frames) in frames.into_iter().enumerate() {
+            let slot = table.slot(unit).filter(|_| unit < table.thread_count()).ok_or(ComputeError::NoSlot { unit })?;
+            let (shared, device) = (workers.shared.clone(), device.clone());
+            let thread = std::thread::Builder::new().name(format!("unit-{unit}"));
+            let thread = thread.spawn(move || work(&shared, &device, slot, frames)).map_err(ComputeError::Thread)?;
             workers.threads.push(thread);
         }
         Ok(workers)
@@ -154,9 +174,9 @@ impl Drop for Workers {
 }
 
 /// Life of one thread.
-fn work(shared: &Shared, device: &Device, mut slot: Slot) {
+fn work(shared: &Shared, device: &Device, mut slot: Slot, mut frames: UnitFrames) {
     while let Some((job, cancel)) = take(shared) {
-        let report = run(shared, device, &mut slot, &job, &cancel);
+        let report = run(shared, device, (&mut slot, &mut frames), &job, &cancel);
         shared.lock().running.remove(&job.id);
         device.port.finished(job.id, report);
     }
@@ -179,10 +199,16 @@ fn take(shared: &Shared) -> Option<(Job, Arc<AtomicBool>)> {
     }
 }
 
-fn run(shared: &Shared, device: &Device, slot: &mut Slot, job: &Job, cancel: &AtomicBool) -> JobReport {
+fn run(
+    shared: &Shared,
+    device: &Device,
+    (slot, frames): (&mut Slot, &mut UnitFrames),
+    job: &Job,
+    cancel: &AtomicBool,
+) -> JobReport {
     let start = Instant::now();
     let suspension = Suspension { shared, port: &device.port, job };
-    let mut mmu = Mmu::new(job.space, &device.memory, &device.spaces, slot, &suspension, cancel);
+    let mut mmu = Mmu::new(job.space, frames, &device.spaces, slot, &suspension, cancel);
     let result = match device.kernels.get(job.kernel) {
         // The gate is left by the unwinding; nothing else of the MMU is half done after a panic.
         Some(kernel) => catch_unwind(AssertUnwindSafe(|| (kernel.run)(&mut mmu, &job.args))).unwrap_or_else(|_| {

@@ -1,4 +1,4 @@
-//! The kernels of the soft device: ordinary loops that touch memory only by virtual address, through a [`DeviceView`].
+//! The kernels of the units: ordinary loops that touch memory only by virtual address, through a [`DeviceView`].
 //!
 //! A kernel never learns about pages or faults: a load either gives the bytes (perhaps after the job was suspended for a while)
 //! or ends the job with an error. So the same code runs on the device's MMU and, in tests, on a view that faults at every access.

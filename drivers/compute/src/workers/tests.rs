@@ -7,7 +7,7 @@ use uhmm_driver_kit::{
     DeviceError, DeviceEvent, DevicePageTable, PAGE_BYTES, PageRange, RegionKey, RegionMap, SharedTable,
 };
 use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
-use uhmm_kernel_hook::memfd;
+use uhmm_kernel_hook::{Window, memfd};
 
 use super::*;
 use crate::kernels::{self, DeviceView};
@@ -47,10 +47,8 @@ impl Bench {
             Kernel { name: "panics", usage: "panics() -> never", argument_count: 0, idempotent: true, run: panics };
         let kernels: Arc<[Kernel]> = kernels::all().into_iter().chain([broken]).collect();
         let memory = Arc::new(Window::anonymous(PAGES * PAGE_BYTES)?);
-        let device =
-            Device { memory: memory.clone(), spaces: table.spaces(), port: port.clone(), kernels: kernels.clone() };
-        let slots = (0..threads as usize).filter_map(|index| table.slot(index)).collect();
-        let workers = Workers::start(&device, slots)?;
+        let frames = (0..threads).map(|_| UnitFrames::Window(memory.clone())).collect();
+        let workers = Workers::start(&table, &port, &kernels, frames)?;
         Ok(Self { table, workers, memory, port, woken, events: VecDeque::new(), kernels })
     }
 
