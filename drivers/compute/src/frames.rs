@@ -14,7 +14,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use uhmm_driver_kit::{CopyEngine, DeviceError, Frames, PAGE_BYTES};
+use uhmm_driver_kit::{CopyEngine, DeviceError, Frames, PAGE_BYTES, Staging};
 use uhmm_kernel_hook::{HookError, MappedBytes, Window};
 
 /// Frames whose numbers differ by less than this never share a lock. A copy of the pager's (2 MiB) takes 512 of them.
@@ -172,13 +172,17 @@ impl<E> LockedEngine<E> {
 }
 
 impl<E: CopyEngine> CopyEngine for LockedEngine<E> {
-    fn copy_in(&mut self, staging: &Window, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+    fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError> {
+        self.engine.attach(staging)
+    }
+
+    fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
         let _alone = self.locks.write_all(frames);
         self.engine.copy_in(staging, staging_page, frames)
     }
 
     // Reads what is there: a device that tears a frame which is written meanwhile needs no more care than a racing reader does.
-    fn copy_out(&mut self, frames: Frames, staging: &Window, staging_page: u32) -> Result<(), DeviceError> {
+    fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
         self.engine.copy_out(frames, staging, staging_page)
     }
 

@@ -3,6 +3,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use uhmm_driver_kit::StagingUse;
+
 use super::*;
 
 const BLOCK: u64 = 512;
@@ -123,9 +125,9 @@ fn units_and_engine_lose_nothing_of_each_other() -> Result<(), DeviceError> {
         }
         // The engine rewrites the frame; what units add in between is never undone by half.
         scope.spawn(move || {
-            let (mut engine, staging) = (engine, Window::anonymous(PAGE_BYTES).expect("memory"));
+            let (mut engine, staging) = (engine, Staging::create(StagingUse::Access, PAGE_BYTES).expect("memory"));
             for round in 0..100 {
-                staging.store_u64(72, round).expect("inside");
+                staging.window.store_u64(72, round).expect("inside");
                 engine.copy_in(&staging, 0, Frames { first: 0, count: 1 }).expect("the disk works");
             }
         });
@@ -138,12 +140,16 @@ fn units_and_engine_lose_nothing_of_each_other() -> Result<(), DeviceError> {
 struct DiskEngine(UnitFrames);
 
 impl CopyEngine for DiskEngine {
-    fn copy_in(&mut self, staging: &Window, _: u32, frames: Frames) -> Result<(), DeviceError> {
-        let value = staging.load_u64(72)?;
+    fn attach(&mut self, _: &Staging) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn copy_in(&mut self, staging: &Staging, _: u32, frames: Frames) -> Result<(), DeviceError> {
+        let value = staging.window.load_u64(72)?;
         Ok(self.0.access(frames.first, 72, 8, Right::Write, &mut |bytes, at| bytes.store_u64(at, value))?)
     }
 
-    fn copy_out(&mut self, _: Frames, _: &Window, _: u32) -> Result<(), DeviceError> {
+    fn copy_out(&mut self, _: Frames, _: &Staging, _: u32) -> Result<(), DeviceError> {
         Err("Not used here".into())
     }
 
