@@ -62,7 +62,7 @@ pub trait Host {
     fn interrupt(&self, vector: u16);
 }
 
-/// A device. One thread calls everything; nothing may wait.
+/// A device. Never called twice at once; nothing may wait, and a call does a bounded piece of work (a driver's access waits for it).
 pub trait DeviceModel: Send {
     /// Who it is.
     fn identity(&self) -> Identity;
@@ -76,7 +76,8 @@ pub trait DeviceModel: Send {
     /// The driver writes registers.
     fn write(&mut self, bar: u8, offset: u64, bytes: &[u8], host: &dyn Host);
 
-    /// Work that does not end inside a register access. Returns when it wants to be called again; `None`: at the next access.
+    /// Work that does not end inside a register access. Returns when it wants to be called again; `None`: at the next access. Called
+    /// only while a driver is there and bus mastering is on, so an `Instant` of an earlier call may be long past.
     fn advance(&mut self, now: Instant, host: &dyn Host) -> Option<Duration>;
 
     /// Function-level reset: registers and queues as after power-up, device memory as it is.

@@ -14,7 +14,8 @@ use crate::iova::IovaAllocator;
 const VENDOR: u64 = 0;
 const DEVICE: u64 = 2;
 const COMMAND: u64 = 4;
-const COMMAND_MEMORY_AND_BUS_MASTER: u16 = 0b110;
+const COMMAND_MEMORY: u16 = 0b010;
+const COMMAND_BUS_MASTER: u16 = 0b100;
 
 /// Cheap to clone; all clones are one device.
 #[derive(Clone, Debug)]
@@ -24,19 +25,26 @@ pub struct PciDevice {
 }
 
 impl PciDevice {
-    /// Memory and bus mastering are switched on.
+    /// Memory accesses are switched on, and DMA too unless the device was adopted: work may be in flight then, whose memory is to be
+    /// mapped before (see [`PciDevice::allow_dma`]).
     ///
     /// # Errors
     /// The device does not answer.
     pub fn new(backend: Arc<dyn PciBackend>) -> Result<Self, PciError> {
         let iovas = IovaAllocator::new(&backend.iova_ranges());
         let device = Self { backend, iovas: Arc::new(Mutex::new(iovas)) };
-        let command = device.config_u16(COMMAND)?;
-        let wanted = command | COMMAND_MEMORY_AND_BUS_MASTER;
-        if command != wanted {
-            device.backend.write(RegionIndex::Config, COMMAND, &wanted.to_le_bytes())?;
-        }
+        let dma = if device.is_adopted() { 0 } else { COMMAND_BUS_MASTER };
+        device.switch_on(COMMAND_MEMORY | dma)?;
         Ok(device)
+    }
+
+    /// Called by a driver that adopted the device, when everything is mapped that work in flight may touch, and interrupts are set.
+    /// Harmless where DMA never stopped.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub fn allow_dma(&self) -> Result<(), PciError> {
+        self.switch_on(COMMAND_BUS_MASTER)
     }
 
     /// For messages.
@@ -65,6 +73,14 @@ impl PciDevice {
         let mut bytes = [0; 2];
         self.backend.read(RegionIndex::Config, offset, &mut bytes)?;
         Ok(u16::from_le_bytes(bytes))
+    }
+
+    /// Changes two bytes of config space.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub fn write_config_u16(&self, offset: u64, value: u16) -> Result<(), PciError> {
+        self.backend.write(RegionIndex::Config, offset, &value.to_le_bytes())
     }
 
     /// Registers or memory behind a base address register.
@@ -120,13 +136,17 @@ impl PciDevice {
     /// The state is unknown then.
     pub fn reset(&self) -> Result<(), PciError> {
         self.backend.reset()?;
-        let command = self.config_u16(COMMAND)? | COMMAND_MEMORY_AND_BUS_MASTER;
-        self.backend.write(RegionIndex::Config, COMMAND, &command.to_le_bytes())
+        self.switch_on(COMMAND_MEMORY | COMMAND_BUS_MASTER)
     }
 
     /// For the vault; see [`PciBackend::kept`].
     pub fn kept(&self) -> Vec<(String, Fd)> {
         self.backend.kept()
+    }
+
+    fn switch_on(&self, bits: u16) -> Result<(), PciError> {
+        let command = self.config_u16(COMMAND)?;
+        if command & bits == bits { Ok(()) } else { self.write_config_u16(COMMAND, command | bits) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, IovaAllocator> {

@@ -17,7 +17,7 @@
 //!   guarded          bulk copies of memory that may vanish
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
-//!   socket, event    SeqPacket, SeqListener, EventFd      process: PidFd, memory and scheduling of processes
+//!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   stand_in         a mapping that takes the place of another one
@@ -61,6 +61,7 @@ pub use managed::ManagedMapping;
 pub use probe::Probe;
 pub use process::{PidFd, random_bytes};
 pub use range::{AddrRange, PAGE_SIZE};
+pub use socket::stream::{Stream, StreamListener, StreamStatus};
 pub use socket::{RecvStatus, SendStatus, SeqListener, SeqPacket};
 pub use uffd::{
     CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, UffdState, Userfaultfd, WpOutcome,

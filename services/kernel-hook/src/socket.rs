@@ -1,7 +1,8 @@
 //! Message sockets between services: Unix SOCK_SEQPACKET, where one send is one receive and descriptors travel beside bytes.
 //!
 //! Everything is non-blocking and close-on-exec. What a peer sends is never trusted: a message that is too long or carries too
-//! many descriptors is reported as cut, and surplus descriptors are closed.
+//! many descriptors is reported as cut, and surplus descriptors are closed. [`stream`] has the byte streams that a protocol from
+//! elsewhere may ask for.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,6 +16,8 @@ use rustix::net::{
 };
 
 use crate::error::HookError;
+
+pub mod stream;
 
 /// The most descriptors the kernel lets one message carry (`SCM_MAX_FD`).
 pub const MAX_FDS: usize = 253;
@@ -76,11 +79,7 @@ impl SeqPacket {
     /// # Errors
     /// `Path`: ENOENT or ECONNREFUSED when nobody listens, EAGAIN when its backlog is full; try again later.
     pub fn connect(path: &Path) -> Result<Self, HookError> {
-        let addr = address(path)?;
-        let fd = new_socket()?;
-        rustix::net::connect(&fd, &addr)
-            .map_err(|error| path_error("connect", path, error, "Is the service running (`uhmm status`)?"))?;
-        Ok(Self { fd })
+        connect(path, SocketType::SEQPACKET, "Is the service running (`uhmm status`)?").map(|fd| Self { fd })
     }
 
     /// Takes over a connected socket (inherited, from the vault or from a message).
@@ -189,25 +188,7 @@ impl SeqListener {
     /// # Errors
     /// `AddrInUse` when somebody listens there, `NotASocket`, `Path`: ENAMETOOLONG beyond 107 bytes, EACCES, ENOENT.
     pub fn bind(path: &Path) -> Result<Self, HookError> {
-        let addr = address(path)?;
-        let fd = new_socket()?;
-        // The new file takes the mode of the unbound socket: no moment in which others could connect.
-        rustix::fs::fchmod(&fd, rustix::fs::Mode::from_raw_mode(0o600))
-            .map_err(|error| HookError::failed("fchmod(socket)", error))?;
-        let hint = "Create the directory, or choose another with --run-dir";
-        match rustix::net::bind(&fd, &addr) {
-            Ok(()) => {}
-            Err(Errno::ADDRINUSE) => {
-                remove_stale(path, &addr)?;
-                rustix::net::bind(&fd, &addr).map_err(|error| match error {
-                    Errno::ADDRINUSE => HookError::AddrInUse { path: path.to_path_buf() },
-                    other => path_error("bind", path, other, hint),
-                })?;
-            }
-            Err(error) => return Err(path_error("bind", path, error, hint)),
-        }
-        rustix::net::listen(&fd, BACKLOG).map_err(|error| path_error("listen", path, error, ""))?;
-        Ok(Self { fd })
+        bind(path, SocketType::SEQPACKET).map(|fd| Self { fd })
     }
 
     /// Takes over a listening socket (from the supervisor).
@@ -238,16 +219,7 @@ impl SeqListener {
     /// # Errors
     /// `Call`: EMFILE when the process is out of descriptors (the connection stays queued).
     pub fn accept(&self) -> Result<Option<SeqPacket>, HookError> {
-        loop {
-            match rustix::net::accept_with(&self.fd, socket_flags()) {
-                Ok(fd) => return Ok(Some(SeqPacket { fd })),
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(error) => {
-                    return Err(HookError::hinted("accept4", error, "Raise the descriptor limit (ulimit -n)"));
-                }
-            }
-        }
+        Ok(accept(&self.fd)?.map(|fd| SeqPacket { fd }))
     }
 }
 
@@ -261,8 +233,48 @@ fn socket_flags() -> SocketFlags {
     SocketFlags::CLOEXEC | SocketFlags::NONBLOCK
 }
 
-fn new_socket() -> Result<OwnedFd, HookError> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, socket_flags(), None)
+fn connect(path: &Path, kind: SocketType, hint: &'static str) -> Result<OwnedFd, HookError> {
+    let addr = address(path)?;
+    let fd = new_socket(kind)?;
+    rustix::net::connect(&fd, &addr).map_err(|error| path_error("connect", path, error, hint))?;
+    Ok(fd)
+}
+
+fn bind(path: &Path, kind: SocketType) -> Result<OwnedFd, HookError> {
+    let addr = address(path)?;
+    let fd = new_socket(kind)?;
+    // The new file takes the mode of the unbound socket: no moment in which others could connect.
+    rustix::fs::fchmod(&fd, rustix::fs::Mode::from_raw_mode(0o600))
+        .map_err(|error| HookError::failed("fchmod(socket)", error))?;
+    let hint = "Create the directory, or choose another with --run-dir";
+    match rustix::net::bind(&fd, &addr) {
+        Ok(()) => {}
+        Err(Errno::ADDRINUSE) => {
+            remove_stale(path, &addr, kind)?;
+            rustix::net::bind(&fd, &addr).map_err(|error| match error {
+                Errno::ADDRINUSE => HookError::AddrInUse { path: path.to_path_buf() },
+                other => path_error("bind", path, other, hint),
+            })?;
+        }
+        Err(error) => return Err(path_error("bind", path, error, hint)),
+    }
+    rustix::net::listen(&fd, BACKLOG).map_err(|error| path_error("listen", path, error, ""))?;
+    Ok(fd)
+}
+
+fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, HookError> {
+    loop {
+        match rustix::net::accept_with(listener, socket_flags()) {
+            Ok(fd) => return Ok(Some(fd)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(error) => return Err(HookError::hinted("accept4", error, "Raise the descriptor limit (ulimit -n)")),
+        }
+    }
+}
+
+fn new_socket(kind: SocketType) -> Result<OwnedFd, HookError> {
+    rustix::net::socket_with(AddressFamily::UNIX, kind, socket_flags(), None)
         .map_err(|error| HookError::hinted("socket", error, "Raise the descriptor limit (ulimit -n)"))
 }
 
@@ -276,7 +288,7 @@ fn path_error(call: &'static str, path: &Path, error: Errno, hint: &'static str)
 }
 
 /// Removes a socket file that nobody listens on; an attempt to connect tells.
-fn remove_stale(path: &Path, addr: &SocketAddrUnix) -> Result<(), HookError> {
+fn remove_stale(path: &Path, addr: &SocketAddrUnix, kind: SocketType) -> Result<(), HookError> {
     use std::os::unix::fs::FileTypeExt;
     let meta = match std::fs::symlink_metadata(path) {
         Ok(meta) => meta,
@@ -287,7 +299,7 @@ fn remove_stale(path: &Path, addr: &SocketAddrUnix) -> Result<(), HookError> {
     if !meta.file_type().is_socket() {
         return Err(HookError::NotASocket { path: path.to_path_buf() });
     }
-    match rustix::net::connect(new_socket()?, addr) {
+    match rustix::net::connect(new_socket(kind)?, addr) {
         // A listener of another socket type answers EPROTOTYPE: alive as well. EAGAIN: alive with a full backlog.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(HookError::AddrInUse { path: path.to_path_buf() }),
         Err(Errno::CONNREFUSED | Errno::NOENT) => match std::fs::remove_file(path) {
