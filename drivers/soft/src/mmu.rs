@@ -145,6 +145,7 @@ enum AccessError {
 impl AccessError {
     fn at(&self, addr: u64) -> WireError {
         let code = match self {
+            Self::File(error) if error.kind() == std::io::ErrorKind::StorageFull => ErrorCode::NoMemory,
             Self::Memory(_) | Self::File(_) => ErrorCode::Io,
             Self::BehindEnd => ErrorCode::Fault,
             Self::NotAtomic => ErrorCode::Invalid,
@@ -403,7 +404,7 @@ mod tests {
     fn a_file_is_read_and_written_by_exactly_the_bytes_and_never_added_to() -> Result<(), DeviceError> {
         let mut resolver = Resolver::new(true)?;
         let file = Arc::new(memfd::create_sealed("uhmm-test-file", PAGES * PAGE_BYTES - 100)?);
-        let seen = FilePages::new(file.clone(), 0);
+        let seen = FilePages::new(file.clone(), 0, PAGES * PAGE_BYTES)?;
         // The region begins at page 1 of the file; its pages 6 and 7 are mapped in place, and 7 is behind the end.
         resolver.region.memory = Memory::File { file, offset_bytes: PAGE_BYTES };
         let memory = Window::anonymous(32 * PAGE_BYTES)?;
