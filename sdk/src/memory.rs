@@ -23,7 +23,7 @@ use crate::{Error, Session};
 pub enum AdoptedKind {
     /// Private anonymous memory: devices use it by moving it.
     Private,
-    /// A shared mapping of a file, or shared anonymous memory: devices use it in place, it never moves.
+    /// A shared mapping of a file, or shared anonymous memory, of huge pages too: devices use it in place, it never moves.
     Shared,
 }
 
@@ -115,7 +115,8 @@ impl Session {
     /// allocation inwards, so that what the allocator keeps beside it stays out.
     ///
     /// Private anonymous memory (from any allocator, or mmap) can then move to devices. A shared mapping of a file, and shared
-    /// anonymous memory, is used by devices where it is.
+    /// anonymous memory, is used by devices where it is; so is shared memory of huge pages (MAP_HUGETLB, MFD_HUGETLB, hugetlbfs), of which
+    /// any part of whole 4 KiB pages can be adopted. Private hugetlb memory cannot.
     ///
     /// # Errors
     /// `Fault` for a hole, `Invalid` for memory of a kind that cannot be managed or a range that is managed already. The text says
@@ -352,9 +353,9 @@ fn adoptable(range: AddrRange, vmas: &[Vma]) -> Result<Option<&Vma>, Error> {
             format!("{range} has a hole at {end:#x}: adopt memory that is mapped as a whole"),
         );
     }
-    if let Some(vma) = vmas.iter().find(|vma| vma.page_size_bytes != PAGE_SIZE) {
+    if let Some(vma) = vmas.iter().find(|vma| vma.page_size_bytes != PAGE_SIZE && !vma.shared) {
         let text = format!(
-            "{range} holds hugetlb memory at {:#x}, which Linux does not let anybody move: use ordinary memory with madvise(MADV_HUGEPAGE)",
+            "{range} holds private hugetlb memory at {:#x}, whose pages Linux lets nobody move out nor use from outside: map it with MAP_SHARED, or use ordinary memory with madvise(MADV_HUGEPAGE)",
             vma.start
         );
         return refused(ErrorCode::Invalid, text);
@@ -426,6 +427,8 @@ mod tests {
         assert_eq!(adoptable(RANGE, &parts).unwrap(), None);
         let shared = Vma { shared: true, inode: 7, ..vma(0x10000, 0x18000) };
         assert_eq!(adoptable(RANGE, &[shared]).unwrap(), Some(&shared));
+        let huge = Vma { shared: true, inode: 7, page_size_bytes: 2 << 20, ..vma(0, 0x200000) };
+        assert_eq!(adoptable(RANGE, &[huge]).unwrap(), Some(&huge), "also a part of a huge page");
     }
 
     #[test]
@@ -436,7 +439,7 @@ mod tests {
         let text = refusal(&[vma(0x10000, 0x14000), file]);
         assert!(text.contains("private mapping of a file at 0x14000"), "{text}");
         let huge = Vma { page_size_bytes: 2 << 20, inode: 5, ..vma(0, 0x200000) };
-        assert!(refusal(&[huge]).contains("hugetlb"));
+        assert!(refusal(&[huge]).contains("private hugetlb") && refusal(&[huge]).contains("MAP_SHARED"));
         let shared = Vma { shared: true, ..vma(0x14000, 0x18000) };
         assert!(refusal(&[vma(0x10000, 0x14000), shared]).contains("adopt each on its own"));
         let error = round_inwards(check_range(0x10010, 0x1000).unwrap_err());

@@ -140,6 +140,7 @@ enum AccessError {
 impl AccessError {
     fn at(&self, addr: u64) -> WireError {
         let code = match self {
+            Self::File(error) if error.kind() == std::io::ErrorKind::StorageFull => ErrorCode::NoMemory,
             Self::Frame(_) | Self::System(_) | Self::File(_) => ErrorCode::Io,
             Self::BehindEnd => ErrorCode::Fault,
             Self::NotAtomic => ErrorCode::Invalid,

@@ -174,7 +174,7 @@ pub enum SystemPages {
     Private,
     /// Mapped here; the region's first page is at offset 0.
     Mapped(Window),
-    /// A file that may shrink at any time: read and written, never mapped.
+    /// A file that may shrink at any time: read and written, never accessed through a mapping.
     File(FilePages),
 }
 

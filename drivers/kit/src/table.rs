@@ -163,7 +163,9 @@ impl DevicePageTable for SharedTable {
                 memfd::check_sealed(memory.as_fd(), file_bytes)?;
                 SystemPages::Mapped(Window::map(memory.as_fd(), *offset_bytes, len_bytes, Prot::ReadWrite)?)
             }
-            Memory::File { file, offset_bytes } => SystemPages::File(FilePages::new(file.clone(), *offset_bytes)),
+            Memory::File { file, offset_bytes } => {
+                SystemPages::File(FilePages::new(file.clone(), *offset_bytes, len_bytes)?)
+            }
         };
         let mapped = Arc::new(MappedRegion {
             key: region.key,

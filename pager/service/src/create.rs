@@ -228,15 +228,16 @@ impl Pager {
                 break;
             }
             let named = vma.range();
+            // Of a file for the kernel, though no program has one.
+            if vma.page_size_bytes != PAGE_SIZE {
+                return Err(fault(format!(
+                    "{named} consists of hugetlb pages, which cannot be taken out page by page: map them shared"
+                )));
+            }
             if vma.shared || vma.inode != 0 {
                 let text =
                     format!("{named} is not private anonymous memory: attach a shared mapping of a file instead");
                 return Err(fault(text));
-            }
-            if vma.page_size_bytes != PAGE_SIZE {
-                return Err(fault(format!(
-                    "{named} consists of hugetlb pages, which cannot be taken out page by page"
-                )));
             }
             next = vma.end;
         }

@@ -748,7 +748,8 @@ int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info)
 /**
  * Puts memory that exists already under management, in place: addresses and bytes stay what they are. What is under management
  * already stays so. Private anonymous memory
- * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
+ * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
+ * used by devices in place. Private MAP_HUGETLB memory is refused.
  *
  * Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
  * managed (the text says what can be done).

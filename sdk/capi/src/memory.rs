@@ -80,7 +80,8 @@ pub unsafe extern "C" fn uhmm_region(
 
 /// Puts memory that exists already under management, in place: addresses and bytes stay what they are. What is under management
 /// already stays so. Private anonymous memory
-/// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files are used by devices in place.
+/// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
+/// used by devices in place. Private MAP_HUGETLB memory is refused.
 ///
 /// Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
 /// managed (the text says what can be done).

@@ -80,6 +80,11 @@ pub enum HookError {
         /// The seals that are missing, or all for a file that cannot be sealed.
         missing: String,
     },
+    /// A file of reserved huge pages where one of ordinary pages is needed.
+    #[error(
+        "The memfd consists of hugetlb pages, and an access raises SIGBUS where none is left: create it without MFD_HUGETLB"
+    )]
+    HugePages,
     /// A file has another size than was agreed.
     #[error("The file has {found} bytes where {expected} were agreed: send the right descriptor")]
     WrongSize {

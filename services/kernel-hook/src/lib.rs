@@ -21,7 +21,8 @@
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   stand_in         a mapping that takes the place of another one
-//!   program, fork    memory and children of test programs
+//!   huge_file        writing to files of huge pages
+//!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
@@ -37,6 +38,8 @@ pub mod event;
 pub mod fd_keeper;
 pub mod fork;
 mod guarded;
+pub mod huge_file;
+pub mod huge_pool;
 pub mod managed;
 pub mod memfd;
 pub mod own_memory;

@@ -16,6 +16,9 @@ use crate::error::HookError;
 const REQUIRED: [(SealFlags, &str); 3] =
     [(SealFlags::SHRINK, "SHRINK"), (SealFlags::GROW, "GROW"), (SealFlags::SEAL, "SEAL")];
 
+/// What fstatfs says of a file that consists of huge pages.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
 /// Makes an empty (all holes, reads as zeros) memfd of `len` bytes with its size sealed. `name` shows up in /proc/PID/maps.
 ///
 /// # Errors
@@ -45,7 +48,7 @@ fn crate_error(error: memfd::Error) -> io::Error {
 /// Whether a descriptor that a peer sent is safe to map: a memfd whose size is `expected_len` and cannot change.
 ///
 /// # Errors
-/// `NotSealed` naming what is missing, `WrongSize`.
+/// `NotSealed` naming what is missing, `WrongSize`, `HugePages`: there a seal on the size does not keep SIGBUS away.
 pub fn check_sealed(fd: BorrowedFd<'_>, expected_len: u64) -> Result<(), HookError> {
     // EINVAL: not a memory file at all (regular file, pipe, socket), so it has none of the seals.
     let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
@@ -57,7 +60,20 @@ pub fn check_sealed(fd: BorrowedFd<'_>, expected_len: u64) -> Result<(), HookErr
     if found != expected_len {
         return Err(HookError::WrongSize { expected: expected_len, found });
     }
-    Ok(())
+    match huge_page_bytes(fd)? {
+        Some(_) => Err(HookError::HugePages),
+        None => Ok(()),
+    }
+}
+
+/// Size of the huge pages that a file of hugetlbfs consists of (memfds of huge pages and shared anonymous ones too); `None` for any
+/// other file.
+///
+/// # Errors
+/// `Call`.
+pub fn huge_page_bytes(fd: BorrowedFd<'_>) -> Result<Option<u64>, HookError> {
+    let stat = rustix::fs::fstatfs(fd).map_err(|error| HookError::failed("fstatfs", error))?;
+    Ok((stat.f_type as u64 == HUGETLBFS_MAGIC).then_some(stat.f_bsize as u64))
 }
 
 fn missing_seals(present: SealFlags) -> String {

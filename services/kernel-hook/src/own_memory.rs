@@ -137,7 +137,9 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
 pub fn identity_of(file: impl AsFd, vma: &Vma) -> Result<((u32, u32), u64), HookError> {
     let maps = procmap::open_maps(std::process::id())?;
     let len = vma.page_size_bytes;
-    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, libc::MAP_SHARED, Some((file.as_fd(), vma.offset)))?;
+    // NORESERVE: of huge pages a mapping otherwise sets some aside, and there may be none.
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, flags, Some((file.as_fd(), vma.offset)))?;
     let found = procmap::query(maps.as_fd(), probe.addr().get() as u64);
     // SAFETY: the mapping was made above for this question, and nobody else knows it.
     unsafe { libc::munmap(probe.as_ptr().cast(), len as usize) };

@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use uhmm_driver_kit::{DeviceError, DevicePageTable, PageRange, RegionKey, RegionMap, SharedTable};
 use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
+use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd};
 use uhmm_kernel_hook::memfd;
 
 use super::*;
@@ -155,7 +156,7 @@ fn wild_addresses_and_cancellation_end_the_access() -> Result<(), DeviceError> {
 fn a_file_is_read_and_written_by_exactly_the_bytes_and_never_added_to() -> Result<(), DeviceError> {
     let mut resolver = Resolver::new(true)?;
     let file = Arc::new(memfd::create_sealed("uhmm-test-file", PAGES * PAGE_BYTES - 100)?);
-    let seen = FilePages::new(file.clone(), 0);
+    let seen = FilePages::new(file.clone(), 0, PAGES * PAGE_BYTES)?;
     // The region begins at page 1 of the file; its pages 6 and 7 are mapped in place, and 7 is behind the end.
     resolver.region.memory = Memory::File { file, offset_bytes: PAGE_BYTES };
     let memory = Arc::new(Window::anonymous(32 * PAGE_BYTES)?);
@@ -172,6 +173,40 @@ fn a_file_is_read_and_written_by_exactly_the_bytes_and_never_added_to() -> Resul
     let mut bytes = [0; 72];
     seen.read(7 * PAGE_BYTES, &mut bytes)?;
     assert_eq!((bytes[4], bytes[5], bytes[24], bytes[25], bytes[64]), (0, 7, 7, 0, 99));
+    Ok(())
+}
+
+#[test]
+fn integration_huge_pages_of_a_file_are_written_by_kernels_and_an_empty_pool_is_no_crash() -> Result<(), DeviceError> {
+    let pool = match HugePool::reserve(2) {
+        Ok(pool) => pool,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let mut resolver = Resolver::new(true)?;
+    let file = Arc::new(huge_memfd(2 * HUGE_BYTES)?);
+    let seen = FilePages::new(file.clone(), 0, HUGE_BYTES)?;
+    // Pages 6 and 7 are mapped in place: the last one of a huge page, which is there, and the first one of a hole.
+    resolver.region.memory = Memory::File { file, offset_bytes: HUGE_BYTES - 7 * PAGE_BYTES };
+    let memory = Arc::new(Window::anonymous(32 * PAGE_BYTES)?);
+    let at = AT + 7 * PAGE_BYTES;
+    seen.write(0, &[1])?;
+    let hog = uhmm_kernel_hook::program::ProgramMemory::hugetlb(pool.unclaimed()? * HUGE_BYTES)?;
+    with_mmu(&resolver, &mut window(&memory), &AtomicBool::new(false), |mmu| {
+        mmu.write(at - 20, &[7; 20])?;
+        assert_eq!((mmu.load_u64(at - 8)?, mmu.load_u64(at)?), (0x0707_0707_0707_0707, 0));
+        assert_eq!(mmu.store_u64(at, 1).map_err(|error| error.code), Err(ErrorCode::NoMemory));
+        assert_eq!(mmu.fetch_add_u64(at - 8, 1).map_err(|error| error.code), Err(ErrorCode::Invalid));
+        drop(hog);
+        mmu.store_u64(at, 5)?;
+        assert_eq!(mmu.load_u64(at)?, 5);
+        Ok::<_, WireError>(())
+    })??;
+    let mut bytes = [0; 24];
+    seen.read(HUGE_BYTES - 24, &mut bytes)?;
+    assert_eq!((&bytes[..4], &bytes[4..]), (&[0; 4][..], &[7; 20][..]));
     Ok(())
 }
 

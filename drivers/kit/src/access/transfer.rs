@@ -58,6 +58,7 @@ impl From<std::io::Error> for TransferError {
             std::io::ErrorKind::UnexpectedEof => {
                 Self { code: ErrorCode::Fault, text: "it lies behind the end of its file".into() }
             }
+            std::io::ErrorKind::StorageFull => Self { code: ErrorCode::NoMemory, text: error.to_string() },
             _ => Self { code: ErrorCode::Io, text: error.to_string() },
         }
     }

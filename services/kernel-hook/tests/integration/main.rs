@@ -4,6 +4,7 @@
 
 mod common;
 mod forks;
+mod huge;
 mod own;
 mod private;
 mod process;

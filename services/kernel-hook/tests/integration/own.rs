@@ -8,10 +8,8 @@ use std::path::Path;
 
 use crate::common::{Child, become_nobody, is_root};
 use uhmm_kernel_hook::program::ProgramMemory;
-use uhmm_kernel_hook::{AddrRange, CopyMode, Features, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window};
+use uhmm_kernel_hook::{AddrRange, Features, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window};
 use uhmm_kernel_hook::{memfd, own_memory};
-
-const HUGE_BYTES: u64 = 2 << 20;
 
 fn reopen(memory: &ProgramMemory) -> Result<OwnedFd, HookError> {
     let range = AddrRange::new(memory.addr(), memory.len()).unwrap();
@@ -100,62 +98,4 @@ fn integration_forbidden_poisoned_and_cut_off_accesses_are_told_without_a_signal
     assert!(!mapped.access_faults(0, true).unwrap() && mapped.access_faults(PAGE_SIZE, false).unwrap());
     memory.unmap(3 * PAGE_SIZE, PAGE_SIZE).unwrap();
     assert!(memory.access_faults(3 * PAGE_SIZE, false).is_err(), "not this value's any more");
-}
-
-/// Reserves huge pages for as long as it lives.
-struct Reserved {
-    before: String,
-}
-
-const RESERVATION: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-impl Reserved {
-    /// None when they cannot be had: no right, or no contiguous memory.
-    fn new(count: u64) -> Option<Self> {
-        let read = || Some(std::fs::read_to_string(RESERVATION).ok()?.trim().to_string());
-        let before = read()?;
-        let wanted = before.parse::<u64>().ok()? + count;
-        std::fs::write(RESERVATION, wanted.to_string()).ok()?;
-        let reserved = Self { before };
-        (read()? == wanted.to_string()).then_some(reserved)
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        std::fs::write(RESERVATION, &self.before).unwrap();
-    }
-}
-
-#[test]
-fn integration_hugetlb_memory_is_whole_huge_pages_and_filled_by_copy() {
-    let Some(_reserved) = Reserved::new(3) else {
-        eprintln!("skipped: no hugetlb pages can be reserved (needs root and 6 MiB of contiguous memory)");
-        return;
-    };
-    assert!(matches!(ProgramMemory::hugetlb(PAGE_SIZE), Err(HookError::Unaligned { align: HUGE_BYTES, .. })));
-    let (private, shared) =
-        (ProgramMemory::hugetlb(2 * HUGE_BYTES).unwrap(), ProgramMemory::hugetlb_shared(HUGE_BYTES).unwrap());
-    let range = AddrRange::new(private.addr(), HUGE_BYTES).unwrap();
-    let vma = own_memory::mappings(range).unwrap()[0];
-    // Private anonymous memory, and yet of a file: only the page size tells it from a mapping of one.
-    assert!(vma.page_size_bytes == HUGE_BYTES && !vma.shared && vma.inode != 0);
-    let (uffd, _) = Userfaultfd::create(None).unwrap();
-    uffd.api(Features::MISSING_HUGETLBFS | Features::MOVE).unwrap();
-    uffd.register(range, RegisterMode::MISSING).unwrap();
-    let source = Window::anonymous(HUGE_BYTES).unwrap();
-    source.fill(0, HUGE_BYTES, 6).unwrap();
-    assert!(uffd.copy(range.start, &source, 0, HUGE_BYTES, CopyMode::default()).unwrap().is_complete());
-    assert_eq!(private.load_u64(HUGE_BYTES - 8).unwrap(), u64::from_ne_bytes([6; 8]));
-    assert!(private.unmap(0, PAGE_SIZE).is_err(), "a part of a huge page cannot be unmapped");
-    assert_eq!(private.load_u64(0).unwrap() as u8, 6, "and so it still is this value's");
-    private.unmap(0, HUGE_BYTES).unwrap();
-    assert!(private.load_u64(0).is_err() && private.load_u64(HUGE_BYTES).is_ok());
-    shared.store_u64(0, 1).unwrap();
-    if is_root() {
-        let file = reopen(&shared).unwrap();
-        let again = ProgramMemory::file_shared(file.as_fd(), 0, HUGE_BYTES, true).unwrap();
-        again.store_u64(8, 2).unwrap();
-        assert_eq!((again.load_u64(0).unwrap(), shared.load_u64(8).unwrap()), (1, 2));
-    }
 }

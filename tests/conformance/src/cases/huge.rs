@@ -11,7 +11,6 @@ use crate::pattern;
 
 pub(super) fn register(list: &mut Registry) {
     list.both("T08_anon_write_huge", anon_write_huge);
-    list.both("T09_anon_write_hugetlbfs", anon_write_hugetlbfs);
     list.both("T23_compound", compound);
     list.both("T30_migrate_anon_huge_empty", huge_empty);
     list.both("T31_migrate_anon_huge_zero", huge_zero);
@@ -41,34 +40,7 @@ fn anon_write_huge(ctx: &Ctx) -> CaseResult {
     mem.expect_all(8)
 }
 
-/// Private and shared hugetlb memory: what can be adopted is read and written by the device.
-fn anon_write_hugetlbfs(ctx: &Ctx) -> CaseResult {
-    let mut refusals = Vec::new();
-    for shared in [false, true] {
-        let mem = match Mem::hugetlb(PMD, shared) {
-            Ok(mem) => mem,
-            Err(error) => not_applicable!("No hugetlb pages: {error}; vm.nr_hugepages reserves some"),
-        };
-        match ctx.session.adopt(mem.addr(), PMD) {
-            Err(error) => refusals.push(error.to_string()),
-            Ok(_) => {
-                let report = ctx.writes(0, &mem, 0, PMD, 9)?;
-                ctx.one_fault(&report)?;
-                mem.expect_all(9)?;
-                ctx.sees_all(0, &mem, 9)?;
-                mem.fill(10)?;
-                ctx.sees_all(0, &mem, 10)?;
-                mem.expect_all(10)?;
-            }
-        }
-    }
-    if refusals.len() == 2 {
-        not_applicable!("hugetlb memory cannot be adopted: {}", refusals.join("; "));
-    }
-    Ok(())
-}
-
-/// Of a transparent huge page where there is no hugetlb page that can be adopted: the semantics are those of its mapping.
+/// Of a transparent huge page; of hugetlb pages: HT07.
 fn compound(ctx: &Ctx) -> CaseResult {
     needs_thp()?;
     let mem = Mem::huge(PMD)?;

@@ -4,6 +4,7 @@ mod exclusive;
 mod files;
 mod fork;
 mod huge;
+mod hugetlb;
 mod igt_matrix;
 mod igt_special;
 mod migrate;
@@ -40,6 +41,7 @@ pub(crate) fn all() -> Vec<Case> {
     fork::register(&mut list);
     exclusive::register(&mut list);
     huge::register(&mut list);
+    hugetlb::register(&mut list);
     multi::register(&mut list);
     policy::register(&mut list);
     policy_more::register(&mut list);
@@ -73,6 +75,9 @@ mod tests {
         }
         for number in 1..=24 {
             assert!(has(&format!("K{number:02}_")), "K{number:02} is missing");
+        }
+        for number in 1..=8 {
+            assert!(has(&format!("HT{number:02}_")), "HT{number:02} is missing");
         }
         for number in [1, 3, 4, 5, 6, 12, 13, 16, 17] {
             assert!(has(&format!("P{number:02}_")), "P{number:02} is missing");

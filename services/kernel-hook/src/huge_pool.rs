@@ -1,0 +1,91 @@
+//! Reserved huge pages (hugetlb) for programs that test uhmm. The machine has one pool of them: whoever changes it holds a lock, and puts
+//! it back.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, MemfdFlags};
+
+use crate::error::HookError;
+
+/// Bytes of the pages that are reserved here, whatever the machine's default is.
+pub const HUGE_BYTES: u64 = 2 << 20;
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// More huge pages in the pool, for as long as it lives; then it is as large as it was.
+#[derive(Debug)]
+pub struct HugePool {
+    before: u64,
+    /// Holds the lock, which the kernel takes back from a process that dies.
+    _lock: File,
+}
+
+fn failed(call: &'static str, path: &Path, source: std::io::Error) -> HookError {
+    HookError::Path { call, path: path.to_owned(), source, hint: "Huge pages of 2 MiB can be reserved by root only" }
+}
+
+fn file(name: &str) -> PathBuf {
+    Path::new(POOL).join(name)
+}
+
+fn count(name: &str) -> Result<u64, HookError> {
+    let path = file(name);
+    let text = std::fs::read_to_string(&path).map_err(|error| failed("read", &path, error))?;
+    text.trim().parse().map_err(|_| HookError::Strange { call: "read(hugepages)", detail: format!("{name}: {text}") })
+}
+
+impl HugePool {
+    /// Waits for the lock, then reserves this many pages more than there are.
+    ///
+    /// # Errors
+    /// `Path`: the kernel has no such pages, or does not let this account reserve any. `Strange`: memory is too fragmented, or the
+    /// machine lets programs have more pages than are reserved (nr_overcommit_hugepages), so that they never run out.
+    pub fn reserve(page_count: u64) -> Result<Self, HookError> {
+        let path = file("nr_hugepages");
+        let lock = File::open(&path).map_err(|error| failed("open", &path, error))?;
+        rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+            .map_err(|error| failed("flock", &path, error.into()))?;
+        if count("nr_overcommit_hugepages")? > 0 {
+            let detail = "nr_overcommit_hugepages is not 0, so that huge pages never run out".into();
+            return Err(HookError::Strange { call: "reserve huge pages", detail });
+        }
+        let before = count("nr_hugepages")?;
+        let wanted = before + page_count;
+        std::fs::write(&path, wanted.to_string()).map_err(|error| failed("write", &path, error))?;
+        let pool = Self { before, _lock: lock };
+        let found = count("nr_hugepages")?;
+        if found < wanted {
+            let detail = format!("{} of {page_count} were found in one piece", found.saturating_sub(before));
+            return Err(HookError::Strange { call: "reserve huge pages", detail });
+        }
+        Ok(pool)
+    }
+
+    /// Pages that nobody has or was promised.
+    ///
+    /// # Errors
+    /// `Path`, `Strange`.
+    pub fn unclaimed(&self) -> Result<u64, HookError> {
+        Ok(count("free_hugepages")?.saturating_sub(count("resv_hugepages")?))
+    }
+}
+
+impl Drop for HugePool {
+    fn drop(&mut self) {
+        // Pages that are in use still go when their last user does.
+        drop(std::fs::write(file("nr_hugepages"), self.before.to_string()));
+    }
+}
+
+/// A memfd of huge pages, `len` bytes long and empty. Nothing is reserved for it before it is mapped.
+///
+/// # Errors
+/// `Call`: EINVAL where the kernel has none or `len` is not a multiple of 2 MiB.
+pub fn huge_memfd(len: u64) -> Result<OwnedFd, HookError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = rustix::fs::memfd_create("uhmm-huge", flags)
+        .map_err(|error| HookError::failed("memfd_create(MFD_HUGETLB)", error))?;
+    rustix::fs::ftruncate(&file, len).map_err(|error| HookError::failed("ftruncate(memfd)", error))?;
+    Ok(file)
+}
