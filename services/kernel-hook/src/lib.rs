@@ -21,6 +21,7 @@
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   stand_in         a mapping that takes the place of another one
+//!   vfio             a PCI device and what it may reach
 //!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
@@ -51,6 +52,7 @@ pub mod socket;
 pub mod stand_in;
 mod sys;
 pub mod uffd;
+pub mod vfio;
 pub mod window;
 
 pub use bump::{Bump, Full};
