@@ -83,8 +83,21 @@ pub trait PciBackend: Send + Sync + fmt::Debug {
     /// From now on the device reaches `memory` at `iova`. The range is free and page-aligned (the caller's allocator sees to it).
     fn dma_map(&self, iova: u64, memory: &DmaMemory, right: DmaRight) -> Result<(), PciError>;
 
+    /// Takes over the mapping of exactly these addresses that an earlier incarnation made with the same memory and the same right; DMA
+    /// to it goes on undisturbed. Where mappings end with the process that made them, the device stands still meanwhile, and this
+    /// makes a new one.
+    fn dma_adopt(&self, iova: u64, memory: &DmaMemory, right: DmaRight) -> Result<(), PciError> {
+        self.dma_map(iova, memory, right)
+    }
+
     /// The device reaches nothing there any more when this returns. A device that was unplugged reaches nothing: that is a success.
     fn dma_unmap(&self, iova: u64, len_bytes: u64) -> Result<(), PciError>;
+
+    /// On an adopted device, with the addresses that nobody of this incarnation has: mappings of earlier incarnations in them go.
+    /// Nothing to do where mappings end with the process that made them.
+    fn dma_unmap_stale(&self, _unused: &[IovaRange]) -> Result<(), PciError> {
+        Ok(())
+    }
 
     /// How many vectors of this kind the device has.
     fn interrupt_count(&self, kind: InterruptKind) -> u32;

@@ -117,6 +117,44 @@ impl PciDevice {
         DmaMapping::new(Arc::clone(&self.backend), Arc::clone(&self.iovas), iova, memory.clone(), right)
     }
 
+    /// Takes over a mapping that an earlier incarnation made at `iova` with the same memory (from the vault). DMA to it that is in
+    /// flight is not disturbed. To be called before [`PciDevice::finish_adoption`], which ends all other old mappings.
+    ///
+    /// # Errors
+    /// `IovaTaken`; `Map` when nothing is mapped exactly there.
+    pub fn adopt_dma(&self, iova: u64, memory: &DmaMemory, right: DmaRight) -> Result<DmaMapping, PciError> {
+        self.lock().take(iova, memory.len_bytes())?;
+        DmaMapping::adopted(Arc::clone(&self.backend), Arc::clone(&self.iovas), iova, memory.clone(), right)
+    }
+
+    /// The device reaches nothing any more but what this incarnation has adopted or mapped. A driver whose device
+    /// [`PciDevice::is_adopted`] calls it once, after it has adopted (or stopped) what is in flight, before it maps anything and before
+    /// [`PciDevice::allow_dma`].
+    ///
+    /// # Errors
+    /// `Map`: something old could not be unmapped.
+    pub fn finish_adoption(&self) -> Result<(), PciError> {
+        if self.is_adopted() {
+            let gaps = self.lock().gaps();
+            self.backend.dma_unmap_stale(&gaps)?;
+        }
+        Ok(())
+    }
+
+    /// New eventfds for the first `count` vectors of this kind, routed. On an adopted device each message-signalled one is
+    /// signalled once: what happened while nobody listened is looked at.
+    ///
+    /// # Errors
+    /// As [`PciDevice::set_interrupts`].
+    pub fn interrupts(&self, kind: InterruptKind, count: usize) -> Result<Vec<EventFd>, PciError> {
+        let events = (0..count).map(|_| EventFd::new()).collect::<Result<Vec<_>, _>>()?;
+        self.set_interrupts(kind, &events)?;
+        if self.is_adopted() && matches!(kind, InterruptKind::Msi | InterruptKind::Msix) {
+            events.iter().try_for_each(EventFd::signal)?;
+        }
+        Ok(events)
+    }
+
     /// Vectors of this kind.
     pub fn interrupt_count(&self, kind: InterruptKind) -> u32 {
         self.backend.interrupt_count(kind)

@@ -79,7 +79,30 @@ impl DmaMapping {
         memory: DmaMemory,
         right: DmaRight,
     ) -> Result<Self, PciError> {
-        match backend.dma_map(iova, &memory, right) {
+        let mapped = backend.dma_map(iova, &memory, right);
+        Self::after(mapped, backend, iovas, iova, memory)
+    }
+
+    /// The same for a mapping of an earlier incarnation.
+    pub(crate) fn adopted(
+        backend: Arc<dyn PciBackend>,
+        iovas: Arc<Mutex<IovaAllocator>>,
+        iova: u64,
+        memory: DmaMemory,
+        right: DmaRight,
+    ) -> Result<Self, PciError> {
+        let mapped = backend.dma_adopt(iova, &memory, right);
+        Self::after(mapped, backend, iovas, iova, memory)
+    }
+
+    fn after(
+        mapped: Result<(), PciError>,
+        backend: Arc<dyn PciBackend>,
+        iovas: Arc<Mutex<IovaAllocator>>,
+        iova: u64,
+        memory: DmaMemory,
+    ) -> Result<Self, PciError> {
+        match mapped {
             Ok(()) => Ok(Self { iova, memory, backend, iovas }),
             Err(error) => {
                 iovas.lock().unwrap_or_else(PoisonError::into_inner).free(iova);

@@ -83,6 +83,21 @@ impl IovaAllocator {
         self.taken.remove(&iova);
     }
 
+    /// What nobody has: all usable addresses that are not taken.
+    pub fn gaps(&self) -> Vec<IovaRange> {
+        let mut gaps = Vec::new();
+        for range in &self.usable {
+            let mut start = range.start;
+            for (&taken, &taken_end) in self.taken.range(range.start..range.end) {
+                gaps.push(IovaRange { start, end: taken });
+                start = taken_end;
+            }
+            gaps.push(IovaRange { start, end: range.end });
+        }
+        gaps.retain(|gap| gap.start < gap.end);
+        gaps
+    }
+
     /// The end of the last range in use that overlaps.
     fn overlapping(&self, start: u64, end: u64) -> Option<u64> {
         self.taken
@@ -112,6 +127,16 @@ mod tests {
         assert_eq!(iovas.allocate(2 * MIB, 1, u64::MAX).ok(), Some(16 * MIB));
         iovas.free(8192);
         assert_eq!(iovas.allocate(4096, 1, u64::MAX).ok(), Some(8192));
+    }
+
+    #[test]
+    fn gaps_are_what_is_left() {
+        let mut iovas = allocator();
+        let gap = |start, end| IovaRange { start, end };
+        assert_eq!(iovas.gaps(), [gap(4096, 2 * MIB), gap(16 * MIB, 1 << 40)]);
+        assert!(iovas.take(16 * MIB, MIB).is_ok() && iovas.take(20 * MIB, MIB).is_ok());
+        assert!(iovas.take(4096, 2 * MIB - 4096).is_ok());
+        assert_eq!(iovas.gaps(), [gap(17 * MIB, 20 * MIB), gap(21 * MIB, 1 << 40)]);
     }
 
     #[test]

@@ -23,6 +23,8 @@
 //!   stand_in         a mapping that takes the place of another one
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
+//!   vfio             a PCI device and what it may reach
+//!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
@@ -54,6 +56,7 @@ pub mod socket;
 pub mod stand_in;
 mod sys;
 pub mod uffd;
+pub mod vfio;
 pub mod window;
 
 pub use bump::{Bump, Full};

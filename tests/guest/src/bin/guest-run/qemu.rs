@@ -32,7 +32,8 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> R
         .args(["-append", "console=ttyS0 quiet panic=-1 intel_iommu=on"])
         .args(["-serial", &format!("file:{}", console.display())])
         .args(["-serial", &format!("file:{}", results.display())])
-        .args(["-device", "intel-iommu,intremap=on,caching-mode=on"])
+        // 48 bits: room for bus addresses that are a program's virtual addresses (39 is QEMU's default).
+        .args(["-device", "intel-iommu,intremap=on,caching-mode=on,aw-bits=48"])
         .args(["-device", "edu", "-device", "edu"])
         .args(["-object", "memory-backend-memfd,id=plain,size=16M,share=on"])
         .args(["-device", "ivshmem-plain,memdev=plain"])

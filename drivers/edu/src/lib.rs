@@ -1,0 +1,5 @@
+//! QEMU's educational PCI device.
+//!
+//! * [`hardware`]: its registers, and what they do.
+
+pub mod hardware;
