@@ -12,8 +12,8 @@ use uhmm_pci::DmaRight;
 
 use crate::model::DmaFault;
 
-/// The most mappings that one driver may have. Far more than the kernel's own default (65535) would only hide a leak.
-pub const MAX_MAPPINGS: usize = 65_536;
+/// The most mappings that one driver may have: half of what the kernel lets a process map, so that the model itself goes on.
+pub const MAX_MAPPINGS: usize = 32_768;
 
 /// Why a mapping was refused; nothing was changed.
 #[derive(Debug, thiserror::Error)]

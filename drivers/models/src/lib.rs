@@ -21,8 +21,12 @@ pub mod dma;
 pub mod local;
 pub mod machine;
 pub mod model;
+pub mod server;
+#[cfg(test)]
+mod testing;
 
 pub use dma::{DmaTable, MapError};
 pub use local::ModelBackend;
 pub use machine::{Machine, MachineError};
 pub use model::{BarKind, DeviceModel, DmaFault, Host, Identity};
+pub use server::{Server, ServerError, serve};

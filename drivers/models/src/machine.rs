@@ -183,6 +183,11 @@ impl Machine {
         if state.removed { Ok(()) } else { Ok(state.dma.unmap(iova, len)?) }
     }
 
+    /// The device reaches nothing at all any more when this returns.
+    pub fn dma_unmap_all(&self) {
+        self.shared.access().dma.clear();
+    }
+
     /// Vectors of a kind. `Error` and `Request` belong to the machine, the others to the model.
     pub fn interrupt_count(&self, kind: InterruptKind) -> u32 {
         match kind {

@@ -18,6 +18,7 @@ pub mod error;
 pub mod iova;
 pub mod path;
 mod vfio;
+pub mod vfio_user;
 
 pub use backend::{InterruptKind, PciBackend, RegionIndex, RegionInfo};
 pub use device::{Bar, PciDevice};
@@ -26,6 +27,7 @@ pub use error::PciError;
 pub use iova::{IovaAllocator, IovaRange};
 pub use path::{PciAddress, PciPath};
 pub use vfio::VfioBackend;
+pub use vfio_user::VfioUserBackend;
 
 use std::sync::Arc;
 
@@ -39,12 +41,6 @@ use uhmm_ipc::message::Fd;
 pub fn open(path: &PciPath, kept: &[(String, Fd)]) -> Result<PciDevice, PciError> {
     match path {
         PciPath::Vfio(address) => PciDevice::new(Arc::new(VfioBackend::open(*address, kept)?)),
-        PciPath::VfioUser(_) => Err(PciError::Open {
-            device: path.to_string(),
-            problem:
-                "this driver opens devices of this machine only; give the address of one that is bound to vfio-pci"
-                    .to_owned(),
-            source: None,
-        }),
+        PciPath::VfioUser(socket) => PciDevice::new(Arc::new(VfioUserBackend::open(socket)?)),
     }
 }

@@ -24,7 +24,6 @@
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
 //!   vfio             a PCI device and what it may reach
-//!   program, fork    memory and children of test programs
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
