@@ -145,6 +145,11 @@ fn integration_a_client_that_lies_about_its_memory_is_refused() {
     unsealed.set_len(4 * PAGE).expect("length");
     let create = |memory: Fd| pager::Call::CreateRegion { addr: mapping.addr(), len_bytes: 4 * PAGE, memory };
     raw.refused(create(Arc::new(unsealed.into())), ErrorCode::Invalid, "seal");
+    // A kernel without huge pages cannot make one: nor can a client there.
+    if let Ok(huge) = uhmm_kernel_hook::huge_pool::sealed_huge_memfd(2 * MIB) {
+        let call = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes: 2 * MIB, memory: Arc::new(huge) };
+        raw.refused(call, ErrorCode::Invalid, "hugetlb");
+    }
     raw.refused(create(dev_null()), ErrorCode::Invalid, "memfd");
     raw.refused(create(long), ErrorCode::Invalid, "32768");
     raw.refused(create(other), ErrorCode::Fault, "another file");

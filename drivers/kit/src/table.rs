@@ -388,10 +388,14 @@ mod tests {
     }
 
     #[test]
-    fn a_memfd_that_is_too_short_is_refused() -> Result<(), DeviceError> {
+    fn a_memfd_that_is_too_short_or_of_huge_pages_is_refused() -> Result<(), DeviceError> {
         let mut table = SharedTable::create(1, false)?;
         let honest = region(16)?;
         assert!(table.attach(&RegionMap { page_count: 17, ..honest.clone() }).is_err());
+        if let Ok(huge) = uhmm_kernel_hook::huge_pool::sealed_huge_memfd(2 << 20) {
+            let memory = Memory::Sealed { memory: Arc::new(huge), offset_bytes: 0 };
+            assert!(table.attach(&RegionMap { memory, ..honest.clone() }).is_err(), "it would not be safe to touch");
+        }
         assert!(table.attach(&honest)?.is_none(), "a table that the pager must not see is not given out");
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, MemfdFlags};
+use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 
 use crate::error::HookError;
 
@@ -87,5 +87,16 @@ pub fn huge_memfd(len: u64) -> Result<OwnedFd, HookError> {
     let file = rustix::fs::memfd_create("uhmm-huge", flags)
         .map_err(|error| HookError::failed("memfd_create(MFD_HUGETLB)", error))?;
     rustix::fs::ftruncate(&file, len).map_err(|error| HookError::failed("ftruncate(memfd)", error))?;
+    Ok(file)
+}
+
+/// The same, of a size that nobody can change. An access can raise SIGBUS all the same, where no huge page is left for it.
+///
+/// # Errors
+/// As [`huge_memfd`].
+pub fn sealed_huge_memfd(len: u64) -> Result<OwnedFd, HookError> {
+    let file = huge_memfd(len)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|error| HookError::failed("fcntl(F_ADD_SEALS)", error))?;
     Ok(file)
 }

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::common::is_root;
 use uhmm_kernel_hook::huge_file::HugeFile;
-use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd};
+use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd, sealed_huge_memfd};
 use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_kernel_hook::{AddrRange, CopyMode, Features, HookError, PAGE_SIZE, RegisterMode, Userfaultfd, Window};
 use uhmm_kernel_hook::{memfd, own_memory};
@@ -132,9 +132,8 @@ fn integration_only_writable_files_of_huge_pages_can_be_opened_and_none_passes_a
     assert!(matches!(HugeFile::open(file.as_fd(), 0, 0), Err(HookError::Empty { .. })));
     let error = memfd::check_sealed(file.as_fd(), HUGE_BYTES).unwrap_err();
     assert!(matches!(error, HookError::NotSealed { .. }), "{error}");
-    let seals = rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW | rustix::fs::SealFlags::SEAL;
-    rustix::fs::fcntl_add_seals(&file, seals).unwrap();
-    let error = memfd::check_sealed(file.as_fd(), HUGE_BYTES).unwrap_err();
+    let sealed = sealed_huge_memfd(HUGE_BYTES).unwrap();
+    let error = memfd::check_sealed(sealed.as_fd(), HUGE_BYTES).unwrap_err();
     assert!(matches!(error, HookError::HugePages), "a seal does not keep SIGBUS away: {error}");
     assert!(matches!(huge_memfd(PAGE_SIZE), Err(HookError::Call { source, .. }) if source.kind() == InvalidInput));
 }

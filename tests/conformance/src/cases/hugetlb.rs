@@ -5,7 +5,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd};
+use rustix::fs::{Mode, OFlags};
+use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd, sealed_huge_memfd};
 use uhmm_kernel_hook::memfd;
 use uhmm_sdk::{ErrorCode, Operator};
 
@@ -39,19 +40,51 @@ fn file_of(page_count: u64) -> CaseResult<(OwnedFd, Mem)> {
     Ok((file, mem))
 }
 
-/// Both kinds of shared memory: what the device writes the CPU sees, and the other way round. Private memory is refused as it is.
+/// A nameless file of one page on a mounted hugetlbfs of such pages, where this account may make one.
+fn file_on_a_mount() -> CaseResult<Option<Mem>> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let folders = mounts.lines().filter_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        words.next().filter(|_| words.next() == Some("hugetlbfs"))
+    });
+    for folder in folders {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let Ok(file) = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR) else { continue };
+        if memfd::huge_page_bytes(file.as_fd())? == Some(HUGE_BYTES) {
+            memfd::to_file(file.as_fd())?.set_len(HUGE_BYTES).during("Give a file its length")?;
+            return Mem::file_shared(file.as_fd(), HUGE_BYTES, true).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// One huge page of every kind.
+struct EveryKind {
+    shared: Vec<(&'static str, Mem)>,
+    private: Mem,
+}
+
+impl EveryKind {
+    fn map() -> CaseResult<Self> {
+        let private = Mem::hugetlb(HUGE_BYTES, false)?;
+        let mut shared =
+            vec![("MAP_SHARED|MAP_HUGETLB", Mem::hugetlb(HUGE_BYTES, true)?), ("MFD_HUGETLB", file_of(1)?.1)];
+        shared.extend(file_on_a_mount()?.map(|mem| ("a file of hugetlbfs", mem)));
+        Ok(Self { shared, private })
+    }
+}
+
+/// Every kind of shared memory: what the device writes the CPU sees, and the other way round. Private memory is refused as it is.
 fn anon_write_hugetlbfs(ctx: &Ctx) -> CaseResult {
     // Without the right to reserve some, there may be some all the same.
-    let reserved = HugePool::reserve(3);
-    let anonymous = match (Mem::hugetlb(HUGE_BYTES, true), &reserved) {
-        (Ok(mem), _) => mem,
-        (Err(error), Ok(_)) => return Err(error).during("Map a reserved huge page"),
-        (Err(error), Err(why)) => not_applicable!("No hugetlb pages: {error}; {why}"),
+    let reserved = HugePool::reserve(4);
+    let kinds = match (EveryKind::map(), &reserved) {
+        (Err(Failure::Failed(why)), Err(error)) => not_applicable!("No hugetlb pages: {error}; {why}"),
+        (kinds, _) => kinds?,
     };
     let last = ctx.device_count() - 1;
-    let (_file, of_memfd) = file_of(1)?;
-    for (mem, kind) in [(&anonymous, "MAP_SHARED|MAP_HUGETLB"), (&of_memfd, "MFD_HUGETLB")] {
-        ctx.adopt(mem).during(kind)?;
+    for (kind, mem) in &kinds.shared {
+        ctx.adopt_if_possible(mem).during(kind)?;
         let report = ctx.writes(0, mem, 0, HUGE_BYTES, 9).during(kind)?;
         ctx.one_fault(&report)?;
         mem.expect_all(9).during(kind)?;
@@ -60,12 +93,13 @@ fn anon_write_hugetlbfs(ctx: &Ctx) -> CaseResult {
         ctx.sees_all(0, mem, 10).during(kind)?;
         mem.expect_all(10).during(kind)?;
     }
-    let private = Mem::hugetlb(HUGE_BYTES, false)?;
+    let private = &kinds.private;
     private.fill(11)?;
     let error = refused(ctx.session.adopt(private.addr(), HUGE_BYTES), ErrorCode::Invalid, "Adopting private hugetlb")?;
     ensure!(error.to_string().contains("MAP_SHARED"), "The refusal does not say what else to do: {error}");
     private.expect_all(11)?;
-    ctx.note("Shared hugetlb memory; private is refused".into());
+    let shared: Vec<&str> = kinds.shared.iter().map(|(kind, _)| *kind).collect();
+    ctx.note(format!("{}; private hugetlb memory is refused", shared.join(", ")));
     Ok(())
 }
 
@@ -98,9 +132,15 @@ fn pid_of(ctx: &Ctx, service: &str) -> CaseResult<u32> {
 }
 
 /// A hole of the file that there is no page for: an error, and everything else goes on. A program that stored there would get SIGBUS.
+/// That the size of the file is sealed changes nothing.
 fn none_left(ctx: &Ctx) -> CaseResult {
     let pool = pool(3)?;
-    let (file, mem) = file_of(2)?;
+    none_left_for(ctx, &pool, &huge_memfd(2 * HUGE_BYTES)?).during("Not sealed")?;
+    none_left_for(ctx, &pool, &sealed_huge_memfd(2 * HUGE_BYTES)?).during("Sealed")
+}
+
+fn none_left_for(ctx: &Ctx, pool: &HugePool, file: &OwnedFd) -> CaseResult {
+    let mem = Mem::file_shared(file.as_fd(), 2 * HUGE_BYTES, true)?;
     mem.fill(1)?;
     ctx.adopt(&mem)?;
     ctx.writes(0, &mem, 0, mem.len(), 2)?;
