@@ -21,6 +21,7 @@ pub mod dma;
 pub mod local;
 pub mod machine;
 pub mod model;
+pub mod nvme;
 
 pub use dma::{DmaTable, MapError};
 pub use local::ModelBackend;
