@@ -21,6 +21,7 @@ pub mod dma;
 pub mod local;
 pub mod machine;
 pub mod model;
+pub mod nvme;
 pub mod server;
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,106 @@
+//! The test's hand on the model: what it does wrong, how slow it is, what it has seen.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// What one I/O command meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NvmeFault {
+    /// It fails with this status (type << 8 | code, bit 14: do not retry).
+    Status(u16),
+    /// It is carried out, and nobody is told.
+    DropCompletion,
+    /// It and everything behind it in its queue is never looked at, until the controller is reset.
+    StuckQueue,
+    /// Its completion has the id of no command.
+    WrongId,
+    /// Its completion comes twice.
+    DoubleCompletion,
+    /// The controller gives up: CSTS.CFS.
+    Fatal,
+    /// Its data goes to (or comes from) an address that nobody mapped.
+    WildAddress,
+}
+
+/// What the model has seen since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NvmeCounters {
+    /// Times it was enabled.
+    pub enables: u64,
+    /// Function-level resets.
+    pub function_resets: u64,
+    /// I/O commands fetched.
+    pub io_commands: u64,
+    /// Commands that read or wrote blocks with data.
+    pub transfers: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Write Zeroes.
+    pub zeroings: u64,
+    /// Aborts.
+    pub aborts: u64,
+    /// DMA that the IOMMU refused.
+    pub dma_faults: u64,
+    /// Doorbells with a value that cannot be, or that stood there already.
+    pub bad_doorbells: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    /// After so many further I/O commands: this.
+    faults: VecDeque<(u64, NvmeFault)>,
+    pub(super) latency: Duration,
+    pub(super) vanished: bool,
+    pub(super) stubborn: bool,
+    pub(super) seen: NvmeCounters,
+}
+
+impl Orders {
+    /// What the I/O command that was fetched now meets.
+    pub(super) fn next_fault(&mut self) -> Option<NvmeFault> {
+        self.seen.io_commands += 1;
+        for (left, _) in &mut self.faults {
+            *left = left.saturating_sub(1);
+        }
+        let due = self.faults.iter().position(|(left, _)| *left == 0)?;
+        self.faults.remove(due).map(|(_, fault)| fault)
+    }
+}
+
+/// Cheap to clone; all clones are one model's.
+#[derive(Clone, Debug, Default)]
+pub struct NvmeControl {
+    orders: Arc<Mutex<Orders>>,
+}
+
+impl NvmeControl {
+    /// The `nth` I/O command from now on (1: the next one) meets this fault. Each fault happens once.
+    pub fn inject(&self, nth: u64, fault: NvmeFault) {
+        self.orders().faults.push_back((nth.max(1), fault));
+    }
+
+    /// I/O commands take at least so long.
+    pub fn set_latency(&self, latency: Duration) {
+        self.orders().latency = latency;
+    }
+
+    /// From now on every register reads as all ones and nothing moves, as after a surprise removal.
+    pub fn vanish(&self) {
+        self.orders().vanished = true;
+    }
+
+    /// CC.EN = 0 has no effect until a function-level reset.
+    pub fn set_stubborn(&self) {
+        self.orders().stubborn = true;
+    }
+
+    /// So far.
+    pub fn counters(&self) -> NvmeCounters {
+        self.orders().seen
+    }
+
+    pub(super) fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
