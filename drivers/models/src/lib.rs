@@ -16,8 +16,10 @@
 //! stands still. Work in flight goes on when the next driver switches bus mastering on; what is not mapped by then is a
 //! [`DmaFault`], and the model reports it as its kind of device does. So a driver that takes the device over maps first.
 
+pub mod accel;
 pub mod config;
 pub mod dma;
+pub mod faults;
 pub mod local;
 pub mod machine;
 pub mod model;

@@ -11,6 +11,7 @@
 //! Time passes for a model only while bus mastering is on, so that a device whose driver died stands still until the next driver
 //! has mapped what it needs.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -120,13 +121,16 @@ impl Machine {
     /// Pulls the device out: every access fails from now on, it reaches nothing, and the driver's `Request` and `Error` events are
     /// signalled.
     pub fn remove(&self) {
-        let mut state = self.shared.access();
-        state.removed = true;
-        state.dma.clear();
-        for event in [state.request.take(), state.error.take()].into_iter().flatten() {
-            signal(&event, "removal");
-        }
+        self.shared.access().remove();
         self.shared.wake.notify_all();
+    }
+
+    /// Waits until the device is pulled out, by [`Machine::remove`] or by the model itself.
+    pub fn wait_removed(&self) {
+        let mut state = self.shared.access();
+        while !state.removed {
+            state = self.shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// `None`: there is no such region.
@@ -267,7 +271,11 @@ impl Shared {
     fn run(&self) {
         let mut state = self.lock();
         while !state.stopped {
-            state = match state.advance() {
+            let pause = state.advance();
+            if state.removed {
+                self.wake.notify_all();
+            }
+            state = match pause {
                 Some(Duration::ZERO) => {
                     drop(state);
                     while self.waiting.load(Ordering::SeqCst) > 0 {
@@ -411,7 +419,7 @@ impl State {
         if self.config.command() & COMMAND_MEMORY == 0 {
             return Ok(());
         }
-        let host = MachineHost { dma: &self.dma, msix: &self.msix, master: self.is_master() };
+        let host = MachineHost::new(&self.dma, &self.msix, self.is_master());
         match self.bars.iter_mut().find(|bar| bar.shape.number == number).map(|bar| &mut bar.behind) {
             Some(Behind::Model) => self.model.write(number, offset, bytes, &host),
             Some(Behind::Memory { window, .. }) => window.write(offset, bytes)?,
@@ -422,6 +430,9 @@ impl State {
                 }
             }
             None => {}
+        }
+        if host.unplugged.get() {
+            self.remove();
         }
         Ok(())
     }
@@ -435,8 +446,21 @@ impl State {
         if !self.connected || self.removed || !self.is_master() {
             return None;
         }
-        let host = MachineHost { dma: &self.dma, msix: &self.msix, master: true };
-        self.model.advance(Instant::now(), &host)
+        let host = MachineHost::new(&self.dma, &self.msix, true);
+        let pause = self.model.advance(Instant::now(), &host);
+        if host.unplugged.get() {
+            self.remove();
+            return None;
+        }
+        pause
+    }
+
+    fn remove(&mut self) {
+        self.removed = true;
+        self.dma.clear();
+        for event in [self.request.take(), self.error.take()].into_iter().flatten() {
+            signal(&event, "removal");
+        }
     }
 
     fn disconnect(&mut self) {
@@ -453,6 +477,13 @@ struct MachineHost<'a> {
     dma: &'a DmaTable,
     msix: &'a [Option<EventFd>],
     master: bool,
+    unplugged: Cell<bool>,
+}
+
+impl<'a> MachineHost<'a> {
+    fn new(dma: &'a DmaTable, msix: &'a [Option<EventFd>], master: bool) -> Self {
+        Self { dma, msix, master, unplugged: Cell::new(false) }
+    }
 }
 
 impl Host for MachineHost<'_> {
@@ -469,6 +500,10 @@ impl Host for MachineHost<'_> {
         if let Some(Some(event)) = self.msix.get(usize::from(vector)).filter(|_| self.master) {
             signal(event, "interrupt");
         }
+    }
+
+    fn unplug(&self) {
+        self.unplugged.set(true);
     }
 }
 

@@ -60,6 +60,9 @@ pub trait Host {
 
     /// Signals an MSI-X vector, if the driver has set it.
     fn interrupt(&self, vector: u16);
+
+    /// The device is pulled out: this call is its last one.
+    fn unplug(&self);
 }
 
 /// A device. Never called twice at once; nothing may wait, and a call does a bounded piece of work (a driver's access waits for it).

@@ -1,5 +1,7 @@
 //! The manifest as it is written.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Deserializer, Serialize, de};
 use uhmm_pci::PciPath;
 
@@ -20,8 +22,16 @@ impl<'de> Deserialize<'de> for ByteSize {
         }
         match Written::deserialize(deserializer)? {
             Written::Number(bytes) => Ok(Self(bytes)),
-            Written::Text(text) => parse_size(&text).map(Self).map_err(de::Error::custom),
+            Written::Text(text) => text.parse().map_err(de::Error::custom),
         }
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse_size(text).map(Self)
     }
 }
 

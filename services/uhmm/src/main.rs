@@ -60,6 +60,9 @@ enum Command {
     },
     /// Hold a driver against HMM's semantics: the acceptance test of a driver's author
     Conformance(commands::ConformanceArgs),
+    /// Play a PCI device for drivers in other processes, over a vfio-user socket
+    #[command(subcommand)]
+    DeviceModel(commands::Model),
     /// What this kernel and account offer, what is missing, what follows, and what fixes it
     Doctor,
     /// (service) Answer CPU faults, keep directories, move pages
@@ -140,6 +143,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Stats { json } => commands::stats(&run_dir, json)?,
         Command::Kill { service } => commands::kill(&run_dir, &service)?,
         Command::Doctor => return Ok(commands::doctor()),
+        Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
         Command::Driver { driver: _, flags } => uhmm_driver_soft::run(flags.into_args(run_dir))?,

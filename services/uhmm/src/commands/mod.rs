@@ -1,6 +1,7 @@
 //! The operator's commands: each prints something a person can act on.
 
 mod conformance;
+mod device_model;
 mod doctor;
 mod show;
 
@@ -13,6 +14,7 @@ use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
+pub use device_model::{Model, device_model};
 pub use doctor::doctor;
 pub use show::{stats, status};
 

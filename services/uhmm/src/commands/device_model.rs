@@ -1,0 +1,76 @@
+//! `uhmm device-model`: plays a PCI device for drivers in other processes, until it is killed or the device is pulled out.
+//!
+//! Killing it is the surprise removal of the device. A driver that goes and comes back finds the device as it was.
+
+use std::path::PathBuf;
+use std::sync::mpsc;
+
+use anyhow::Context;
+use uhmm_manifest::ByteSize;
+use uhmm_models::accel::Accel;
+use uhmm_models::faults::{FaultPlan, PlannedFault};
+use uhmm_models::{DeviceModel, Machine, Server};
+
+use crate::Log;
+
+/// Which device.
+#[derive(clap::Subcommand)]
+pub enum Model {
+    /// An accelerator: memory behind BAR 2, and a copy engine
+    Accel {
+        /// Its memory, a power of two
+        #[arg(long, default_value = "256MiB")]
+        memory: ByteSize,
+        #[command(flatten)]
+        common: ModelArgs,
+    },
+}
+
+/// What all models have.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Where it listens; `pci = "vfio-user:PATH"` in the manifest
+    #[arg(long)]
+    socket: PathBuf,
+    /// What goes wrong and with which command, e.g. drop-completion@17 (also command-error, stuck-queue, corrupt-id, removal, stray-dma);
+    /// may be given several times
+    #[arg(long = "fault", value_name = "FAULT@N")]
+    faults: Vec<PlannedFault>,
+    /// Log format
+    #[arg(long, value_enum, default_value_t = Log::Text)]
+    log: Log,
+}
+
+impl Model {
+    fn parts(self) -> anyhow::Result<(&'static str, Box<dyn DeviceModel>, ModelArgs)> {
+        Ok(match self {
+            Self::Accel { memory, mut common } => {
+                let faults = FaultPlan::new(std::mem::take(&mut common.faults));
+                ("accel", Box::new(Accel::new(memory.0, faults)?), common)
+            }
+        })
+    }
+}
+
+/// Prints `ready` when drivers can connect.
+pub fn device_model(model: Model) -> anyhow::Result<()> {
+    let (name, model, args) = model.parts()?;
+    uhmm_kit::init_log(args.log.into(), name, 0);
+    let machine = Machine::start(model)?;
+    let server = Server::bind(&args.socket, machine.clone())?;
+    let (tell, ended) = mpsc::channel();
+    let served = machine.clone();
+    std::thread::Builder::new().name("server".into()).spawn(move || {
+        let end = server.run().map(|never| match never {});
+        // Whoever waits for a removal learns it here too; without the receiver the process is ending anyway.
+        if tell.send(end).is_ok() {
+            served.remove();
+        }
+    })?;
+    println!("ready");
+    machine.wait_removed();
+    match ended.try_recv() {
+        Ok(end) => end.with_context(|| format!("Device model {name} ended")),
+        Err(_) => anyhow::bail!("Device model {name} was pulled out"),
+    }
+}
