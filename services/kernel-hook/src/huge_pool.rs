@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 
@@ -11,6 +12,10 @@ use crate::error::HookError;
 
 /// Bytes of the pages that are reserved here, whatever the machine's default is.
 pub const HUGE_BYTES: u64 = 2 << 20;
+/// Longest wait for pages of an earlier holder.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks.
+const POLL: Duration = Duration::from_millis(2);
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// More huge pages in the pool, for as long as it lives; then it is as large as it was.
@@ -35,12 +40,31 @@ fn count(name: &str) -> Result<u64, HookError> {
     text.trim().parse().map_err(|_| HookError::Strange { call: "read(hugepages)", detail: format!("{name}: {text}") })
 }
 
+/// Pages that were in use when their holder put the pool back are "surplus" until they are free.
+fn wait_for_the_rest() -> Result<(), HookError> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = count("surplus_hugepages")?;
+        if left == 0 {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            let detail = format!("{left} pages that were reserved before are still in use");
+            return Err(HookError::Strange { call: "reserve huge pages", detail });
+        }
+        // The kernel tells nobody when a page is free.
+        std::thread::sleep(POLL);
+    }
+}
+
 impl HugePool {
-    /// Waits for the lock, then reserves this many pages more than there are.
+    /// Waits for the lock and for what an earlier holder has left in use (a service lets go of a file soon after its client), then
+    /// reserves this many pages more than there are.
     ///
     /// # Errors
-    /// `Path`: the kernel has no such pages, or does not let this account reserve any. `Strange`: memory is too fragmented, or the
-    /// machine lets programs have more pages than are reserved (nr_overcommit_hugepages), so that they never run out.
+    /// `Path`: the kernel has no such pages, or does not let this account reserve any. `Strange`: memory is too fragmented, pages of an
+    /// earlier holder stay in use, or the machine lets programs have more pages than are reserved (nr_overcommit_hugepages), so that
+    /// they never run out.
     pub fn reserve(page_count: u64) -> Result<Self, HookError> {
         let path = file("nr_hugepages");
         let lock = File::open(&path).map_err(|error| failed("open", &path, error))?;
@@ -50,6 +74,7 @@ impl HugePool {
             let detail = "nr_overcommit_hugepages is not 0, so that huge pages never run out".into();
             return Err(HookError::Strange { call: "reserve huge pages", detail });
         }
+        wait_for_the_rest()?;
         let before = count("nr_hugepages")?;
         let wanted = before + page_count;
         std::fs::write(&path, wanted.to_string()).map_err(|error| failed("write", &path, error))?;

@@ -1,6 +1,9 @@
 //! Huge pages (hugetlb): memory of test programs, and files that are written without a signal whatever becomes of them.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::common::is_root;
 use uhmm_kernel_hook::huge_file::HugeFile;
@@ -136,4 +139,26 @@ fn integration_only_writable_files_of_huge_pages_can_be_opened_and_none_passes_a
     let error = memfd::check_sealed(sealed.as_fd(), HUGE_BYTES).unwrap_err();
     assert!(matches!(error, HookError::HugePages), "a seal does not keep SIGBUS away: {error}");
     assert!(matches!(huge_memfd(PAGE_SIZE), Err(HookError::Call { source, .. }) if source.kind() == InvalidInput));
+}
+
+#[test]
+fn integration_a_reservation_waits_for_pages_that_the_last_one_left_in_use() {
+    let Some(first) = reserved(1) else { return };
+    let file = huge_memfd(HUGE_BYTES).unwrap();
+    HugeFile::open(file.as_fd(), 0, HUGE_BYTES).unwrap().unwrap().write(0, &[1; 8]).unwrap();
+    drop(first);
+    let let_go = Arc::new(AtomicBool::new(false));
+    let holder = std::thread::spawn({
+        let let_go = let_go.clone();
+        move || {
+            // No event: that the other thread waits by then is likely, and the test is right either way.
+            std::thread::sleep(Duration::from_millis(20));
+            let_go.store(true, Ordering::SeqCst);
+            drop(file);
+        }
+    });
+    let _second = reserved(1).expect("the page comes back");
+    assert!(let_go.load(Ordering::SeqCst), "it did not wait");
+    ProgramMemory::hugetlb(HUGE_BYTES).unwrap().store_u64(0, 1).unwrap();
+    holder.join().unwrap();
 }
