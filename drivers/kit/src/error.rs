@@ -32,6 +32,14 @@ pub enum DriverError {
         #[source]
         source: DeviceError,
     },
+    /// It was there, and is not any more.
+    #[error("Device {device} is lost: {reason}")]
+    Lost {
+        /// Device name.
+        device: String,
+        /// How that was noticed.
+        reason: String,
+    },
     /// Neither aperture nor engine.
     #[error("Driver {driver} offers neither an aperture nor a copy engine: device memory is out of reach")]
     NoCopyPath {

@@ -29,6 +29,11 @@ pub enum DeviceEvent {
         /// The ticket.
         ticket: u64,
     },
+    /// The device is gone, or of no use until it is opened anew.
+    Lost {
+        /// How that was noticed.
+        reason: String,
+    },
 }
 
 struct Shared {
@@ -67,6 +72,11 @@ impl DevicePort {
     /// Reports a quiescence that was [`crate::Quiescence::Pending`].
     pub fn quiesced(&self, ticket: u64) {
         self.push(DeviceEvent::Quiesced { ticket });
+    }
+
+    /// Reports that the device is gone. The driver ends, and the next incarnation opens what it finds.
+    pub fn lost(&self, reason: String) {
+        self.push(DeviceEvent::Lost { reason });
     }
 
     /// Ends the loop's wait without saying anything: something else of the kit's has news.

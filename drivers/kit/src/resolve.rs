@@ -18,20 +18,25 @@ use crate::access::AccessBook;
 use crate::device::{
     DeviceFault, DeviceMemory, DevicePageTable, Driver, JobQueue, PAGE_BYTES, PageRange, RegionKey, RegionMap,
 };
+use crate::error::DriverError;
 use crate::fault::{FaultAction, FaultEvent, WindowId};
 use crate::port::DeviceEvent;
 use crate::run::{Asked, Attached, DriverLoop, Due};
 
 impl<D: Driver> DriverLoop<D> {
     /// Everything that the device has reported.
-    pub(crate) fn device_events(&mut self) {
+    pub(crate) fn device_events(&mut self) -> Result<(), DriverError> {
         for event in self.port.drain() {
             match event {
                 DeviceEvent::Fault(fault) => self.device_fault(fault),
                 DeviceEvent::Finished { job, report } => self.job_finished(job, report),
                 DeviceEvent::Quiesced { ticket } => self.quiescent(ticket),
+                DeviceEvent::Lost { reason } => {
+                    return Err(DriverError::Lost { device: self.plan.name.clone(), reason });
+                }
             }
         }
+        Ok(())
     }
 
     fn device_fault(&mut self, fault: DeviceFault) {

@@ -259,7 +259,7 @@ impl<D: Driver> DriverLoop<D> {
                     Handled::No => self.on_wake(wake)?,
                 }
             }
-            self.device_events();
+            self.device_events()?;
             self.engine_events();
             self.step_access();
         }

@@ -17,6 +17,7 @@ pub mod dma;
 pub mod error;
 pub mod iova;
 pub mod path;
+pub mod removal;
 mod vfio;
 pub mod vfio_user;
 
@@ -26,6 +27,7 @@ pub use dma::{DmaMapping, DmaMemory, DmaRight};
 pub use error::PciError;
 pub use iova::{IovaAllocator, IovaRange};
 pub use path::{PciAddress, PciPath};
+pub use removal::RemovalWatch;
 pub use vfio::VfioBackend;
 pub use vfio_user::VfioUserBackend;
 

@@ -121,7 +121,7 @@ pub struct Service {
     pub name: String,
     /// What it is.
     pub kind: Kind,
-    /// Built-in driver (`"soft"`).
+    /// Built-in driver (`"soft"`, `"bar"`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
     /// A third party's driver: program and arguments; the usual service arguments are appended.

@@ -144,6 +144,8 @@ fn bad_pci_devices_are_refused() {
     }
     let text = refused(&(driver("d0", "driver = \"soft\"") + "pci = \"0000:00:05.0\"\n"));
     assert!(text.contains("\"soft\" drives no PCI device"), "{text}");
+    let text = refused(&driver("d0", "driver = \"bar\""));
+    assert!(text.contains("say which, as in pci = \"0000:00:05.0\""), "{text}");
 }
 
 #[test]

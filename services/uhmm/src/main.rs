@@ -75,8 +75,7 @@ enum Command {
     #[command(hide = true)]
     Driver {
         /// Built-in driver
-        #[arg(value_parser = ["soft"])]
-        driver: String,
+        driver: BuiltIn,
         #[command(flatten)]
         flags: ServiceFlags,
     },
@@ -86,6 +85,25 @@ enum Command {
     /// (internal) One case of the conformance suite
     #[command(hide = true)]
     ConformanceCase(commands::ConformanceCaseArgs),
+}
+
+/// The drivers of this program; the manifest knows the same names.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum BuiltIn {
+    /// The software device
+    Soft,
+    /// PCI devices whose BAR is plain memory
+    Bar,
+}
+
+impl BuiltIn {
+    fn run(self, args: ServiceArgs) -> anyhow::Result<()> {
+        match self {
+            Self::Soft => uhmm_driver_soft::run(args)?,
+            Self::Bar => uhmm_driver_bar::run(args)?,
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -146,7 +164,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
-        Command::Driver { driver: _, flags } => uhmm_driver_soft::run(flags.into_args(run_dir))?,
+        Command::Driver { driver, flags } => driver.run(flags.into_args(run_dir))?,
     }
     Ok(ExitCode::SUCCESS)
 }

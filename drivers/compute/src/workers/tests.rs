@@ -248,6 +248,7 @@ fn revocation_races_lose_no_addition() -> Result<(), DeviceError> {
                 }
             }
             DeviceEvent::Quiesced { .. } => {}
+            DeviceEvent::Lost { reason } => panic!("{reason}"),
         }
     }
     assert_eq!(bench.memory.load_u64(frame * PAGE_BYTES + 16)?, submitted * ADDITIONS, "after {moves} moves");

@@ -87,10 +87,11 @@ fn a_device_that_is_pulled_out_says_so_and_answers_errors() {
     let device = open(&machine);
     let memory = DmaMemory::create("uhmm-test", 0x1000).unwrap();
     let mapping = device.map_dma(&memory, DmaRight::ReadWrite, u64::MAX).unwrap();
-    let request = [EventFd::new().unwrap()];
-    device.set_interrupts(InterruptKind::Request, &request).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let watch = device.watch_removal(move |text| tell.send(text).unwrap()).unwrap();
     machine.remove();
-    wait(&request[0]);
+    assert!(told.recv().unwrap().contains("taken away"));
+    drop(watch);
     assert!(matches!(device.id(), Err(PciError::Gone { .. })));
     assert!(matches!(device.reset(), Err(PciError::Gone { .. })));
     assert!(device.map_dma(&memory, DmaRight::Read, u64::MAX).is_err());

@@ -103,10 +103,10 @@ fn a_removed_device_is_told_and_every_call_is_an_error() {
     let device = open(&machine, LIMIT);
     let memory = DmaMemory::create("uhmm-test", 0x1000).unwrap();
     let mapping = device.map_dma(&memory, DmaRight::ReadWrite, u64::MAX).unwrap();
-    let request = [EventFd::new().unwrap()];
-    device.set_interrupts(InterruptKind::Request, &request).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let _watch = device.watch_removal(move |text| tell.send(text).unwrap()).unwrap();
     machine.remove();
-    wait(&request[0]);
+    assert!(told.recv().unwrap().contains("taken away"));
     assert!(matches!(device.id(), Err(PciError::Gone { .. })));
     assert!(matches!(device.reset(), Err(PciError::Gone { .. })));
     drop(mapping);

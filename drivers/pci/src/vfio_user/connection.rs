@@ -160,9 +160,12 @@ impl Connection {
         match &mut fate.lost {
             // The first reason is the true one; that the peer closes after it only makes it harmless.
             Some(earlier) => earlier.hung_up |= lost.hung_up,
-            None => fate.lost = Some(lost),
+            None => fate.lost = Some(lost.clone()),
         }
         let closing = fate.closing;
+        if !closing {
+            tracing::error!(problem = lost.problem, "A vfio-user device is lost");
+        }
         for event in [fate.error.take(), fate.request.take()].into_iter().flatten().filter(|_| !closing) {
             if let Err(error) = event.signal() {
                 tracing::error!(%error, "The end of a vfio-user device could not be told");
