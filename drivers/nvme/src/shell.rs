@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::EventFd;
-use uhmm_pci::{Bar, DmaMapping, DmaMemory, DmaRight, InterruptKind, PciDevice, PciError};
+use uhmm_pci::{Bar, DmaMapping, InterruptKind, PciDevice, PciError};
 
 use crate::book::Book;
 use crate::error::NvmeError;

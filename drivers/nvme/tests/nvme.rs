@@ -12,6 +12,7 @@ use uhmm_driver_nvme::engine::NvmePort;
 use uhmm_driver_nvme::error::NvmeError;
 use uhmm_driver_nvme::header::{HEADER_BYTES, HeaderError};
 use uhmm_driver_nvme::namespace::Namespace;
+use uhmm_driver_nvme::shell::Options;
 use uhmm_kernel_hook::{Prot, Window};
 use uhmm_models::nvme::{NvmeFault, NvmeModel, NvmeOptions};
 
@@ -189,7 +190,9 @@ fn nvme_dma_to_an_unmapped_address_is_an_error_of_that_command() -> Result<(), A
 #[test]
 fn nvme_late_commands_are_aborted_without_a_reset() -> Result<(), AnyError> {
     let bench = Bench::new(NvmeOptions::default())?;
-    let driver = bench.driver(None)?;
+    let patient = Options { io_timeout: Duration::from_millis(60), ..Options::default() };
+    let patient = Options { admin_timeout: Duration::from_secs(20), ..patient };
+    let driver = bench.driver_with(None, patient)?;
     let (namespace, _) = driver.namespace(false)?;
     let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
     bench.control.set_latency(Duration::from_secs(3600));
