@@ -258,6 +258,11 @@ impl Controller {
         self.shared.lock().counters
     }
 
+    /// The last thing that an operator should know.
+    pub fn last_report(&self) -> Option<Report> {
+        self.shared.lock().last_report.clone()
+    }
+
     /// The memory that the controller shares with us, and how it is divided.
     pub(crate) fn memory(&self) -> (&DmaMapping, Layout) {
         (&self.shared.memory, self.shared.layout)

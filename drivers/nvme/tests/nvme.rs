@@ -198,7 +198,8 @@ fn nvme_late_commands_are_aborted_without_a_reset() -> Result<(), AnyError> {
     bench.control.set_latency(Duration::from_secs(3600));
     let error = engine.copy_in(&staging, 0, frames(0, 1)).err().ok_or("it is late for ever")?.to_string();
     assert!(error.contains("aborted on request") && error.contains("3 times"), "{error}");
-    assert_eq!((bench.control.counters().aborts, bench.control.counters().enables), (3, 1));
+    let counters = bench.control.counters();
+    assert!(counters.aborts >= 3 && counters.enables == 1, "{counters:?}");
     bench.control.set_latency(Duration::ZERO);
     engine.copy_in(&staging, 0, frames(0, 1))?;
     Ok(())
@@ -242,7 +243,7 @@ fn nvme_controller_that_cannot_be_disabled_gets_a_function_level_reset() -> Resu
 #[test]
 fn nvme_killed_driver_is_followed_by_one_that_adopts_the_controller() -> Result<(), AnyError> {
     let bench = Bench::new(NvmeOptions::default())?;
-    let mut driver = bench.driver(None)?;
+    let mut driver = bench.driver_with(None, Options::default())?;
     let mut origin = MemoryOrigin::Created;
     let mut deaths = 0;
     for round in 0..50_u64 {
@@ -263,8 +264,9 @@ fn nvme_killed_driver_is_followed_by_one_that_adopts_the_controller() -> Result<
         std::mem::forget(namespace);
         deaths += u64::from(died);
         bench.control.set_latency(Duration::ZERO);
-        driver = bench.driver(Some(kept))?;
+        driver = bench.driver_with(Some(kept), Options::default())?;
         assert!(driver.controller.is_adopted(), "round {round}");
+        assert_eq!((driver.controller.last_report(), bench.control.counters().enables), (None, 1), "round {round}");
         origin = MemoryOrigin::Adopted;
     }
     let counters = bench.control.counters();

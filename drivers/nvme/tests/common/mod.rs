@@ -23,7 +23,7 @@ pub type AnyError = Box<dyn std::error::Error + Send + Sync>;
 /// Short, so that tests of lateness are; long enough for a machine that does other things too.
 pub fn options() -> Options {
     let ms = Duration::from_millis;
-    Options { io_timeout: ms(250), admin_timeout: ms(250), ..Options::default() }
+    Options { io_timeout: ms(300), admin_timeout: ms(2000), ..Options::default() }
 }
 
 /// A model in a machine.
