@@ -1,6 +1,7 @@
 //! NVMe namespaces as a memory tier far larger than RAM.
 //!
 //! ```text
+//!   driver      the parts for the kit
 //!   kit's copy thread, compute units --- engine: staging, pages, mapped for DMA
 //!                                          |
 //!   namespace   frames -> blocks, the header in front of them, taking it at the start
@@ -13,6 +14,7 @@
 //! ```
 
 pub mod book;
+mod driver;
 pub mod engine;
 pub mod error;
 pub mod header;
@@ -23,3 +25,5 @@ pub mod protocol;
 pub mod queue;
 pub mod shell;
 mod start;
+
+pub use driver::{NvmeDriver, run};

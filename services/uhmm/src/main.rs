@@ -75,7 +75,7 @@ enum Command {
     #[command(hide = true)]
     Driver {
         /// Built-in driver
-        #[arg(value_parser = ["soft"])]
+        #[arg(value_parser = ["soft", "nvme"])]
         driver: String,
         #[command(flatten)]
         flags: ServiceFlags,
@@ -146,7 +146,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
-        Command::Driver { driver: _, flags } => uhmm_driver_soft::run(flags.into_args(run_dir))?,
+        Command::Driver { driver, flags } => match driver.as_str() {
+            "nvme" => uhmm_driver_nvme::run(flags.into_args(run_dir))?,
+            _ => uhmm_driver_soft::run(flags.into_args(run_dir))?,
+        },
     }
     Ok(ExitCode::SUCCESS)
 }

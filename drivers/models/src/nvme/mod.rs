@@ -269,6 +269,10 @@ impl NvmeModel {
         let outcome = match fault {
             Some(NvmeFault::Status(status)) => Outcome::failed(*status),
             Some(NvmeFault::Fatal) => return false,
+            Some(NvmeFault::Removal) => {
+                host.unplug();
+                return true;
+            }
             Some(NvmeFault::WildAddress) => {
                 let wild = host.dma_read(0xdead << 32, &mut [0; 64]);
                 self.control.orders().seen.dma_faults += u64::from(wild.is_err());
