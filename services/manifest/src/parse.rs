@@ -153,6 +153,10 @@ pub struct Device {
     /// Which base address register of the PCI device holds its memory, 0 to 5. Without it the largest one that can be mapped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bar: Option<u8>,
+    /// A storage device is taken whatever it holds: **everything on it is destroyed**. Without it a device that holds anybody else's data is
+    /// refused. For drivers of PCI devices only.
+    #[serde(default)]
+    pub format: bool,
     /// Device memory. A software device has exactly this much, 1 GiB if nothing is said; of a PCI device it is the most that is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<ByteSize>,

@@ -42,6 +42,9 @@ pub struct DevicePlan {
     /// The base address register with device memory, if the manifest says which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bar: Option<u8>,
+    /// Taken whatever it holds.
+    #[serde(default)]
+    pub format: bool,
     /// Device memory, a multiple of the page size. Of a PCI device: use at most this much of what there is
     /// ([`crate::MEMORY_BYTES_MAX`]: all of it).
     pub memory_bytes: u64,

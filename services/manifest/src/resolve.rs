@@ -15,7 +15,7 @@ const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
 /// The copy engine moves chunks of 2 MiB.
 const STAGING_BYTES_MIN: u64 = 2 << 20;
 /// Built-in drivers and whether they drive PCI devices. `uhmm driver NAME` runs them.
-const BUILT_IN_DRIVERS: &[(&str, bool)] = &[("soft", false), ("bar", true)];
+const BUILT_IN_DRIVERS: &[(&str, bool)] = &[("soft", false), ("bar", true), ("nvme", true)];
 
 impl Manifest {
     /// Checks everything and decides what was left open. Programs of third parties must exist now.
@@ -105,6 +105,7 @@ impl Manifest {
             service: device.service.clone(),
             pci: device.pci.clone(),
             bar: device.bar,
+            format: device.format,
             memory_bytes: memory_bytes(device),
             populate: device.populate,
             aperture: device.aperture,
@@ -222,6 +223,9 @@ fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
     }
     if device.pci.is_some() && (!device.aperture || device.populate) {
         return wrong("a PCI device decides about its memory itself: remove `aperture` and `populate`".into());
+    }
+    if device.format && device.pci.is_none() {
+        return wrong("`format` is for PCI devices: remove it, or give `pci`".into());
     }
     match device.bar {
         Some(_) if device.pci.is_none() => wrong("`bar` is for PCI devices: remove it, or give `pci`".into()),

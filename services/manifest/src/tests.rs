@@ -122,6 +122,8 @@ fn a_pci_device_is_named_by_address_or_socket_and_decides_about_its_memory() {
     let limited = plan("pci = \"0000:00:05.0\"\nbar = 2\nmemory_bytes = \"64MiB\"\n").expect("a PCI device");
     assert_eq!((limited.devices[0].memory_bytes, limited.devices[0].bar), (64 << 20, Some(2)));
     assert!(limited.print().contains("<= 64") && limited.print().contains("0000:00:05.0, BAR 2"));
+    let formatted = plan("pci = \"0000:00:05.0\"\nformat = true\n").expect("a PCI device");
+    assert!(formatted.devices[0].format && !limited.devices[0].format);
     assert!(plan("").expect("without PCI").devices[0].pci.is_none(), "other drivers of third parties need none");
 }
 
@@ -133,6 +135,7 @@ fn bad_pci_devices_are_refused() {
         assert!(text.contains("names no PCI device") && text.contains("line 15"), "{text}");
     }
     assert!(said("bar = 2\n").contains("`bar` is for PCI devices"));
+    assert!(said("format = true\n").contains("`format` is for PCI devices"));
     for (more, why) in [
         ("bar = 6", "0 to 5"),
         ("aperture = false", "remove `aperture`"),

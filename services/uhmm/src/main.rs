@@ -94,6 +94,8 @@ enum BuiltIn {
     Soft,
     /// PCI devices whose BAR is plain memory
     Bar,
+    /// NVMe namespaces
+    Nvme,
 }
 
 impl BuiltIn {
@@ -101,6 +103,7 @@ impl BuiltIn {
         match self {
             Self::Soft => uhmm_driver_soft::run(args)?,
             Self::Bar => uhmm_driver_bar::run(args)?,
+            Self::Nvme => uhmm_driver_nvme::run(args)?,
         }
         Ok(())
     }

@@ -4,6 +4,10 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::faults::Fault;
+
+const INTERNAL_ERROR: u16 = 0x06;
+
 /// What one I/O command meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NvmeFault {
@@ -21,6 +25,21 @@ pub enum NvmeFault {
     Fatal,
     /// Its data goes to (or comes from) an address that nobody mapped.
     WildAddress,
+    /// The device is pulled out.
+    Removal,
+}
+
+impl From<Fault> for NvmeFault {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::CommandError => Self::Status(INTERNAL_ERROR),
+            Fault::DropCompletion => Self::DropCompletion,
+            Fault::StuckQueue => Self::StuckQueue,
+            Fault::CorruptId => Self::WrongId,
+            Fault::Removal => Self::Removal,
+            Fault::StrayDma => Self::WildAddress,
+        }
+    }
 }
 
 /// What the model has seen since it was made.

@@ -269,6 +269,10 @@ impl NvmeModel {
         let outcome = match fault {
             Some(NvmeFault::Status(status)) => Outcome::failed(*status),
             Some(NvmeFault::Fatal) => return false,
+            Some(NvmeFault::Removal) => {
+                host.unplug();
+                return true;
+            }
             Some(NvmeFault::WildAddress) => {
                 let wild = host.dma_read(0xdead << 32, &mut [0; 64]);
                 self.control.orders().seen.dma_faults += u64::from(wild.is_err());
@@ -382,21 +386,25 @@ impl DeviceModel for NvmeModel {
             self.status |= CSTS_FATAL;
             return None;
         }
-        let mut left = VecDeque::new();
-        let mut next = None;
-        while let Some(pending) = self.pending.pop_front() {
+        let mut next: Option<Duration> = None;
+        let mut index = 0;
+        while let Some(pending) = self.pending.get(index) {
             let wait = pending.due.map_or(Duration::ZERO, |due| due.saturating_duration_since(now));
             if !wait.is_zero() || !self.has_room(pending.queue) {
                 let wait = if wait.is_zero() { Duration::from_millis(1) } else { wait };
-                next = Some(next.map_or(wait, |next: Duration| next.min(wait)));
-                left.push_back(pending);
-            } else if !self.perform(&pending, host) {
+                next = Some(next.map_or(wait, |next| next.min(wait)));
+                index += 1;
+                continue;
+            }
+            let Some(pending) = self.pending.remove(index) else { break };
+            if !self.perform(&pending, host) {
                 self.status |= CSTS_FATAL;
                 self.pending.clear();
                 return None;
             }
+            // An abort takes others out.
+            index = 0;
         }
-        self.pending = left;
         let more = self.submissions.values().any(|ring| ring.head != ring.tail && !ring.stuck);
         if more && self.pending.len() < COMMANDS_A_CALL { Some(Duration::ZERO) } else { next }
     }

@@ -26,9 +26,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 pub use event::{Action, Event, Report, Request, RequestError, RequestId};
+pub use flight::Flight;
 
 use crate::layout::{Layout, PIECE_BYTES_MAX, pages_of};
-use crate::machine::flight::{Flight, Owner, Work};
+use crate::machine::flight::{Owner, Work};
 use crate::protocol::registers::{ACQ, AQA, ASQ, CC, CC_DISABLED, CC_ENABLED};
 use crate::protocol::{
     Capabilities, Command, Completion, ControllerInfo, ControllerStatus, NamespaceInfo, Opcode, QueueId,

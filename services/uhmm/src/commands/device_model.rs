@@ -9,6 +9,7 @@ use anyhow::Context;
 use uhmm_manifest::ByteSize;
 use uhmm_models::accel::Accel;
 use uhmm_models::faults::{FaultPlan, PlannedFault};
+use uhmm_models::nvme::{NvmeModel, NvmeOptions};
 use uhmm_models::{DeviceModel, Machine, Server};
 
 use crate::Log;
@@ -21,6 +22,20 @@ pub enum Model {
         /// Its memory, a power of two
         #[arg(long, default_value = "256MiB")]
         memory: ByteSize,
+        #[command(flatten)]
+        common: ModelArgs,
+    },
+    /// An NVMe controller with one namespace, which is empty at first and lives as long as this process
+    Nvme {
+        /// Size of the namespace
+        #[arg(long, default_value = "256MiB")]
+        memory: ByteSize,
+        /// Bytes of a block
+        #[arg(long, default_value = "512", value_parser = ["512", "4096"])]
+        block: String,
+        /// Size of the controller memory buffer, a power of two of at least 1 MiB; without it there is none
+        #[arg(long, default_value = "0")]
+        cmb: ByteSize,
         #[command(flatten)]
         common: ModelArgs,
     },
@@ -47,6 +62,16 @@ impl Model {
             Self::Accel { memory, mut common } => {
                 let faults = FaultPlan::new(std::mem::take(&mut common.faults));
                 ("accel", Box::new(Accel::new(memory.0, faults)?), common)
+            }
+            Self::Nvme { memory, block, cmb, common } => {
+                let block_shift = if block == "4096" { 12 } else { 9 };
+                let options =
+                    NvmeOptions { len_bytes: memory.0, block_shift, cmb_bytes: cmb.0, ..NvmeOptions::default() };
+                let (model, control) = NvmeModel::new(options)?;
+                for planned in &common.faults {
+                    control.inject(planned.at_command, planned.fault.into());
+                }
+                ("nvme", Box::new(model), common)
             }
         })
     }

@@ -1,0 +1,73 @@
+//! The driver service.
+
+use std::sync::Arc;
+
+use uhmm_compute::{FrameLocks, Kernel, LockedEngine, UnitFrames, Workers, kernels};
+use uhmm_driver_kit::{
+    DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, Parts, ServiceArgs, SharedTable, run_driver,
+};
+
+use crate::engine::{NvmeEngine, NvmeMemory, NvmePort};
+use crate::error::NvmeError;
+use crate::namespace::Namespace;
+use crate::shell::{Controller, DMA_NAME, Options};
+
+/// A namespace as device memory, with compute units in software.
+#[derive(Debug)]
+pub struct NvmeDriver {
+    kernels: Arc<[Kernel]>,
+}
+
+impl Default for NvmeDriver {
+    fn default() -> Self {
+        Self { kernels: kernels::all().into() }
+    }
+}
+
+/// `uhmm driver nvme`: runs until told to stop.
+///
+/// # Errors
+/// When the service cannot go on; the supervisor starts the next incarnation.
+pub fn run(args: ServiceArgs) -> Result<(), DriverError> {
+    run_driver(args, NvmeDriver::default())
+}
+
+impl Driver for NvmeDriver {
+    type Memory = NvmeMemory;
+    type Engine = LockedEngine<NvmeEngine>;
+    type Table = SharedTable;
+    type Queue = Workers;
+
+    fn name(&self) -> &'static str {
+        "nvme"
+    }
+
+    fn kernels(&self) -> Vec<KernelSpec> {
+        self.kernels.iter().map(Kernel::spec).collect()
+    }
+
+    fn open(&mut self, context: OpenContext<'_>) -> Result<DriverParts<Self>, DeviceError> {
+        let OpenContext { plan, kept, port } = context;
+        let path = plan.pci.as_ref().ok_or("Say which controller: pci = \"0000:00:05.0\" in its [[device]]")?;
+        let device = uhmm_pci::open(path, &kept)?;
+        let memory = kept.into_iter().find(|(name, _)| name == DMA_NAME).map(|(_, fd)| fd);
+        let controller = Controller::open(device, memory, Options::default())?;
+        if let Some(identity) = controller.identity() {
+            tracing::info!(
+                device = %controller.device().describe(), model = %identity.controller.model, serial = %identity.controller.serial,
+                bytes = identity.namespace.len_bytes(), block_bytes = 1_u64 << identity.namespace.block_shift,
+                pairs = controller.pairs(), adopted = controller.is_adopted(), "Controller runs"
+            );
+        }
+        let (namespace, origin) = Namespace::open(controller, plan.memory_bytes, plan.format)?;
+        let units = plan.workers.max(1);
+        let table = SharedTable::create(units, false)?;
+        let locks = Arc::new(FrameLocks::default());
+        let frames = (0..units)
+            .map(|_| Ok(UnitFrames::Port(Box::new(NvmePort::new(namespace.clone())?), locks.clone())))
+            .collect::<Result<_, NvmeError>>()?;
+        let queue = Workers::start(&table, &port, &self.kernels, frames)?;
+        let engine = LockedEngine::new(NvmeEngine::new(namespace.clone()), locks);
+        Ok(Parts { memory: NvmeMemory::new(namespace), origin, engine: Some(engine), table, queue })
+    }
+}

@@ -1,0 +1,156 @@
+//! The kit's parts: device memory without an aperture, a copy engine that does DMA straight between staging areas and the
+//! namespace, and the compute units' way to a frame.
+//!
+//! A staging area is mapped for DMA once a session with the pager. If the controller dies under a request, nobody knows whether it still
+//! moves data: its access to the areas is taken away before the failure is told, and given back when the controller works again.
+
+use uhmm_compute::FramePort;
+use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, PAGE_BYTES, Staging, StagingUse};
+use uhmm_ipc::message::{Aperture, Fd};
+use uhmm_kernel_hook::Window;
+use uhmm_pci::{DmaMapping, DmaMemory, DmaRight};
+
+use crate::error::NvmeError;
+use crate::namespace::Namespace;
+
+/// Frames of a namespace.
+#[derive(Clone, Debug)]
+pub struct NvmeMemory {
+    namespace: Namespace,
+}
+
+impl NvmeMemory {
+    /// Of this namespace.
+    pub fn new(namespace: Namespace) -> Self {
+        Self { namespace }
+    }
+}
+
+impl DeviceMemory for NvmeMemory {
+    fn frame_count(&self) -> u32 {
+        self.namespace.frame_count()
+    }
+
+    fn aperture(&self) -> Option<Aperture> {
+        None
+    }
+
+    fn kept(&self) -> Vec<(String, Fd)> {
+        let controller = self.namespace.controller();
+        std::iter::once(controller.kept()).chain(controller.device().kept()).collect()
+    }
+}
+
+/// A staging area as the device sees it.
+#[derive(Debug)]
+struct Area {
+    used_by: StagingUse,
+    memory: DmaMemory,
+    /// `None`: taken away from a controller that died.
+    mapping: Option<DmaMapping>,
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct NvmeEngine {
+    namespace: Namespace,
+    areas: Vec<Area>,
+}
+
+impl NvmeEngine {
+    /// Works on this namespace.
+    pub fn new(namespace: Namespace) -> Self {
+        Self { namespace, areas: Vec::new() }
+    }
+
+    /// Where the device finds a staging page.
+    fn iova(&mut self, staging: &Staging, page: u32) -> Result<u64, NvmeError> {
+        let device = self.namespace.controller().device();
+        let area = self.areas.iter_mut().find(|area| area.used_by == staging.used_by).ok_or(NvmeError::Bounds)?;
+        if area.mapping.is_none() {
+            area.mapping = Some(device.map_dma(&area.memory, DmaRight::ReadWrite, u64::MAX)?);
+        }
+        let mapping = area.mapping.as_ref().ok_or(NvmeError::Bounds)?;
+        Ok(mapping.iova(u64::from(page) * PAGE_BYTES))
+    }
+
+    /// What the pager is told must be true afterwards too.
+    fn ended(&mut self, outcome: Result<(), NvmeError>) -> Result<(), DeviceError> {
+        if outcome.is_err() && self.namespace.controller().is_dead() {
+            self.areas.iter_mut().for_each(|area| area.mapping = None);
+        }
+        outcome.map_err(|error| explain(&error).into())
+    }
+}
+
+/// The kit logs one line.
+fn explain(error: &NvmeError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
+}
+
+impl CopyEngine for NvmeEngine {
+    fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError> {
+        self.areas.retain(|area| area.used_by != staging.used_by);
+        let memory = DmaMemory { fd: staging.fd.clone(), offset_bytes: 0, window: staging.window.clone() };
+        let device = self.namespace.controller().device();
+        let mapping = Some(device.map_dma(&memory, DmaRight::ReadWrite, u64::MAX)?);
+        self.areas.push(Area { used_by: staging.used_by, memory, mapping });
+        Ok(())
+    }
+
+    fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+        let outcome = self.iova(staging, staging_page).and_then(|iova| self.namespace.write(frames, iova));
+        self.ended(outcome)
+    }
+
+    fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
+        let outcome = self.iova(staging, staging_page).and_then(|iova| self.namespace.read(frames, iova));
+        self.ended(outcome)
+    }
+
+    fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
+        let outcome = self.namespace.zero(frames);
+        self.ended(outcome)
+    }
+}
+
+/// A compute unit's page, mapped for the device. Whole frames always: a frame is one to eight blocks.
+#[derive(Debug)]
+pub struct NvmePort {
+    namespace: Namespace,
+    page: DmaMapping,
+}
+
+impl NvmePort {
+    /// With a new page.
+    ///
+    /// # Errors
+    /// Out of memory, descriptors or I/O addresses.
+    pub fn new(namespace: Namespace) -> Result<Self, NvmeError> {
+        let page = DmaMemory::create("uhmm-nvme-unit", PAGE_BYTES)?;
+        let page = namespace.controller().device().map_dma(&page, DmaRight::ReadWrite, u64::MAX)?;
+        Ok(Self { namespace, page })
+    }
+}
+
+impl FramePort for NvmePort {
+    fn page(&self) -> &Window {
+        self.page.window()
+    }
+
+    fn load(&mut self, frame: u32, _part: std::ops::Range<u64>) -> Result<(), DeviceError> {
+        let done = self.namespace.read(Frames { first: frame, count: 1 }, self.page.iova(0));
+        done.map_err(|error| explain(&error).into())
+    }
+
+    fn store(&mut self, frame: u32, _part: std::ops::Range<u64>) -> Result<(), DeviceError> {
+        let done = self.namespace.write(Frames { first: frame, count: 1 }, self.page.iova(0));
+        done.map_err(|error| explain(&error).into())
+    }
+}
