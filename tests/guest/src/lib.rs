@@ -12,5 +12,6 @@
 //! The guest has no disk: what it leaves behind is what it wrote to the two serial lines, however it ends.
 
 pub mod records;
+pub mod tier;
 pub mod victim;
 pub mod wait;

@@ -1,0 +1,120 @@
+//! The NVMe driver against QEMU's controller, behind VFIO, as an ordinary user.
+
+mod raw;
+mod speed;
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use uhmm_driver_kit::{CopyEngine, Frames, MemoryOrigin, PAGE_BYTES, Staging, StagingUse};
+use uhmm_driver_nvme::engine::NvmeEngine;
+use uhmm_driver_nvme::namespace::Namespace;
+use uhmm_driver_nvme::shell::{Controller, DMA_NAME, Options};
+use uhmm_guest::tier::{PATTERN_AT, PATTERN_FRAMES, check, fill, receive, send};
+use uhmm_ipc::message::Fd;
+use uhmm_kernel_hook::SeqPacket;
+use uhmm_pci::{PciDevice, PciPath};
+
+const ROUNDS: u64 = 50;
+
+/// The first NVMe controller.
+pub fn path() -> PciPath {
+    let mut found: Vec<String> = fs::read_dir("/sys/bus/pci/devices")
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| fs::read_to_string(entry.path().join("class")).unwrap().trim() == "0x010802")
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    found[0].parse().unwrap()
+}
+
+/// It, open.
+pub fn device() -> PciDevice {
+    uhmm_pci::open(&path(), &[]).unwrap()
+}
+
+/// A copy engine with the pager's staging area.
+pub fn engine(namespace: &Namespace, staging_bytes: u64) -> (NvmeEngine, Staging) {
+    let staging = Staging::create(StagingUse::Pager, staging_bytes).unwrap();
+    let mut engine = NvmeEngine::new(namespace.clone());
+    engine.attach(&staging).unwrap();
+    (engine, staging)
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run nvme"]
+fn a_real_controller_comes_up_and_brings_every_byte_back() {
+    let controller = Controller::open(device(), None, Options::default()).unwrap();
+    let identity = controller.identity().unwrap();
+    assert_eq!((identity.controller.serial.as_str(), identity.namespace.block_shift), ("uhmm0", 9));
+    assert_eq!(controller.pairs(), 2);
+    let (namespace, origin) = Namespace::open(controller.clone(), u64::MAX, true).unwrap();
+    assert_eq!(origin, MemoryOrigin::Created);
+    let (mut engine, staging) = engine(&namespace, 2 << 20);
+    for (first, count) in [(0, 1), (1, 2), (100, 33), (1000, 256)] {
+        fill(&staging.window, u64::from(count), u64::from(first)).unwrap();
+        engine.copy_in(&staging, 0, Frames { first, count }).unwrap();
+        staging.window.fill(0, u64::from(count) * PAGE_BYTES, 0).unwrap();
+        engine.copy_out(Frames { first, count }, &staging, 0).unwrap();
+        check(&staging.window, u64::from(count), u64::from(first)).unwrap();
+    }
+    engine.scrub(Frames { first: 1000, count: 256 }).unwrap();
+    engine.copy_out(Frames { first: 1000, count: 256 }, &staging, 0).unwrap();
+    assert!(staging.window.compare(0, &vec![0; 256 << 12]).unwrap());
+    let counters = controller.counters();
+    assert_eq!((counters.resets, controller.last_report()), (1, None), "switched off once, before the start");
+    println!("{} ({}), {counters:?}", identity.controller.model, namespace.frame_count());
+}
+
+/// One driver that is killed while it transfers: what the vault has then, and whether it had adopted the controller.
+fn killed(round: u64, kept: &[(String, Fd)]) -> (Vec<(String, Fd)>, bool) {
+    let (socket, theirs) = SeqPacket::pair().unwrap();
+    let mut child = Command::new("/helpers/guest-tier")
+        .args([path().to_string(), round.to_string()])
+        .stdin(Stdio::from(theirs.into_fd()))
+        .spawn()
+        .unwrap();
+    send(&socket, "open", kept).unwrap();
+    let (word, kept) = receive(&socket).unwrap();
+    // The kill is to come anywhere in its transfers; there is no event to wait for.
+    std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    (kept, word == "adopted")
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run nvme"]
+fn fifty_killed_drivers_are_followed_by_ones_that_adopt_the_controller_without_a_reset() {
+    let (mut kept, adopted) = killed(0, &[]);
+    assert!(!adopted);
+    for round in 1..=ROUNDS {
+        let (next, adopted) = killed(round, &kept);
+        assert!(adopted, "round {round}: the controller was reset");
+        kept = next;
+    }
+    let memory = kept.iter().find(|(name, _)| name == DMA_NAME).map(|(_, fd)| fd.clone());
+    let controller = Controller::open(uhmm_pci::open(&path(), &kept).unwrap(), memory, Options::default()).unwrap();
+    assert!(controller.is_adopted() && controller.counters().resets == 0);
+    let (namespace, origin) = Namespace::open(controller, u64::MAX, false).unwrap();
+    assert_eq!(origin, MemoryOrigin::Adopted);
+    let (mut engine, staging) = engine(&namespace, 2 << 20);
+    engine.copy_out(Frames { first: PATTERN_AT, count: PATTERN_FRAMES }, &staging, 0).unwrap();
+    check(&staging.window, u64::from(PATTERN_FRAMES), ROUNDS).unwrap();
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run nvme"]
+fn a_cold_start_finds_no_frames_of_an_earlier_life() {
+    let (kept, _) = killed(7, &[]);
+    // The whole system ends: nobody holds the device any more.
+    drop(kept);
+    let controller = Controller::open(device(), None, Options::default()).unwrap();
+    let (namespace, origin) = Namespace::open(controller, u64::MAX, false).unwrap();
+    assert_eq!(origin, MemoryOrigin::Created);
+    let (mut engine, staging) = engine(&namespace, 2 << 20);
+    engine.copy_out(Frames { first: PATTERN_AT, count: PATTERN_FRAMES }, &staging, 0).unwrap();
+    assert!(staging.window.compare(0, &vec![0; 2 << 20]).unwrap());
+}
