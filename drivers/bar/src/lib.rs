@@ -19,7 +19,7 @@ use uhmm_driver_kit::{
     SharedTable, run_driver,
 };
 use uhmm_ipc::message::Fd;
-use uhmm_pci::{PciDevice, PciPath};
+use uhmm_pci::{PciDevice, PciPath, RemovalWatch};
 
 use crate::memory::{BarMemory, Unused};
 
@@ -31,11 +31,12 @@ type Opener = fn(&PciPath, &[(String, Fd)]) -> Result<PciDevice, uhmm_pci::PciEr
 pub struct BarDriver {
     kernels: Arc<[Kernel]>,
     open: Opener,
+    removal: Option<RemovalWatch>,
 }
 
 impl Default for BarDriver {
     fn default() -> Self {
-        Self { kernels: kernels::all().into(), open: uhmm_pci::open }
+        Self { kernels: kernels::all().into(), open: uhmm_pci::open, removal: None }
     }
 }
 
@@ -65,6 +66,8 @@ impl Driver for BarDriver {
         let OpenContext { plan, kept, port } = context;
         let path = plan.pci.as_ref().ok_or("The manifest names no PCI device for it: add `pci`")?;
         let device = (self.open)(path, &kept)?;
+        let lost = port.clone();
+        self.removal = Some(device.watch_removal(move |reason| lost.lost(reason))?);
         let (memory, origin) = BarMemory::open(device, &kept, plan.bar, plan.memory_bytes)?;
         let table = SharedTable::create(plan.workers, true)?;
         let queue = self.start_units(&table, &port, plan.workers, &memory)?;
