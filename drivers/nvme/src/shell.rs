@@ -1,7 +1,7 @@
 //! The shell around the machine: registers, queue memory, interrupts. One lock; whoever waits for a request may be the one that looks.
 //!
 //! ```text
-//!   thread A -- submit --> lock: machine.step -> commands into slots -> doorbells                        look for 50 us, then
+//!   thread A -- submit --> lock: machine.step -> commands into slots -> doorbells                        look for a while, then
 //!            -- wait ----> lock: entries with the right phase -> machine.step -> finished?  no: A is the one that <-+ sleeps on the eventfds
 //!   thread B -- wait ------------------------------------------------------------- no: waits until A says: look again
 //! ```
@@ -30,8 +30,13 @@ use crate::start::{Prepared, STATUS_PAUSE, check, prepare, stop};
 
 /// Vault name of the memory that controller and driver share.
 pub const DMA_NAME: &str = "driver/nvme-dma";
-/// Looking costs a core, sleeping costs an interrupt: most commands on fast devices end within this.
-const LOOK_FOR: Duration = Duration::from_micros(50);
+/// Looking costs a core, sleeping costs an interrupt. Where requests take less than this on average, whoever waits looks for so long
+/// before it sleeps; on slower devices it sleeps at once.
+const LOOK_FOR: Duration = Duration::from_micros(250);
+/// On slower devices it still looks once in so many times: they may have become fast.
+const LOOK_EVERY: u32 = 32;
+/// Looks between two looks at the clock, which may be a device too.
+const LOOKS: u32 = 16;
 /// Longest sleep: CSTS is read after it.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 /// Ids of one batch.
@@ -102,6 +107,30 @@ struct Inner {
     unplugged: bool,
     last_report: Option<Report>,
     counters: Counters,
+    patience: Patience,
+    /// When the clock was last looked at.
+    now: Duration,
+    /// Kept for its room.
+    actions: Vec<Action>,
+}
+
+/// How long requests take.
+#[derive(Clone, Copy, Debug, Default)]
+struct Patience {
+    average: Duration,
+    waits: u32,
+}
+
+impl Patience {
+    /// Whether looking pays now.
+    fn looks(&mut self) -> bool {
+        self.waits = self.waits.wrapping_add(1);
+        self.average < LOOK_FOR || self.waits.is_multiple_of(LOOK_EVERY)
+    }
+
+    fn waited(&mut self, time: Duration) {
+        self.average = (self.average * 7 + time) / 8;
+    }
 }
 
 /// See the module head. Clones share one controller.
@@ -188,6 +217,9 @@ impl Controller {
             unplugged: false,
             last_report: None,
             counters: Counters::default(),
+            patience: Patience::default(),
+            now: Duration::ZERO,
+            actions: Vec::new(),
         };
         let shared = Shared {
             inner: Mutex::new(inner),
@@ -280,6 +312,7 @@ impl Controller {
     pub fn run(&self, requests: impl IntoIterator<Item = Request>) -> Result<(), NvmeError> {
         let shared = &*self.shared;
         let mut inner = shared.lock();
+        shared.look_at_clock(&mut inner);
         if inner.machine.phase() == Phase::Dead {
             shared.step(&mut inner, Event::Start)?;
         }
@@ -323,12 +356,19 @@ impl Shared {
 
     /// One event into the machine, and what it says done. Doorbells wait for [`Shared::ring`].
     fn step(&self, inner: &mut Inner, event: Event<'_>) -> Result<(), NvmeError> {
-        let mut actions = Vec::new();
-        inner.machine.step(event, self.started.elapsed(), &mut actions);
-        for action in actions {
-            self.act(inner, action)?;
+        let mut actions = std::mem::take(&mut inner.actions);
+        inner.machine.step(event, inner.now, &mut actions);
+        let mut outcome = Ok(());
+        for action in actions.drain(..) {
+            let acted = self.act(inner, action);
+            outcome = outcome.and(acted);
         }
-        Ok(())
+        inner.actions = actions;
+        outcome
+    }
+
+    fn look_at_clock(&self, inner: &mut Inner) {
+        inner.now = self.started.elapsed();
     }
 
     fn act(&self, inner: &mut Inner, action: Action) -> Result<(), NvmeError> {
@@ -449,25 +489,34 @@ impl Shared {
     }
 
     /// Looks for a while, then sleeps, without the lock.
-    fn watch(&self, inner: MutexGuard<'_, Inner>) -> Result<(), NvmeError> {
-        drop(inner);
-        let end = Instant::now() + LOOK_FOR;
-        loop {
-            let mut inner = self.lock();
-            if self.reap(&mut inner)? {
-                return Ok(());
+    fn watch<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<(), NvmeError> {
+        let begun = inner.now;
+        let mut looks = inner.patience.looks();
+        while looks {
+            for _ in 0..LOOKS {
+                drop(inner);
+                std::hint::spin_loop();
+                inner = self.lock();
+                if self.reap(&mut inner)? {
+                    self.look_at_clock(&mut inner);
+                    let waited = inner.now.saturating_sub(begun);
+                    inner.patience.waited(waited);
+                    return Ok(());
+                }
             }
-            if Instant::now() >= end {
-                return self.rest(inner).map(drop);
-            }
-            drop(inner);
-            std::hint::spin_loop();
+            self.look_at_clock(&mut inner);
+            looks = inner.now.saturating_sub(begun) < LOOK_FOR;
         }
+        let mut inner = self.rest(inner)?;
+        let waited = inner.now.saturating_sub(begun);
+        inner.patience.waited(waited);
+        Ok(())
     }
 
     /// Sleeps until an interrupt, a deadline, or for a while; then looks at the time and, if nothing happened, at CSTS.
     fn rest<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<MutexGuard<'a, Inner>, NvmeError> {
-        let now = self.started.elapsed();
+        self.look_at_clock(&mut inner);
+        let now = inner.now;
         let changing = matches!(inner.machine.phase(), Phase::Disabling(_) | Phase::Enabling);
         let longest = if changing { STATUS_PAUSE } else { SLEEP_MAX };
         let until = inner.machine.next_deadline().map_or(longest, |until| until.saturating_sub(now));
@@ -476,6 +525,7 @@ impl Shared {
         drop(inner);
         let woken = self.sleep(sleep)?;
         let mut inner = self.lock();
+        self.look_at_clock(&mut inner);
         let any = self.reap(&mut inner)?;
         if !any && !woken {
             let status = ControllerStatus(self.read_status()?);
