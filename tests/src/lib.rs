@@ -82,6 +82,74 @@ kind = "mirror"
     )
 }
 
+/// `uhmm device-model` in a process of its own, on a private socket. Ends when it is dropped.
+pub struct DeviceModel {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl DeviceModel {
+    /// Powers a device up: which one, and its options.
+    pub fn start(args: &[&str]) -> Self {
+        let private = std::fs::Permissions::from_mode(0o700);
+        let dir = tempfile::Builder::new().prefix("uhmm-model-").permissions(private).tempdir();
+        let dir = dir.expect("a temporary directory");
+        Self { child: spawn_model(dir.path(), args), dir }
+    }
+
+    /// What the manifest calls it.
+    pub fn pci(&self) -> String {
+        format!("vfio-user:{}", self.dir.path().join("device.sock").display())
+    }
+
+    /// kill -9: the device is pulled out.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill the model");
+        self.child.wait().expect("reap the model");
+    }
+
+    /// Pulls the device out and puts another one in its place.
+    pub fn replace(mut self, args: &[&str]) -> Self {
+        self.kill();
+        self.child = spawn_model(self.dir.path(), args);
+        self
+    }
+}
+
+impl Drop for DeviceModel {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn_model(dir: &Path, args: &[&str]) -> Child {
+    let mut command = Command::new(uhmm_exe());
+    command.arg("device-model").args(args).arg("--socket").arg(dir.join("device.sock"));
+    spawn_until_ready(command)
+}
+
+/// Manifest text of a PCI device and its driver.
+pub fn pci_device(name: &str, driver: &str, model: &DeviceModel, device_options: &str) -> String {
+    let pci = model.pci();
+    format!(
+        r#"
+[[service]]
+name = "{name}"
+kind = "driver"
+driver = "{driver}"
+{RESTART}
+
+[[device]]
+name = "{name}"
+service = "{name}"
+pci = "{pci}"
+{device_options}
+"#
+    )
+}
+
 /// See [`TestBed::process`].
 pub struct Target {
     pidfd: PidFd,
@@ -89,6 +157,11 @@ pub struct Target {
 }
 
 impl Target {
+    /// Which incarnation it is.
+    pub fn incarnation(&self) -> u32 {
+        self.incarnation
+    }
+
     /// kill -9, now; returns the incarnation that was killed.
     pub fn kill(&self) -> u32 {
         assert!(self.pidfd.signal(Signal::KILL).expect("kill"), "the service was dead already");
@@ -202,11 +275,16 @@ impl Drop for TestBed {
 fn spawn_up(run_dir: &Path, args: &[&std::ffi::OsStr]) -> Child {
     let mut command = Command::new(uhmm_exe());
     command.arg("--run-dir").arg(run_dir).arg("up").args(args);
+    spawn_until_ready(command)
+}
+
+/// Starts `uhmm` and waits until it prints `ready`.
+fn spawn_until_ready(mut command: Command) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("uhmm up starts");
+    let mut child = command.spawn().expect("uhmm starts");
     let stdout = child.stdout.take().expect("stdout is piped");
     let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line).expect("uhmm up says when it is ready");
-    assert_eq!(line.trim(), "ready", "uhmm up ended before it was ready");
+    BufReader::new(stdout).read_line(&mut line).expect("uhmm says when it is ready");
+    assert_eq!(line.trim(), "ready", "{command:?} ended before it was ready");
     child
 }

@@ -19,7 +19,7 @@ use uhmm_driver_kit::{
     SharedTable, run_driver,
 };
 use uhmm_ipc::message::Fd;
-use uhmm_pci::{PciDevice, PciPath, RemovalWatch};
+use uhmm_pci::{PciDevice, PciPath};
 
 use crate::memory::{BarMemory, Unused};
 
@@ -31,12 +31,11 @@ type Opener = fn(&PciPath, &[(String, Fd)]) -> Result<PciDevice, uhmm_pci::PciEr
 pub struct BarDriver {
     kernels: Arc<[Kernel]>,
     open: Opener,
-    removal: Option<RemovalWatch>,
 }
 
 impl Default for BarDriver {
     fn default() -> Self {
-        Self { kernels: kernels::all().into(), open: uhmm_pci::open, removal: None }
+        Self { kernels: kernels::all().into(), open: uhmm_pci::open }
     }
 }
 
@@ -67,8 +66,9 @@ impl Driver for BarDriver {
         let path = plan.pci.as_ref().ok_or("The manifest names no PCI device for it: add `pci`")?;
         let device = (self.open)(path, &kept)?;
         let lost = port.clone();
-        self.removal = Some(device.watch_removal(move |reason| lost.lost(reason))?);
-        let (memory, origin) = BarMemory::open(device, &kept, plan.bar, plan.memory_bytes)?;
+        let removal = device.watch_removal(move |reason| lost.lost(reason))?;
+        let (mut memory, origin) = BarMemory::open(device, &kept, plan.bar, plan.memory_bytes)?;
+        memory.keep_watch(removal);
         let table = SharedTable::create(plan.workers, true)?;
         let queue = self.start_units(&table, &port, plan.workers, &memory)?;
         Ok(Parts { memory, origin, engine: None, table, queue })

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging};
 use uhmm_ipc::message::{Aperture, Fd, TraceId};
 use uhmm_kernel_hook::{Prot, Window, memfd};
-use uhmm_pci::{Bar, PciDevice, PciError};
+use uhmm_pci::{Bar, PciDevice, PciError, RemovalWatch};
 
 /// Vault name of the mark.
 const MARK_NAME: &str = "driver/bar-mark";
@@ -50,6 +50,7 @@ pub struct BarMemory {
     window: Arc<Window>,
     frame_count: u32,
     mark: Fd,
+    removal: Option<RemovalWatch>,
 }
 
 impl BarMemory {
@@ -85,7 +86,12 @@ impl BarMemory {
             }
         };
         tracing::info!(device = device.describe(), bar = number, len_bytes = bar.len_bytes(), "Device memory");
-        Ok((Self { device, shown, window, frame_count, mark }, origin))
+        Ok((Self { device, shown, window, frame_count, mark, removal: None }, origin))
+    }
+
+    /// The watch lives as long as the memory: the driver itself is done once it has opened the device.
+    pub(crate) fn keep_watch(&mut self, removal: RemovalWatch) {
+        self.removal = Some(removal);
     }
 
     /// What units access, frame 0 at offset 0.

@@ -166,7 +166,8 @@ impl Connection {
         if !closing {
             tracing::error!(problem = lost.problem, "A vfio-user device is lost");
         }
-        for event in [fate.error.take(), fate.request.take()].into_iter().flatten().filter(|_| !closing) {
+        // The request first: whoever waits for both learns that the device is gone, not that it is broken.
+        for event in [fate.request.take(), fate.error.take()].into_iter().flatten().filter(|_| !closing) {
             if let Err(error) = event.signal() {
                 tracing::error!(%error, "The end of a vfio-user device could not be told");
             }
