@@ -7,6 +7,8 @@ use uhmm_driver_kit::{
     DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, Parts, ServiceArgs, SharedTable, run_driver,
 };
 
+use uhmm_pci::RemovalWatch;
+
 use crate::engine::{NvmeEngine, NvmeMemory, NvmePort};
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
@@ -16,11 +18,13 @@ use crate::shell::{Controller, DMA_NAME, Options};
 #[derive(Debug)]
 pub struct NvmeDriver {
     kernels: Arc<[Kernel]>,
+    /// Ends with the driver.
+    removal: Option<RemovalWatch>,
 }
 
 impl Default for NvmeDriver {
     fn default() -> Self {
-        Self { kernels: kernels::all().into() }
+        Self { kernels: kernels::all().into(), removal: None }
     }
 }
 
@@ -50,6 +54,8 @@ impl Driver for NvmeDriver {
         let OpenContext { plan, kept, port } = context;
         let path = plan.pci.as_ref().ok_or("Say which controller: pci = \"0000:00:05.0\" in its [[device]]")?;
         let device = uhmm_pci::open(path, &kept)?;
+        let lost = port.clone();
+        self.removal = Some(device.watch_removal(move |reason| lost.lost(reason))?);
         let memory = kept.into_iter().find(|(name, _)| name == DMA_NAME).map(|(_, fd)| fd);
         let controller = Controller::open(device, memory, Options::default())?;
         if let Some(identity) = controller.identity() {

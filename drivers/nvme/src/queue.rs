@@ -119,9 +119,14 @@ impl<T> QueuePair<T> {
         self.entries
     }
 
+    /// [`Self::submit`] would find a slot.
+    pub fn has_room(&self) -> bool {
+        self.free.len() >= 2
+    }
+
     /// Takes a slot, if one is free (the last one stays free, see [`Self::submit_last`]).
     pub fn submit(&mut self, owner: T) -> Option<Placed> {
-        if self.free.len() < 2 { None } else { self.submit_last(owner) }
+        if self.has_room() { self.submit_last(owner) } else { None }
     }
 
     /// Takes a slot, if one is free.

@@ -33,7 +33,9 @@ pub const DMA_NAME: &str = "driver/nvme-dma";
 /// Looking costs a core, sleeping costs an interrupt. Where requests take less than this on average, whoever waits looks for so long
 /// before it sleeps; on slower devices it sleeps at once.
 const LOOK_FOR: Duration = Duration::from_micros(250);
-/// On slower devices it still looks once in so many times: they may have become fast.
+/// Sleep while something is in flight that raises no interrupt.
+const NAP: Duration = Duration::from_micros(200);
+/// On slower devices it still looks once in so many batches: they may have become fast.
 const LOOK_EVERY: u32 = 32;
 /// Looks between two looks at the clock, which may be a device too.
 const LOOKS: u32 = 16;
@@ -110,6 +112,8 @@ struct Inner {
     patience: Patience,
     /// When the clock was last looked at.
     now: Duration,
+    /// When something was completed, or CSTS was read.
+    status_at: Duration,
     /// Kept for its room.
     actions: Vec<Action>,
 }
@@ -118,18 +122,21 @@ struct Inner {
 #[derive(Clone, Copy, Debug, Default)]
 struct Patience {
     average: Duration,
-    waits: u32,
+    batches: u32,
+    /// Whether looking pays now.
+    looks: bool,
 }
 
 impl Patience {
-    /// Whether looking pays now.
-    fn looks(&mut self) -> bool {
-        self.waits = self.waits.wrapping_add(1);
-        self.average < LOOK_FOR || self.waits.is_multiple_of(LOOK_EVERY)
+    fn next_batch(&mut self) -> bool {
+        self.batches = self.batches.wrapping_add(1);
+        self.looks = self.average < LOOK_FOR || self.batches.is_multiple_of(LOOK_EVERY);
+        self.looks
     }
 
+    /// One hiccup says little: longer than this is as long as this.
     fn waited(&mut self, time: Duration) {
-        self.average = (self.average * 7 + time) / 8;
+        self.average = (self.average * 7 + time.min(4 * LOOK_FOR)) / 8;
     }
 }
 
@@ -219,6 +226,7 @@ impl Controller {
             counters: Counters::default(),
             patience: Patience::default(),
             now: Duration::ZERO,
+            status_at: Duration::ZERO,
             actions: Vec::new(),
         };
         let shared = Shared {
@@ -319,7 +327,8 @@ impl Controller {
         let batch = inner.next_batch;
         inner.next_batch += 1;
         inner.batches.insert(batch, Batch { open: 0, error: None });
-        let mut submitted = Ok(());
+        let looking = inner.patience.next_batch();
+        let mut submitted = shared.step(&mut inner, Event::Pace { looking });
         for (index, request) in requests.into_iter().enumerate() {
             if let Some(entry) = inner.batches.get_mut(&batch) {
                 entry.open += 1;
@@ -491,7 +500,7 @@ impl Shared {
     /// Looks for a while, then sleeps, without the lock.
     fn watch<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<(), NvmeError> {
         let begun = inner.now;
-        let mut looks = inner.patience.looks();
+        let mut looks = inner.patience.looks;
         while looks {
             for _ in 0..LOOKS {
                 drop(inner);
@@ -520,14 +529,17 @@ impl Shared {
         let changing = matches!(inner.machine.phase(), Phase::Disabling(_) | Phase::Enabling);
         let longest = if changing { STATUS_PAUSE } else { SLEEP_MAX };
         let until = inner.machine.next_deadline().map_or(longest, |until| until.saturating_sub(now));
-        let sleep = until.clamp(STATUS_PAUSE, longest);
+        let sleep = if inner.machine.needs_looking() { NAP } else { until.clamp(STATUS_PAUSE, longest) };
         inner.counters.sleeps += 1;
         drop(inner);
         let woken = self.sleep(sleep)?;
         let mut inner = self.lock();
         self.look_at_clock(&mut inner);
         let any = self.reap(&mut inner)?;
-        if !any && !woken {
+        if any {
+            inner.status_at = inner.now;
+        } else if changing || (!woken && inner.now.saturating_sub(inner.status_at) >= SLEEP_MAX / 2) {
+            inner.status_at = inner.now;
             let status = ControllerStatus(self.read_status()?);
             self.step(&mut inner, Event::Status(status))?;
         }

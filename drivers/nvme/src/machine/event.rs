@@ -64,6 +64,11 @@ pub enum Event<'a> {
         /// What.
         request: Request,
     },
+    /// Whether somebody looks for completions all the time: which pair requests go to.
+    Pace {
+        /// Somebody does.
+        looking: bool,
+    },
     /// CSTS was read.
     Status(ControllerStatus),
     /// The entry at [`crate::machine::Machine::next_completion`] has its phase.

@@ -14,6 +14,9 @@
 //! simply sent once more. A command that was late itself is sent [`Config::attempts_max`] times at most; those that only shared the
 //! controller with it do not count. A request that is finished with an error is one page range that the pager reports and keeps.
 //!
+//! **Of two or more pairs the first raises no interrupts.** Requests go there while somebody looks for completions anyway; an interrupt that nobody
+//! needs costs more than a command on a fast device.
+//!
 //! A request is finished only when the device cannot touch its memory any more: its completion came, or the controller was disabled, or
 //! the machine says [`Phase::Dead`] and the caller takes the memory away from the device before it tells anybody.
 
@@ -132,6 +135,7 @@ pub struct Machine {
     requests: BTreeMap<RequestId, Work>,
     waiting: VecDeque<RequestId>,
     resets: u8,
+    looking: bool,
 }
 
 impl Machine {
@@ -149,6 +153,7 @@ impl Machine {
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             resets: 0,
+            looking: false,
         }
     }
 
@@ -200,6 +205,7 @@ impl Machine {
         match event {
             Event::Start => self.start(now, actions),
             Event::Submit { id, request } => self.submit(id, request, actions),
+            Event::Pace { looking } => self.looking = looking,
             Event::Status(status) => self.status(status, now, actions),
             Event::Completion { queue, entry } => self.completion(queue, &entry, now, actions),
             Event::Identified { page } => self.identified(page, now, actions),
@@ -293,7 +299,7 @@ impl Machine {
             Step::QueueCount => Command::set_queue_count(layout.pairs),
             Step::CompletionQueue(pair) => {
                 let queue = QueueId(pair);
-                Command::create_completion_queue(queue, entries, Some(pair))
+                Command::create_completion_queue(queue, entries, (!self.is_silent(queue)).then_some(pair))
                     .with_memory(iova + layout.completion(queue), 0)
             }
             Step::SubmissionQueue(pair) => {
@@ -438,7 +444,10 @@ impl Machine {
                 self.waiting.pop_front();
                 continue;
             };
-            let Some(pair) = self.io.iter_mut().min_by_key(|pair| pair.in_flight()) else { break };
+            let (looking, silent) = (self.looking, self.io.len() > 1);
+            let wrong = |queue: QueueId| silent && (queue.0 == 1) != looking;
+            let order = |pair: &&mut QueuePair<Flight>| (!pair.has_room(), wrong(pair.queue()), pair.in_flight());
+            let Some(pair) = self.io.iter_mut().min_by_key(order) else { break };
             let Some(placed) = pair.submit(Flight::new(Owner::Request(id), now + self.config.io_timeout)) else {
                 break;
             };
@@ -459,6 +468,16 @@ impl Machine {
         for pair in self.io.iter().filter(|pair| rung >> pair.queue().0 & 1 != 0) {
             actions.push(Action::RingTail { queue: pair.queue(), tail: pair.tail() });
         }
+    }
+
+    /// The pair raises no interrupts.
+    fn is_silent(&self, queue: QueueId) -> bool {
+        queue.0 == 1 && self.io.len() > 1
+    }
+
+    /// Something is in flight whose completion raises no interrupt.
+    pub fn needs_looking(&self) -> bool {
+        self.io.first().is_some_and(|pair| self.is_silent(pair.queue()) && pair.in_flight() > 0)
     }
 
     /// When [`Event::Tick`] has something to do, if nothing comes before.

@@ -268,6 +268,26 @@ fn a_controller_is_set_up_and_runs_requests() {
 }
 
 #[test]
+fn requests_of_somebody_who_looks_go_to_the_pair_without_interrupts() {
+    let mut machine = World::running().machine;
+    let queues = |machine: &mut Machine, looking| {
+        let mut actions = Vec::new();
+        machine.step(Event::Pace { looking }, Duration::ZERO, &mut actions);
+        for n in 0..3 {
+            let request = Request { opcode: Opcode::Flush, lba: 0, blocks: 1, iova: 0, bytes: 0 };
+            let id = RequestId(n + 10 * u64::from(looking));
+            machine.step(Event::Submit { id, request }, Duration::ZERO, &mut actions);
+        }
+        let place = |action: &Action| if let Action::Place { queue, .. } = action { Some(queue.0) } else { None };
+        actions.iter().filter_map(place).collect::<Vec<_>>()
+    };
+    assert_eq!(queues(&mut machine, false), [2, 2, 2]);
+    assert!(!machine.needs_looking());
+    assert_eq!(queues(&mut machine, true), [1, 1, 1]);
+    assert!(machine.needs_looking());
+}
+
+#[test]
 fn more_than_two_pages_go_through_the_list_of_their_place() {
     let mut machine = World::running().machine;
     let mut actions = Vec::new();
@@ -443,6 +463,8 @@ fn random_histories_end_every_request_once_and_never_well_without_the_device() {
         world.random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut sent = 0;
         for _ in 0..30 {
+            let looking = world.draw(2) == 0;
+            world.step(Event::Pace { looking });
             let more = world.draw(20) as u64;
             world.submit(sent..sent + more);
             sent += more;
