@@ -119,7 +119,7 @@ impl Pager {
             if !ours || behind >= region.page_count {
                 return None;
             }
-            let identity = own_memory::identity_of(&*memory.fd, &vma).ok()?;
+            let identity = own_memory::identity_of(&*memory.fd, vma.offset, vma.page_size_bytes).ok()?;
             (identity == (vma.device, vma.inode)).then_some((region.id, behind, region.page_count))
         });
         let Some((region, page_index, page_count)) = found else { return false };
@@ -143,7 +143,7 @@ impl Pager {
             let shown = memory.offset_bytes + segment.first_page * PAGE_SIZE;
             let still = |vma: &&Vma| {
                 let same_place = vma.start <= range.start && vma.end >= range.end();
-                let identity = own_memory::identity_of(&*memory.fd, vma).ok();
+                let identity = own_memory::identity_of(&*memory.fd, vma.offset, vma.page_size_bytes).ok();
                 let same_file = vma.shared && identity == Some((vma.device, vma.inode));
                 same_place && same_file && vma.offset + (range.start - vma.start) == shown
             };

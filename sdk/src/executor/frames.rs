@@ -158,22 +158,25 @@ impl Executor {
             let vmas = own_memory::mappings(AddrRange { start: next, len: whole.end() - next })?;
             for vma in &vmas {
                 let identity = (vma.device, vma.inode);
-                let is = |memory: &Fd| Ok::<bool, HookError>(own_memory::identity_of(memory, vma)? == identity);
+                // Asked where the file has something: a device's has only its BARs.
+                let is = |memory: &Fd, offset: u64| {
+                    Ok::<bool, HookError>(own_memory::identity_of(memory, offset, PAGE_SIZE)? == identity)
+                };
                 let start = vma.start.max(whole.start);
                 let part =
                     Vma { start, end: vma.end.min(whole.end()), offset: vma.offset + (start - vma.start), ..*vma };
                 if !vma.shared {
                     continue;
                 }
-                if is(wanted.memory)? {
+                if is(wanted.memory, wanted.offset)? {
                     if part.offset != wanted.offset_at(order, start) {
                         others.push(part);
                     }
                     continue;
                 }
-                let mut ours = is(&allocation.memory)?;
+                let mut ours = is(&allocation.memory, 0)?;
                 for aperture in self.apertures.values() {
-                    ours = ours || is(&aperture.memory.fd)?;
+                    ours = ours || is(&aperture.memory.fd, aperture.memory.offset_bytes)?;
                 }
                 if ours {
                     others.push(part);

@@ -120,7 +120,7 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
     let path = line.and_then(|line| line.find('/').map(|at| line[at..].to_owned()));
     let path = path.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     let file = OwnedFd::from(open(&path).map_err(failed)?);
-    if identity_of(&file, vma)? != (vma.device, vma.inode) {
+    if identity_of(&file, vma.offset, vma.page_size_bytes)? != (vma.device, vma.inode) {
         return Err(HookError::Strange {
             call: "open(file of a mapping)",
             detail: format!("{path} is another file now"),
@@ -129,20 +129,19 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
     Ok(file)
 }
 
-/// Device and inode that the kernel shows for a mapping of `file`, to be compared with those of `vma`. Not those of fstat:
-/// filesystems in layers have others there.
+/// Device and inode that the kernel shows for a mapping of one page of `file`, to be compared with those of a [`Vma`]. Not those of fstat:
+/// filesystems in layers have others there. `offset`: where the file can be mapped (a device's file only where it has a BAR).
 ///
 /// # Errors
 /// `Call` when the file cannot be mapped.
-pub fn identity_of(file: impl AsFd, vma: &Vma) -> Result<((u32, u32), u64), HookError> {
+pub fn identity_of(file: impl AsFd, offset: u64, page_bytes: u64) -> Result<((u32, u32), u64), HookError> {
     let maps = procmap::open_maps(std::process::id())?;
-    let len = vma.page_size_bytes;
     // NORESERVE: of huge pages a mapping otherwise sets some aside, and there may be none.
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    let probe = map_raw(Placement::Anywhere, len, libc::PROT_NONE, flags, Some((file.as_fd(), vma.offset)))?;
+    let probe = map_raw(Placement::Anywhere, page_bytes, libc::PROT_NONE, flags, Some((file.as_fd(), offset)))?;
     let found = procmap::query(maps.as_fd(), probe.addr().get() as u64);
     // SAFETY: the mapping was made above for this question, and nobody else knows it.
-    unsafe { libc::munmap(probe.as_ptr().cast(), len as usize) };
+    unsafe { libc::munmap(probe.as_ptr().cast(), page_bytes as usize) };
     Ok(found?.map_or(((0, 0), 0), |vma| (vma.device, vma.inode)))
 }
 
