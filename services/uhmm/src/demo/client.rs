@@ -24,16 +24,16 @@ const ROUNDS: u64 = 3;
 const FAULTS_A_ROUND: u64 = 500;
 const TOP: u64 = 20;
 const QUERIES: usize = 4000;
-/// Counters that the report shows: (service, counter, name in the report).
-const COUNTERS: [(&str, &str, &str); 8] = [
-    ("pager", "pages_out", "pages to the device"),
-    ("pager", "pages_home", "pages home"),
-    ("pager", "cpu_faults", "CPU faults"),
-    ("pager", "device_faults", "device fault requests"),
-    ("pager", "revokes_direct", "invalidations, direct"),
-    ("pager", "revokes_by_message", "invalidations, message"),
-    ("pager", "scrubbed", "frames scrubbed"),
-    ("pager", "poisoned", "pages poisoned"),
+/// Counters of the pager that the report shows: (counter, name in the report).
+const COUNTERS: [(&str, &str); 8] = [
+    ("pages_out", "pages to the device"),
+    ("pages_home", "pages home"),
+    ("cpu_faults", "CPU faults"),
+    ("device_faults", "device fault requests"),
+    ("revokes_direct", "invalidations, direct"),
+    ("revokes_by_message", "invalidations, message"),
+    ("scrubbed", "frames scrubbed"),
+    ("poisoned", "pages poisoned"),
 ];
 
 /// A small generator; the demo does the same every time.
@@ -60,6 +60,8 @@ pub struct Client<'a> {
     pub device: Device,
     pub region: &'a Region,
     pub run_dir: &'a Path,
+    /// Pager, mirror, the device's driver.
+    services: Vec<String>,
     index: Index<'a>,
     reference: &'a Reference,
     /// Truth about the `count` of each node: step 4 changes some.
@@ -71,7 +73,7 @@ pub struct Client<'a> {
 }
 
 /// All steps.
-pub fn run(run_dir: &Path, args: &DemoArgs) -> anyhow::Result<Report> {
+pub fn run(run_dir: &Path, args: &DemoArgs, services: Vec<String>) -> anyhow::Result<Report> {
     let reference = read_text(args)?;
     let session = Session::connect(Some(run_dir))?;
     if session.uffd_kind() == UffdKind::UserModeOnly {
@@ -83,7 +85,8 @@ pub fn run(run_dir: &Path, args: &DemoArgs) -> anyhow::Result<Report> {
     let region_bytes = (reference.index_bytes(reference.bucket_count()) + 8 * MIB).next_multiple_of(2 * MIB);
     let region = session.allocate(region_bytes)?;
     let arena = region.arena()?;
-    let mut client = build(run_dir, &session, &region, &arena, &reference)?;
+    let mut client = build(run_dir, (&session, session.device(&args.device)?), &region, &arena, &reference)?;
+    client.services = services;
     let mut report = client.migrate_and_measure()?;
     let (answers, asked) = (client.scratch(&session)?, Instant::now());
     println!("\n== 3. Device jobs on the same pointers");
@@ -135,7 +138,7 @@ fn read_text(args: &DemoArgs) -> anyhow::Result<Reference> {
 
 fn build<'a>(
     run_dir: &'a Path,
-    session: &'a Session,
+    (session, device): (&'a Session, Device),
     region: &'a Region,
     arena: &'a Arena,
     reference: &'a Reference,
@@ -153,12 +156,12 @@ fn build<'a>(
     let counts = reference.words().iter().map(|word| word.count() as u32).collect();
     let mut image = vec![0; arena.used_bytes() as usize];
     region.bytes().read(0, &mut image)?;
-    let device = session.device("soft0")?;
     Ok(Client {
         session,
         device,
         region,
         run_dir,
+        services: Vec::new(),
         index,
         reference,
         counts,
@@ -193,8 +196,10 @@ impl Client<'_> {
     /// Adds what a service has counted so far; call it just before the service dies, and at the end.
     pub fn collect_counters(&mut self, service: &str) -> anyhow::Result<()> {
         let metrics = Operator::connect(Some(self.run_dir))?.stats(service)?;
-        for (of, counter, name) in COUNTERS {
-            let value = metrics.iter().find(|metric| of == service && metric.name == counter);
+        for (counter, name) in
+            COUNTERS.into_iter().filter(|_| self.services.first().is_some_and(|pager| pager == service))
+        {
+            let value = metrics.iter().find(|metric| metric.name == counter);
             *self.counters.entry(name).or_default() += value.map_or(0, |metric| metric.value);
         }
         Ok(())
@@ -406,8 +411,8 @@ impl Client<'_> {
         println!("\n== 5. kill -9 of each service in the middle of work");
         let mut drills = Vec::new();
         for round in 0..2 {
-            for service in ["pager", "mirror", "soft0"] {
-                let one = drill(self, service, round * 100 + drills.len() as u64)?;
+            for service in self.services.clone() {
+                let one = drill(self, &service, round * 100 + drills.len() as u64)?;
                 println!(
                     "  {service:<8} killed in: {}; first operation through all services after {:.1} ms",
                     one.during, one.first_operation_ms
@@ -439,8 +444,8 @@ impl Client<'_> {
             // Every pointer is what it was, so all of it can be followed: it must still be the index of this text.
             lost = self.index.wrong_bytes(self.region, self.reference, &self.counts)?;
         }
-        for service in ["pager", "mirror", "soft0"] {
-            self.collect_counters(service)?;
+        for service in self.services.clone() {
+            self.collect_counters(&service)?;
         }
         let restarts = report.drills.len() as u64;
         report.counters = self.counters.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();

@@ -3,7 +3,7 @@
 //! ```text
 //!   uhmm demo --+-- uhmm up (supervisor) --+-- uhmm pager
 //!               |                          +-- uhmm mirror
-//!               |                          `-- uhmm driver soft
+//!               |                          `-- uhmm driver soft (or those of --manifest)
 //!               `-- uhmm demo-client: `client` reads text, builds the index in managed memory, migrates, computes, is disturbed, compares
 //! ```
 
@@ -25,6 +25,7 @@ use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::signal::StopSignals;
+use uhmm_manifest::{Kind, Manifest};
 use uhmm_sdk::Operator;
 
 /// Exit status of a program that Ctrl-C has ended, as shells have it.
@@ -64,6 +65,12 @@ pub struct DemoArgs {
     /// Stop reading text when the index has this size
     #[arg(long, default_value_t = 288)]
     index_mib: u64,
+    /// Manifest (TOML) of the system to start; without it one with a software device `soft0` of 1 GiB
+    #[arg(long)]
+    manifest: Option<PathBuf>,
+    /// Device to work on
+    #[arg(long, default_value = "soft0")]
+    device: String,
 }
 
 /// `uhmm demo-client`
@@ -74,6 +81,27 @@ pub struct ClientArgs {
     /// Run directory of the system
     #[arg(long)]
     system: PathBuf,
+    /// Services that are killed in turn: pager, mirror, the device's driver
+    #[arg(long, value_delimiter = ',')]
+    services: Vec<String>,
+}
+
+/// The manifest's text, and the services that the demo kills.
+fn plan(args: &DemoArgs) -> anyhow::Result<(String, Vec<String>)> {
+    let text = match &args.manifest {
+        None => MANIFEST.to_owned(),
+        Some(path) => {
+            std::fs::read_to_string(path).with_context(|| format!("Manifest {} cannot be read", path.display()))?
+        }
+    };
+    let plan = Manifest::parse(&text)?.resolve()?;
+    let Some(device) = plan.device_by_name(&args.device) else {
+        let known: Vec<&str> = plan.devices.iter().map(|device| device.name.as_str()).collect();
+        bail!("The manifest has no device {:?}: take one of {}", args.device, known.join(", "));
+    };
+    let of_kind = |kind| plan.service_of_kind(kind).map(|service| service.name.clone());
+    let services = [of_kind(Kind::Pager), of_kind(Kind::Mirror), Some(device.service.clone())];
+    Ok((text, services.into_iter().flatten().collect()))
 }
 
 /// Ends the system by asking its supervisor, or by its pid.
@@ -83,14 +111,14 @@ struct System {
 }
 
 impl System {
-    fn start(run_dir: PathBuf) -> anyhow::Result<Self> {
+    fn start(run_dir: PathBuf, text: &str) -> anyhow::Result<Self> {
         // Not recursive and private: a folder that somebody else has put there must not be used.
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&run_dir)
             .with_context(|| format!("{} cannot be made", run_dir.display()))?;
         let manifest = run_dir.join("manifest.toml");
-        std::fs::write(&manifest, MANIFEST)?;
+        std::fs::write(&manifest, text)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest);
         // A process group of its own: Ctrl-C reaches the demo and the client, and the demo stops the system in order.
@@ -131,13 +159,15 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     if let Some(path) = args.path.as_deref().filter(|path| !path.exists()) {
         bail!("{} does not exist: give a file or folder with text", path.display());
     }
+    let (text, services) = plan(&args)?;
     // Before the first child and thread, so that a signal can never end the demo without ending its system.
     let signals = StopSignals::block()?;
     let run_dir = std::env::temp_dir().join(format!("uhmm-demo-{}", std::process::id()));
-    let system = System::start(run_dir)?;
+    let system = System::start(run_dir, &text)?;
     show_processes(&system.run_dir)?;
     let mut client = Command::new(std::env::current_exe()?);
     client.arg("demo-client").arg("--system").arg(&system.run_dir);
+    client.arg("--services").arg(services.join(",")).arg("--device").arg(&args.device);
     client.arg("--index-mib").arg(args.index_mib.to_string()).args(&args.path);
     let mut client = client.spawn().context("The client process cannot be started")?;
     let status = wait(&mut client, &signals);
@@ -180,7 +210,7 @@ fn show_processes(run_dir: &Path) -> anyhow::Result<()> {
 
 /// The client process.
 pub fn run_client(args: ClientArgs) -> anyhow::Result<ExitCode> {
-    let report = client::run(&args.system, &args.demo)?;
+    let report = client::run(&args.system, &args.demo, args.services)?;
     report.print();
     Ok(if report.held() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
