@@ -23,6 +23,8 @@ use crate::pattern::{self, Rng};
 pub(crate) const PMD: u64 = 2 << 20;
 /// The kernel selftests' buffer.
 pub(crate) const BUF: u64 = 4 << 20;
+/// Cases that fill a device need so many pieces of 2 MiB.
+const LEAST_PMDS: u64 = 4;
 /// How long a disturbed step is asked again.
 const RETRY_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -92,6 +94,25 @@ impl Ctx {
         self.devices.len()
     }
 
+    /// Device memory, for cases that fill it in pieces of 2 MiB.
+    pub(crate) fn memory_in_huge_pages(&self) -> CaseResult<u64> {
+        let memory = self.device(0)?.info().memory_bytes;
+        if memory < LEAST_PMDS * PMD {
+            not_applicable!("Fills device memory in pieces of 2 MiB; the device has {} KiB", memory >> 10);
+        }
+        Ok(memory)
+    }
+
+    /// Cases work on this much at once. Pressure is the subject of some on devices of a usual size; on a device that holds less than any
+    /// case's buffer it would be the subject of all, at a page a time.
+    pub(crate) fn fits(&self, len_bytes: u64) -> CaseResult {
+        let memory = self.devices.iter().map(|device| device.info().memory_bytes).min().unwrap_or(u64::MAX);
+        if memory < BUF && len_bytes > memory {
+            not_applicable!("Works on {} KiB at once; the device has {} KiB", len_bytes >> 10, memory >> 10);
+        }
+        Ok(())
+    }
+
     pub(crate) fn coherent(&self) -> bool {
         self.args.coherent
     }
@@ -133,6 +154,7 @@ impl Ctx {
 
     /// The memory of the cases about coherent devices: allocated by the SDK, whose addresses are its own.
     pub(crate) fn allocated(&self, len_bytes: u64, seed: Option<u64>) -> CaseResult<Mem> {
+        self.fits(len_bytes)?;
         let mem = Mem::allocated(self.session.allocate(len_bytes).during("Allocate")?);
         if let Some(seed) = seed {
             mem.fill(seed)?;
@@ -142,6 +164,7 @@ impl Ctx {
 
     /// Fresh private memory with a pattern, adopted; in a coherent case: allocated.
     pub(crate) fn patterned(&self, len_bytes: u64, seed: u64) -> CaseResult<Mem> {
+        self.fits(len_bytes)?;
         if self.coherent() {
             return self.allocated(len_bytes, Some(seed));
         }
@@ -192,11 +215,18 @@ impl Ctx {
 
     /// Puts a range under management until it is unmapped.
     pub(crate) fn adopt_at(&self, addr: u64, len_bytes: u64) -> CaseResult {
-        self.session.adopt(addr, len_bytes).map(|_| ()).during("Adopt")
+        self.fits(len_bytes)?;
+        match self.session.adopt(addr, len_bytes) {
+            Err(error @ Error::Kernel { .. }) if !may_follow_mappings() && is_of_mapped_file(addr)? => {
+                not_applicable!("This account may not open the file behind a mapping: {}", crate::case::chain(&error))
+            }
+            adopted => adopted.map(|_| ()).during("Adopt"),
+        }
     }
 
     /// As adopt, for kinds of memory that a kernel or an SDK may refuse: not applicable with its reason.
     pub(crate) fn adopt_if_possible(&self, mem: &Mem) -> CaseResult {
+        self.fits(mem.len())?;
         match self.session.adopt(mem.addr(), mem.len()) {
             Ok(_) => Ok(()),
             Err(error) => not_applicable!("This memory cannot be adopted: {}", crate::case::chain(&error)),
@@ -380,6 +410,20 @@ impl Ctx {
     pub(crate) fn protect(&self, mem: &Mem, off: u64, len_bytes: u64, read: bool, write: bool) -> CaseResult {
         self.session.protect(mem.addr() + off, len_bytes, read, write).during("Protect")
     }
+}
+
+/// The account may follow /proc/self/map_files. Without it memory that is shared and has no path cannot be adopted.
+fn may_follow_mappings() -> bool {
+    let opened = std::fs::read_dir("/proc/self/map_files")
+        .map(|mut links| links.find_map(Result::ok).is_some_and(|link| std::fs::File::open(link.path()).is_ok()));
+    opened.unwrap_or(false)
+}
+
+/// There is a file below this address, and it is mapped shared.
+fn is_of_mapped_file(addr: u64) -> CaseResult<bool> {
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let line = maps.lines().find(|line| line.trim_start_matches('0').starts_with(&format!("{addr:x}-")));
+    Ok(line.and_then(|line| line.split_whitespace().nth(1)).is_some_and(|rights| rights.ends_with('s')))
 }
 
 /// What a device has read.

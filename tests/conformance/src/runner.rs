@@ -50,6 +50,8 @@ pub struct Options {
     pub chaos: Option<u64>,
     /// Stop the cases' agent threads now and then.
     pub pause_agent: bool,
+    /// Cases may take so many times longer; 0 is 1.
+    pub patience: u32,
     /// System to use instead of one of our own.
     pub run_dir: Option<PathBuf>,
 }
@@ -132,7 +134,7 @@ impl<'a> Runner<'a> {
         stop: StopSignals,
     ) -> Result<Self, ConformanceError> {
         let mut operator = system.operator()?;
-        let found = first_contact(exe, &system, &mut operator, driver, &stop)?;
+        let found = first_contact(exe, &system, &mut operator, (driver, options.patience.max(1)), &stop)?;
         let mut runner = Self { exe, options, system, driver, operator, found, rest: Inventory::default(), stop };
         runner.rest = runner.settle()?;
         Ok(runner)
@@ -142,7 +144,13 @@ impl<'a> Runner<'a> {
     fn start_afresh(&mut self) -> Result<(), ConformanceError> {
         if self.system.restart()? {
             self.operator = self.system.operator()?;
-            self.found = first_contact(self.exe, &self.system, &mut self.operator, self.driver, &self.stop)?;
+            self.found = first_contact(
+                self.exe,
+                &self.system,
+                &mut self.operator,
+                (self.driver, self.options.patience.max(1)),
+                &self.stop,
+            )?;
         }
         // In a system that is not ours the next case is measured by what there is now: one leak is one failure.
         self.rest = self.settle()?;
@@ -199,7 +207,7 @@ impl<'a> Runner<'a> {
         let seed = self.options.chaos.unwrap_or(0) ^ hash(&case.name);
         let coherent = case.needs == Needs::Coherent;
         let args = CaseArgs { chaos: self.options.chaos.is_some(), coherent, ..self.args(&case.name, seed) };
-        let factor = if self.disturbed() { DISTURBED_FACTOR } else { 1 };
+        let factor = if self.disturbed() { DISTURBED_FACTOR } else { 1 } * self.options.patience.max(1);
         let outcome = match self.options.chaos {
             Some(_) => self.run_under_chaos(&args, case.deadline * factor)?,
             None => child::run(self.exe, &args, case.deadline * factor, &self.stop)?,
@@ -261,7 +269,7 @@ fn first_contact(
     exe: &Path,
     system: &System,
     operator: &mut Operator,
-    driver: &str,
+    (driver, patience): (&str, u32),
     stop: &StopSignals,
 ) -> Result<Found, ConformanceError> {
     let services = crate::system::wait_ready(operator)?;
@@ -276,7 +284,7 @@ fn first_contact(
         seed: 0,
         role: vec![driver.to_owned()],
     };
-    let outcome = child::run(exe, &args, WARM_UP_DEADLINE, stop)?;
+    let outcome = child::run(exe, &args, WARM_UP_DEADLINE * patience, stop)?;
     let found = match outcome.status {
         OutcomeStatus::Passed => serde_json::from_str::<Found>(&outcome.why).ok(),
         _ => None,

@@ -27,6 +27,9 @@ pub struct ConformanceArgs {
     /// Stop the cases' agent threads for a while at random moments
     #[arg(long)]
     pause_agent: bool,
+    /// Cases may take so many times longer: for emulated, slow or busy machines and devices
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    patience: u32,
     /// Print the names of the cases and run none
     #[arg(long)]
     list: bool,
@@ -66,8 +69,8 @@ pub fn conformance(args: ConformanceArgs, run_dir: Option<PathBuf>) -> anyhow::R
         return Ok(ExitCode::SUCCESS);
     }
     let exe = std::env::current_exe().context("The path of this program is unknown")?;
-    let ConformanceArgs { driver, coherent, filter, json, chaos, pause_agent, list: _ } = args;
-    let report = run(&exe, &Options { driver, coherent, filter, json, chaos, pause_agent, run_dir })?;
+    let ConformanceArgs { driver, coherent, filter, json, chaos, pause_agent, patience, list: _ } = args;
+    let report = run(&exe, &Options { driver, coherent, filter, json, chaos, pause_agent, patience, run_dir })?;
     Ok(if report.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -79,7 +79,7 @@ fn pread_and_pwrite(ctx: &Ctx) -> CaseResult {
 }
 
 fn larger_than_device(ctx: &Ctx) -> CaseResult {
-    let len = ctx.device(0)?.info().memory_bytes / 4 * 5 / PMD * PMD;
+    let len = ctx.memory_in_huge_pages()? / 4 * 5 / PMD * PMD;
     let file = file_with(&pattern::bytes(1, 0, len))?;
     let mem = Mem::file_shared(file.as_fd(), len, true)?;
     ctx.adopt(&mem)?;

@@ -169,7 +169,7 @@ fn timed(ctx: &Ctx, len: u64, huge: bool, rounds: usize) -> CaseResult<(f64, f64
 
 fn benchmark(ctx: &Ctx) -> CaseResult {
     needs_thp()?;
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     let rounds = if ctx.undisturbed() { 5 } else { 1 };
     let mut lines = Vec::new();
     for quarters in [1, 2, 4, 8, 16, 32, 512] {

@@ -117,7 +117,7 @@ fn evict(ctx: &Ctx, mixed: bool, processes: u64) -> CaseResult {
         let helpers = (0..processes).map(|_| ctx.spawn(&["evict".to_owned()])).collect::<CaseResult<Vec<_>>>()?;
         return helpers.into_iter().try_for_each(|helper| helper.join());
     }
-    let total = ctx.device(0)?.info().memory_bytes / 8 * 9 / processes;
+    let total = ctx.memory_in_huge_pages()? / 8 * 9 / processes;
     let count = total.div_ceil(BUF);
     let (mut mems, mut regions) = (Vec::new(), Vec::new());
     for index in 0..count {

@@ -55,7 +55,7 @@ fn migrate_rounds(ctx: &Ctx) -> CaseResult {
 
 /// Three quarters of device memory; a granularity without bound: one CPU fault brings everything home.
 fn migrate_large(ctx: &Ctx) -> CaseResult {
-    let len = ctx.device(0)?.info().memory_bytes / 4 * 3 / PMD * PMD;
+    let len = ctx.memory_in_huge_pages()? / 4 * 3 / PMD * PMD;
     let mem = ctx.huge(len, Some(113))?;
     ctx.session.advise(mem.addr(), len, Advice::Granularity(Some(30))).during("Advise the granularity")?;
     ctx.all_to_device(0, &mem)?;

@@ -150,7 +150,7 @@ fn multi_in_place(ctx: &Ctx) -> CaseResult {
 }
 
 fn overcommit(ctx: &Ctx) -> CaseResult {
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     let buffer = memory / 4 / PMD * PMD;
     let buffers: Vec<Mem> = (0..6).map(|seed| ctx.patterned(buffer, seed)).collect::<CaseResult<_>>()?;
     for mem in &buffers {
@@ -167,7 +167,7 @@ fn overcommit(ctx: &Ctx) -> CaseResult {
 }
 
 fn overcommit_giant(ctx: &Ctx) -> CaseResult {
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     let len = memory + memory / 2;
     let mem = ctx.huge(len, Some(122))?;
     // One request that cannot be held at once: it goes through by eviction of its own beginning.
@@ -197,7 +197,7 @@ fn evict(ctx: &Ctx, queue: bool) -> CaseResult {
 }
 
 fn evict_worker(ctx: &Ctx, number: u64, queue: bool) -> CaseResult {
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     let len = memory / 8 * 3 / PMD * PMD;
     let mem = ctx.patterned(len, number)?;
     let mut seed = number;

@@ -28,7 +28,7 @@ pub(super) fn register(list: &mut Registry) {
 
 /// P1: a process that wants twice the device's memory for ever is killed in the middle; another one gets what it wants meanwhile.
 fn eviction_is_bounded(ctx: &Ctx) -> CaseResult {
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     if ctx.role().is_some() {
         let mem = ctx.huge(2 * memory, Some(1))?;
         println!("over-subscribed");
@@ -81,7 +81,7 @@ fn at_rest(ctx: &Ctx) -> CaseResult {
 fn idle_costs_nothing(ctx: &Ctx) -> CaseResult {
     ctx.needs_living_services("Processor time")?;
     const IDLE: Duration = Duration::from_millis(500);
-    let memory = ctx.device(0)?.info().memory_bytes;
+    let memory = ctx.memory_in_huge_pages()?;
     let (first, second) = (ctx.huge(memory / 4 * 3, Some(1))?, ctx.huge(memory / 4 * 3, Some(2))?);
     ctx.all_to_device(0, &first)?;
     ctx.all_to_device(0, &second)?;

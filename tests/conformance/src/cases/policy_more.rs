@@ -147,6 +147,7 @@ fn preferred_atomic(ctx: &Ctx, device: bool) -> CaseResult {
 
 /// Copies on every reading device, and the CPU keeps reading its own page; the CPU's write ends the copies.
 fn read_mostly(ctx: &Ctx) -> CaseResult {
+    ctx.fits(BUF)?;
     let region = ctx.session.allocate(BUF).during("Allocate")?;
     let fill = |seed| -> CaseResult {
         for word in 0..BUF / 8 {

@@ -209,7 +209,7 @@ fn hot_ranges(ctx: &Ctx) -> CaseResult {
 
 /// The device keeps reading one range while twice its memory comes by: the range stays, what is not used makes room.
 fn overcommit_keeps_hot(ctx: &Ctx) -> CaseResult {
-    let memory = ctx.device(0)?.info().memory_bytes / PMD * PMD;
+    let memory = ctx.memory_in_huge_pages()? / PMD * PMD;
     let hot = ctx.patterned(2 * PMD, 13)?;
     ctx.all_to_device(0, &hot)?;
     ctx.sees_all(0, &hot, 13)?;

@@ -3,7 +3,7 @@
 use uhmm_sdk::Session;
 
 use crate::case::{CaseArgs, CaseResult, During, Failure, Outcome, Registry, ensure, guarded};
-use crate::ctx::{Ctx, PMD};
+use crate::ctx::{BUF, Ctx, PMD};
 use crate::mem::PAGE;
 use crate::runner::Found;
 
@@ -41,20 +41,22 @@ fn first_contact(args: &CaseArgs) -> CaseResult<Found> {
     }
     let ctx = Ctx::open(CaseArgs { devices: found.devices.clone(), role: Vec::new(), ..args.clone() })?;
     for device in 0..ctx.device_count() {
-        let mem = ctx.patterned(2 * PMD, 1)?;
+        let len = ctx.device(device)?.info().memory_bytes.min(2 * PMD);
+        let mem = ctx.patterned(len, 1)?;
         ctx.all_to_device(device, &mem)?;
         ctx.sees_all(device, &mem, 1)?;
         mem.expect_all(1)?;
         // Read by the CPU and still on the device: that is what coherent means.
-        let mem = ctx.allocated(2 * PMD, Some(2))?;
+        let mem = ctx.allocated(len, Some(2))?;
         ctx.all_to_device(device, &mem)?;
         mem.expect_all(2)?;
-        found.coherent = ctx.residency(&mem, 0, 2 * PMD)?.all_device_pages() > 0;
-        ctx.to_home(&mem, 0, 2 * PMD)?;
+        found.coherent = ctx.residency(&mem, 0, len)?.all_device_pages() > 0;
+        ctx.to_home(&mem, 0, len)?;
         mem.expect_all(2)?;
     }
-    let region = ctx.session.allocate(PMD).during("Allocate")?;
-    ctx.migrate(region.addr(), PMD, ctx.device(0)?.target()).during("Migrate")?;
+    let len = ctx.device(0)?.info().memory_bytes.min(PMD);
+    let region = ctx.session.allocate(len).during("Allocate")?;
+    ctx.migrate(region.addr(), len, ctx.device(0)?.target()).during("Migrate")?;
     drop(region);
     found.capacity_pages = capacity_pages(&ctx)?;
     Ok(found)
@@ -62,8 +64,10 @@ fn first_contact(args: &CaseArgs) -> CaseResult<Found> {
 
 /// How many pages are on the first device after more than its memory was sent there.
 fn capacity_pages(ctx: &Ctx) -> CaseResult<u64> {
-    let len = ctx.device(0)?.info().memory_bytes + 2 * PMD;
-    let mem = ctx.huge(len, Some(99))?;
+    let memory = ctx.device(0)?.info().memory_bytes;
+    // More than it holds, so that eviction has its part; of one that holds next to nothing exactly that.
+    let len = if memory < BUF { memory } else { memory + 2 * PMD };
+    let mem = if memory < BUF { ctx.patterned(len, 99)? } else { ctx.huge(len, Some(99))? };
     ctx.migrate(mem.addr(), len, ctx.device(0)?.target()).during("Fill the device")?;
     let pages = ctx.residency(&mem, 0, len)?.all_device_pages();
     mem.expect_all(99)?;
