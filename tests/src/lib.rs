@@ -102,6 +102,12 @@ impl DeviceModel {
         format!("vfio-user:{}", self.dir.path().join("device.sock").display())
     }
 
+    /// Planned faults that have happened so far, by the model's own log.
+    pub fn injected(&self) -> usize {
+        let log = std::fs::read_to_string(self.dir.path().join("log")).expect("the model's log");
+        log.lines().filter(|line| line.contains("Injected")).count()
+    }
+
     /// kill -9: the device is pulled out.
     pub fn kill(&mut self) {
         self.child.kill().expect("kill the model");
@@ -126,7 +132,8 @@ impl Drop for DeviceModel {
 
 fn spawn_model(dir: &Path, args: &[&str]) -> Child {
     let mut command = Command::new(uhmm_exe());
-    command.arg("device-model").args(args).arg("--socket").arg(dir.join("device.sock"));
+    let log = std::fs::File::create(dir.join("log")).expect("a log file");
+    command.arg("device-model").args(args).arg("--socket").arg(dir.join("device.sock")).stderr(log);
     spawn_until_ready(command)
 }
 

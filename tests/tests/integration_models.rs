@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use uhmm_sdk::{Device, Job, PageStatus, Region, Session};
-use uhmm_tests::{DeviceModel, PATIENCE, TestBed, manifest, pattern::word, pci_device};
+use uhmm_tests::{DeviceModel, PATIENCE, TestBed, manifest, pattern::Rng, pattern::word, pci_device};
 
 const MIB: u64 = 1 << 20;
 const LEN: u64 = 4 * MIB;
@@ -35,28 +35,41 @@ fn out(session: &Session, region: &Region, device: &Device) {
     assert!(report.complete(), "{report:?}");
 }
 
-/// Software device `soft0`, and `accel0` on an accelerator model.
-fn system(model: &DeviceModel) -> TestBed {
-    let accel = pci_device("accel0", "bar", model, "");
-    TestBed::with_manifest(&format!("{}{accel}", manifest("16MiB", "")))
+const ACCEL: &[&str] = &["accel", "--memory", "16MiB"];
+
+/// Software device `soft0`, and `pci0` on a model.
+fn system(model: &DeviceModel, driver: &str) -> TestBed {
+    let device = pci_device("pci0", driver, model, "");
+    TestBed::with_manifest(&format!("{}{device}", manifest("16MiB", "")))
 }
 
-#[test]
-fn integration_a_driver_that_is_killed_finds_the_device_and_its_memory_as_they_were() {
-    let model = DeviceModel::start(&["accel", "--memory", "16MiB"]);
-    let bed = system(&model);
+/// Killed while pages move and while a job runs; what the device holds is there afterwards.
+fn kill_rounds(driver: &str, model: &[&str]) {
+    let model = DeviceModel::start(model);
+    let bed = system(&model, driver);
     let session = bed.session();
-    let device = session.device("accel0").expect("device");
+    let device = session.device("pci0").expect("device");
     let region = session.allocate(LEN).expect("region");
+    let mut rng = Rng::new(7);
     for round in 0..ROUNDS {
         fill(&region, round);
-        out(&session, &region, &device);
-        let target = bed.process("accel0");
-        // Killed while a job runs, which the next incarnation runs again.
+        let target = bed.process("pci0");
+        let killed = std::thread::scope(|scope| {
+            let kill = scope.spawn(|| {
+                for _ in 0..rng.below(200_000) {
+                    std::hint::spin_loop();
+                }
+                target.kill()
+            });
+            out(&session, &region, &device);
+            kill.join().expect("killed")
+        });
+        bed.wait_ready("pci0", killed);
+        let target = bed.process("pci0");
         let job = device.submit(Job::new("sum", [region.addr(), LEN]).idempotent());
         let killed = target.kill();
         assert_eq!(job.wait().expect("sum").results, [expected_sum(round)], "round {round}");
-        bed.wait_ready("accel0", killed);
+        bed.wait_ready("pci0", killed);
         let summary = session.residency_summary(region.addr(), LEN).expect("residency");
         assert_eq!((summary.all_device_pages(), summary.poisoned_pages), (LEN / 4096, 0), "round {round}: {summary:?}");
         compare(&region, round);
@@ -64,11 +77,64 @@ fn integration_a_driver_that_is_killed_finds_the_device_and_its_memory_as_they_w
 }
 
 #[test]
+fn integration_killed_bar_driver_finds_device_and_memory_as_they_were() {
+    kill_rounds("bar", ACCEL);
+}
+
+#[test]
+fn integration_killed_accel_driver_finds_device_and_memory_as_they_were() {
+    kill_rounds("accel", ACCEL);
+}
+
+#[test]
+fn integration_killed_nvme_driver_finds_device_and_memory_as_they_were() {
+    kill_rounds("nvme", &["nvme", "--memory", "32MiB"]);
+}
+
+/// Each fault in turn, while data goes out and home; another device and another client do not notice.
+fn faults(driver: &str, model: &[&str], faults: &[&str]) {
+    for fault in faults {
+        let at: Vec<String> = [40, 80, 120].iter().map(|command| format!("{fault}@{command}")).collect();
+        let mut args = model.to_vec();
+        args.extend(at.iter().flat_map(|fault| ["--fault", fault]));
+        let model = DeviceModel::start(&args);
+        let bed = system(&model, driver);
+        let (session, other) = (bed.session(), bed.session());
+        let (device, soft) = (session.device("pci0").expect("device"), other.device("soft0").expect("device"));
+        let (region, safe) = (session.allocate(LEN).expect("region"), other.allocate(LEN).expect("region"));
+        fill(&safe, 9);
+        out(&other, &safe, &soft);
+        for round in 0..4 {
+            fill(&region, round);
+            out(&session, &region, &device);
+            assert_eq!(sum_on(&device, &region), expected_sum(round), "{fault}");
+            compare(&region, round);
+        }
+        assert_eq!(sum_on(&soft, &safe), expected_sum(9), "{fault}");
+        compare(&safe, 9);
+        let summary = session.residency_summary(region.addr(), LEN).expect("residency");
+        assert_eq!(summary.poisoned_pages, 0, "{fault}: {summary:?}");
+        assert_eq!(model.injected(), at.len(), "{fault} did not happen");
+    }
+}
+
+#[test]
+fn integration_faults_of_an_accelerator_cost_no_byte() {
+    faults("accel", ACCEL, &["command-error", "drop-completion", "stuck-queue", "corrupt-id", "stray-dma"]);
+}
+
+#[test]
+fn integration_faults_of_an_nvme_controller_cost_no_byte() {
+    let nvme = ["nvme", "--memory", "32MiB"];
+    faults("nvme", &nvme, &["command-error", "drop-completion", "stuck-queue", "corrupt-id", "stray-dma"]);
+}
+
+#[test]
 fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anything() {
-    let model = DeviceModel::start(&["accel", "--memory", "16MiB"]);
-    let bed = system(&model);
+    let model = DeviceModel::start(ACCEL);
+    let bed = system(&model, "bar");
     let (session, other) = (bed.session(), bed.session());
-    let (accel, soft) = (session.device("accel0").expect("device"), other.device("soft0").expect("device"));
+    let (accel, soft) = (session.device("pci0").expect("device"), other.device("soft0").expect("device"));
     let (there, safe) = (session.allocate(LEN).expect("region"), other.allocate(LEN).expect("region"));
     fill(&there, 1);
     fill(&safe, 2);
@@ -76,9 +142,9 @@ fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anyth
     out(&other, &safe, &soft);
     assert_eq!(sum_on(&accel, &there), expected_sum(1));
 
-    let before = bed.process("accel0");
-    let _model = model.replace(&["accel", "--memory", "16MiB"]);
-    let came_back = bed.wait_ready("accel0", before.incarnation());
+    let before = bed.process("pci0");
+    let _model = model.replace(ACCEL);
+    let came_back = bed.wait_ready("pci0", before.incarnation());
     assert!(came_back.last_exit.contains("exit"), "the driver did not end by itself: {came_back:?}");
 
     // The new device holds other bytes: what was on the old one is lost, and said to be.
@@ -108,10 +174,10 @@ fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anyth
 
 #[test]
 fn integration_while_a_device_is_gone_its_pages_come_home_and_its_jobs_end_with_an_error() {
-    let mut model = DeviceModel::start(&["accel", "--memory", "16MiB"]);
-    let bed = system(&model);
+    let mut model = DeviceModel::start(ACCEL);
+    let bed = system(&model, "bar");
     let session = bed.session();
-    let accel = session.device("accel0").expect("device");
+    let accel = session.device("pci0").expect("device");
     let region = session.allocate(LEN).expect("region");
     fill(&region, 7);
     out(&session, &region, &accel);

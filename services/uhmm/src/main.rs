@@ -96,6 +96,8 @@ enum BuiltIn {
     Bar,
     /// NVMe namespaces
     Nvme,
+    /// The accelerator of `uhmm device-model accel`, by its copy engine
+    Accel,
 }
 
 impl BuiltIn {
@@ -104,6 +106,7 @@ impl BuiltIn {
             Self::Soft => uhmm_driver_soft::run(args)?,
             Self::Bar => uhmm_driver_bar::run(args)?,
             Self::Nvme => uhmm_driver_nvme::run(args)?,
+            Self::Accel => uhmm_driver_accel::run(args)?,
         }
         Ok(())
     }

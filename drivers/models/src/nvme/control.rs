@@ -83,7 +83,9 @@ impl Orders {
             *left = left.saturating_sub(1);
         }
         let due = self.faults.iter().position(|(left, _)| *left == 0)?;
-        self.faults.remove(due).map(|(_, fault)| fault)
+        let (_, fault) = self.faults.remove(due)?;
+        tracing::warn!(?fault, command = self.seen.io_commands, "Injected");
+        Some(fault)
     }
 }
 
