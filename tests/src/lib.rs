@@ -24,8 +24,11 @@ pub struct TestBed {
     dir: tempfile::TempDir,
 }
 
-/// The `uhmm` program that was built beside the test.
+/// The `uhmm` program that was built beside the test, or the one that `UHMM_EXE` names (in the guest).
 pub fn uhmm_exe() -> PathBuf {
+    if let Some(given) = std::env::var_os("UHMM_EXE") {
+        return given.into();
+    }
     let test = std::env::current_exe().expect("the test knows its own path");
     let profile = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
     let exe = profile.join("uhmm");

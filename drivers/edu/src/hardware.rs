@@ -57,7 +57,7 @@ pub enum EduError {
     #[error(
         "{device} is {found}, not QEMU's educational device (1234:11e8, identification 0x..0000ed): give another address"
     )]
-    NotEdu {
+    OtherDevice {
         /// Which.
         device: String,
         /// What it says that it is.
@@ -112,17 +112,17 @@ impl Edu {
     /// Makes sure that it is one, and takes its interrupt. Changes nothing that is in flight.
     ///
     /// # Errors
-    /// `NotEdu`, or the device does not answer.
+    /// `OtherDevice`, or the device does not answer.
     pub fn new(device: &PciDevice) -> Result<Self, EduError> {
-        let not_edu = |found: String| EduError::NotEdu { device: device.describe(), found };
+        let other_device = |found: String| EduError::OtherDevice { device: device.describe(), found };
         let id = device.id()?;
         if id != ID {
-            return Err(not_edu(format!("{:04x}:{:04x}", id.0, id.1)));
+            return Err(other_device(format!("{:04x}:{:04x}", id.0, id.1)));
         }
         let bar = device.bar(0)?;
         let ident = bar.load_u32(IDENT)?;
         if ident & IDENT_MASK != IDENT_EXPECTED {
-            return Err(not_edu(format!("identification {ident:#010x}")));
+            return Err(other_device(format!("identification {ident:#010x}")));
         }
         let mut events = device.interrupts(InterruptKind::Msi, 1)?;
         let interrupt = events.pop().ok_or(EduError::Stuck { what: "setting its interrupt" })?;

@@ -10,6 +10,12 @@ pub enum KitError {
     /// Started by hand.
     #[error("{KEY_VARIABLE} is missing: services are started by the supervisor (`uhmm up`)")]
     NoKey,
+    /// Not the supervisor's command line.
+    #[error("Argument {option} is missing, unknown or wrong: services are started by the supervisor (`uhmm up`)")]
+    Arguments {
+        /// Which.
+        option: String,
+    },
     /// Unknown service or incarnation.
     #[error("The supervisor refused to register this service")]
     Refused {

@@ -17,6 +17,7 @@ pub use error::KitError;
 pub use log::LogFormat;
 pub use vault::Vault;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,6 +46,41 @@ pub struct ServiceArgs {
     pub run_dir: PathBuf,
     /// Log format.
     pub log: LogFormat,
+}
+
+impl ServiceArgs {
+    /// For a driver that is a program of its own: `--run-dir DIR --name NAME --incarnation N --log text|json`, in any order.
+    ///
+    /// # Errors
+    /// `Arguments`: it was not started by the supervisor.
+    pub fn from_command_line() -> Result<Self, KitError> {
+        Self::parse(std::env::args_os().skip(1))
+    }
+
+    fn parse(words: impl Iterator<Item = OsString>) -> Result<Self, KitError> {
+        let (mut name, mut incarnation, mut run_dir, mut log) = (None, None, None, None);
+        let mut words = words;
+        while let Some(option) = words.next() {
+            let bad = || KitError::Arguments { option: option.to_string_lossy().into_owned() };
+            let value = words.next().ok_or_else(bad)?;
+            let text = value.to_str();
+            match option.to_str() {
+                Some("--run-dir") => run_dir = Some(PathBuf::from(&value)),
+                Some("--name") => name = Some(text.ok_or_else(bad)?.to_owned()),
+                Some("--incarnation") => incarnation = Some(text.and_then(|text| text.parse().ok()).ok_or_else(bad)?),
+                Some("--log") if text == Some("text") => log = Some(LogFormat::Text),
+                Some("--log") if text == Some("json") => log = Some(LogFormat::Json),
+                _ => return Err(bad()),
+            }
+        }
+        let missing = |option: &str| KitError::Arguments { option: option.to_owned() };
+        Ok(Self {
+            name: name.ok_or_else(|| missing("--name"))?,
+            incarnation: incarnation.ok_or_else(|| missing("--incarnation"))?,
+            run_dir: run_dir.ok_or_else(|| missing("--run-dir"))?,
+            log: log.unwrap_or_default(),
+        })
+    }
 }
 
 /// What to do with a wake-up after [`Service::on_wake`] has seen it.
@@ -254,4 +290,30 @@ fn supervisor_key() -> Result<Vec<u8>, KitError> {
         .map(|pair| std::str::from_utf8(pair).ok().and_then(|pair| u8::from_str_radix(pair, 16).ok()))
         .collect();
     digits.filter(|key| !key.is_empty()).ok_or(KitError::NoKey)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<ServiceArgs, KitError> {
+        ServiceArgs::parse(line.split(' ').map(OsString::from))
+    }
+
+    #[test]
+    fn the_supervisors_command_line_is_read_and_any_other_is_refused() {
+        let args = parse("--run-dir /run/u --name chip0 --incarnation 3 --log json").unwrap();
+        assert_eq!((args.name.as_str(), args.incarnation, args.log), ("chip0", 3, LogFormat::Json));
+        assert_eq!(args.run_dir, PathBuf::from("/run/u"));
+        for (line, option) in [
+            ("--name chip0 --incarnation 3", "--run-dir"),
+            ("--run-dir /r --name chip0 --incarnation three", "--incarnation"),
+            ("--run-dir /r --name chip0 --incarnation 1 --log loud", "--log"),
+            ("--verbose yes", "--verbose"),
+            ("--name", "--name"),
+        ] {
+            let error = parse(line).map(drop).map_err(|error| error.to_string());
+            assert!(error.as_ref().is_err_and(|error| error.contains(option)), "{line}: {error:?}");
+        }
+    }
 }

@@ -6,6 +6,9 @@ use tracing_subscriber::fmt::format::FmtSpan;
 /// Environment variable with the filter, e.g. `debug` or `uhmm_pager=debug`.
 const FILTER_VARIABLE: &str = "UHMM_LOG";
 
+/// The crate that opens PCI devices complains when it lets go of one that the vault goes on holding. Its errors come back to us anyway.
+const DEFAULT_FILTER: &str = "warn,vfio_ioctls=off";
+
 /// Format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -18,7 +21,7 @@ pub enum LogFormat {
 
 /// Logs to stderr from here on. A second call in one process changes nothing.
 pub fn init(format: LogFormat, service: &str, incarnation: u32) {
-    let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

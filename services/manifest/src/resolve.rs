@@ -15,7 +15,8 @@ const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
 /// The copy engine moves chunks of 2 MiB.
 const STAGING_BYTES_MIN: u64 = 2 << 20;
 /// Built-in drivers and whether they drive PCI devices. `uhmm driver NAME` runs them.
-const BUILT_IN_DRIVERS: &[(&str, bool)] = &[("soft", false), ("bar", true), ("nvme", true), ("accel", true)];
+const BUILT_IN_DRIVERS: &[(&str, bool)] =
+    &[("soft", false), ("bar", true), ("nvme", true), ("edu", true), ("accel", true)];
 
 impl Manifest {
     /// Checks everything and decides what was left open. Programs of third parties must exist now.

@@ -71,14 +71,9 @@ enum Command {
     /// (service) Carry device faults and invalidations
     #[command(hide = true)]
     Mirror(ServiceFlags),
-    /// (service) Drive a device
-    #[command(hide = true)]
-    Driver {
-        /// Built-in driver
-        driver: BuiltIn,
-        #[command(flatten)]
-        flags: ServiceFlags,
-    },
+    /// Begin a new driver. (The supervisor runs the built-in ones by their names)
+    #[command(subcommand)]
+    Driver(Driver),
     /// (internal) The demo's client process
     #[command(hide = true)]
     DemoClient(demo::ClientArgs),
@@ -87,26 +82,37 @@ enum Command {
     ConformanceCase(commands::ConformanceCaseArgs),
 }
 
-/// The drivers of this program; the manifest knows the same names.
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum BuiltIn {
-    /// The software device
-    Soft,
-    /// PCI devices whose BAR is plain memory
-    Bar,
-    /// NVMe namespaces
-    Nvme,
-    /// The accelerator of `uhmm device-model accel`, by its copy engine
-    Accel,
+#[derive(Subcommand)]
+enum Driver {
+    /// Write a driver that works, to be changed into one for your device
+    New(commands::NewDriverArgs),
+    /// (service) The software device
+    #[command(hide = true)]
+    Soft(ServiceFlags),
+    /// (service) PCI devices whose BAR is plain memory
+    #[command(hide = true)]
+    Bar(ServiceFlags),
+    /// (service) NVMe namespaces
+    #[command(hide = true)]
+    Nvme(ServiceFlags),
+    /// (service) QEMU's educational PCI device
+    #[command(hide = true)]
+    Edu(ServiceFlags),
+    /// (service) The accelerator of `uhmm device-model accel`, by its copy engine
+    #[command(hide = true)]
+    Accel(ServiceFlags),
 }
 
-impl BuiltIn {
-    fn run(self, args: ServiceArgs) -> anyhow::Result<()> {
+impl Driver {
+    /// The manifest knows the built-in drivers by the same names.
+    fn run(self, run_dir: PathBuf) -> anyhow::Result<()> {
         match self {
-            Self::Soft => uhmm_driver_soft::run(args)?,
-            Self::Bar => uhmm_driver_bar::run(args)?,
-            Self::Nvme => uhmm_driver_nvme::run(args)?,
-            Self::Accel => uhmm_driver_accel::run(args)?,
+            Self::New(args) => commands::new_driver(&args)?,
+            Self::Soft(flags) => uhmm_driver_soft::run(flags.into_args(run_dir))?,
+            Self::Bar(flags) => uhmm_driver_bar::run(flags.into_args(run_dir))?,
+            Self::Nvme(flags) => uhmm_driver_nvme::run(flags.into_args(run_dir))?,
+            Self::Edu(flags) => uhmm_driver_edu::run(flags.into_args(run_dir))?,
+            Self::Accel(flags) => uhmm_driver_accel::run(flags.into_args(run_dir))?,
         }
         Ok(())
     }
@@ -170,7 +176,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
-        Command::Driver { driver, flags } => driver.run(flags.into_args(run_dir))?,
+        Command::Driver(driver) => driver.run(run_dir)?,
     }
     Ok(ExitCode::SUCCESS)
 }

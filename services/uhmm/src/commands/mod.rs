@@ -3,6 +3,7 @@
 mod conformance;
 mod device_model;
 mod doctor;
+mod new_driver;
 mod show;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use uhmm_supervisor::SupervisorOptions;
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
+pub use new_driver::{NewDriverArgs, new_driver};
 pub use show::{stats, status};
 
 fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {

@@ -22,7 +22,7 @@ const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
 /// Who runs the suites.
 const USER: u32 = 1000;
-const TEST_LIMIT: Duration = Duration::from_secs(60);
+const TEST_LIMIT: Duration = Duration::from_secs(150);
 const LOG_LIMIT_BYTES: usize = 16 << 10;
 
 fn main() {
@@ -104,7 +104,14 @@ fn run_suites(results: &mut File) -> Result<()> {
 
 fn as_user(program: &Path) -> Command {
     let mut command = Command::new(program);
-    command.uid(USER).gid(USER).current_dir("/tmp").env_clear().env("RUST_BACKTRACE", "0").stdin(Stdio::null());
+    command
+        .uid(USER)
+        .gid(USER)
+        .current_dir("/tmp")
+        .env_clear()
+        .env("RUST_BACKTRACE", "0")
+        .env("UHMM_EXE", "/helpers/uhmm")
+        .stdin(Stdio::null());
     command
 }
 

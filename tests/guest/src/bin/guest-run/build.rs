@@ -22,22 +22,12 @@ pub struct Programs {
     pub helpers: BTreeMap<String, PathBuf>,
 }
 
-/// Builds all suites, keeps the wanted ones.
+/// Builds all suites, and `uhmm` itself as a helper; keeps the wanted suites.
 pub fn suites(wanted: &[String]) -> Result<Programs> {
     eprintln!("== building the guest's programs");
-    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["test", "--no-run", "--locked", "-q", "-p", "uhmm-guest", "--bins", "--tests"])
-        .args(["--target", TARGET, "--message-format=json-render-diagnostics"])
-        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
-        .stderr(Stdio::inherit())
-        .output()
-        .context("Start cargo")?;
-    ensure!(output.status.success(), "The guest's programs do not build (cargo ended with {})", output.status);
     let mut programs = Programs { init: PathBuf::new(), suites: BTreeMap::new(), helpers: BTreeMap::new() };
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let message: Value = serde_json::from_str(line).context("Read cargo's messages")?;
-        programs.take(&message);
-    }
+    cargo(&["test", "--no-run", "-p", "uhmm-guest", "--bins", "--tests"], &mut programs)?;
+    cargo(&["build", "-p", "uhmm"], &mut programs)?;
     ensure!(!programs.init.as_os_str().is_empty(), "cargo built no {INIT}");
     for name in wanted {
         let known: Vec<&String> = programs.suites.keys().collect();
@@ -45,6 +35,22 @@ pub fn suites(wanted: &[String]) -> Result<Programs> {
     }
     programs.suites.retain(|name, _| wanted.is_empty() || wanted.contains(name));
     Ok(programs)
+}
+
+fn cargo(what: &[&str], programs: &mut Programs) -> Result<()> {
+    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(what)
+        .args(["--locked", "-q", "--target", TARGET, "--message-format=json-render-diagnostics"])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .stderr(Stdio::inherit())
+        .output()
+        .context("Start cargo")?;
+    ensure!(output.status.success(), "The guest's programs do not build (cargo ended with {})", output.status);
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let message: Value = serde_json::from_str(line).context("Read cargo's messages")?;
+        programs.take(&message);
+    }
+    Ok(())
 }
 
 impl Programs {

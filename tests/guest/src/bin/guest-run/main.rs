@@ -19,7 +19,7 @@ struct Cli {
     /// Suites (files of tests/guest/tests); all without it
     suites: Vec<String>,
     /// Seconds that the guest may take, boot included
-    #[arg(long, default_value_t = 180)]
+    #[arg(long, default_value_t = 900)]
     limit: u64,
 }
 

@@ -24,7 +24,7 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> R
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max"])
-        .args(["-smp", "2", "-m", "1G"])
+        .args(["-smp", "2", "-m", "2G"])
         .arg("-kernel")
         .arg(&kernel.image)
         .arg("-initrd")
