@@ -1,7 +1,12 @@
 //! The invariants of the design brief (section 4) that only a whole system can show; the others are in `pager/core/tests`.
 
+use std::time::Duration;
+
+use rustix::process::Signal;
+use uhmm_kernel_hook::PidFd;
+use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_sdk::{Job, Region};
-use uhmm_tests::{TestBed, pattern::word};
+use uhmm_tests::{TestBed, manifest, pattern::word};
 
 const MIB: u64 = 1 << 20;
 
@@ -72,4 +77,47 @@ fn integration_services_run_without_new_privileges() {
         let status = std::fs::read_to_string(format!("/proc/{}/status", service.pid)).expect("its status");
         assert!(status.lines().any(|line| line == "NoNewPrivs:\t1"), "{}: {status}", service.name);
     }
+}
+
+/// A device that is told of munmap by message takes new memory at an old address for what it is, however late the message comes.
+#[test]
+fn integration_memory_adopted_at_an_old_address_is_never_taken_for_the_old_one() {
+    let bed = TestBed::with_manifest(&manifest("16MiB", "aperture = false"));
+    let session = bed.session();
+    let device = session.device("soft0").expect("device");
+    let old = ProgramMemory::private(MIB).expect("memory");
+    old.write(0, &vec![0xaa; MIB as usize]).expect("inside");
+    let _old = session.adopt(old.addr(), MIB).expect("adopt");
+    session.migrate(old.addr(), MIB, &device).expect("migrate");
+    let mut seen = vec![0; MIB as usize];
+    device.read(old.addr(), &mut seen).expect("read");
+    assert!(seen.iter().all(|byte| *byte == 0xaa));
+
+    let mirror = bed.operator().status().expect("status").into_iter().find(|status| status.name == "mirror");
+    let mirror = PidFd::open(mirror.expect("in the plan").pid).expect("the mirror runs");
+    assert!(mirror.signal(Signal::STOP).expect("stop"));
+    old.unmap(0, MIB).expect("unmap");
+    let new = old.map_fresh(0, MIB).expect("new memory at the same place");
+    new.write(0, &vec![0xbb; MIB as usize]).expect("inside");
+    let (session, addr) = (&session, new.addr());
+    std::thread::scope(|scope| {
+        let (told, adopted) = std::sync::mpsc::channel();
+        scope.spawn(move || {
+            let adopted = session.adopt(addr, MIB).expect("adopt");
+            told.send(()).expect("the test waits");
+            adopted
+        });
+        // The device is still told that the old memory is gone.
+        let early = adopted.recv_timeout(Duration::from_millis(300));
+        let mut seen = vec![0; MIB as usize];
+        if early.is_err() {
+            assert!(mirror.signal(Signal::CONT).expect("continue"));
+            adopted.recv().expect("adopted");
+        }
+        device.read(addr, &mut seen).expect("read");
+        let wrong = seen.iter().filter(|byte| **byte != 0xbb).count();
+        // Whoever did not wait has the mirror go on only now, so that the test ends.
+        mirror.signal(Signal::CONT).expect("continue");
+        assert_eq!(wrong, 0, "bytes of the old memory");
+    });
 }

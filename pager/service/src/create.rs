@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 
-use uhmm_ipc::message::{ErrorCode, Fd, WireError, pager};
+use uhmm_ipc::message::{ErrorCode, Fd, Reply, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
@@ -55,6 +55,10 @@ impl Pager {
         if let (true, Some(segment)) = (gaps.is_empty(), self.segment_at(space_id, range.start)) {
             return Some(Ok(pager::Reply::RegionCreated { region: segment.region }));
         }
+        if gaps.iter().any(|gap| self.devices_see_an_earlier_region(space_id, *gap)) {
+            self.waiting_makes.push((conn, call, wanted));
+            return None;
+        }
         let mut made = Vec::new();
         for gap in &gaps {
             match self.new_region(space_id, *gap, &wanted, memory.clone()) {
@@ -72,6 +76,26 @@ impl Pager {
             self.put_in_vault(VaultWait::Region { region: id, conn, call }, &prefix, entries);
         }
         None
+    }
+
+    /// What was unmapped there is revoked by message, and the message is on its way: a device would take the new memory for the old.
+    /// (Entries in shared tables are revoked already.)
+    fn devices_see_an_earlier_region(&self, space_id: u64, range: AddrRange) -> bool {
+        let seen = |segment: &Segment| {
+            let revoked = (0..).zip(&segment.tables).filter(|(_, table)| table.is_some());
+            let revoked_mask = revoked.fold(0u8, |mask, (device, _)| mask | 1 << device);
+            segment.space == space_id && segment.granted_mask & !revoked_mask != 0 && segment.range().overlaps(&range)
+        };
+        self.regions.iter().any(|region| region.retired.iter().any(seen))
+    }
+
+    /// A device has dropped something: regions that waited for it are made.
+    pub(crate) fn make_waiting_regions(&mut self) {
+        for (conn, call, wanted) in std::mem::take(&mut self.waiting_makes) {
+            if let Some(answer) = self.make_region(conn, call, wanted) {
+                self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
+            }
+        }
     }
 
     /// The parts of a range that are not managed yet.

@@ -107,6 +107,7 @@ impl Pager {
         if free_now {
             self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
         }
+        self.make_waiting_regions();
     }
 
     /// First step of freeing a region: nothing new is mapped, devices drop their tables.

@@ -25,6 +25,7 @@ use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId
 
 use crate::agent_ops::Parts;
 use crate::copies::Deferred;
+use crate::create::Wanted;
 use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
@@ -124,6 +125,8 @@ pub struct Pager {
     pub(crate) next_segment: u64,
     /// Regions that a call makes and that are not kept yet.
     pub(crate) makings: HashMap<(ConnId, CallId), u32>,
+    /// Calls that make a region where devices may still see an earlier one.
+    pub(crate) waiting_makes: Vec<(ConnId, CallId, Wanted)>,
     /// Segments of the vault, until all spaces are there.
     pub(crate) recovered_segments: Vec<(u64, SegmentRecord)>,
     /// Parts of revocations by ticket.
@@ -263,6 +266,7 @@ impl Pager {
             next_region: first_id,
             next_segment: first_id,
             makings: HashMap::new(),
+            waiting_makes: Vec::new(),
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),
