@@ -7,8 +7,10 @@ use uhmm_driver_kit::{
     DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, Parts, ServiceArgs, SharedTable, run_driver,
 };
 
-use uhmm_pci::RemovalWatch;
+use uhmm_ipc::message::Fd;
+use uhmm_pci::{PciDevice, RemovalWatch};
 
+use crate::cmb;
 use crate::engine::{NvmeEngine, NvmeMemory, NvmePort};
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
@@ -18,13 +20,11 @@ use crate::shell::{Controller, DMA_NAME, Options};
 #[derive(Debug)]
 pub struct NvmeDriver {
     kernels: Arc<[Kernel]>,
-    /// Ends with the driver.
-    removal: Option<RemovalWatch>,
 }
 
 impl Default for NvmeDriver {
     fn default() -> Self {
-        Self { kernels: kernels::all().into(), removal: None }
+        Self { kernels: kernels::all().into() }
     }
 }
 
@@ -55,7 +55,10 @@ impl Driver for NvmeDriver {
         let path = plan.pci.as_ref().ok_or("Say which controller: pci = \"0000:00:05.0\" in its [[device]]")?;
         let device = uhmm_pci::open(path, &kept)?;
         let lost = port.clone();
-        self.removal = Some(device.watch_removal(move |reason| lost.lost(reason))?);
+        let removal = device.watch_removal(move |reason| lost.lost(reason))?;
+        if plan.cmb {
+            return self.open_buffer(device, &kept, &OpenContext { plan, kept: Vec::new(), port }, removal);
+        }
         let memory = kept.into_iter().find(|(name, _)| name == DMA_NAME).map(|(_, fd)| fd);
         let controller = Controller::open(device, memory, Options::default())?;
         if let Some(identity) = controller.identity() {
@@ -74,6 +77,25 @@ impl Driver for NvmeDriver {
             .collect::<Result<_, NvmeError>>()?;
         let queue = Workers::start(&table, &port, &self.kernels, frames)?;
         let engine = LockedEngine::new(NvmeEngine::new(namespace.clone()), locks);
-        Ok(Parts { memory: NvmeMemory::new(namespace), origin, engine: Some(engine), table, queue })
+        Ok(Parts { memory: NvmeMemory::new(namespace, Some(removal)), origin, engine: Some(engine), table, queue })
+    }
+}
+
+impl NvmeDriver {
+    /// `cmb = true`: everybody sees the memory, so nothing is copied by the device.
+    fn open_buffer(
+        &self,
+        device: PciDevice,
+        kept: &[(String, Fd)],
+        context: &OpenContext<'_>,
+        removal: RemovalWatch,
+    ) -> Result<DriverParts<Self>, DeviceError> {
+        let OpenContext { plan, port, .. } = context;
+        let (memory, origin) = cmb::open(device, kept, plan.memory_bytes)?;
+        let units = plan.workers.max(1);
+        let table = SharedTable::create(units, true)?;
+        let frames = (0..units).map(|_| UnitFrames::Window(memory.window())).collect();
+        let queue = Workers::start(&table, port, &self.kernels, frames)?;
+        Ok(Parts { memory: NvmeMemory::buffer(memory, Some(removal)), origin, engine: None, table, queue })
     }
 }

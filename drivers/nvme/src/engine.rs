@@ -5,39 +5,63 @@
 //! moves data: its access to the areas is taken away before the failure is told, and given back when the controller works again.
 
 use uhmm_compute::FramePort;
+use uhmm_driver_bar::memory::BarMemory;
 use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, PAGE_BYTES, Staging, StagingUse};
 use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::Window;
-use uhmm_pci::{DmaMapping, DmaMemory, DmaRight};
+use uhmm_pci::{DmaMapping, DmaMemory, DmaRight, RemovalWatch};
 
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
 
-/// Frames of a namespace.
-#[derive(Clone, Debug)]
+/// What the frames are, and the watch for the device's removal, which lives as long.
+#[derive(Debug)]
 pub struct NvmeMemory {
-    namespace: Namespace,
+    frames: MemoryFrames,
+    _removal: Option<RemovalWatch>,
+}
+
+#[derive(Debug)]
+enum MemoryFrames {
+    Namespace(Namespace),
+    Buffer(BarMemory),
 }
 
 impl NvmeMemory {
-    /// Of this namespace.
-    pub fn new(namespace: Namespace) -> Self {
-        Self { namespace }
+    /// A namespace.
+    pub fn new(namespace: Namespace, removal: Option<RemovalWatch>) -> Self {
+        Self { frames: MemoryFrames::Namespace(namespace), _removal: removal }
+    }
+
+    /// The controller's memory buffer.
+    pub fn buffer(memory: BarMemory, removal: Option<RemovalWatch>) -> Self {
+        Self { frames: MemoryFrames::Buffer(memory), _removal: removal }
     }
 }
 
 impl DeviceMemory for NvmeMemory {
     fn frame_count(&self) -> u32 {
-        self.namespace.frame_count()
+        match &self.frames {
+            MemoryFrames::Namespace(namespace) => namespace.frame_count(),
+            MemoryFrames::Buffer(memory) => memory.frame_count(),
+        }
     }
 
     fn aperture(&self) -> Option<Aperture> {
-        None
+        match &self.frames {
+            MemoryFrames::Namespace(_) => None,
+            MemoryFrames::Buffer(memory) => memory.aperture(),
+        }
     }
 
     fn kept(&self) -> Vec<(String, Fd)> {
-        let controller = self.namespace.controller();
-        std::iter::once(controller.kept()).chain(controller.device().kept()).collect()
+        match &self.frames {
+            MemoryFrames::Namespace(namespace) => {
+                let controller = namespace.controller();
+                std::iter::once(controller.kept()).chain(controller.device().kept()).collect()
+            }
+            MemoryFrames::Buffer(memory) => memory.kept(),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! NVMe namespaces as a memory tier far larger than RAM.
 //!
 //! ```text
-//!   driver      the parts for the kit
+//!   driver      the parts for the kit; cmb: the controller's own memory instead of the namespace
 //!   kit's copy thread, compute units --- engine: staging, pages, mapped for DMA
 //!                                          |
 //!   namespace   frames -> blocks, the header in front of them, taking it at the start
@@ -14,6 +14,7 @@
 //! ```
 
 pub mod book;
+pub mod cmb;
 mod driver;
 pub mod engine;
 pub mod error;

@@ -153,6 +153,9 @@ pub struct Device {
     /// Which base address register of the PCI device holds its memory, 0 to 5. Without it the largest one that can be mapped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bar: Option<u8>,
+    /// Device memory is the NVMe controller's own memory buffer, which the CPU reaches, and not its namespace. For driver `"nvme"`.
+    #[serde(default)]
+    pub cmb: bool,
     /// A storage device is taken whatever it holds: **everything on it is destroyed**. Without it a device that holds anybody else's data is
     /// refused. For drivers of PCI devices only.
     #[serde(default)]

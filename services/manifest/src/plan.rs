@@ -42,6 +42,9 @@ pub struct DevicePlan {
     /// The base address register with device memory, if the manifest says which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bar: Option<u8>,
+    /// The memory buffer of an NVMe controller, not its namespace.
+    #[serde(default)]
+    pub cmb: bool,
     /// Taken whatever it holds.
     #[serde(default)]
     pub format: bool,

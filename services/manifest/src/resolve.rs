@@ -106,6 +106,7 @@ impl Manifest {
             service: device.service.clone(),
             pci: device.pci.clone(),
             bar: device.bar,
+            cmb: device.cmb,
             format: device.format,
             memory_bytes: memory_bytes(device),
             populate: device.populate,
@@ -225,8 +226,10 @@ fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
     if device.pci.is_some() && (!device.aperture || device.populate) {
         return wrong("a PCI device decides about its memory itself: remove `aperture` and `populate`".into());
     }
-    if device.format && device.pci.is_none() {
-        return wrong("`format` is for PCI devices: remove it, or give `pci`".into());
+    for (key, given) in [("format", device.format), ("cmb", device.cmb)] {
+        if given && device.pci.is_none() {
+            return wrong(format!("`{key}` is for PCI devices: remove it, or give `pci`"));
+        }
     }
     match device.bar {
         Some(_) if device.pci.is_none() => wrong("`bar` is for PCI devices: remove it, or give `pci`".into()),

@@ -136,6 +136,7 @@ fn bad_pci_devices_are_refused() {
     }
     assert!(said("bar = 2\n").contains("`bar` is for PCI devices"));
     assert!(said("format = true\n").contains("`format` is for PCI devices"));
+    assert!(said("cmb = true\n").contains("`cmb` is for PCI devices"));
     for (more, why) in [
         ("bar = 6", "0 to 5"),
         ("aperture = false", "remove `aperture`"),

@@ -35,7 +35,7 @@ fn main() -> Result<()> {
     }
     fill(&staging.window, u64::from(PATTERN_FRAMES), round)?;
     engine.copy_in(&staging, 0, pattern).map_err(told)?;
-    let kept = uhmm_driver_kit::DeviceMemory::kept(&NvmeMemory::new(namespace));
+    let kept = uhmm_driver_kit::DeviceMemory::kept(&NvmeMemory::new(namespace, None));
     send(&parent, if adopted { "adopted" } else { "created" }, &kept).context("Tell the suite")?;
     for n in (0..).map(|n: u32| n % 3) {
         engine.copy_in(&staging, 0, Frames { first: 4000 + n * 512, count: 512 }).map_err(told)?;

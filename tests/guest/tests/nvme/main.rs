@@ -7,7 +7,8 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use uhmm_driver_kit::{CopyEngine, Frames, MemoryOrigin, PAGE_BYTES, Staging, StagingUse};
+use uhmm_driver_kit::{CopyEngine, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging, StagingUse};
+use uhmm_driver_nvme::cmb;
 use uhmm_driver_nvme::engine::NvmeEngine;
 use uhmm_driver_nvme::namespace::Namespace;
 use uhmm_driver_nvme::shell::{Controller, DMA_NAME, Options};
@@ -117,4 +118,26 @@ fn a_cold_start_finds_no_frames_of_an_earlier_life() {
     let (mut engine, staging) = engine(&namespace, 2 << 20);
     engine.copy_out(Frames { first: PATTERN_AT, count: PATTERN_FRAMES }, &staging, 0).unwrap();
     assert!(staging.window.compare(0, &vec![0; 2 << 20]).unwrap());
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run nvme"]
+fn the_controllers_own_buffer_is_device_memory_that_cpu_and_commands_reach() {
+    let device = device();
+    let (memory, origin) = cmb::open(device.clone(), &[], u64::MAX).unwrap();
+    assert_eq!((origin, memory.frame_count()), (MemoryOrigin::Created, 16 * 256 - 1), "the last page has the mark");
+    let controller = Controller::open(device, None, Options::default()).unwrap();
+    let (namespace, _) = Namespace::open(controller, u64::MAX, true).unwrap();
+    let (mut engine, staging) = engine(&namespace, 2 << 20);
+    fill(&staging.window, 64, 3).unwrap();
+    engine.copy_in(&staging, 0, Frames { first: 10, count: 64 }).unwrap();
+    // Blocks to buffer, without the machine's memory in between.
+    namespace.read(Frames { first: 10, count: 64 }, cmb::CMB_ADDRESS + (7 << 12)).unwrap();
+    let at = (7 << 12) + 5 * 4096;
+    assert_eq!(memory.window().load_u64(at).unwrap(), staging.window.load_u64(5 * 4096).unwrap());
+    // And back: what the CPU wrote there is read by a command.
+    memory.window().store_u64(at, 4711).unwrap();
+    namespace.write(Frames { first: 100, count: 64 }, cmb::CMB_ADDRESS + (7 << 12)).unwrap();
+    engine.copy_out(Frames { first: 105, count: 1 }, &staging, 0).unwrap();
+    assert_eq!(staging.window.load_u64(0).unwrap(), 4711);
 }

@@ -38,7 +38,7 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> R
         .args(["-object", "memory-backend-memfd,id=plain,size=16M,share=on"])
         .args(["-device", "ivshmem-plain,memdev=plain"])
         .args(["-drive", &format!("file={},format=raw,if=none,id=n0", disk.display())])
-        .args(["-device", "nvme,serial=uhmm0,drive=n0"])
+        .args(["-device", "nvme,serial=uhmm0,drive=n0,cmb_size_mb=16,legacy-cmb=off"])
         .stdin(Stdio::null());
     let mut child =
         qemu.spawn().context("Start qemu-system-x86_64: install it with `apt-get install qemu-system-x86`")?;
