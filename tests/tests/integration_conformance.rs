@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use uhmm_tests::{TestBed, manifest_of, uhmm_exe};
+use uhmm_tests::{DeviceModel, TestBed, manifest_of, pci_device, uhmm_exe};
 
 /// Cases of the disturbed runs: one or two of every group.
 const SUBSET: &str = "^(T0[1-5]_|T1[0-9]_|T2[2459]_|T3[0-7]_|T40_|K0[69]_|K1[0478]_|K21_|F0[126]_|X01_|C0[12]_|IGT\\.(once|many-64k)\\.\
@@ -103,5 +103,22 @@ fn integration_conformance_refuses_what_it_cannot_run() {
         assert!(!output.status.success(), "{args:?} was accepted");
         let words = String::from_utf8_lossy(&output.stderr);
         assert!(words.contains(args[1]), "{args:?}: the error does not name it: {words}");
+    }
+}
+
+/// Devices in other processes: the aperture of an accelerator, its copy engine, and an NVMe namespace.
+#[test]
+fn integration_conformance_holds_for_devices_in_other_processes() {
+    for (driver, model) in [
+        ("bar", ["accel", "--memory", "64MiB"]),
+        ("accel", ["accel", "--memory", "64MiB"]),
+        ("nvme", ["nvme", "--memory", "64MiB"]),
+    ] {
+        let model = DeviceModel::start(&model);
+        let device = pci_device("pci0", driver, &model, "");
+        let bed = TestBed::with_manifest(&format!("{}{device}", manifest_of(0, "", "")));
+        let run_dir = bed.run_dir().to_str().expect("a plain path");
+        let report = conformance(&["--run-dir", run_dir, "--driver", driver, "--filter", SUBSET]);
+        assert_held(&report, 60);
     }
 }

@@ -129,10 +129,10 @@ fn integration_faults_of_an_nvme_controller_cost_no_byte() {
     faults("nvme", &nvme, &["command-error", "drop-completion", "stuck-queue", "corrupt-id", "stray-dma"]);
 }
 
-#[test]
-fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anything() {
-    let model = DeviceModel::start(ACCEL);
-    let bed = system(&model, "bar");
+/// The new device has other memory: what was on the old one is lost and said to be, and nobody else notices.
+fn pulled_out(driver: &str, args: &[&str]) {
+    let model = DeviceModel::start(args);
+    let bed = system(&model, driver);
     let (session, other) = (bed.session(), bed.session());
     let (accel, soft) = (session.device("pci0").expect("device"), other.device("soft0").expect("device"));
     let (there, safe) = (session.allocate(LEN).expect("region"), other.allocate(LEN).expect("region"));
@@ -143,7 +143,7 @@ fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anyth
     assert_eq!(sum_on(&accel, &there), expected_sum(1));
 
     let before = bed.process("pci0");
-    let _model = model.replace(ACCEL);
+    let _model = model.replace(args);
     let came_back = bed.wait_ready("pci0", before.incarnation());
     assert!(came_back.last_exit.contains("exit"), "the driver did not end by itself: {came_back:?}");
 
@@ -170,6 +170,21 @@ fn integration_a_device_that_is_pulled_out_costs_its_pages_and_nobody_else_anyth
     out(&session, &fresh, &accel);
     assert_eq!(sum_on(&accel, &fresh), expected_sum(3));
     compare(&fresh, 3);
+}
+
+#[test]
+fn integration_a_pulled_out_bar_costs_its_pages_and_nobody_else_anything() {
+    pulled_out("bar", ACCEL);
+}
+
+#[test]
+fn integration_a_pulled_out_accelerator_costs_its_pages_and_nobody_else_anything() {
+    pulled_out("accel", ACCEL);
+}
+
+#[test]
+fn integration_a_pulled_out_nvme_controller_costs_its_pages_and_nobody_else_anything() {
+    pulled_out("nvme", &["nvme", "--memory", "32MiB"]);
 }
 
 #[test]

@@ -94,13 +94,13 @@ impl Ctx {
         self.devices.len()
     }
 
-    /// Device memory, for cases that fill it in pieces of 2 MiB.
+    /// Device memory, for cases that fill it in pieces of 2 MiB: as many whole ones as there are.
     pub(crate) fn memory_in_huge_pages(&self) -> CaseResult<u64> {
         let memory = self.device(0)?.info().memory_bytes;
         if memory < LEAST_PMDS * PMD {
             not_applicable!("Fills device memory in pieces of 2 MiB; the device has {} KiB", memory >> 10);
         }
-        Ok(memory)
+        Ok(memory / PMD * PMD)
     }
 
     /// Cases work on this much at once. Pressure is the subject of some on devices of a usual size; on a device that holds less than any
