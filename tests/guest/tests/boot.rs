@@ -22,10 +22,10 @@ fn every_device_has_an_iommu_group_of_its_own_that_this_user_may_open() {
         .filter(|group| group.exists())
         .map(|group| fs::read_link(group).unwrap().file_name().unwrap().to_str().unwrap().to_owned())
         .collect();
-    assert_eq!(groups.len(), 4, "two edu, one ivshmem, one nvme");
+    assert_eq!(groups.len(), 5, "two edu, two ivshmem, one nvme");
     groups.sort();
     groups.dedup();
-    assert_eq!(groups.len(), 4);
+    assert_eq!(groups.len(), 5);
     for group in groups {
         fs::OpenOptions::new().read(true).write(true).open(format!("/dev/vfio/{group}")).unwrap();
     }

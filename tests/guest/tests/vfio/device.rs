@@ -54,7 +54,7 @@ fn memory_behind_a_bar_keeps_bytes_for_whoever_maps_it() {
     let again =
         uhmm_kernel_hook::Window::map(fd.as_fd(), offset + 4096, 4096, uhmm_kernel_hook::Prot::ReadOnly).unwrap();
     assert!(again.compare(0, b"plain memory").unwrap());
-    assert_eq!(bar.len_bytes(), 16 << 20);
+    assert_eq!(bar.len_bytes(), 64 << 20);
 }
 
 #[test]

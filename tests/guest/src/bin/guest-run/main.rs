@@ -18,9 +18,12 @@ use clap::Parser;
 struct Cli {
     /// Suites (files of tests/guest/tests); all without it
     suites: Vec<String>,
-    /// Seconds that the guest may take, boot included
-    #[arg(long, default_value_t = 900)]
-    limit: u64,
+    /// Seconds that the guest may take, boot included [default: 1200, or 28800 with --full]
+    #[arg(long)]
+    limit: Option<u64>,
+    /// Every conformance case for every device instead of a selection: takes an hour or more
+    #[arg(long)]
+    full: bool,
 }
 
 fn main() -> Result<ExitCode> {
@@ -32,7 +35,8 @@ fn main() -> Result<ExitCode> {
     let initramfs = out.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &suites)?;
     let started = Instant::now();
-    let ended = qemu::boot(&kernel, &initramfs, &out, Duration::from_secs(cli.limit))?;
+    let limit = cli.limit.unwrap_or(if cli.full { 28_800 } else { 1200 });
+    let ended = qemu::boot(&kernel, &initramfs, &out, Duration::from_secs(limit), cli.full)?;
     let report = report::Report::read(&out, ended)?;
     report.write_junit(&out.join("junit.xml"), started.elapsed())?;
     Ok(report.print(&out, started.elapsed()))

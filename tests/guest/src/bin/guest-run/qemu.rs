@@ -13,7 +13,7 @@ use crate::kernel::Kernel;
 const DISK_BYTES: u64 = 64 << 20;
 
 /// Boots and waits until the guest has powered off. `None`: it was killed at the deadline.
-pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> Result<Option<ExitStatus>> {
+pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, full: bool) -> Result<Option<ExitStatus>> {
     let disk = out.join("nvme.raw");
     File::create(&disk)?.set_len(DISK_BYTES)?;
     let (console, results) = (out.join("console.log"), out.join("results.jsonl"));
@@ -29,14 +29,19 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration) -> R
         .arg(&kernel.image)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", "console=ttyS0 quiet panic=-1 intel_iommu=on"])
+        .args([
+            "-append",
+            &format!("console=ttyS0 quiet panic=-1 intel_iommu=on{}", if full { " uhmm.full" } else { "" }),
+        ])
         .args(["-serial", &format!("file:{}", console.display())])
         .args(["-serial", &format!("file:{}", results.display())])
         // 48 bits: room for bus addresses that are a program's virtual addresses (39 is QEMU's default).
         .args(["-device", "intel-iommu,intremap=on,caching-mode=on,aw-bits=48"])
         .args(["-device", "edu", "-device", "edu"])
-        .args(["-object", "memory-backend-memfd,id=plain,size=16M,share=on"])
+        .args(["-object", "memory-backend-memfd,id=plain,size=64M,share=on"])
         .args(["-device", "ivshmem-plain,memdev=plain"])
+        .args(["-object", "memory-backend-memfd,id=other,size=64M,share=on"])
+        .args(["-device", "ivshmem-plain,memdev=other"])
         .args(["-drive", &format!("file={},format=raw,if=none,id=n0", disk.display())])
         .args(["-device", "nvme,serial=uhmm0,drive=n0,cmb_size_mb=16,legacy-cmb=off"])
         .stdin(Stdio::null());
