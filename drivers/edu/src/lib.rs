@@ -28,6 +28,7 @@ use uhmm_driver_kit::{
     DeviceError, Driver, DriverError, DriverParts, KernelSpec, MemoryOrigin, OpenContext, Parts, ServiceArgs,
     SharedTable, run_driver,
 };
+use uhmm_pci::RemovalWatch;
 
 use crate::factorial::EduQueue;
 use crate::frame::{EduEngine, EduMemory, Frame, UnitPort};
@@ -38,11 +39,13 @@ use crate::hardware::Edu;
 pub struct EduDriver {
     /// What runs on the CPU instead of the device: every kernel of the conformance suite.
     software: Arc<[Kernel]>,
+    /// Ends with the driver.
+    removal: Option<RemovalWatch>,
 }
 
 impl Default for EduDriver {
     fn default() -> Self {
-        Self { software: kernels::all().into() }
+        Self { software: kernels::all().into(), removal: None }
     }
 }
 
@@ -77,6 +80,8 @@ impl Driver for EduDriver {
         let path = plan.pci.as_ref().ok_or("The manifest names no PCI device for it: add `pci`")?;
         let device = uhmm_pci::open(path, &kept)?;
         let edu = Edu::new(&device)?;
+        let lost = port.clone();
+        self.removal = Some(device.watch_removal(move |reason| lost.lost(reason))?);
 
         // 2. An adopted device may be at a DMA that the dead process started. Its mappings still stand, so the DMA can end as it was
         //    meant to. Only then nothing of the old incarnation may be reachable any more. (A device with queues in memory would

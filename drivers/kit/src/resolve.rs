@@ -32,6 +32,7 @@ impl<D: Driver> DriverLoop<D> {
                 DeviceEvent::Finished { job, report } => self.job_finished(job, report),
                 DeviceEvent::Quiesced { ticket } => self.quiescent(ticket),
                 DeviceEvent::Lost { reason } => {
+                    self.let_go_of_device()?;
                     return Err(DriverError::Lost { device: self.plan.name.clone(), reason });
                 }
             }

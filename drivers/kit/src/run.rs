@@ -40,6 +40,10 @@ use crate::uplink::{Preamble, Restores, Uplink, Upstream};
 
 /// Vault names of every driver begin with this.
 const VAULT_PREFIX: &str = "driver/";
+/// Those of descriptors that keep a device open (`uhmm_pci`'s `PciBackend::kept`).
+const OPEN_DEVICE_PREFIX: &str = "driver/pci-";
+/// How long a driver that has lost its device waits for the vault, if the supervisor is down.
+const LET_GO_PATIENCE: Duration = Duration::from_secs(2);
 /// A driver calls itself ready when it is logged in, or after this: a pager that is down must not look like a dead driver.
 const READY_AFTER: Duration = Duration::from_secs(2);
 /// Pause before a refused session is tried again.
@@ -150,7 +154,9 @@ pub(crate) struct DriverLoop<D: Driver> {
 pub fn run_driver<D: Driver>(args: ServiceArgs, driver: D) -> Result<(), DriverError> {
     let name = args.name.clone();
     let service = Service::start(args, Role::Driver, Interface::Driver)?;
-    let Some((mut driver_loop, early)) = DriverLoop::open(service, &name, driver)? else { return Ok(()) };
+    // It lives as long as its loop: it may hold what watches the device.
+    let mut driver = driver;
+    let Some((mut driver_loop, early)) = DriverLoop::open(service, &name, &mut driver)? else { return Ok(()) };
     let outcome = driver_loop.run(early);
     driver_loop.queue.stop();
     if let Some(copy) = driver_loop.copy.take() {
@@ -161,7 +167,7 @@ pub fn run_driver<D: Driver>(args: ServiceArgs, driver: D) -> Result<(), DriverE
 
 impl<D: Driver> DriverLoop<D> {
     /// Everything up to the first turn of the loop, and the wakes that came before it; `None` when told to stop.
-    fn open(mut service: Service, name: &str, mut driver: D) -> Result<Option<(Self, Vec<Wake>)>, DriverError> {
+    fn open(mut service: Service, name: &str, driver: &mut D) -> Result<Option<(Self, Vec<Wake>)>, DriverError> {
         let plan = service.plan.driver_service(name).cloned();
         let plan = plan.ok_or_else(|| DriverError::NoDevice { name: name.to_owned() })?;
         let waker = service.reactor.waker();
@@ -284,6 +290,21 @@ impl<D: Driver> DriverLoop<D> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whoever takes a device away waits until nobody has it open: the vault must not. Returns when it has let go.
+    pub(crate) fn let_go_of_device(&mut self) -> Result<(), DriverError> {
+        let asked = self.service.vault.remove(&mut self.service.reactor, OPEN_DEVICE_PREFIX);
+        let deadline = Instant::now() + LET_GO_PATIENCE;
+        let mut wakes = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.service.reactor.poll(Some(left), &mut wakes)?;
+            let done = wakes.drain(..).any(|wake| matches!(wake, Wake::Done { call, .. } if call == asked));
+            if done || left.is_zero() {
+                return Ok(());
+            }
+        }
     }
 
     fn link_up(&mut self, link: uhmm_ipc::LinkId, reconnected: bool) {

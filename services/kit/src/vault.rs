@@ -48,11 +48,12 @@ impl Vault {
         reactor.call(self.supervisor, Call::Supervisor(put), TraceId::default(), None)
     }
 
-    /// Forgets every name that starts with `prefix`.
-    pub fn remove(&mut self, reactor: &mut Reactor, prefix: &str) {
+    /// Forgets every name that starts with `prefix`. The call's `Wake::Done` on the supervisor link says that it is forgotten; of a
+    /// service that ends before that, nothing is.
+    pub fn remove(&mut self, reactor: &mut Reactor, prefix: &str) -> CallId {
         self.entries.retain(|name, _| !name.starts_with(prefix));
         let remove = supervisor::Call::VaultRemove { prefix: prefix.to_owned() };
-        reactor.call(self.supervisor, Call::Supervisor(remove), TraceId::default(), None);
+        reactor.call(self.supervisor, Call::Supervisor(remove), TraceId::default(), None)
     }
 
     /// What is kept below a prefix, by name. The entries stay kept.

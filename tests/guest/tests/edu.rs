@@ -190,3 +190,28 @@ fn the_frame_outlives_its_driver() {
     }
     scene.compare(9);
 }
+
+/// Hot-unplug: the kernel waits until driver and vault have let go of the device.
+#[test]
+#[ignore = "runs in the guest: tests/guest/run edu"]
+fn unplugging_lets_go_of_the_device_and_hurts_nobody_else() {
+    let scene = Scene::start(1);
+    scene.fill(3);
+    scene.out();
+    let incarnation = scene.bed.operator().status().unwrap().iter().find(|s| s.name == "edu0").unwrap().incarnation;
+    // Returns when the device is free. Without the vault's help it never would.
+    fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", address()).unwrap();
+    assert!(!fs::exists(format!("/sys/bus/pci/devices/{}/driver", address())).unwrap());
+
+    let services = scene.bed.operator().status().unwrap();
+    for status in &services {
+        let touched = status.name == "edu0";
+        let same = status.state == "ready" && status.incarnation == 1;
+        assert_ne!(touched, same, "{services:#?}");
+    }
+    assert_eq!(incarnation, 1);
+    let other = scene.bed.session();
+    let memory = other.allocate(PAGE).unwrap();
+    memory.write_u64(0, 5).unwrap();
+    assert_eq!(memory.read_u64(0).unwrap(), 5);
+}

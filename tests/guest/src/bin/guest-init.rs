@@ -66,6 +66,13 @@ fn prepare() -> Result<()> {
         let file = File::open(format!("/modules/{name}.ko.xz")).with_context(|| format!("Open module {name}"))?;
         finit_module(&file, c"", MODULE_INIT_COMPRESSED_FILE).with_context(|| format!("Load module {name}"))?;
     }
+    give_devices()?;
+    // Suites take devices away, as an operator may.
+    Ok(fs::set_permissions("/sys/bus/pci/drivers/vfio-pci/unbind", fs::Permissions::from_mode(0o222))?)
+}
+
+/// Binds every device that no suite has bound to vfio-pci any more, and gives its group to the user.
+fn give_devices() -> Result<()> {
     for device in fs::read_dir("/sys/bus/pci/devices")? {
         let device = device?;
         let word = |name| fs::read_to_string(device.path().join(name)).map(|text| text.trim().to_owned());
@@ -75,6 +82,9 @@ fn prepare() -> Result<()> {
         }
         let address = device.file_name().into_string().ok().context("A PCI address is text")?;
         fs::write(device.path().join("driver_override"), "vfio-pci")?;
+        if fs::read_link(device.path().join("driver")).is_ok_and(|driver| driver.ends_with("vfio-pci")) {
+            continue;
+        }
         // The kernel's own driver (nvme is built in) may have been faster.
         let bound = device.path().join("driver/unbind");
         if bound.exists() {
@@ -96,6 +106,7 @@ fn run_suites(results: &mut File) -> Result<()> {
     for suite in suites {
         let name = suite.file_name().and_then(|name| name.to_str()).context("A suite has a name")?.to_owned();
         for test in list(&suite).with_context(|| format!("List suite {name}"))? {
+            give_devices()?;
             eprintln!("== {name} {test}");
             let record = run_test(&suite, &name, &test).with_context(|| format!("Run {name} {test}"))?;
             say(results, &mut Record::Test(record))?;
