@@ -205,7 +205,7 @@ fn granularity(ctx: &Ctx) -> CaseResult {
         blocks.dedup();
         // Killed in the middle of a block, the pager may leave the rest of it for the next touch.
         for index in (0..pages / block).filter(|_| ctx.counters_hold()) {
-            let summary = ctx.residency(&mem, index * block * PAGE, block * PAGE)?;
+            let summary = ctx.settled_residency(&mem, index * block * PAGE, block * PAGE)?;
             let home = if blocks.contains(&index) { block } else { 0 };
             ensure_eq!(summary.system_pages, home, "Pages at home of block {index} of 2^{log2} pages");
         }
