@@ -1,7 +1,8 @@
-//! What goes wrong in a model, and when: `drop-completion@17` is the 17th command that the device takes.
+//! What goes wrong in a model, and when: `drop-completion@17` is the 17th command that the device takes from now on.
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One kind of misfortune. What it looks like is the model's affair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,25 +68,54 @@ impl FromStr for PlannedFault {
     }
 }
 
-/// Asked once a command.
-#[derive(Clone, Debug, Default)]
-pub struct FaultPlan {
-    planned: Vec<PlannedFault>,
-    commands: u64,
+/// What goes wrong with which of the commands to come, for any kind of misfortune. Cheap to clone; all clones are one plan, so that
+/// whoever holds one adds to it while the model runs.
+#[derive(Debug)]
+pub struct FaultPlan<F = Fault> {
+    /// In so many commands: this.
+    planned: Arc<Mutex<Vec<(u64, F)>>>,
+}
+
+impl<F> Clone for FaultPlan<F> {
+    fn clone(&self) -> Self {
+        Self { planned: Arc::clone(&self.planned) }
+    }
+}
+
+impl<F> Default for FaultPlan<F> {
+    fn default() -> Self {
+        Self { planned: Arc::default() }
+    }
 }
 
 impl FaultPlan {
-    /// These, in any order; of several for one command the first is taken.
+    /// These, in any order.
     pub fn new(planned: Vec<PlannedFault>) -> Self {
-        Self { planned, commands: 0 }
+        let plan = Self::default();
+        planned.into_iter().for_each(|planned| plan.inject(planned.at_command, planned.fault));
+        plan
+    }
+}
+
+impl<F: fmt::Debug> FaultPlan<F> {
+    /// The `nth` command from now on (1: the next one) meets this fault, once. Of several for one command the first hits it and the others
+    /// those behind it.
+    pub fn inject(&self, nth: u64, fault: F) {
+        self.planned().push((nth.max(1), fault));
     }
 
     /// The device takes a command: what goes wrong with it.
-    pub fn next_command(&mut self) -> Option<Fault> {
-        self.commands += 1;
-        let fault = self.planned.iter().find(|planned| planned.at_command == self.commands)?.fault;
-        tracing::warn!(%fault, command = self.commands, "Injected");
+    pub fn next_command(&self) -> Option<F> {
+        let mut planned = self.planned();
+        planned.iter_mut().for_each(|(left, _)| *left = left.saturating_sub(1));
+        let due = planned.iter().position(|(left, _)| *left == 0)?;
+        let (_, fault) = planned.remove(due);
+        tracing::warn!(?fault, "Injected");
         Some(fault)
+    }
+
+    fn planned(&self) -> MutexGuard<'_, Vec<(u64, F)>> {
+        self.planned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -108,10 +138,16 @@ mod tests {
     }
 
     #[test]
-    fn each_hits_its_command_once() {
+    fn each_hits_its_command_once_and_two_at_one_command_hit_two() {
         let planned = ["stuck-queue@3", "corrupt-id@1", "removal@3"].map(|text| text.parse().unwrap());
-        let mut plan = FaultPlan::new(planned.to_vec());
-        let hits: Vec<_> = (0..4).map(|_| plan.next_command()).collect();
-        assert_eq!(hits, [Some(Fault::CorruptId), None, Some(Fault::StuckQueue), None]);
+        let plan = FaultPlan::new(planned.to_vec());
+        let hits: Vec<_> = (0..5).map(|_| plan.next_command()).collect();
+        assert_eq!(hits, [Some(Fault::CorruptId), None, Some(Fault::StuckQueue), Some(Fault::Removal), None]);
+        plan.clone().inject(2, Fault::DropCompletion);
+        assert_eq!(
+            [plan.next_command(), plan.next_command()],
+            [None, Some(Fault::DropCompletion)],
+            "counted from now on"
+        );
     }
 }

@@ -168,17 +168,22 @@ impl Pager {
         self.push(Event::DeviceDown { device: DeviceId(id) });
     }
 
-    /// The supervisor has reaped the process: nothing of it touches memory any more.
+    /// The supervisor has reaped the process: nothing of it touches memory any more. Incarnations that died before they logged in had nothing to
+    /// lose, but one of them is the last when the supervisor holds the service.
     pub(crate) fn driver_died(&mut self, id: u8, incarnation: u32, held: bool) {
-        match &mut self.devices[usize::from(id)] {
-            Some(device) if device.incarnation != incarnation => return,
-            Some(device) => device.fenced = false,
-            None if self.records.get(id).0 != u64::from(incarnation) => return,
-            None => {}
+        let device = self.devices[usize::from(id)].as_mut();
+        let logged_in = device.as_ref().map_or(self.records.get(id).0, |device| u64::from(device.incarnation));
+        if u64::from(incarnation) < logged_in {
+            return;
         }
-        self.void_mappings(id);
-        self.tell_mirror(pager::Event::DeviceVoid { device: id });
-        self.push(Event::DeviceVoid { device: DeviceId(id) });
+        if u64::from(incarnation) == logged_in {
+            if let Some(device) = device {
+                device.fenced = false;
+            }
+            self.void_mappings(id);
+            self.tell_mirror(pager::Event::DeviceVoid { device: id });
+            self.push(Event::DeviceVoid { device: DeviceId(id) });
+        }
         let reachable = self.devices[usize::from(id)].as_ref().is_some_and(|device| device.aperture.is_some());
         if held && !reachable {
             tracing::error!(device = id, "The driver is held by the supervisor: what only it can reach is poisoned");

@@ -11,7 +11,8 @@
 //!   next reader: FdKeeper::take -- numbers --> keeper -- descriptors --> next reader; the keeper ends, and the table with it
 //! ```
 //! The numbers are known from an [`EventJournal`](crate::uffd::EventJournal). As long as the keeper lives, the dead reader's
-//! connections stay open too: its successor takes what it needs at once, or nothing. A keeper that nobody asks ends by itself.
+//! connections stay open too: its successor takes what it needs at once, or nothing. A keeper that nobody asks ends by itself:
+//! at once when the vault is gone too (nobody can ask any more, and a new system needs the sockets), else after ten seconds.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -26,6 +27,8 @@ use crate::socket::{RecvStatus, SendStatus, SeqPacket};
 /// How long a keeper waits for its reader's successor, and the successor for its answers.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 const NUMBERS_MAX: usize = 128;
+/// Descriptors of a pager lie below; asking for each takes 0.2 us.
+const NUMBERS_SEARCHED: RawFd = 1 << 16;
 
 /// The running keeper of this process's descriptors. Dropping it ends it.
 #[derive(Debug)]
@@ -45,6 +48,8 @@ impl FdKeeper {
     pub fn spawn() -> Result<(Self, OwnedFd), HookError> {
         let own_pidfd = PidFd::open(std::process::id())?;
         let (near, far) = SeqPacket::pair()?;
+        let far = far.into_fd();
+        let far_file = file_of(&far).map_err(|error| HookError::failed("fstat", error))?;
         let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
         // SAFETY: like fork, with a shared descriptor table: the child has its own copy of all memory, runs `keep` (which neither
         // allocates nor takes locks that another thread may have held, and closes nothing) and never returns.
@@ -53,13 +58,13 @@ impl FdKeeper {
             return Err(HookError::failed("clone", io::Error::last_os_error()));
         }
         if pid == 0 {
-            keep(&own_pidfd, &near);
+            keep(&own_pidfd, &near, far_file);
             // SAFETY: ends this process at once; its descriptors are the reader's.
             unsafe { libc::_exit(0) };
         }
         let pid = pid as libc::pid_t;
         let pidfd = PidFd::open(pid as u32)?;
-        Ok((Self { pid, pidfd, _near: near, _own_pidfd: own_pidfd }, far.into_fd()))
+        Ok((Self { pid, pidfd, _near: near, _own_pidfd: own_pidfd }, far))
     }
 
     /// Gets descriptors of a dead process by their numbers there, and ends its keeper. `None`: it has no such descriptor, or
@@ -116,10 +121,31 @@ fn wait_for(fd: &BorrowedFd<'_>, timeout: Option<&Timespec>) -> bool {
     }
 }
 
+/// Which file a descriptor names.
+fn file_of(fd: &impl AsFd) -> Result<(u64, u64), rustix::io::Errno> {
+    rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino))
+}
+
+/// Closes the dead reader's own copies of the successor's end: as long as one is open, `near` cannot tell that nobody is left who would ask.
+fn close_all(file: (u64, u64)) {
+    for number in 0..NUMBERS_SEARCHED {
+        // SAFETY: nobody else uses this table any more; the kernel refuses a number that names nothing.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        if file_of(&fd) == Ok(file) {
+            // SAFETY: as above, and nobody here uses this one.
+            unsafe { libc::close(number) };
+        }
+    }
+}
+
 /// The keeper's life. It owns none of the descriptors and allocates nothing.
-fn keep(reader: &PidFd, near: &SeqPacket) {
+fn keep(reader: &PidFd, near: &SeqPacket, far_file: (u64, u64)) {
     drop(process::set_name("uhmm-fd-keeper"));
-    if !wait_for(&reader.as_fd(), None) || !wait_for(&near.as_fd(), Some(&PATIENCE)) {
+    if !wait_for(&reader.as_fd(), None) {
+        return;
+    }
+    close_all(far_file);
+    if !wait_for(&near.as_fd(), Some(&PATIENCE)) {
         return;
     }
     let mut request = [0u8; 1 + 4 * NUMBERS_MAX];

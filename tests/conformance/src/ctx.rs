@@ -369,6 +369,18 @@ impl Ctx {
         self.session.residency_summary(mem.addr() + off, len_bytes).during("Residency")
     }
 
+    /// The same when nothing of the range is on its way any more: a fault waits for its own page only, and a device that is slow is still at the
+    /// neighbours then.
+    pub(crate) fn settled_residency(&self, mem: &Mem, off: u64, len_bytes: u64) -> CaseResult<ResidencySummary> {
+        loop {
+            let summary = self.residency(mem, off, len_bytes)?;
+            if summary.moving_pages == 0 {
+                return Ok(summary);
+            }
+            std::thread::yield_now();
+        }
+    }
+
     /// Every page of the range is on the device.
     pub(crate) fn on_device(&self, device: usize, mem: &Mem, off: u64, len_bytes: u64) -> CaseResult {
         let id = usize::from(self.device(device)?.id());

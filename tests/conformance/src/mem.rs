@@ -154,7 +154,10 @@ impl Mem {
 
     pub(crate) fn bytes(&self, off: u64, len: u64) -> CaseResult<Vec<u8>> {
         let mut bytes = vec![0; len as usize];
-        on!(self.memory, read(off, &mut bytes))?;
+        // Page by page: the C library copies large pieces in either direction, as their addresses happen to lie, and cases count faults.
+        for (at, page) in (off..).step_by(PAGE as usize).zip(bytes.chunks_mut(PAGE as usize)) {
+            on!(self.memory, read(at, page))?;
+        }
         Ok(bytes)
     }
 

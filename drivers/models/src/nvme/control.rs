@@ -1,10 +1,9 @@
 //! The test's hand on the model: what it does wrong, how slow it is, what it has seen.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::faults::Fault;
+use crate::faults::{Fault, FaultPlan};
 
 const INTERNAL_ERROR: u16 = 0x06;
 
@@ -67,8 +66,7 @@ pub struct NvmeCounters {
 
 #[derive(Debug, Default)]
 pub(super) struct Orders {
-    /// After so many further I/O commands: this.
-    faults: VecDeque<(u64, NvmeFault)>,
+    faults: FaultPlan<NvmeFault>,
     pub(super) latency: Duration,
     pub(super) vanished: bool,
     pub(super) stubborn: bool,
@@ -79,13 +77,7 @@ impl Orders {
     /// What the I/O command that was fetched now meets.
     pub(super) fn next_fault(&mut self) -> Option<NvmeFault> {
         self.seen.io_commands += 1;
-        for (left, _) in &mut self.faults {
-            *left = left.saturating_sub(1);
-        }
-        let due = self.faults.iter().position(|(left, _)| *left == 0)?;
-        let (_, fault) = self.faults.remove(due)?;
-        tracing::warn!(?fault, command = self.seen.io_commands, "Injected");
-        Some(fault)
+        self.faults.next_command()
     }
 }
 
@@ -96,9 +88,9 @@ pub struct NvmeControl {
 }
 
 impl NvmeControl {
-    /// The `nth` I/O command from now on (1: the next one) meets this fault. Each fault happens once.
+    /// As [`FaultPlan::inject`], in I/O commands.
     pub fn inject(&self, nth: u64, fault: NvmeFault) {
-        self.orders().faults.push_back((nth.max(1), fault));
+        self.orders().faults.inject(nth, fault);
     }
 
     /// I/O commands take at least so long.

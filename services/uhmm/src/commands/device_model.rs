@@ -13,6 +13,7 @@ use uhmm_models::nvme::{NvmeModel, NvmeOptions};
 use uhmm_models::{DeviceModel, Machine, Server};
 
 use crate::Log;
+use crate::commands::model_orders::Control;
 
 /// Which device.
 #[derive(clap::Subcommand)]
@@ -51,27 +52,28 @@ pub struct ModelArgs {
     /// may be given several times
     #[arg(long = "fault", value_name = "FAULT@N")]
     faults: Vec<PlannedFault>,
+    /// Take orders on standard input, one a line, and answer each with a line of JSON: fault KIND@N (counted from then on), latency-us N,
+    /// counters, unplug
+    #[arg(long)]
+    orders: bool,
     /// Log format
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
 }
 
 impl Model {
-    fn parts(self) -> anyhow::Result<(&'static str, Box<dyn DeviceModel>, ModelArgs)> {
+    fn parts(self) -> anyhow::Result<(&'static str, Box<dyn DeviceModel>, Control, ModelArgs)> {
         Ok(match self {
-            Self::Accel { memory, mut common } => {
-                let faults = FaultPlan::new(std::mem::take(&mut common.faults));
-                ("accel", Box::new(Accel::new(memory.0, faults)?), common)
+            Self::Accel { memory, common } => {
+                let faults = FaultPlan::default();
+                ("accel", Box::new(Accel::new(memory.0, faults.clone())?), Control::Accel(faults), common)
             }
             Self::Nvme { memory, block, cmb, common } => {
                 let block_shift = if block == "4096" { 12 } else { 9 };
                 let options =
                     NvmeOptions { len_bytes: memory.0, block_shift, cmb_bytes: cmb.0, ..NvmeOptions::default() };
                 let (model, control) = NvmeModel::new(options)?;
-                for planned in &common.faults {
-                    control.inject(planned.at_command, planned.fault.into());
-                }
-                ("nvme", Box::new(model), common)
+                ("nvme", Box::new(model), Control::Nvme(control), common)
             }
         })
     }
@@ -79,7 +81,8 @@ impl Model {
 
 /// Prints `ready` when drivers can connect.
 pub fn device_model(model: Model) -> anyhow::Result<()> {
-    let (name, model, args) = model.parts()?;
+    let (name, model, control, args) = model.parts()?;
+    args.faults.iter().for_each(|planned| control.inject(*planned));
     uhmm_kit::init_log(args.log.into(), name, 0);
     let machine = Machine::start(model)?;
     let server = Server::bind(&args.socket, machine.clone())?;
@@ -93,6 +96,13 @@ pub fn device_model(model: Model) -> anyhow::Result<()> {
         }
     })?;
     println!("ready");
+    if args.orders {
+        let machine = machine.clone();
+        std::thread::Builder::new().name("orders".into()).spawn(move || {
+            let ended = control.serve(&machine, std::io::stdin().lock(), std::io::stdout());
+            tracing::info!(?ended, "No more orders");
+        })?;
+    }
     machine.wait_removed();
     match ended.try_recv() {
         Ok(end) => end.with_context(|| format!("Device model {name} ended")),

@@ -3,6 +3,7 @@
 mod conformance;
 mod device_model;
 mod doctor;
+mod model_orders;
 mod new_driver;
 mod show;
 

@@ -205,11 +205,7 @@ fn granularity(ctx: &Ctx) -> CaseResult {
         blocks.dedup();
         // Killed in the middle of a block, the pager may leave the rest of it for the next touch.
         for index in (0..pages / block).filter(|_| ctx.counters_hold()) {
-            // The touched page is home; what rides along may still be on its way through the device's copy engine.
-            let mut summary = ctx.residency(&mem, index * block * PAGE, block * PAGE)?;
-            while summary.moving_pages > 0 {
-                summary = ctx.residency(&mem, index * block * PAGE, block * PAGE)?;
-            }
+            let summary = ctx.settled_residency(&mem, index * block * PAGE, block * PAGE)?;
             let home = if blocks.contains(&index) { block } else { 0 };
             ensure_eq!(summary.system_pages, home, "Pages at home of block {index} of 2^{log2} pages");
         }
