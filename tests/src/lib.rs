@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 use uhmm_kernel_hook::PidFd;
 use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
+pub mod model;
 pub mod pattern;
 
 /// Longest wait for anything in a test; only ever reached by a failure.
@@ -22,6 +24,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub struct TestBed {
     supervisor: Child,
     dir: tempfile::TempDir,
+    logged: bool,
 }
 
 /// The `uhmm` program that was built beside the test, or the one that `UHMM_EXE` names (in the guest).
@@ -37,7 +40,7 @@ pub fn uhmm_exe() -> PathBuf {
 }
 
 /// Drills kill often: short waits, never held.
-const RESTART: &str = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 1000 }";
+pub const RESTART: &str = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 1000 }";
 
 /// Manifest text with one software device of `memory` (`"64MiB"`).
 pub fn manifest(memory: &str, device_options: &str) -> String {
@@ -137,7 +140,10 @@ fn spawn_model(dir: &Path, args: &[&str]) -> Child {
     let mut command = Command::new(uhmm_exe());
     let log = std::fs::File::create(dir.join("log")).expect("a log file");
     command.arg("device-model").args(args).arg("--socket").arg(dir.join("device.sock")).stderr(log);
-    spawn_until_ready(command)
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("uhmm device-model starts");
+    wait_for_ready(&mut child);
+    child
 }
 
 /// Manifest text of a PCI device and its driver.
@@ -154,6 +160,26 @@ driver = "{driver}"
 [[device]]
 name = "{name}"
 service = "{name}"
+pci = "{pci}"
+{device_options}
+"#
+    )
+}
+
+/// Manifest text with `soft0` of 16 MiB and `nvme0`, driven by the built-in driver. `restart`: of `nvme0`.
+pub fn manifest_nvme(pci: &str, device_options: &str, restart: &str) -> String {
+    let soft = manifest_of(1, "16MiB", "");
+    format!(
+        r#"{soft}
+[[service]]
+name = "nvme0"
+kind = "driver"
+driver = "nvme"
+{restart}
+
+[[device]]
+name = "nvme0"
+service = "nvme0"
 pci = "{pci}"
 {device_options}
 "#
@@ -187,13 +213,78 @@ impl TestBed {
 
     /// Any manifest.
     pub fn with_manifest(manifest: &str) -> Self {
+        Self::begin(manifest, false)
+    }
+
+    /// The same; what the services say goes to a file: see [`TestBed::log`].
+    pub fn with_log(manifest: &str) -> Self {
+        Self::begin(manifest, true)
+    }
+
+    /// The same, but does not wait until every service is ready: one never will be.
+    pub fn without_waiting(manifest: &str) -> Self {
+        Self::begin_waiting(manifest, true, false)
+    }
+
+    fn begin(manifest: &str, logged: bool) -> Self {
+        Self::begin_waiting(manifest, logged, true)
+    }
+
+    fn begin_waiting(manifest: &str, logged: bool, wait: bool) -> Self {
         let private = std::fs::Permissions::from_mode(0o700);
         let dir = tempfile::Builder::new().prefix("uhmm-test-").permissions(private).tempdir();
         let dir = dir.expect("a temporary directory");
-        let path = dir.path().join("manifest.toml");
-        std::fs::write(&path, manifest).expect("the manifest is written");
-        let supervisor = spawn_up(dir.path(), &["--manifest".as_ref(), path.as_os_str()]);
-        Self { supervisor, dir }
+        let mut supervisor = spawn_up(dir.path(), &write_manifest(dir.path(), manifest), false, logged);
+        if wait {
+            wait_for_ready(&mut supervisor);
+        }
+        Self { supervisor, dir, logged }
+    }
+
+    /// What the services have said so far. Only for [`TestBed::with_log`].
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join(LOG)).expect("the log is read")
+    }
+
+    /// Waits until the services have said this. Only for [`TestBed::with_log`].
+    pub fn wait_log(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "{text:?} was never logged:\n{}", self.log());
+            std::thread::yield_now();
+        }
+    }
+
+    /// kill -9 of everything, the supervisor first so that nobody is restarted: a power failure, but for the devices.
+    pub fn kill_all(&mut self) {
+        let services = self.operator().status().expect("status");
+        let open = |service: &ServiceStatus| PidFd::open(service.pid).expect("the service runs");
+        let services: Vec<PidFd> = services.iter().filter(|service| service.pid != 0).map(open).collect();
+        self.kill_supervisor();
+        for service in &services {
+            service.signal(Signal::KILL).expect("kill");
+        }
+        // What held descriptors for the pager ends a moment later by itself, and with it the last listening socket.
+        let deadline = Instant::now() + PATIENCE;
+        while uhmm_kernel_hook::SeqPacket::connect(&self.run_dir().join("pager.sock")).is_ok() {
+            assert!(Instant::now() < deadline, "something of the dead system holds its sockets");
+        }
+        for service in &services {
+            rustix::event::poll(&mut [PollFd::new(service, PollFlags::IN)], None).expect("the service ends");
+        }
+    }
+
+    /// Stops everything in order.
+    pub fn stop(&mut self) {
+        self.operator().shutdown().expect("shutdown");
+        self.supervisor.wait().expect("reap the supervisor");
+    }
+
+    /// Another system in the same place, after [`TestBed::kill_all`] or [`TestBed::stop`].
+    pub fn start_again(&mut self, manifest: &str) {
+        let path = write_manifest(self.dir.path(), manifest);
+        self.supervisor = spawn_up(self.dir.path(), &path, false, self.logged);
+        wait_for_ready(&mut self.supervisor);
     }
 
     /// The run directory.
@@ -218,10 +309,15 @@ impl TestBed {
 
     /// A running service, ready to be killed without any delay.
     pub fn process(&self, service: &str) -> Target {
-        let services = self.operator().status().expect("status");
-        let found = services.iter().find(|status| status.name == service).expect("the service is in the plan");
+        let found = self.status(service);
         let pidfd = PidFd::open(found.pid).expect("the service runs");
         Target { pidfd, incarnation: found.incarnation }
+    }
+
+    /// State of a service.
+    pub fn status(&self, service: &str) -> ServiceStatus {
+        let services = self.operator().status().expect("status");
+        services.into_iter().find(|status| status.name == service).expect("the service is in the plan")
     }
 
     /// kill -9 one service; returns the incarnation that was killed.
@@ -267,7 +363,8 @@ impl TestBed {
     /// A new supervisor takes over what runs.
     pub fn adopt(&mut self) {
         let path = self.dir.path().join("manifest.toml");
-        self.supervisor = spawn_up(self.dir.path(), &["--adopt".as_ref(), "--manifest".as_ref(), path.as_os_str()]);
+        self.supervisor = spawn_up(self.dir.path(), &path, true, self.logged);
+        wait_for_ready(&mut self.supervisor);
     }
 }
 
@@ -282,19 +379,28 @@ impl Drop for TestBed {
     }
 }
 
-fn spawn_up(run_dir: &Path, args: &[&std::ffi::OsStr]) -> Child {
-    let mut command = Command::new(uhmm_exe());
-    command.arg("--run-dir").arg(run_dir).arg("up").args(args);
-    spawn_until_ready(command)
+const LOG: &str = "services.log";
+
+fn write_manifest(run_dir: &Path, text: &str) -> PathBuf {
+    let path = run_dir.join("manifest.toml");
+    std::fs::write(&path, text).expect("the manifest is written");
+    path
 }
 
-/// Starts `uhmm` and waits until it prints `ready`.
-fn spawn_until_ready(mut command: Command) -> Child {
+fn spawn_up(run_dir: &Path, manifest: &Path, adopt: bool, logged: bool) -> Child {
+    let mut command = Command::new(uhmm_exe());
+    command.arg("--run-dir").arg(run_dir).arg("up").args(adopt.then_some("--adopt")).arg("--manifest").arg(manifest);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("uhmm starts");
+    if logged {
+        let log = std::fs::File::options().append(true).create(true).open(run_dir.join(LOG));
+        command.stderr(log.expect("the log opens")).env("UHMM_LOG", "info");
+    }
+    command.spawn().expect("uhmm up starts")
+}
+
+fn wait_for_ready(child: &mut Child) {
     let stdout = child.stdout.take().expect("stdout is piped");
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line).expect("uhmm says when it is ready");
-    assert_eq!(line.trim(), "ready", "{command:?} ended before it was ready");
-    child
+    assert_eq!(line.trim(), "ready", "uhmm ended before it was ready");
 }
