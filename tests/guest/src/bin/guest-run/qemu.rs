@@ -10,7 +10,7 @@ use uhmm_guest::wait::wait_or_kill;
 
 use crate::kernel::Kernel;
 
-const DISK_BYTES: u64 = 64 << 20;
+const DISK_BYTES: u64 = 128 << 20;
 
 /// Boots and waits until the guest has powered off. `None`: it was killed at the deadline.
 pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, full: bool) -> Result<Option<ExitStatus>> {
