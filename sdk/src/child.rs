@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use uhmm_ipc::message::pager::{AgentMemory, DIARY_BYTES};
-use uhmm_kernel_hook::{Advice, PAGE_SIZE, Window, memfd, procmap};
+use uhmm_kernel_hook::{AddrRange, Advice, PAGE_SIZE, Window, memfd, procmap};
 
 use crate::Error;
 
@@ -27,6 +27,10 @@ impl Sentinel {
 
     pub(crate) fn addr(&self) -> u64 {
         self.page.addr()
+    }
+
+    pub(crate) fn range(&self) -> AddrRange {
+        self.page.range()
     }
 
     /// Space and token of this process. The page is empty again afterwards, so that children of this process find theirs.

@@ -43,6 +43,16 @@ pub(crate) struct Inner {
     uffd: Option<Userfaultfd>,
 }
 
+impl Drop for Inner {
+    /// The kernel holds whoever unmaps managed memory until the pager has read of it, and there may be none any more.
+    fn drop(&mut self) {
+        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return };
+        if let Err(error) = uffd.unregister(self.sentinel.range()) {
+            tracing::debug!(%error, "The sentinel page stays registered");
+        }
+    }
+}
+
 #[derive(Default)]
 struct Adopted {
     ranges: AdoptedRanges,

@@ -264,3 +264,21 @@ fn integration_jobs_with_bad_arguments_are_refused_by_name() {
     assert!(session.allocate(0).is_err() && session.allocate(PAGE + 1).is_err());
     good_client_works(&bed);
 }
+
+#[test]
+fn integration_a_session_can_be_dropped_after_its_system_ended() {
+    let mut bed = TestBed::start("16MiB");
+    let session = bed.session();
+    let region = session.allocate(MIB).expect("region");
+    region.write_u64(0, 7).expect("write");
+    bed.stop();
+    let (told, ended) = std::sync::mpsc::channel();
+    let dropper = std::thread::spawn(move || {
+        drop(region);
+        drop(session);
+        told.send(()).expect("the test waits");
+    });
+    // A region is given up after ten seconds.
+    ended.recv_timeout(std::time::Duration::from_secs(40)).expect("both are dropped");
+    dropper.join().expect("no panic");
+}
