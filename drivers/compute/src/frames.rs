@@ -12,9 +12,9 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
-use uhmm_driver_kit::{CopyEngine, DeviceError, Frames, PAGE_BYTES, Staging};
+use uhmm_driver_kit::{CopyEngine, CopyOp, CopyWork, DeviceError, Frames, PAGE_BYTES, StagedCopy, Staging};
 use uhmm_kernel_hook::{HookError, MappedBytes, Window};
 
 /// Frames whose numbers differ by less than this never share a lock. A copy of the pager's (2 MiB) takes 512 of them.
@@ -145,15 +145,31 @@ impl FrameLocks {
         self.stripe(frame).write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All of them, for a change.
-    fn write_all(&self, frames: Frames) -> Vec<RwLockWriteGuard<'_, ()>> {
+    /// Of all of them, in the order in which they are taken.
+    fn stripes_of(&self, frames: Frames) -> impl Iterator<Item = &RwLock<()>> {
         let count = self.stripes.len();
         let mut wanted: Vec<usize> = (frames.first..frames.first.saturating_add(frames.count))
             .take(count)
             .map(|at| at as usize % count)
             .collect();
         wanted.sort_unstable();
-        wanted.into_iter().map(|at| self.stripes[at].write().unwrap_or_else(PoisonError::into_inner)).collect()
+        wanted.into_iter().map(|at| &self.stripes[at])
+    }
+
+    /// All of them, for a change.
+    fn write_all(&self, frames: Frames) -> Vec<RwLockWriteGuard<'_, ()>> {
+        self.stripes_of(frames).map(|stripe| stripe.write().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
+    /// The same, or none when anybody has one of them.
+    fn try_write_all(&self, frames: Frames) -> Option<Vec<RwLockWriteGuard<'_, ()>>> {
+        self.stripes_of(frames)
+            .map(|stripe| match stripe.try_write() {
+                Ok(guard) => Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            })
+            .collect()
     }
 }
 
@@ -189,6 +205,48 @@ impl<E: CopyEngine> CopyEngine for LockedEngine<E> {
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
         let _alone = self.locks.write_all(frames);
         self.engine.scrub(frames)
+    }
+
+    fn serve(&mut self, staging: &Staging, work: &mut dyn CopyWork) {
+        let mut work = LockedWork { work, locks: &self.locks, held: Vec::new(), waits: None };
+        loop {
+            self.engine.serve(staging, &mut work);
+            if work.waits.is_none() {
+                return;
+            }
+        }
+    }
+}
+
+/// Copies whose frames are locked from their start to their end.
+struct LockedWork<'a> {
+    work: &'a mut dyn CopyWork,
+    locks: &'a FrameLocks,
+    held: Vec<(u64, Vec<RwLockWriteGuard<'a, ()>>)>,
+    /// It needs a lock that is taken, perhaps by a copy in flight.
+    waits: Option<StagedCopy>,
+}
+
+impl CopyWork for LockedWork<'_> {
+    /// While copies hold locks nothing is waited for: this thread may wait for itself otherwise.
+    fn next(&mut self) -> Option<StagedCopy> {
+        let copy = self.waits.take().or_else(|| self.work.next())?;
+        if copy.op == CopyOp::CopyOut {
+            return Some(copy);
+        }
+        let locked = self.locks.try_write_all(copy.frames);
+        if locked.is_none() && !self.held.is_empty() {
+            self.waits = Some(copy);
+            return None;
+        }
+        let locked = locked.unwrap_or_else(|| self.locks.write_all(copy.frames));
+        self.held.push((copy.ticket, locked));
+        Some(copy)
+    }
+
+    fn done(&mut self, copy: StagedCopy, outcome: Result<(), DeviceError>) {
+        self.held.retain(|(ticket, _)| *ticket != copy.ticket);
+        self.work.done(copy, outcome);
     }
 }
 

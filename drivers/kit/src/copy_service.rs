@@ -5,7 +5,8 @@
 //!   push request, ring submit -> request lane  -> pop, check range -> engine: staging <-> frames
 //!   pop, drain complete       <- completion lane <- push, ring complete if the pager sleeps
 //! ```
-//! Between two requests the thread does a piece of a client's direct access, if one waits (`access/engine.rs`).
+//! The engine asks for requests itself, so that it may have several in flight. When a piece of a client's direct access waits
+//! (`access/engine.rs`), it is given no more until the piece is done.
 //!
 //! A ring belongs to one session with the pager: when the link is lost, the thread ends and hands the engine back, and the
 //! next session begins with a new ring. What was in flight the new pager asks again (copies are absolute).
@@ -18,11 +19,11 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_ipc::message::pager::CopyRing;
 use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
-use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
+use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyRequest, CopyStatus};
 use uhmm_kernel_hook::{EventFd, HookError};
 
 use crate::access::engine::{EngineLane, PIECE_PAGES};
-use crate::device::{CopyEngine, DeviceError, Frames, PAGE_BYTES, Staging, StagingUse};
+use crate::device::{CopyEngine, CopyWork, DeviceError, Frames, PAGE_BYTES, StagedCopy, Staging, StagingUse};
 use crate::error::DriverError;
 use crate::stats::CopyCounters;
 
@@ -62,10 +63,8 @@ impl<E: CopyEngine + 'static> CopyService<E> {
         let (completions, requests) = ring.into_ends();
         let stop = Arc::new(AtomicBool::new(false));
         lane.open();
-        let worker = Worker {
-            engine,
+        let asked = Asked {
             frame_count,
-            areas,
             staging_pages,
             lane,
             requests,
@@ -74,7 +73,9 @@ impl<E: CopyEngine + 'static> CopyService<E> {
             complete,
             stop: stop.clone(),
             counters,
+            failed: None,
         };
+        let worker = Worker { engine, areas, asked };
         let thread = std::thread::Builder::new()
             .name("copy-engine".to_owned())
             .spawn(move || worker.run())
@@ -124,8 +125,13 @@ impl Areas {
 /// What the thread owns.
 struct Worker<E> {
     engine: E,
-    frame_count: u32,
     areas: Areas,
+    asked: Asked,
+}
+
+/// The thread's end of the ring, and of the lane.
+struct Asked {
+    frame_count: u32,
     staging_pages: u32,
     lane: EngineLane,
     requests: Consumer,
@@ -134,6 +140,7 @@ struct Worker<E> {
     complete: EventFd,
     stop: Arc<AtomicBool>,
     counters: Arc<CopyCounters>,
+    failed: Option<CopyThreadError>,
 }
 
 /// Why the thread stopped before it was told to.
@@ -154,20 +161,20 @@ impl<E: CopyEngine> Worker<E> {
         if let Err(error) = self.serve() {
             let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             tracing::error!(%error, source, "Copy thread ends");
-            self.lane.close(&format!("{error}: {source}"));
+            self.asked.lane.close(&format!("{error}: {source}"));
         }
         self.engine
     }
 
     fn serve(&mut self) -> Result<(), CopyThreadError> {
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.asked.stops() {
             self.access();
-            if let Some(slot) = self.requests.pop()? {
-                let request = CopyRequest::decode(&slot)?;
-                let status = self.perform(&request);
-                self.complete(CopyCompletion { ticket: request.ticket, status })?;
-            } else if self.requests.arm()? {
-                self.wait()?;
+            self.engine.serve(&self.areas.pager, &mut self.asked);
+            if let Some(error) = self.asked.failed.take() {
+                return Err(error);
+            }
+            if !self.asked.lane.has_piece() && self.asked.requests.arm()? {
+                self.asked.wait()?;
             }
         }
         Ok(())
@@ -175,39 +182,41 @@ impl<E: CopyEngine> Worker<E> {
 
     /// One piece of a direct access, if there is one.
     fn access(&mut self) {
-        let Some(piece) = self.lane.take() else { return };
-        let done = if piece.in_bounds(self.frame_count) {
+        let Asked { lane, counters, frame_count, .. } = &self.asked;
+        let Some(piece) = lane.take() else { return };
+        let done = if piece.in_bounds(*frame_count) {
             piece.perform(&mut self.engine, &self.areas.access)
         } else {
             Err("A mapping leaves device memory".into())
         };
-        self.counters.count(done.is_ok(), piece.page_count() * PAGE_BYTES);
+        counters.count(done.is_ok(), piece.page_count() * PAGE_BYTES);
         if let Err(error) = &done {
             tracing::error!(%error, ?piece, "Direct access failed");
         }
-        self.lane.done(done);
+        lane.done(done);
+    }
+}
+
+impl Asked {
+    fn stops(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
     }
 
-    fn perform(&mut self, request: &CopyRequest) -> CopyStatus {
-        if !request.in_bounds(self.frame_count, self.staging_pages) {
+    /// The next request that makes sense; what makes none is answered here.
+    fn pop(&mut self) -> Result<Option<StagedCopy>, CopyThreadError> {
+        // A stopping thread takes nothing new, and a direct access has its turn when what is in flight has ended.
+        while !self.stops() && !self.lane.has_piece() {
+            let Some(slot) = self.requests.pop()? else { return Ok(None) };
+            let request = CopyRequest::decode(&slot)?;
+            if request.in_bounds(self.frame_count, self.staging_pages) {
+                let CopyRequest { ticket, op, frame, count, staging_page } = request;
+                return Ok(Some(StagedCopy { ticket, op, frames: Frames { first: frame, count }, staging_page }));
+            }
             self.counters.count(false, 0);
             tracing::warn!(?request, "Copy request leaves device memory or staging area");
-            return CopyStatus::OutOfRange;
+            self.complete(CopyCompletion { ticket: request.ticket, status: CopyStatus::OutOfRange })?;
         }
-        let frames = Frames { first: request.frame, count: request.count };
-        let done: Result<(), DeviceError> = match request.op {
-            CopyOp::CopyIn => self.engine.copy_in(&self.areas.pager, request.staging_page, frames),
-            CopyOp::CopyOut => self.engine.copy_out(frames, &self.areas.pager, request.staging_page),
-            CopyOp::Scrub => self.engine.scrub(frames),
-        };
-        self.counters.count(done.is_ok(), u64::from(request.count) * PAGE_BYTES);
-        match done {
-            Ok(()) => CopyStatus::Ok,
-            Err(error) => {
-                tracing::error!(%error, ?request, "Copy failed");
-                CopyStatus::Io
-            }
-        }
+        Ok(None)
     }
 
     fn complete(&mut self, completion: CopyCompletion) -> Result<(), CopyThreadError> {
@@ -216,7 +225,7 @@ impl<E: CopyEngine> Worker<E> {
             match self.completions.push(&slot) {
                 Ok(true) => return Ok(self.complete.signal()?),
                 Ok(false) => return Ok(()),
-                Err(RingError::Full) if !self.stop.load(Ordering::Acquire) => std::thread::sleep(COMPLETION_PAUSE),
+                Err(RingError::Full) if !self.stops() => std::thread::sleep(COMPLETION_PAUSE),
                 Err(RingError::Full) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
@@ -234,11 +243,40 @@ impl<E: CopyEngine> Worker<E> {
     }
 }
 
+/// The first failure of the ring ends the work, and is looked at when the engine has come back.
+impl CopyWork for Asked {
+    fn next(&mut self) -> Option<StagedCopy> {
+        if self.failed.is_some() {
+            return None;
+        }
+        self.pop().unwrap_or_else(|error| {
+            self.failed = Some(error);
+            None
+        })
+    }
+
+    fn done(&mut self, copy: StagedCopy, outcome: Result<(), DeviceError>) {
+        self.counters.count(outcome.is_ok(), u64::from(copy.frames.count) * PAGE_BYTES);
+        let status = match outcome {
+            Ok(()) => CopyStatus::Ok,
+            Err(error) => {
+                tracing::error!(%error, ?copy, "Copy failed");
+                CopyStatus::Io
+            }
+        };
+        if let Err(error) = self.complete(CopyCompletion { ticket: copy.ticket, status }) {
+            self.failed.get_or_insert(error);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
+    use std::sync::atomic::AtomicUsize;
 
+    use uhmm_ipc::shared::copy_ring::CopyOp;
     use uhmm_kernel_hook::{Prot, Window};
 
     use crate::port::DevicePort;
@@ -354,6 +392,71 @@ mod tests {
         );
         assert_eq!(counters.bytes.load(Ordering::Relaxed), 72 * PAGE_BYTES);
         assert_eq!(counters.failed_copies.load(Ordering::Relaxed), 2);
+        Ok(())
+    }
+
+    /// Takes all there is before it does any of it, and does the last one first.
+    struct Several {
+        inner: Recorder,
+        most: Arc<AtomicUsize>,
+    }
+
+    impl CopyEngine for Several {
+        fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError> {
+            self.inner.attach(staging)
+        }
+
+        fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+            self.inner.copy_in(staging, staging_page, frames)
+        }
+
+        fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
+            self.inner.copy_out(frames, staging, staging_page)
+        }
+
+        fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
+            self.inner.scrub(frames)
+        }
+
+        fn serve(&mut self, staging: &Staging, work: &mut dyn CopyWork) {
+            let mut taken: Vec<StagedCopy> = std::iter::from_fn(|| work.next()).collect();
+            self.most.fetch_max(taken.len(), Ordering::Relaxed);
+            while let Some(copy) = taken.pop() {
+                let outcome = self.perform(staging, copy);
+                work.done(copy, outcome);
+            }
+        }
+    }
+
+    #[test]
+    fn an_engine_may_have_several_copies_in_flight_and_each_is_answered_once() -> Result<(), DeviceError> {
+        let (counters, most) = (Arc::new(CopyCounters::default()), Arc::<AtomicUsize>::default());
+        let engine = Several { inner: Recorder { asked: vec![], broken: false }, most: most.clone() };
+        let service = CopyService::start(engine, 64, STAGING_BYTES, counters, lane())?;
+        let mut asker = Asker::open(&service.ring())?;
+        // All are in the ring before the thread is told; the third leaves device memory.
+        for frame in [1, 2, 64, 3] {
+            let request = CopyRequest { op: CopyOp::Scrub, ticket: u64::from(frame), frame, count: 1, staging_page: 0 };
+            asker.requests.push(&request.encode())?;
+        }
+        asker.submit.signal()?;
+        let mut answers = Vec::new();
+        while answers.len() < 4 {
+            match asker.completions.pop()? {
+                Some(slot) => answers.push(CopyCompletion::decode(&slot)?),
+                None if asker.completions.arm()? => {
+                    poll(&mut [PollFd::new(&asker.complete, PollFlags::IN)], None)?;
+                    asker.complete.drain()?;
+                }
+                None => {}
+            }
+        }
+        answers.sort_by_key(|answer| answer.ticket);
+        let expected = [(1, CopyStatus::Ok), (2, CopyStatus::Ok), (3, CopyStatus::Ok), (64, CopyStatus::OutOfRange)];
+        assert_eq!(answers.iter().map(|a| (a.ticket, a.status)).collect::<Vec<_>>(), expected);
+        assert!(most.load(Ordering::Relaxed) >= 1);
+        let engine = service.stop().ok_or("The engine comes back")?;
+        assert_eq!(engine.inner.asked.iter().filter(|asked| asked.0 == "scrub").count(), 3);
         Ok(())
     }
 

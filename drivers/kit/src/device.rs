@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use uhmm_ipc::message::pager::{MapRun, Memory};
 use uhmm_ipc::message::{Aperture, Fd, WireError};
+use uhmm_ipc::shared::copy_ring::CopyOp;
 use uhmm_kernel_hook::{HookError, Prot, Window, memfd};
 use uhmm_manifest::DevicePlan;
 
@@ -133,7 +134,29 @@ impl Staging {
     }
 }
 
-/// Moves bytes for devices without an aperture. Called by the copy thread, one request at a time; ranges are already checked.
+/// A copy that the pager asks for. In bounds, of one frame at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StagedCopy {
+    /// Which one; unique among those that have not ended.
+    pub ticket: u64,
+    /// What to do.
+    pub op: CopyOp,
+    /// Consecutive frames.
+    pub frames: Frames,
+    /// First of as many staging pages; means nothing to a scrub.
+    pub staging_page: u32,
+}
+
+/// Where [`CopyEngine::serve`] gets its copies from.
+pub trait CopyWork {
+    /// One to start now. `None`: there is none, or none shall be started before those in flight have ended.
+    fn next(&mut self) -> Option<StagedCopy>;
+
+    /// One has ended, after which the device touches neither frames nor staging pages on its behalf.
+    fn done(&mut self, copy: StagedCopy, outcome: Result<(), DeviceError>);
+}
+
+/// Moves bytes for devices without an aperture. Called by the copy thread; ranges are already checked.
 pub trait CopyEngine: Send {
     /// From now on requests name this area, and none that came before it for the same use: a session with the pager begins. Here an
     /// engine that does DMA makes the area reachable for the device, and the earlier one unreachable.
@@ -147,6 +170,24 @@ pub trait CopyEngine: Send {
 
     /// Frames become zero.
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError>;
+
+    /// One copy of the pager's, from start to end.
+    fn perform(&mut self, staging: &Staging, copy: StagedCopy) -> Result<(), DeviceError> {
+        match copy.op {
+            CopyOp::CopyIn => self.copy_in(staging, copy.staging_page, copy.frames),
+            CopyOp::CopyOut => self.copy_out(copy.frames, staging, copy.staging_page),
+            CopyOp::Scrub => self.scrub(copy.frames),
+        }
+    }
+
+    /// Performs copies until there are none, one after the other. A device that works on several at once should override this:
+    /// start the next ones before the first has ended, so that its queues are never empty. They do not depend on each other and may end in any order.
+    fn serve(&mut self, staging: &Staging, work: &mut dyn CopyWork) {
+        while let Some(copy) = work.next() {
+            let outcome = self.perform(staging, copy);
+            work.done(copy, outcome);
+        }
+    }
 }
 
 /// Whether the device has stopped using what was revoked.

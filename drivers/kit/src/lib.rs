@@ -33,13 +33,14 @@ mod state;
 mod uplink;
 
 pub use device::{
-    CopyEngine, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId, Frames,
-    InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES, PageRange,
-    Parts, Place, Quiescence, RegionKey, RegionMap, Staging, StagingUse, SystemPages,
+    CopyEngine, CopyWork, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId,
+    Frames, InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES,
+    PageRange, Parts, Place, Quiescence, RegionKey, RegionMap, StagedCopy, Staging, StagingUse, SystemPages,
 };
 pub use error::DriverError;
 pub use file_pages::FilePages;
 pub use port::{DeviceEvent, DevicePort};
 pub use run::run_driver;
 pub use table::{AddressSpaces, MappedRegion, SharedTable};
+pub use uhmm_ipc::shared::copy_ring::CopyOp;
 pub use uhmm_kit::ServiceArgs;

@@ -1,5 +1,6 @@
 //! Frames behind a port: a device that moves blocks of 512 bytes and forgets the page in between.
 
+use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -176,4 +177,87 @@ fn more_frames_than_locks_are_locked_once_each() {
     assert_eq!(all.len(), LOCK_COUNT);
     drop(all);
     assert_eq!(locks.write_all(Frames { first: u32::MAX - 2, count: 50 }).len(), 2);
+}
+
+/// Has as much in flight as it is given, and ends the oldest first.
+#[derive(Default)]
+struct DeepEngine {
+    most: usize,
+    overlapped: bool,
+}
+
+impl CopyEngine for DeepEngine {
+    fn attach(&mut self, _: &Staging) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn copy_in(&mut self, _: &Staging, _: u32, _: Frames) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn copy_out(&mut self, _: Frames, _: &Staging, _: u32) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn scrub(&mut self, _: Frames) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn serve(&mut self, _: &Staging, work: &mut dyn CopyWork) {
+        let mut in_flight: VecDeque<StagedCopy> = VecDeque::new();
+        loop {
+            while let Some(copy) = work.next() {
+                self.overlapped |= in_flight.iter().any(|other| {
+                    copy.op != CopyOp::CopyOut && other.op != CopyOp::CopyOut && other.frames.first == copy.frames.first
+                });
+                in_flight.push_back(copy);
+            }
+            self.most = self.most.max(in_flight.len());
+            let Some(copy) = in_flight.pop_front() else { return };
+            work.done(copy, Ok(()));
+        }
+    }
+}
+
+struct Listed {
+    asked: VecDeque<StagedCopy>,
+    ended: Vec<u64>,
+}
+
+impl CopyWork for Listed {
+    fn next(&mut self) -> Option<StagedCopy> {
+        self.asked.pop_front()
+    }
+
+    fn done(&mut self, copy: StagedCopy, outcome: Result<(), DeviceError>) {
+        outcome.expect("nothing fails");
+        self.ended.push(copy.ticket);
+    }
+}
+
+#[test]
+fn copies_in_flight_never_wait_for_locks_of_their_own_thread() -> Result<(), DeviceError> {
+    let copy = |ticket, op, first, count| StagedCopy { ticket, op, frames: Frames { first, count }, staging_page: 0 };
+    let other_with_that_lock = 5 + LOCK_COUNT as u32;
+    let asked = [
+        copy(0, CopyOp::CopyIn, 0, 4),
+        copy(1, CopyOp::CopyIn, 5, 4),
+        // Waits for the one before it, and the next for it.
+        copy(2, CopyOp::Scrub, 5, 1),
+        copy(3, CopyOp::CopyIn, other_with_that_lock, 1),
+        copy(4, CopyOp::CopyOut, 5, 1),
+    ];
+    let mut work = Listed { asked: asked.into(), ended: Vec::new() };
+    let locks = Arc::<FrameLocks>::default();
+    let mut engine = LockedEngine::new(DeepEngine::default(), locks.clone());
+    let staging = Staging::create(StagingUse::Pager, PAGE_BYTES)?;
+    engine.serve(&staging, &mut work);
+    work.ended.sort_unstable();
+    assert_eq!(work.ended, [0, 1, 2, 3, 4]);
+    assert!(engine.engine.most >= 2 && !engine.engine.overlapped);
+    assert_eq!(
+        locks.try_write_all(Frames { first: 0, count: LOCK_COUNT as u32 }).map(|all| all.len()),
+        Some(LOCK_COUNT)
+    );
+    Ok(())
 }

@@ -144,6 +144,11 @@ impl EngineLane {
         self.lock().piece.take()
     }
 
+    /// Copy thread: there is one.
+    pub(crate) fn has_piece(&self) -> bool {
+        self.lock().piece.is_some()
+    }
+
     /// Copy thread: the piece that was taken has ended.
     pub(crate) fn done(&self, outcome: Result<(), DeviceError>) {
         self.lock().outcome = Some(outcome.map_err(|error| error.to_string()));
