@@ -4,15 +4,23 @@
 //! A staging area is mapped for DMA once a session with the pager. If the controller dies under a request, nobody knows whether it still
 //! moves data: its access to the areas is taken away before the failure is told, and given back when the controller works again.
 
+use std::collections::VecDeque;
+
 use uhmm_compute::FramePort;
 use uhmm_driver_bar::memory::BarMemory;
-use uhmm_driver_kit::{CopyEngine, DeviceError, DeviceMemory, Frames, PAGE_BYTES, Staging, StagingUse};
+use uhmm_driver_kit::{
+    CopyEngine, CopyOp, CopyWork, DeviceError, DeviceMemory, Frames, PAGE_BYTES, StagedCopy, Staging, StagingUse,
+};
 use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::Window;
 use uhmm_pci::{DmaMapping, DmaMemory, DmaRight, RemovalWatch};
 
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
+use crate::shell::InFlight;
+
+/// Copies in flight: two of 2 MiB fill a queue of 32 commands of 128 KiB.
+const COPIES_MAX: usize = 4;
 
 /// What the frames are, and the watch for the device's removal, which lives as long.
 #[derive(Debug)]
@@ -98,6 +106,19 @@ impl NvmeEngine {
         Ok(mapping.iova(u64::from(page) * PAGE_BYTES))
     }
 
+    /// `None`: it is over already.
+    fn start(&mut self, staging: &Staging, copy: StagedCopy) -> Result<Option<InFlight>, NvmeError> {
+        if copy.op == CopyOp::Scrub {
+            return self.namespace.zero(copy.frames).map(|()| None);
+        }
+        let iova = self.iova(staging, copy.staging_page)?;
+        let started = match copy.op {
+            CopyOp::CopyIn => self.namespace.start_write(copy.frames, iova),
+            _ => self.namespace.start_read(copy.frames, iova),
+        };
+        started.map(Some)
+    }
+
     /// What the pager is told must be true afterwards too.
     fn ended(&mut self, outcome: Result<(), NvmeError>) -> Result<(), DeviceError> {
         if outcome.is_err() && self.namespace.controller().is_dead() {
@@ -141,6 +162,24 @@ impl CopyEngine for NvmeEngine {
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
         let outcome = self.namespace.zero(frames);
         self.ended(outcome)
+    }
+
+    /// The next copies are in the queues before the first one has ended.
+    fn serve(&mut self, staging: &Staging, work: &mut dyn CopyWork) {
+        let mut in_flight = VecDeque::new();
+        loop {
+            while in_flight.len() < COPIES_MAX
+                && let Some(copy) = work.next()
+            {
+                match self.start(staging, copy) {
+                    Ok(started) => in_flight.push_back((copy, started)),
+                    Err(error) => work.done(copy, self.ended(Err(error))),
+                }
+            }
+            let Some((copy, started)) = in_flight.pop_front() else { return };
+            let outcome = started.map_or(Ok(()), InFlight::finish);
+            work.done(copy, self.ended(outcome));
+        }
     }
 }
 

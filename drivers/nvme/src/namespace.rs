@@ -14,7 +14,7 @@ use crate::header::{Decision, Found, HEADER_BYTES, Header, HeaderError, State, d
 use crate::layout::ZEROES_BYTES;
 use crate::machine::{Identity, Request};
 use crate::protocol::Opcode;
-use crate::shell::Controller;
+use crate::shell::{Controller, InFlight};
 
 /// Commands of one batch while everything becomes zero.
 const ZERO_BATCH: usize = 256;
@@ -108,8 +108,16 @@ impl Namespace {
     /// # Errors
     /// `Bounds`, `Request`: the memory holds anything then.
     pub fn read(&self, frames: Frames, iova: u64) -> Result<(), NvmeError> {
+        self.start_read(frames, iova)?.finish()
+    }
+
+    /// The same, without waiting.
+    ///
+    /// # Errors
+    /// `Bounds`; a register could not be reached.
+    pub fn start_read(&self, frames: Frames, iova: u64) -> Result<InFlight, NvmeError> {
         let (at, bytes) = self.range(frames)?;
-        self.controller.run(self.pieces(Opcode::Read, at, bytes, iova))
+        self.controller.submit(self.pieces(Opcode::Read, at, bytes, iova))
     }
 
     /// Mapped memory to frames.
@@ -117,8 +125,16 @@ impl Namespace {
     /// # Errors
     /// `Bounds`, `Request`: the frames hold anything then.
     pub fn write(&self, frames: Frames, iova: u64) -> Result<(), NvmeError> {
+        self.start_write(frames, iova)?.finish()
+    }
+
+    /// The same, without waiting.
+    ///
+    /// # Errors
+    /// As [`Namespace::start_read`].
+    pub fn start_write(&self, frames: Frames, iova: u64) -> Result<InFlight, NvmeError> {
         let (at, bytes) = self.range(frames)?;
-        self.controller.run(self.pieces(Opcode::Write, at, bytes, iova))
+        self.controller.submit(self.pieces(Opcode::Write, at, bytes, iova))
     }
 
     /// Frames become zero: by Write Zeroes, or by writing zeroes where the controller has none.

@@ -41,6 +41,8 @@ const LOOK_EVERY: u32 = 32;
 const LOOKS: u32 = 16;
 /// Longest sleep: CSTS is read after it.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
+/// The controller is told of so many commands at the latest, and begins while the next ones are written.
+const RING_EVERY: usize = 8;
 /// Ids of one batch.
 const BATCH_SHIFT: u32 = 20;
 
@@ -91,6 +93,8 @@ pub struct Counters {
 /// Several requests, waited for together.
 #[derive(Debug)]
 struct Batch {
+    /// Of one command.
+    single: bool,
     open: usize,
     error: Option<RequestError>,
 }
@@ -109,13 +113,22 @@ struct Inner {
     unplugged: bool,
     last_report: Option<Report>,
     counters: Counters,
-    patience: Patience,
+    /// Threads that wait for somebody else to look.
+    waiters: usize,
+    /// Of batches of several commands, and of single ones: a bulk copy must not make a program that reads a page wait for an interrupt.
+    patience: [Patience; 2],
     /// When the clock was last looked at.
     now: Duration,
     /// When something was completed, or CSTS was read.
     status_at: Duration,
     /// Kept for its room.
     actions: Vec<Action>,
+}
+
+impl Inner {
+    fn patience(&mut self, single: bool) -> &mut Patience {
+        &mut self.patience[usize::from(single)]
+    }
 }
 
 /// How long requests take.
@@ -224,7 +237,8 @@ impl Controller {
             unplugged: false,
             last_report: None,
             counters: Counters::default(),
-            patience: Patience::default(),
+            waiters: 0,
+            patience: Default::default(),
             now: Duration::ZERO,
             status_at: Duration::ZERO,
             actions: Vec::new(),
@@ -318,6 +332,14 @@ impl Controller {
     /// # Errors
     /// The first one that failed, after all have ended.
     pub fn run(&self, requests: impl IntoIterator<Item = Request>) -> Result<(), NvmeError> {
+        self.submit(requests)?.finish()
+    }
+
+    /// The same, without waiting.
+    ///
+    /// # Errors
+    /// A register could not be reached.
+    pub fn submit(&self, requests: impl IntoIterator<Item = Request>) -> Result<InFlight, NvmeError> {
         let shared = &*self.shared;
         let mut inner = shared.lock();
         shared.look_at_clock(&mut inner);
@@ -326,24 +348,54 @@ impl Controller {
         }
         let batch = inner.next_batch;
         inner.next_batch += 1;
-        inner.batches.insert(batch, Batch { open: 0, error: None });
-        let looking = inner.patience.next_batch();
+        let requests = requests.into_iter();
+        let single = requests.size_hint().1 == Some(1);
+        inner.batches.insert(batch, Batch { single, open: 0, error: None });
+        let looking = inner.patience(single).next_batch();
         let mut submitted = shared.step(&mut inner, Event::Pace { looking });
-        for (index, request) in requests.into_iter().enumerate() {
+        for (index, request) in requests.enumerate() {
             if let Some(entry) = inner.batches.get_mut(&batch) {
                 entry.open += 1;
             }
             let id = RequestId(batch << BATCH_SHIFT | index as u64 & ((1 << BATCH_SHIFT) - 1));
             submitted = submitted.and(shared.step(&mut inner, Event::Submit { id, request }));
+            if index % RING_EVERY == RING_EVERY - 1 {
+                submitted = submitted.and(shared.ring(&mut inner));
+            }
         }
         let rung = shared.ring(&mut inner);
-        let outcome = submitted.and(rung).and_then(|()| shared.wait(inner, batch));
-        shared.changed.notify_all();
-        let mut inner = shared.lock();
-        let error = inner.batches.remove(&batch).and_then(|batch| batch.error);
+        // Not before the lock is open: dropping it locks.
         drop(inner);
-        outcome?;
+        let in_flight = InFlight { controller: self.clone(), batch };
+        submitted.and(rung).map(|()| in_flight)
+    }
+}
+
+/// Requests that were submitted together.
+#[derive(Debug)]
+#[must_use = "the memory of the requests is the device's until `finish` returns"]
+pub struct InFlight {
+    controller: Controller,
+    batch: u64,
+}
+
+impl InFlight {
+    /// Returns after the last one has ended.
+    ///
+    /// # Errors
+    /// The first one that failed.
+    pub fn finish(self) -> Result<(), NvmeError> {
+        let shared = &*self.controller.shared;
+        let waited = shared.wait(shared.lock(), self.batch);
+        let error = shared.lock().batches.get_mut(&self.batch).and_then(|batch| batch.error.take());
+        waited?;
         error.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.controller.shared.lock().batches.remove(&self.batch);
     }
 }
 
@@ -428,6 +480,9 @@ impl Shared {
                 if let Some(batch) = inner.batches.get_mut(&(id.0 >> BATCH_SHIFT)) {
                     batch.open -= 1;
                     batch.error = batch.error.take().or(result.err());
+                    if batch.open == 0 {
+                        self.wake(inner);
+                    }
                 }
             }
             Action::Report(report) => {
@@ -477,49 +532,65 @@ impl Shared {
         Ok(any)
     }
 
-    /// Returns when the batch has ended.
+    /// Returns when the batch has ended. Any number of threads look; one of those that sleep sleeps for all.
     fn wait<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: u64) -> Result<(), NvmeError> {
+        self.look_at_clock(&mut inner);
+        let mut since = inner.now;
+        let Some(single) = inner.batches.get(&batch).map(|batch| batch.single) else { return Ok(()) };
+        let looks = inner.patience(single).looks;
+        let mut any = self.reap(&mut inner)?;
         loop {
-            self.reap(&mut inner)?;
+            if any {
+                self.look_at_clock(&mut inner);
+                let waited = inner.now.saturating_sub(since);
+                inner.patience(single).waited(waited);
+                since = inner.now;
+            }
             if inner.batches.get(&batch).is_none_or(|batch| batch.open == 0) {
                 return Ok(());
             }
-            if inner.watched {
+            if looks && inner.now.saturating_sub(since) < LOOK_FOR {
+                (inner, any) = self.look(inner)?;
+            } else if inner.watched {
+                inner.waiters += 1;
                 inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                inner.waiters -= 1;
+                any = true;
             } else {
                 inner.watched = true;
-                let rested = self.watch(inner);
-                inner = self.lock();
+                let rested = self.rest(inner);
+                let failed;
+                (inner, failed) = match rested {
+                    Ok(inner) => (inner, Ok(())),
+                    Err(error) => (self.lock(), Err(error)),
+                };
                 inner.watched = false;
-                self.changed.notify_all();
-                rested?;
+                self.wake(&inner);
+                failed?;
+                any = true;
             }
         }
     }
 
-    /// Looks for a while, then sleeps, without the lock.
-    fn watch<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<(), NvmeError> {
-        let begun = inner.now;
-        let mut looks = inner.patience.looks;
-        while looks {
-            for _ in 0..LOOKS {
-                drop(inner);
-                std::hint::spin_loop();
-                inner = self.lock();
-                if self.reap(&mut inner)? {
-                    self.look_at_clock(&mut inner);
-                    let waited = inner.now.saturating_sub(begun);
-                    inner.patience.waited(waited);
-                    return Ok(());
-                }
-            }
-            self.look_at_clock(&mut inner);
-            looks = inner.now.saturating_sub(begun) < LOOK_FOR;
+    /// Whoever waits without looking looks whether its batch has ended.
+    fn wake(&self, inner: &Inner) {
+        if inner.waiters > 0 {
+            self.changed.notify_all();
         }
-        let mut inner = self.rest(inner)?;
-        let waited = inner.now.saturating_sub(begun);
-        inner.patience.waited(waited);
-        Ok(())
+    }
+
+    /// Looks for completions for a while. True: there were some.
+    fn look<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<(MutexGuard<'a, Inner>, bool), NvmeError> {
+        for _ in 0..LOOKS {
+            drop(inner);
+            std::hint::spin_loop();
+            inner = self.lock();
+            if self.reap(&mut inner)? {
+                return Ok((inner, true));
+            }
+        }
+        self.look_at_clock(&mut inner);
+        Ok((inner, false))
     }
 
     /// Sleeps until an interrupt, a deadline, or for a while; then looks at the time and, if nothing happened, at CSTS.
