@@ -7,11 +7,12 @@
 //! ```
 //! Between two looks nobody holds the lock. Registers are read only while setting up and when nothing has happened for a while.
 
+mod wait;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::EventFd;
 use uhmm_pci::{Bar, DmaMapping, InterruptKind, PciDevice, PciError};
@@ -23,24 +24,14 @@ use crate::machine::{Action, Config, Event, Identity, Machine, Phase, Report, Re
 use crate::protocol::command::COMMAND_BYTES;
 use crate::protocol::completion::COMPLETION_BYTES;
 use crate::protocol::identify::IDENTIFY_BYTES;
-use crate::protocol::registers::{CAP, CC, CC_DISABLED, CSTS, GONE};
+use crate::protocol::registers::{CAP, CC, CC_DISABLED, GONE};
 use crate::protocol::{Capabilities, Completion, ControllerStatus, QueueId};
 use crate::queue::ENTRIES_MAX;
-use crate::start::{Prepared, STATUS_PAUSE, check, prepare, stop};
+use crate::shell::wait::Patience;
+use crate::start::{Prepared, check, prepare, stop};
 
 /// Vault name of the memory that controller and driver share.
 pub const DMA_NAME: &str = "driver/nvme-dma";
-/// Looking costs a core, sleeping costs an interrupt. Where requests take less than this on average, whoever waits looks for so long
-/// before it sleeps; on slower devices it sleeps at once.
-const LOOK_FOR: Duration = Duration::from_micros(250);
-/// Sleep while something is in flight that raises no interrupt.
-const NAP: Duration = Duration::from_micros(200);
-/// On slower devices it still looks once in so many batches: they may have become fast.
-const LOOK_EVERY: u32 = 32;
-/// Looks between two looks at the clock, which may be a device too.
-const LOOKS: u32 = 16;
-/// Longest sleep: CSTS is read after it.
-const SLEEP_MAX: Duration = Duration::from_millis(100);
 /// The controller is told of so many commands at the latest, and begins while the next ones are written.
 const RING_EVERY: usize = 8;
 /// Ids of one batch.
@@ -95,6 +86,8 @@ pub struct Counters {
 struct Batch {
     /// Of one command.
     single: bool,
+    /// Somebody looks for its completions.
+    looks: bool,
     open: usize,
     error: Option<RequestError>,
 }
@@ -126,30 +119,12 @@ struct Inner {
 }
 
 impl Inner {
+    fn has_open(&self, batch: u64) -> bool {
+        self.batches.get(&batch).is_some_and(|batch| batch.open > 0)
+    }
+
     fn patience(&mut self, single: bool) -> &mut Patience {
         &mut self.patience[usize::from(single)]
-    }
-}
-
-/// How long requests take.
-#[derive(Clone, Copy, Debug, Default)]
-struct Patience {
-    average: Duration,
-    batches: u32,
-    /// Whether looking pays now.
-    looks: bool,
-}
-
-impl Patience {
-    fn next_batch(&mut self) -> bool {
-        self.batches = self.batches.wrapping_add(1);
-        self.looks = self.average < LOOK_FOR || self.batches.is_multiple_of(LOOK_EVERY);
-        self.looks
-    }
-
-    /// One hiccup says little: longer than this is as long as this.
-    fn waited(&mut self, time: Duration) {
-        self.average = (self.average * 7 + time.min(4 * LOOK_FOR)) / 8;
     }
 }
 
@@ -350,8 +325,8 @@ impl Controller {
         inner.next_batch += 1;
         let requests = requests.into_iter();
         let single = requests.size_hint().1 == Some(1);
-        inner.batches.insert(batch, Batch { single, open: 0, error: None });
         let looking = inner.patience(single).next_batch();
+        inner.batches.insert(batch, Batch { single, looks: looking, open: 0, error: None });
         let mut submitted = shared.step(&mut inner, Event::Pace { looking });
         for (index, request) in requests.enumerate() {
             if let Some(entry) = inner.batches.get_mut(&batch) {
@@ -530,116 +505,5 @@ impl Shared {
         }
         self.ring(inner)?;
         Ok(any)
-    }
-
-    /// Returns when the batch has ended. Any number of threads look; one of those that sleep sleeps for all.
-    fn wait<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: u64) -> Result<(), NvmeError> {
-        self.look_at_clock(&mut inner);
-        let mut since = inner.now;
-        let Some(single) = inner.batches.get(&batch).map(|batch| batch.single) else { return Ok(()) };
-        let looks = inner.patience(single).looks;
-        let mut any = self.reap(&mut inner)?;
-        loop {
-            if any {
-                self.look_at_clock(&mut inner);
-                let waited = inner.now.saturating_sub(since);
-                inner.patience(single).waited(waited);
-                since = inner.now;
-            }
-            if inner.batches.get(&batch).is_none_or(|batch| batch.open == 0) {
-                return Ok(());
-            }
-            if looks && inner.now.saturating_sub(since) < LOOK_FOR {
-                (inner, any) = self.look(inner)?;
-            } else if inner.watched {
-                inner.waiters += 1;
-                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-                inner.waiters -= 1;
-                any = true;
-            } else {
-                inner.watched = true;
-                let rested = self.rest(inner);
-                let failed;
-                (inner, failed) = match rested {
-                    Ok(inner) => (inner, Ok(())),
-                    Err(error) => (self.lock(), Err(error)),
-                };
-                inner.watched = false;
-                self.wake(&inner);
-                failed?;
-                any = true;
-            }
-        }
-    }
-
-    /// Whoever waits without looking looks whether its batch has ended.
-    fn wake(&self, inner: &Inner) {
-        if inner.waiters > 0 {
-            self.changed.notify_all();
-        }
-    }
-
-    /// Looks for completions for a while. True: there were some.
-    fn look<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<(MutexGuard<'a, Inner>, bool), NvmeError> {
-        for _ in 0..LOOKS {
-            drop(inner);
-            std::hint::spin_loop();
-            inner = self.lock();
-            if self.reap(&mut inner)? {
-                return Ok((inner, true));
-            }
-        }
-        self.look_at_clock(&mut inner);
-        Ok((inner, false))
-    }
-
-    /// Sleeps until an interrupt, a deadline, or for a while; then looks at the time and, if nothing happened, at CSTS.
-    fn rest<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<MutexGuard<'a, Inner>, NvmeError> {
-        self.look_at_clock(&mut inner);
-        let now = inner.now;
-        let changing = matches!(inner.machine.phase(), Phase::Disabling(_) | Phase::Enabling);
-        let longest = if changing { STATUS_PAUSE } else { SLEEP_MAX };
-        let until = inner.machine.next_deadline().map_or(longest, |until| until.saturating_sub(now));
-        let sleep = if inner.machine.needs_looking() { NAP } else { until.clamp(STATUS_PAUSE, longest) };
-        inner.counters.sleeps += 1;
-        drop(inner);
-        let woken = self.sleep(sleep)?;
-        let mut inner = self.lock();
-        self.look_at_clock(&mut inner);
-        let any = self.reap(&mut inner)?;
-        if any {
-            inner.status_at = inner.now;
-        } else if changing || (!woken && inner.now.saturating_sub(inner.status_at) >= SLEEP_MAX / 2) {
-            inner.status_at = inner.now;
-            let status = ControllerStatus(self.read_status()?);
-            self.step(&mut inner, Event::Status(status))?;
-        }
-        self.step(&mut inner, Event::Tick)?;
-        self.ring(&mut inner)?;
-        Ok(inner)
-    }
-
-    /// A device that is unplugged may answer with an error instead of ones.
-    fn read_status(&self) -> Result<u32, NvmeError> {
-        match self.bar.load_u32(CSTS) {
-            Err(PciError::Gone { .. }) => Ok(GONE),
-            other => Ok(other?),
-        }
-    }
-
-    /// True: an interrupt came.
-    fn sleep(&self, longest: Duration) -> Result<bool, NvmeError> {
-        let mut fds: Vec<PollFd<'_>> = self.events.iter().map(|event| PollFd::new(event, PollFlags::IN)).collect();
-        let limit =
-            rustix::event::Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: i64::from(longest.subsec_nanos()) };
-        let woken = match poll(&mut fds, Some(&limit)) {
-            Ok(count) => count > 0,
-            Err(rustix::io::Errno::INTR) => true,
-            Err(error) => return Err(error.into()),
-        };
-        for event in &self.events {
-            event.drain()?;
-        }
-        Ok(woken)
     }
 }
