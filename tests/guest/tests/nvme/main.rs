@@ -1,5 +1,6 @@
 //! The NVMe driver against QEMU's controller, behind VFIO, as an ordinary user.
 
+mod floors;
 mod raw;
 mod speed;
 

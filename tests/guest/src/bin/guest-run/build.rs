@@ -40,7 +40,8 @@ pub fn suites(wanted: &[String]) -> Result<Programs> {
 fn cargo(what: &[&str], programs: &mut Programs) -> Result<()> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(what)
-        .args(["--locked", "-q", "--target", TARGET, "--message-format=json-render-diagnostics"])
+        // What is deployed: suite `nvme` compares speeds, and an emulated processor is slow enough.
+        .args(["--release", "--locked", "-q", "--target", TARGET, "--message-format=json-render-diagnostics"])
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
         .stderr(Stdio::inherit())
         .output()
