@@ -84,7 +84,9 @@ pub fn bind(address: PciAddress, group: &str, node: &Path, device: File, iommu: 
     ioas.bind(device.as_fd()).map_err(|error| refused(address, group, node, error))?;
     ioas.attach(device.as_fd()).map_err(|error| {
         let problem =
-            "its IOMMU did not accept the address space; as root: modprobe vfio-pci again, and see `dmesg`".to_owned();
+            "its IOMMU did not accept the address space; see `dmesg`. An account without /dev/iommu goes by the \
+                       device's group instead"
+                .to_owned();
         PciError::Open { device: address.to_string(), problem, source: Some(error.into()) }
     })?;
     Ok((Space::iommufd(ioas)?, device))

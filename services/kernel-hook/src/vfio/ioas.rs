@@ -7,8 +7,10 @@
 //! * It is a number in an iommufd, so an adopter needs descriptor and number.
 //! * Pinned pages count against RLIMIT_MEMLOCK **of the user**, over all its processes. They stay counted when the process that
 //!   mapped them dies, until somebody unmaps them; there is nothing that an adopter could or must move to itself.
+//! * Memory only: registers of another device (peer to peer), which type 1 maps, are refused with EFAULT.
 //! * No call tells what is mapped. Copying a mapping into an address space that no device uses costs neither pins nor IOMMU
-//!   entries, and fails where nothing is mapped: that is how this module looks.
+//!   entries, and fails where nothing is mapped: that is how this module looks. Who dies meanwhile leaves an address space behind
+//!   that pins nothing and goes with the iommufd.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, mount};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use uhmm_guest::records::{Record, TestRecord};
 use uhmm_guest::wait::wait_or_kill;
@@ -22,6 +23,8 @@ const IOMMUFD: &str = "iommufd";
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 /// Vendor and device: edu, ivshmem, nvme. All are given to the suites.
 const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
+/// How many devices the guest has, each with a driver.
+const DRIVERS: u64 = 5;
 /// Who runs the suites.
 const USER: u32 = 1000;
 const TEST_LIMIT: Duration = Duration::from_secs(300);
@@ -70,6 +73,7 @@ fn prepare() -> Result<()> {
     }
     if iommufd() {
         give(Path::new("/dev/iommu"))?;
+        raise_locked_memory().context("Raise RLIMIT_MEMLOCK")?;
     }
     give_devices()?;
     // Suites take devices away, as an operator may.
@@ -80,6 +84,13 @@ fn load(name: &str) -> Result<()> {
     let (plain, compressed) = (format!("/modules/{name}.ko"), format!("/modules/{name}.ko.xz"));
     let (path, flags) = if Path::new(&plain).exists() { (plain, 0) } else { (compressed, MODULE_INIT_COMPRESSED_FILE) };
     Ok(finit_module(&File::open(path)?, c"", flags)?)
+}
+
+/// iommufd counts locked memory for the user: all drivers of the guest share what each has for itself without.
+fn raise_locked_memory() -> Result<()> {
+    let each = getrlimit(Resource::Memlock).current.context("There is no limit to raise")?;
+    let all = Some(each * DRIVERS);
+    Ok(setrlimit(Resource::Memlock, Rlimit { current: all, maximum: all })?)
 }
 
 fn give(node: &Path) -> Result<()> {

@@ -37,9 +37,14 @@ const BUILT: [&str; 5] = [
     "drivers/vfio/pci/vfio-pci.ko",
 ];
 
+/// The modules for this kernel were built by an earlier run, or the archive still has what they are built from.
+pub fn can_have_modules(out: &Path, kernel: &Kernel) -> bool {
+    ready(out, kernel).exists() || describe(kernel).is_ok()
+}
+
 /// All modules for the guest: those of an earlier run for this kernel, or new ones; and Debian's where they are not replaced.
 pub fn modules(out: &Path, kernel: &Kernel) -> Result<Vec<PathBuf>> {
-    let ready = out.join(format!("modules-{}", kernel.release));
+    let ready = ready(out, kernel);
     if !ready.exists() {
         let started = Instant::now();
         let work = out.join("modules.new");
@@ -58,6 +63,20 @@ pub fn modules(out: &Path, kernel: &Kernel) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
+fn ready(out: &Path, kernel: &Kernel) -> PathBuf {
+    out.join(format!("modules-{}", kernel.release))
+}
+
+/// What apt knows about the headers of this kernel.
+fn describe(kernel: &Kernel) -> Result<String> {
+    let show = || run(Command::new("apt-cache").args(["show", "--no-all-versions", &headers_of(kernel)]));
+    show().or_else(|_| update().and_then(|()| show()))
+}
+
+fn headers_of(kernel: &Kernel) -> String {
+    format!("linux-headers-{}", kernel.release)
+}
+
 fn name_of(module: &str) -> &str {
     module.rsplit('/').next().unwrap_or(module)
 }
@@ -69,11 +88,8 @@ fn is_replaced(debians: &Path) -> bool {
 
 /// Headers and source; answers where the headers' makefile is.
 fn prepare(work: &Path, kernel: &Kernel) -> Result<PathBuf> {
-    let headers = format!("linux-headers-{}", kernel.release);
-    let describe = || run(Command::new("apt-cache").args(["show", "--no-all-versions", &headers]));
-    let text = describe().or_else(|_| update().and_then(|()| describe())).with_context(|| {
-        format!("The archive has no headers of this kernel any more: delete TARGET/guest/kernel and run again, which fetches today's kernel ({headers})")
-    })?;
+    let headers = headers_of(kernel);
+    let text = describe(kernel).context("The archive has no headers of the guest's kernel")?;
     let (version, needed) = needs(&text)?;
     for package in needed.iter().map(String::as_str).chain([headers.as_str(), SOURCE_PACKAGE]) {
         unpack(&format!("{package}={version}"), work)?;

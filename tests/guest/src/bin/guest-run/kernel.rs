@@ -42,6 +42,12 @@ pub fn fetch(out: &Path) -> Result<Kernel> {
     find(&tree).with_context(|| format!("{} is not as expected: delete it and run again", tree.display()))
 }
 
+/// A new one in any case.
+pub fn fetch_again(out: &Path) -> Result<Kernel> {
+    fs::remove_dir_all(out.join("kernel"))?;
+    fetch(out)
+}
+
 fn download(fresh: &Path) -> Result<()> {
     let package = package().or_else(|_| {
         update()?;
