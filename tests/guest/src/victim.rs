@@ -6,3 +6,7 @@ pub const KEPT_IOVA: u64 = 0x10_0000;
 pub const STALE_IOVA: u64 = 0x20_0000;
 /// What it leaves in the device's scratch register: a reset would clear it.
 pub const SCRATCH: u32 = 0xfeed;
+/// Names under which it sends the descriptors of the two, beside those of the device.
+pub const QUEUE: &str = "queue";
+/// See [`QUEUE`].
+pub const STALE: &str = "stale";

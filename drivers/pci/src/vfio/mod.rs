@@ -1,30 +1,39 @@
-//! A real device through the kernel's VFIO, as an ordinary user who may open `/dev/vfio/GROUP`.
+//! A real device through the kernel's VFIO, as an ordinary user who may open the device's file and `/dev/iommu`, or else its group.
 //!
 //! ```text
-//!   /dev/vfio/GROUP, /dev/vfio/vfio --open.rs (vfio-ioctls)--> container + device descriptors --+
-//!   vault: driver/pci-container, driver/pci-device  (an earlier incarnation opened them) -------+--> VfioBackend: the hook's ioctls
+//!   cdev.rs   /dev/iommu, /dev/vfio/devices/vfioN --the hook's ioctls--> address space + device --+
+//!   open.rs   /dev/vfio/GROUP, /dev/vfio/vfio  --(vfio-ioctls)-->          container + device  --+
+//!   vault: driver/pci-* (an earlier incarnation opened them; space.rs)  -------------------------+--> VfioBackend: the hook's ioctls
 //! ```
+//! iommufd is taken where both files are there and this account may open them, group and container otherwise; one line of the
+//! log says which. `space.rs` is the one interface over both; regions, interrupts and reset are the same anyway.
+//!
 //! **Adoption.** As long as anybody has the device's descriptor, the kernel does not reset the device, keeps it a bus master and keeps
 //! every DMA mapping with its pages pinned, also those of a process that was killed: what was in flight ends in memory that
 //! the vault keeps. The next incarnation
 //!
-//! 1. takes over the mappings that the device may still be using ([`PciBackend::dma_adopt`]): the kernel's "update the virtual
-//!    address" moves owner and RLIMIT_MEMLOCK count to the new process while the IOMMU's entries stay as they are;
-//! 2. unmaps everything else by address: the kernel lets anybody with the container unmap what a dead process mapped;
+//! 1. takes over the mappings that the device may still be using ([`PciBackend::dma_adopt`]), while the IOMMU's entries stay as
+//!    they are. Type 1: the kernel's "update the virtual address" moves owner and RLIMIT_MEMLOCK count to the new process.
+//!    iommufd: a mapping has no process that would have to live; its pages count for the user who made it, dead or alive,
+//!    until it goes, so it is enough to see that the mapping is there (moving it to another process, IOMMU_IOAS_CHANGE_PROCESS,
+//!    would need Linux 6.13 and mappings made by file);
+//! 2. unmaps everything else by address: the kernel lets anybody with the descriptor unmap what a dead process mapped;
 //! 3. routes new eventfds. Interrupts that came meanwhile are lost, so [`crate::PciDevice::interrupts`] signals each once.
 //!
-//! **Two descriptors are enough**: the device's holds its group, the group holds the container. A second process that opens the
-//! group gets EBUSY until the last descriptor of the device is closed; then the kernel resets the device where it can.
+//! **Address space and device are enough**: the device holds group or iommufd. A second process that opens the device
+//! is refused until the last descriptor of the device is closed; then the kernel resets the device where it can.
 
+mod cdev;
 mod open;
+mod space;
 
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use uhmm_ipc::message::Fd;
-use uhmm_kernel_hook::vfio::{Container, Irq, Region, VfioDevice};
-use uhmm_kernel_hook::{EventFd, HookError};
+use uhmm_kernel_hook::EventFd;
+use uhmm_kernel_hook::vfio::{Irq, Region, VfioDevice};
 
 use crate::backend::{InterruptKind, PciBackend, RegionIndex, RegionInfo};
 use crate::dma::{DmaMemory, DmaRight};
@@ -32,16 +41,15 @@ use crate::error::PciError;
 use crate::iova::IovaRange;
 use crate::path::PciAddress;
 
-/// Vault name. Kept before the device: with the device alone nothing could be mapped.
-const KEPT_CONTAINER: &str = "driver/pci-container";
-const KEPT_DEVICE: &str = "driver/pci-device";
+use self::space::Space;
+
 const BAR_COUNT: u8 = 6;
 
 /// See the module head.
 #[derive(Debug)]
 pub struct VfioBackend {
     address: PciAddress,
-    container: Container,
+    space: Space,
     device: VfioDevice,
     adopted: bool,
     /// BARs 0 to 5 and config space.
@@ -57,18 +65,25 @@ impl VfioBackend {
     /// # Errors
     /// `Open` says what to do; `File` for sysfs.
     pub fn open(address: PciAddress, kept: &[(String, Fd)]) -> Result<Self, PciError> {
-        let find = |wanted| kept.iter().find(|(name, _)| name == wanted).map(|(_, fd)| Arc::clone(fd));
-        match (find(KEPT_CONTAINER), find(KEPT_DEVICE)) {
-            (Some(container), Some(device)) => Self::with(address, container, device, None),
-            // An incarnation died while it handed them over: it had not used the device yet.
-            _ => {
-                let (opened, container, device) = open::open(address)?;
-                Self::with(address, container, device, Some(opened))
+        match Space::adopt(kept)? {
+            Some((space, device)) => {
+                tracing::info!(device = %address, space = space.name(), "Taken over from the vault");
+                Self::with(address, space, device, true, None)
+            }
+            None => {
+                let open::Fresh { space, device, opened } = open::open(address)?;
+                Self::with(address, space, device, false, opened)
             }
         }
     }
 
-    fn with(address: PciAddress, container: Fd, device: Fd, opened: Option<open::Opened>) -> Result<Self, PciError> {
+    fn with(
+        address: PciAddress,
+        space: Space,
+        device: Fd,
+        adopted: bool,
+        opened: Option<open::Opened>,
+    ) -> Result<Self, PciError> {
         let unusable = |source: io::Error| PciError::Open {
             device: address.to_string(),
             problem:
@@ -76,7 +91,6 @@ impl VfioBackend {
                     .to_owned(),
             source: Some(source.into()),
         };
-        let container = Container::new(container);
         let device = VfioDevice::new(device).map_err(unusable)?;
         let mut regions = Vec::new();
         for index in (0..BAR_COUNT).map(RegionIndex::Bar).chain([RegionIndex::Config]) {
@@ -85,8 +99,8 @@ impl VfioBackend {
                 regions.push((index, region));
             }
         }
-        let iova_ranges = usable(container.iova_ranges().map_err(unusable)?);
-        Ok(Self { address, container, device, adopted: opened.is_none(), regions, iova_ranges, _opened: opened })
+        let iova_ranges = usable(space.iova_ranges().map_err(unusable)?);
+        Ok(Self { address, space, device, adopted, regions, iova_ranges, _opened: opened })
     }
 
     fn find(&self, index: RegionIndex, offset: u64, len: usize) -> Result<&Region, PciError> {
@@ -114,26 +128,6 @@ fn irq(kind: InterruptKind) -> Irq {
         InterruptKind::Error => Irq::Error,
         InterruptKind::Request => Irq::Request,
     }
-}
-
-fn map_error(iova: u64, memory: &DmaMemory, error: HookError) -> PciError {
-    let hint = match error.errno().map(rustix::io::Errno::from_raw_os_error) {
-        Some(rustix::io::Errno::NOMEM) => {
-            "it would lock more memory than RLIMIT_MEMLOCK allows; raise it (ulimit -l, LimitMEMLOCK= of the service) or map less"
-        }
-        Some(rustix::io::Errno::EXIST) => {
-            "something is mapped there already; an adopted device needs finish_adoption first"
-        }
-        Some(rustix::io::Errno::INVAL) => {
-            "the platform reserves these addresses, or they are beyond what its IOMMU has"
-        }
-        Some(rustix::io::Errno::NOENT) => "nothing is mapped there that could be taken over",
-        Some(rustix::io::Errno::NOSPC) => {
-            "too many mappings; raise dma_entry_limit of module vfio_iommu_type1, or map larger pieces"
-        }
-        _ => "its pages could not be pinned",
-    };
-    PciError::Map { iova, len: memory.len_bytes(), hint, source: io::Error::other(error) }
 }
 
 impl PciBackend for VfioBackend {
@@ -168,21 +162,15 @@ impl PciBackend for VfioBackend {
     }
 
     fn dma_map(&self, iova: u64, memory: &DmaMemory, right: DmaRight) -> Result<(), PciError> {
-        let mapped = self.container.map(iova, &memory.window, right == DmaRight::ReadWrite);
-        mapped.map_err(|error| map_error(iova, memory, error))
+        self.space.map(iova, memory, right)
     }
 
     fn dma_adopt(&self, iova: u64, memory: &DmaMemory, _right: DmaRight) -> Result<(), PciError> {
-        self.container.adopt_map(iova, &memory.window).map_err(|error| map_error(iova, memory, error))
+        self.space.adopt_map(iova, memory)
     }
 
     fn dma_unmap(&self, iova: u64, len_bytes: u64) -> Result<(), PciError> {
-        self.container.unmap(iova, len_bytes).map(drop).map_err(|source| PciError::Map {
-            iova,
-            len: len_bytes,
-            hint: "the mapping could not be removed, the device may still reach it",
-            source,
-        })
+        self.space.unmap(iova, len_bytes)
     }
 
     fn dma_unmap_stale(&self, unused: &[IovaRange]) -> Result<(), PciError> {
@@ -212,8 +200,7 @@ impl PciBackend for VfioBackend {
     }
 
     fn kept(&self) -> Vec<(String, Fd)> {
-        let kept = [(KEPT_CONTAINER, self.container.fd()), (KEPT_DEVICE, self.device.fd())];
-        kept.into_iter().map(|(name, fd)| (name.to_owned(), Arc::clone(fd))).collect()
+        self.space.kept(self.device.fd())
     }
 }
 

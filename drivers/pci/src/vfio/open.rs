@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use uhmm_ipc::message::Fd;
-use uhmm_kernel_hook::vfio::duplicate;
+use uhmm_kernel_hook::vfio::{Container, duplicate};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError};
 
+use super::cdev::{self, Way, WhyNot};
+use super::space::Space;
 use crate::error::PciError;
 use crate::path::PciAddress;
 
@@ -20,15 +22,39 @@ impl std::fmt::Debug for Opened {
     }
 }
 
-/// Group, container with its IOMMU, device; answers container and device as descriptors of our own.
-pub fn open(address: PciAddress) -> Result<(Opened, Fd, Fd), PciError> {
+/// A device that nobody had.
+pub struct Fresh {
+    pub space: Space,
+    pub device: Fd,
+    /// To be dropped last.
+    pub opened: Option<Opened>,
+}
+
+/// By iommufd where this machine and account offer it, by group and container otherwise.
+pub fn open(address: PciAddress) -> Result<Fresh, PciError> {
     let sysfs = PathBuf::from(format!("/sys/bus/pci/devices/{address}"));
     let group = check(address, &sysfs)?;
-    let failed = |error: VfioError| refused(address, &group, error);
+    match Way::choose(&sysfs, Path::new("/dev")) {
+        Way::Iommufd { node, device, iommu } => {
+            let (space, device) = cdev::bind(address, &group, &node, device, iommu)?;
+            tracing::info!(device = %address, node = %node.display(), "Opened by its device file and iommufd");
+            Ok(Fresh { space, device, opened: None })
+        }
+        Way::Group(WhyNot { why, remedy }) => {
+            let fresh = open_group(address, &sysfs, &group, remedy.as_deref())?;
+            tracing::info!(device = %address, group, why, "Opened by its group and a type 1 container");
+            Ok(fresh)
+        }
+    }
+}
+
+/// Group, container with its IOMMU, device; container and device as descriptors of our own.
+fn open_group(address: PciAddress, sysfs: &Path, group: &str, remedy: Option<&str>) -> Result<Fresh, PciError> {
+    let failed = |error: VfioError| refused(address, group, remedy, error);
     let container = Arc::new(VfioContainer::new(None).map_err(failed)?);
-    let device = VfioDevice::new(&sysfs, container.clone(), false).map_err(failed)?;
-    let fds = (Arc::new(duplicate(&*container)?), Arc::new(duplicate(&device)?));
-    Ok((Opened(device), fds.0, fds.1))
+    let device = VfioDevice::new(sysfs, container.clone(), false).map_err(failed)?;
+    let space = Space::Type1(Container::new(Arc::new(duplicate(&*container)?)));
+    Ok(Fresh { space, device: Arc::new(duplicate(&device)?), opened: Some(Opened(device)) })
 }
 
 /// What sysfs says before anything is opened; answers the group's number.
@@ -67,14 +93,15 @@ fn how_to_bind(address: PciAddress, driver: Option<&str>) -> String {
     )
 }
 
-fn refused(address: PciAddress, group: &str, error: VfioError) -> PciError {
+fn refused(address: PciAddress, group: &str, remedy: Option<&str>, error: VfioError) -> PciError {
     let node = format!("/dev/vfio/{group}");
     let problem = match &error {
         VfioError::OpenGroup(reason, _) | VfioError::OpenContainer(reason) => {
             let node = if matches!(error, VfioError::OpenContainer(_)) { "/dev/vfio/vfio".to_owned() } else { node };
             match reason.kind() {
                 io::ErrorKind::PermissionDenied => {
-                    format!("this account may not open {node}; as root: chown THIS_USER {node} (lasting: a udev rule)")
+                    let iommufd = remedy.map_or(String::new(), |command| format!("; or, to go by iommufd: {command}"));
+                    format!("this account may not open {node}; as root: chown THIS_USER {node} (lasting: a udev rule){iommufd}")
                 }
                 io::ErrorKind::ResourceBusy => {
                     format!("another process has {node} open; only one may (`fuser -v {node}` names it)")
@@ -107,11 +134,16 @@ mod tests {
     #[test]
     fn every_refusal_says_what_to_do() -> Result<(), PciError> {
         let address: PciAddress = "0000:00:05.0".parse()?;
-        let open = |kind: io::ErrorKind| text(refused(address, "7", VfioError::OpenGroup(kind.into(), "7".into())));
+        let open = |kind: io::ErrorKind| {
+            text(refused(address, "7", Some("chown A B"), VfioError::OpenGroup(kind.into(), "7".into())))
+        };
         assert!(open(io::ErrorKind::PermissionDenied).contains("chown THIS_USER /dev/vfio/7"));
+        assert!(open(io::ErrorKind::PermissionDenied).contains("to go by iommufd: chown A B"));
         assert!(open(io::ErrorKind::ResourceBusy).contains("another process has /dev/vfio/7 open"));
         assert!(open(io::ErrorKind::NotFound).contains("modprobe vfio-pci"));
-        assert!(text(refused(address, "7", VfioError::GroupViable)).contains("/sys/kernel/iommu_groups/7/devices"));
+        assert!(
+            text(refused(address, "7", None, VfioError::GroupViable)).contains("/sys/kernel/iommu_groups/7/devices")
+        );
         let bind = how_to_bind(address, Some("nvme"));
         assert!(
             bind.contains("driver nvme") && bind.contains("echo 0000:00:05.0 > /sys/bus/pci/drivers_probe"),

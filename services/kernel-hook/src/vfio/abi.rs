@@ -18,12 +18,12 @@ pub(super) unsafe trait Sized32: Sized {
 #[derive(Clone, Copy)]
 pub(super) struct VfioCall<T> {
     pub(super) name: &'static str,
-    number: libc::c_ulong,
+    pub(super) number: libc::c_ulong,
     argument: std::marker::PhantomData<T>,
 }
 
 impl<T: Sized32> VfioCall<T> {
-    const fn new(name: &'static str, nr: libc::c_ulong) -> Self {
+    pub(super) const fn new(name: &'static str, nr: libc::c_ulong) -> Self {
         Self { name, number: BASE + nr, argument: std::marker::PhantomData }
     }
 
@@ -181,6 +181,7 @@ macro_rules! sized {
         }
     )* };
 }
+pub(super) use sized;
 
 sized! {
     DeviceInfo, 24, argsz;

@@ -1,9 +1,11 @@
-//! VFIO's ioctls on the two descriptors that a driver holds: the container (an IOMMU address space) and the device.
+//! VFIO's ioctls on the descriptors that a driver holds: an IOMMU address space and the device.
 //!
 //! ```text
-//!   container: map, unmap, adopt_map, unmap_within, iova_ranges      device: region, read, write, irq_count, set_irqs, reset
+//!   Container (type 1)    \
+//!                          map, unmap, adopt_map, iova_ranges      device: region, read, write, irq_count, set_irqs, reset
+//!   Ioas (iommufd)        /
 //! ```
-//! Both work the same on descriptors that were just opened and on such that another process opened and died with.
+//! All of it works the same on descriptors that were just opened and on such that another process opened and died with.
 //!
 //! Safe although a device writes to memory: a mapping pins the *pages*, not the addresses, and comes from a [`crate::MappedBytes`], whose
 //! contract is that others may write to its bytes at any time. When the window is unmapped, its pages stay pinned until the
@@ -12,6 +14,8 @@
 mod abi;
 mod container;
 mod device;
+mod ioas;
+mod iommufd_abi;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -20,6 +24,7 @@ use crate::error::HookError;
 
 pub use container::Container;
 pub use device::{Irq, Region, VfioDevice};
+pub use ioas::Ioas;
 
 /// A descriptor of one's own for what another crate has opened.
 ///

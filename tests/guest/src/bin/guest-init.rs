@@ -10,16 +10,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, mount};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use uhmm_guest::records::{Record, TestRecord};
 use uhmm_guest::wait::wait_or_kill;
 
 /// In this order: each needs those before it.
 const MODULES: [&str; 5] = ["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci"];
-/// `finit_module` flag: the kernel decompresses the file itself.
+/// Comes before all others where the guest was started with it.
+const IOMMUFD: &str = "iommufd";
+/// `finit_module` flag: the kernel decompresses the file itself (Debian's modules are, those that were built here are not).
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 /// Vendor and device: edu, ivshmem, nvme. All are given to the suites.
 const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
+/// How many devices the guest has, each with a driver.
+const DRIVERS: u64 = 5;
 /// Who runs the suites.
 const USER: u32 = 1000;
 const TEST_LIMIT: Duration = Duration::from_secs(300);
@@ -62,16 +67,37 @@ fn say(results: &mut File, record: &mut Record) -> Result<()> {
 
 /// Modules, devices bound to vfio-pci, their groups given to the user.
 fn prepare() -> Result<()> {
-    for name in MODULES {
-        let file = File::open(format!("/modules/{name}.ko.xz")).with_context(|| format!("Open module {name}"))?;
-        finit_module(&file, c"", MODULE_INIT_COMPRESSED_FILE).with_context(|| format!("Load module {name}"))?;
+    let first = iommufd().then_some(IOMMUFD);
+    for name in first.into_iter().chain(MODULES) {
+        load(name).with_context(|| format!("Load module {name}"))?;
+    }
+    if iommufd() {
+        give(Path::new("/dev/iommu"))?;
+        raise_locked_memory().context("Raise RLIMIT_MEMLOCK")?;
     }
     give_devices()?;
     // Suites take devices away, as an operator may.
     Ok(fs::set_permissions("/sys/bus/pci/drivers/vfio-pci/unbind", fs::Permissions::from_mode(0o222))?)
 }
 
-/// Binds every device that no suite has bound to vfio-pci any more, and gives its group to the user.
+fn load(name: &str) -> Result<()> {
+    let (plain, compressed) = (format!("/modules/{name}.ko"), format!("/modules/{name}.ko.xz"));
+    let (path, flags) = if Path::new(&plain).exists() { (plain, 0) } else { (compressed, MODULE_INIT_COMPRESSED_FILE) };
+    Ok(finit_module(&File::open(path)?, c"", flags)?)
+}
+
+/// iommufd counts locked memory for the user: all drivers of the guest share what each has for itself without.
+fn raise_locked_memory() -> Result<()> {
+    let each = getrlimit(Resource::Memlock).current.context("There is no limit to raise")?;
+    let all = Some(each * DRIVERS);
+    Ok(setrlimit(Resource::Memlock, Rlimit { current: all, maximum: all })?)
+}
+
+fn give(node: &Path) -> Result<()> {
+    chown(node, Some(USER), Some(USER)).with_context(|| format!("Give {} to the user", node.display()))
+}
+
+/// Binds every device that no suite has bound to vfio-pci any more, and gives its group, and its own file if there is one, to the user.
 fn give_devices() -> Result<()> {
     for device in fs::read_dir("/sys/bus/pci/devices")? {
         let device = device?;
@@ -94,8 +120,13 @@ fn give_devices() -> Result<()> {
         let group = fs::read_link(device.path().join("iommu_group")).with_context(|| {
             format!("{address} has no IOMMU group: boot with intel_iommu=on and an intel-iommu device")
         })?;
-        let node = Path::new("/dev/vfio").join(group.file_name().context("A group has a number")?);
-        chown(&node, Some(USER), Some(USER)).with_context(|| format!("Give {} to the user", node.display()))?;
+        give(&Path::new("/dev/vfio").join(group.file_name().context("A group has a number")?))?;
+        if iommufd() {
+            let names = fs::read_dir(device.path().join("vfio-dev")).context("Find the device's file")?;
+            for name in names {
+                give(&Path::new("/dev/vfio/devices").join(name?.file_name()))?;
+            }
+        }
     }
     Ok(())
 }
@@ -128,12 +159,24 @@ fn as_user(program: &Path) -> Command {
     if full() {
         command.env("UHMM_FULL", "1");
     }
+    if iommufd() {
+        command.env("UHMM_IOMMUFD", "1");
+    }
     command
 }
 
 /// `--full`, by way of the kernel's command line.
 fn full() -> bool {
-    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == "uhmm.full"))
+    told("uhmm.full")
+}
+
+/// `--iommufd`, likewise.
+fn iommufd() -> bool {
+    told("uhmm.iommufd")
+}
+
+fn told(wanted: &str) -> bool {
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == wanted))
 }
 
 fn list(suite: &Path) -> Result<Vec<String>> {
@@ -141,8 +184,9 @@ fn list(suite: &Path) -> Result<Vec<String>> {
     ensure!(output.status.success(), "it ended with {}", output.status);
     let text = String::from_utf8(output.stdout)?;
     let tests = text.lines().filter_map(|line| line.strip_suffix(": test"));
-    // Tests that say so in their name take longer than a usual run may.
-    Ok(tests.filter(|test| full() || !test.ends_with("_full")).map(str::to_owned).collect())
+    // Tests that say so in their name take longer than a usual run may, or are about iommufd alone.
+    let runs = |test: &str| (full() || !test.ends_with("_full")) && (iommufd() || !test.ends_with("_iommufd"));
+    Ok(tests.filter(|test| runs(test)).map(str::to_owned).collect())
 }
 
 /// One process a test: what one leaves open cannot hurt the next.

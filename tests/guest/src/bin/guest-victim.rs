@@ -1,15 +1,17 @@
 //! A driver of edu that a suite kills while its device writes memory: `guest-victim PCI_ADDRESS BYTE`, a socket as standard input.
 //!
-//! Fills the device's buffer with the byte, starts a DMA of 2 KiB from it to its queue, sends "started" with four descriptors
-//! (container, device, queue, stale page), and waits for its end.
+//! Fills the device's buffer with the byte, starts a DMA of 2 KiB from it to its queue, sends "started" with what the vault
+//! would keep of the device and the descriptors of queue and stale page, and waits for its end.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_driver_edu::hardware::{DMA_LIMIT, Direction, Edu};
-use uhmm_guest::victim::{KEPT_IOVA, SCRATCH, STALE_IOVA};
-use uhmm_kernel_hook::{SendStatus, SeqPacket};
+use uhmm_guest::tier::send;
+use uhmm_guest::victim::{KEPT_IOVA, QUEUE, SCRATCH, STALE, STALE_IOVA};
+use uhmm_kernel_hook::SeqPacket;
 use uhmm_pci::{DmaMemory, DmaRight, PciPath};
 
 fn main() -> Result<()> {
@@ -28,13 +30,10 @@ fn main() -> Result<()> {
     let source = device.map_dma(&source, DmaRight::Read, DMA_LIMIT)?;
     edu.transfer(Direction::FromMemory, source.iova(0), 0, 2048)?;
 
-    let kept = device.kept();
-    let find = |name: &str| kept.iter().find(|(kept, _)| kept == name).map(|(_, fd)| fd.as_fd()).context("It is kept");
-    let fds = [find("driver/pci-container")?, find("driver/pci-device")?, queue.fd.as_fd(), stale.fd.as_fd()];
+    let mut kept = device.kept();
+    kept.extend([(QUEUE.to_owned(), Arc::clone(&queue.fd)), (STALE.to_owned(), Arc::clone(&stale.fd))]);
     edu.start(Direction::ToMemory, KEPT_IOVA, 0, 2048)?;
-    if !matches!(parent.send(b"started", &fds)?, SendStatus::Sent) {
-        bail!("The parent does not listen");
-    }
+    send(&parent, "started", &kept).context("Tell the suite")?;
     poll(&mut [PollFd::new(&std::io::stdin(), PollFlags::IN)], None)?;
     bail!("This process was to be killed")
 }

@@ -3,24 +3,22 @@
 //! ```text
 //!   test (vault)                                   guest-victim (driver)
 //!     |  spawn, a socket is its stdin ----------->   opens edu, maps two pages, starts a DMA to the first
-//!     | <----------- container, device, page fds --  waits to be killed
+//!     | <----------- device's and page fds -------  waits to be killed
 //!     |  kill -9, wait
 //!   adopts in a process of its own mm: takes the first mapping over, the second goes
 //! ```
 
-use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uhmm_driver_edu::hardware::{Direction, Edu};
 use uhmm_ipc::message::Fd;
-use uhmm_kernel_hook::{RecvStatus, SeqPacket};
+use uhmm_kernel_hook::SeqPacket;
 use uhmm_pci::{DmaMapping, DmaMemory, DmaRight, PciDevice, PciError, PciPath};
 
-use uhmm_guest::victim::{KEPT_IOVA, SCRATCH, STALE_IOVA};
+use uhmm_guest::tier::receive;
+use uhmm_guest::victim::{KEPT_IOVA, QUEUE, SCRATCH, STALE, STALE_IOVA};
 
-use crate::common::{EDU, address, all, open};
+use crate::common::{EDU, address, all, fill_buffer, open};
 
 const ROUNDS: u8 = 12;
 
@@ -38,17 +36,15 @@ fn kill_a_driver_during_dma(byte: u8) -> Vault {
         .stdin(Stdio::from(theirs.into_fd()))
         .spawn()
         .unwrap();
-    let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
-    assert_eq!(poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&limit)).unwrap(), 1, "the child says something");
-    let mut fds: Vec<OwnedFd> = Vec::new();
-    let status = socket.recv(&mut [0; 16], &mut fds, 4).unwrap();
-    assert!(matches!(status, RecvStatus::Message { len: 7, .. }), "{status:?}");
+    let (word, mut kept) = receive(&socket).unwrap();
+    assert_eq!(word, "started");
     child.kill().unwrap();
     child.wait().unwrap();
-    let mut fds = fds.into_iter().map(Arc::new);
-    let mut next = || fds.next().unwrap();
-    let kept = vec![("driver/pci-container".to_owned(), next()), ("driver/pci-device".to_owned(), next())];
-    let (queue, stale) = (DmaMemory::adopt(next(), 4096).unwrap(), DmaMemory::adopt(next(), 4096).unwrap());
+    let mut page = |name: &str| {
+        let at = kept.iter().position(|(kept, _)| kept == name).unwrap();
+        DmaMemory::adopt(kept.remove(at).1, 4096).unwrap()
+    };
+    let (queue, stale) = (page(QUEUE), page(STALE));
     Vault { kept, queue, stale }
 }
 
@@ -122,4 +118,59 @@ fn while_the_vault_holds_the_device_nobody_else_gets_it_and_afterwards_everybody
     let fresh = open(EDU);
     assert!(!fresh.is_adopted());
     assert_eq!(Edu::new(&fresh).unwrap().factorial(4).unwrap(), 24);
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run vfio"]
+fn a_part_of_a_mapping_is_not_taken_over_and_its_neighbours_go_alone() {
+    let first = open(EDU);
+    let (kept, base) = (first.kept(), KEPT_IOVA);
+    let double = DmaMemory::create("guest-test", 8192).unwrap();
+    let single = DmaMemory::create("guest-test", 4096).unwrap();
+    for (iova, memory) in [(base, &single), (base + 4096, &double), (base + 3 * 4096, &single)] {
+        std::mem::forget(first.map_dma_at(iova, memory, DmaRight::ReadWrite).unwrap());
+    }
+    // The descriptors of the vault are what counts; as a process that was killed, this one unmaps nothing.
+    let kept: Vec<_> = kept.into_iter().collect();
+    drop(first);
+
+    let device = uhmm_pci::open(&PciPath::Vfio(address(EDU)), &kept).unwrap();
+    for iova in [base + 4096, base + 2 * 4096] {
+        let half = device.adopt_dma(iova, &single, DmaRight::ReadWrite);
+        assert!(matches!(half, Err(PciError::Map { .. })), "half of a mapping");
+    }
+    let over = device.adopt_dma(base + 3 * 4096, &double, DmaRight::ReadWrite);
+    assert!(matches!(over, Err(PciError::Map { .. })), "more than the mapping");
+    let adopted = device.adopt_dma(base + 4096, &double, DmaRight::ReadWrite).unwrap();
+    device.finish_adoption().unwrap();
+    device.allow_dma().unwrap();
+
+    let edu = Edu::new(&device).unwrap();
+    fill_buffer(&device, &edu, 0x99);
+    for page in 0..4 {
+        edu.transfer(Direction::ToMemory, base + page * 4096, 0, 2048).unwrap();
+    }
+    assert!(all(&double, 0..2048, 0x99) && all(&double, 4096..6144, 0x99), "what was taken over is written");
+    assert!(all(&single, 0..4096, 0), "its neighbours on both sides are out of reach");
+    drop(adopted);
+}
+
+/// iommufd counts pinned pages for the user: those of a dead process too, until its mapping goes, and never twice.
+#[test]
+#[ignore = "runs in the guest: tests/guest/run --iommufd vfio"]
+fn what_a_dead_process_has_mapped_counts_for_its_user_until_it_is_unmapped_iommufd() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current.expect("the user has a limit");
+    let vault = kill_a_driver_during_dma(3);
+    let device = uhmm_pci::open(&PciPath::Vfio(address(EDU)), &vault.kept).unwrap();
+    // The dead driver's three pages are all that is missing.
+    let nearly = DmaMemory::create("guest-test", (limit & !4095) - 2 * 4096).unwrap();
+    let fits = |far: u64| device.map_dma_at(far, &nearly, DmaRight::ReadWrite);
+    let error = fits(1 << 32).unwrap_err().to_string();
+    assert!(error.contains("all processes of this user"), "{error}");
+    let queue = device.adopt_dma(KEPT_IOVA, &vault.queue, DmaRight::ReadWrite).unwrap();
+    device.finish_adoption().unwrap();
+    drop(fits(1 << 32).unwrap());
+    drop(queue);
+    let whole = DmaMemory::create("guest-test", limit & !4095).unwrap();
+    device.map_dma_at(1 << 32, &whole, DmaRight::ReadWrite).unwrap();
 }

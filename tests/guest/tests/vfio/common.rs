@@ -31,6 +31,24 @@ pub fn group_node(id: &str) -> String {
     format!("/dev/vfio/{}", group.file_name().unwrap().to_str().unwrap())
 }
 
+/// This guest has iommufd (`tests/guest/run --iommufd`).
+pub fn iommufd() -> bool {
+    std::env::var_os("UHMM_IOMMUFD").is_some()
+}
+
+/// `/dev/vfio/devices/vfioN` of the device.
+pub fn device_node(id: &str) -> String {
+    let entries = fs::read_dir(format!("/sys/bus/pci/devices/{}/vfio-dev", address(id))).unwrap();
+    let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(names.len(), 1);
+    format!("/dev/vfio/devices/{}", names[0])
+}
+
+/// The names under which this device goes to the vault.
+pub fn kept_names(device: &PciDevice) -> Vec<String> {
+    device.kept().into_iter().map(|(name, _)| name).collect()
+}
+
 /// A page for edu, filled with `byte`.
 pub fn page(device: &PciDevice, byte: u8) -> DmaMapping {
     let memory = DmaMemory::create("guest-test", 4096).unwrap();

@@ -8,7 +8,17 @@ use uhmm_driver_edu::hardware::{DMA_LIMIT, Direction, Edu, EduError};
 use uhmm_kernel_hook::vfio::{Irq, VfioDevice};
 use uhmm_pci::{DmaMemory, DmaRight, InterruptKind, IovaRange, PciBackend, PciError, RegionIndex, VfioBackend};
 
-use crate::common::{EDU, IVSHMEM, NVME, address, all, fill_buffer, open, page};
+use crate::common::{EDU, IVSHMEM, NVME, address, all, fill_buffer, iommufd, kept_names, open, page};
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run vfio"]
+fn the_device_is_opened_by_the_interface_that_this_guest_was_started_with() {
+    let names = kept_names(&open(EDU));
+    match iommufd() {
+        true => assert_eq!(names, ["driver/pci-ioas", "driver/pci-iommufd", "driver/pci-cdev"]),
+        false => assert_eq!(names, ["driver/pci-container", "driver/pci-device"]),
+    }
+}
 
 #[test]
 #[ignore = "runs in the guest: tests/guest/run vfio"]
@@ -101,7 +111,7 @@ fn every_vector_of_an_msix_table_can_be_routed_and_the_number_changed() {
 fn the_kernels_request_for_the_device_and_its_errors_arrive() {
     let backend = VfioBackend::open(address(NVME), &[]).unwrap();
     let kept = backend.kept();
-    let (_, fd) = kept.iter().find(|(name, _)| name.ends_with("pci-device")).unwrap();
+    let (_, fd) = kept.iter().find(|(name, _)| name.ends_with("pci-device") || name.ends_with("pci-cdev")).unwrap();
     let raw = VfioDevice::new(fd.clone()).unwrap();
     for (kind, irq) in [(InterruptKind::Request, Irq::Request), (InterruptKind::Error, Irq::Error)] {
         assert_eq!(backend.interrupt_count(kind), 1, "{kind:?}");

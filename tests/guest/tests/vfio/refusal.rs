@@ -1,13 +1,13 @@
 //! What cannot be done says why, and what to do.
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use uhmm_driver_edu::hardware::{DMA_LIMIT, Direction, Edu};
 use uhmm_pci::{DmaMemory, DmaRight, PciDevice, PciError, PciPath};
 
-use crate::common::{EDU, address, all, group_node, open, page};
+use crate::common::{EDU, address, all, device_node, group_node, iommufd, kept_names, open, page};
 
 /// The error and everything below it.
 fn words(error: &dyn Error) -> String {
@@ -30,8 +30,10 @@ fn refused(path: &str) -> String {
 fn a_second_opener_learns_that_the_device_is_taken() {
     let first = open(EDU);
     let text = refused(&address(EDU).to_string());
-    assert!(text.contains("another process has") && text.contains(&group_node(EDU)), "{text}");
-    assert!(text.contains("os error 16"), "EBUSY: {text}");
+    // Who binds a device a second time gets EINVAL, who opens a group a second time EBUSY.
+    let (node, errno) = if iommufd() { (device_node(EDU), 22) } else { (group_node(EDU), 16) };
+    assert!(text.contains("another process has") && text.contains(&node), "{text}");
+    assert!(text.contains(&format!("os error {errno}")), "{text}");
     let edu = Edu::new(&first).unwrap();
     assert_eq!(edu.factorial(5).unwrap(), 120, "the first one is not disturbed");
 }
@@ -40,12 +42,52 @@ fn a_second_opener_learns_that_the_device_is_taken() {
 #[ignore = "runs in the guest: tests/guest/run vfio"]
 fn a_missing_permission_names_the_file_and_the_command() {
     let node = group_node(EDU);
-    let mode = fs::metadata(&node).unwrap().permissions();
-    fs::set_permissions(&node, fs::Permissions::from_mode(0o000)).unwrap();
+    let mut closed = vec![Closed::new(&node)];
+    if iommufd() {
+        closed.push(Closed::new(&device_node(EDU)));
+    }
     let text = refused(&address(EDU).to_string());
-    fs::set_permissions(&node, mode).unwrap();
+    drop(closed);
     assert!(text.contains(&format!("chown THIS_USER {node}")), "{text}");
     assert!(text.contains("Permission denied"), "{text}");
+    if iommufd() {
+        let command = format!("to go by iommufd: chown THIS_USER {} /dev/iommu", device_node(EDU));
+        assert!(text.contains(&command), "{text}");
+    }
+}
+
+/// A file that nobody may open, until this is dropped.
+struct Closed {
+    node: String,
+    mode: Permissions,
+}
+
+impl Closed {
+    fn new(node: &str) -> Self {
+        let mode = fs::metadata(node).unwrap().permissions();
+        fs::set_permissions(node, Permissions::from_mode(0o000)).unwrap();
+        Self { node: node.to_owned(), mode }
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        fs::set_permissions(&self.node, self.mode.clone()).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run --iommufd vfio"]
+fn an_account_that_may_not_open_dev_iommu_goes_by_the_group_and_back_iommufd() {
+    let closed = Closed::new("/dev/iommu");
+    let device = open(EDU);
+    assert_eq!(kept_names(&device), ["driver/pci-container", "driver/pci-device"]);
+    assert_eq!(Edu::new(&device).unwrap().factorial(5).unwrap(), 120);
+    drop(closed);
+    let text = refused(&address(EDU).to_string());
+    assert!(text.contains(&format!("fuser -v {}", group_node(EDU))) && text.contains("os error 16"), "{text}");
+    drop(device);
+    assert!(kept_names(&open(EDU)).contains(&"driver/pci-iommufd".to_owned()));
 }
 
 #[test]

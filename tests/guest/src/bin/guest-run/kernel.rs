@@ -13,7 +13,9 @@ const META_PACKAGE: &str = "linux-image-6.12-cloud-amd64";
 pub struct Kernel {
     /// The boot image.
     pub image: PathBuf,
-    /// Compressed modules, by file name; those that the guest needs.
+    /// What `uname -r` will say.
+    pub release: String,
+    /// Files of the modules that the guest needs.
     pub modules: Vec<PathBuf>,
 }
 
@@ -40,20 +42,30 @@ pub fn fetch(out: &Path) -> Result<Kernel> {
     find(&tree).with_context(|| format!("{} is not as expected: delete it and run again", tree.display()))
 }
 
+/// A new one in any case.
+pub fn fetch_again(out: &Path) -> Result<Kernel> {
+    fs::remove_dir_all(out.join("kernel"))?;
+    fetch(out)
+}
+
 fn download(fresh: &Path) -> Result<()> {
     let package = package().or_else(|_| {
         update()?;
         package()
     })?;
+    unpack(&package, fresh)
+}
+
+/// Downloads a Debian package and unpacks it below `tree`, without installing it.
+pub fn unpack(package: &str, tree: &Path) -> Result<()> {
     eprintln!("== downloading {package}");
-    let get = || run(Command::new("apt-get").args(["download", "-q", &package]).current_dir(fresh));
+    let get = || run(Command::new("apt-get").args(["download", "-q", package]).current_dir(tree));
     // Lists that are older than the mirror name packages that are gone.
     get().or_else(|_| update().and_then(|()| get()))?;
-    let deb = entries(fresh)?.into_iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
+    let deb = entries(tree)?.into_iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
     let deb = deb.context("apt-get download left no .deb")?;
-    run(Command::new("dpkg").arg("-x").arg(&deb).arg(fresh))?;
-    fs::remove_file(&deb)?;
-    Ok(())
+    run(Command::new("dpkg").arg("-x").arg(&deb).arg(tree))?;
+    Ok(fs::remove_file(&deb)?)
 }
 
 /// The package behind the meta-package.
@@ -64,13 +76,15 @@ fn package() -> Result<String> {
     Ok(name.to_owned())
 }
 
-fn update() -> Result<()> {
+/// Fetches the lists of packages.
+pub fn update() -> Result<()> {
     run(Command::new("apt-get").args(["update", "-q"]))
         .context("Run `apt-get update` as root, then this again")
         .map(drop)
 }
 
-fn run(command: &mut Command) -> Result<String> {
+/// Its output; an error with what it said.
+pub fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("Start {command:?}: this needs a Debian machine"))?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} ended with {}: {}", output.status, error.trim());
@@ -87,10 +101,11 @@ fn find(tree: &Path) -> Result<Kernel> {
         .into_iter()
         .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz")))
         .context("There is no boot/vmlinuz*")?;
-    let release = entries(&tree.join("lib/modules"))?.pop().context("There are no modules")?;
-    let modules: Vec<PathBuf> = MODULES.iter().map(|name| release.join("kernel").join(name)).collect();
+    let installed = entries(&tree.join("lib/modules"))?.pop().context("There are no modules")?;
+    let modules: Vec<PathBuf> = MODULES.iter().map(|name| installed.join("kernel").join(name)).collect();
     for module in &modules {
         ensure!(module.exists(), "There is no {}", module.display());
     }
-    Ok(Kernel { image, modules })
+    let release = installed.file_name().context("A release has a name")?.to_string_lossy().into_owned();
+    Ok(Kernel { image, release, modules })
 }

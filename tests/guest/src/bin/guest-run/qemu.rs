@@ -15,8 +15,8 @@ const DISK_BYTES: u64 = 128 << 20;
 /// kernel would use it for every copy (pages from a file to staging: 11 us each instead of 2.3).
 const CPU: &str = "max,-erms,-fsrm";
 
-/// Boots and waits until the guest has powered off. `None`: it was killed at the deadline.
-pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, full: bool) -> Result<Option<ExitStatus>> {
+/// Boots with these words for pid 1 and waits until the guest has powered off. `None`: it was killed at the deadline.
+pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, words: &str) -> Result<Option<ExitStatus>> {
     let disk = out.join("nvme.raw");
     File::create(&disk)?.set_len(DISK_BYTES)?;
     let (console, results) = (out.join("console.log"), out.join("results.jsonl"));
@@ -32,10 +32,7 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, full
         .arg(&kernel.image)
         .arg("-initrd")
         .arg(initramfs)
-        .args([
-            "-append",
-            &format!("console=ttyS0 quiet panic=-1 intel_iommu=on{}", if full { " uhmm.full" } else { "" }),
-        ])
+        .args(["-append", &format!("console=ttyS0 quiet panic=-1 intel_iommu=on{words}")])
         .args(["-serial", &format!("file:{}", console.display())])
         .args(["-serial", &format!("file:{}", results.display())])
         // 48 bits: room for bus addresses that are a program's virtual addresses (39 is QEMU's default).
