@@ -44,7 +44,7 @@ use crate::uplink::{Preamble, Restores, Uplink, Upstream};
 const VAULT_PREFIX: &str = "driver/";
 /// Those of descriptors that keep a device open (`uhmm_pci`'s `PciBackend::kept`).
 const OPEN_DEVICE_PREFIX: &str = "driver/pci-";
-/// How long a driver that has lost its device waits for the vault, if the supervisor is down.
+/// How long a driver that has lost its device waits for vault and pager, if they are down.
 const LET_GO_PATIENCE: Duration = Duration::from_secs(2);
 /// A driver calls itself ready when it is logged in, or after this: a pager that is down must not look like a dead driver.
 const READY_AFTER: Duration = Duration::from_secs(2);
@@ -312,16 +312,24 @@ impl<D: Driver> DriverLoop<D> {
         Ok(())
     }
 
-    /// Whoever takes a device away waits until nobody has it open: the vault must not. Returns when it has let go.
+    /// Whoever takes a device away waits until nobody has it open or mapped: vault and pager must not. Returns when they have let go.
     pub(crate) fn let_go_of_device(&mut self) -> Result<(), DriverError> {
-        let asked = self.service.vault.remove(&mut self.service.reactor, OPEN_DEVICE_PREFIX);
+        let lost = Call::Pager(pager::Call::DeviceLost { device: self.plan.id });
+        let mut asked = HashSet::from([
+            self.service.reactor.call(self.pager.link, lost, TraceId::default(), None),
+            self.service.vault.remove(&mut self.service.reactor, OPEN_DEVICE_PREFIX),
+        ]);
         let deadline = Instant::now() + LET_GO_PATIENCE;
         let mut wakes = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             self.service.reactor.poll(Some(left), &mut wakes)?;
-            let done = wakes.drain(..).any(|wake| matches!(wake, Wake::Done { call, .. } if call == asked));
-            if done || left.is_zero() {
+            for wake in wakes.drain(..) {
+                if let Wake::Done { call, .. } = wake {
+                    asked.remove(&call);
+                }
+            }
+            if asked.is_empty() || left.is_zero() {
                 return Ok(());
             }
         }

@@ -12,16 +12,12 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use uhmm_guest::devices::{EDU, IVSHMEM, NVME, vfio_devices};
+
 const UHMM: &str = "/helpers/uhmm";
 /// Each mechanism once: faults of both sides, migration, fork, exclusive access, atomics, advice, eviction, injected failures, kills.
 const SELECTION: &str = "^(T01|T02|T04|T12|T14|T22|T25|T29|X03|K08|D02|C05|R03|R08|M01|M03|IGT.once.(malloc|region|mmap-remap)$\
                          |P16_one|P17_pager|S02|Z01)";
-/// Vendor and device of the shared memory device.
-const IVSHMEM: (&str, &str) = ("0x1af4", "0x1110");
-/// Of the teaching device.
-const EDU: (&str, &str) = ("0x1234", "0x11e8");
-/// Of the disk.
-const NVME: (&str, &str) = ("0x1b36", "0x0010");
 /// Software emulation, perhaps on a busy machine.
 const PATIENCE: &str = "6";
 
@@ -30,21 +26,6 @@ fn uhmm(args: &[&str]) {
     println!("$ uhmm {}", args.join(" "));
     let status = Command::new(UHMM).args(args).status().unwrap();
     assert!(status.success(), "uhmm {args:?} ended with {status}");
-}
-
-/// Addresses of the devices of this kind that are bound to vfio-pci, in order.
-fn pci_devices((vendor, device): (&str, &str)) -> Vec<String> {
-    let mut found: Vec<String> = fs::read_dir("/sys/bus/pci/drivers/vfio-pci")
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| {
-            let is = |file: &str, wanted| fs::read_to_string(path.join(file)).is_ok_and(|word| word.trim() == wanted);
-            is("vendor", vendor) && is("device", device)
-        })
-        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
-        .collect();
-    found.sort();
-    found
 }
 
 /// A manifest of these devices: driver, and what is said about each.
@@ -71,7 +52,7 @@ fn manifest(name: &str, devices: &[(&str, String)]) -> PathBuf {
 
 /// All shared memory devices.
 fn bars(more: &str) -> Vec<(&'static str, String)> {
-    let devices = pci_devices(IVSHMEM);
+    let devices = vfio_devices(IVSHMEM);
     assert_eq!(devices.len(), 2, "{devices:?}");
     devices.iter().map(|address| ("bar", format!("pci = \"{address}\"\n{more}"))).collect()
 }
@@ -159,7 +140,7 @@ fn bar_conformance() {
 /// The namespace, whatever it holds: the guest's disk is new at each boot. What it reaches by DMA must fit into the account's 8 MiB of
 /// locked memory.
 fn nvme(more: &str) -> Vec<(&'static str, String)> {
-    let devices = pci_devices(NVME);
+    let devices = vfio_devices(NVME);
     assert_eq!(devices.len(), 1, "{devices:?}");
     devices
         .iter()
@@ -182,7 +163,7 @@ fn nvme_demo_full() {
 
 /// Both teaching devices: one page of memory each, reached at 2 KiB in 100 ms. What takes more than a page is not applicable.
 fn edus() -> Vec<(&'static str, String)> {
-    let devices = pci_devices(EDU);
+    let devices = vfio_devices(EDU);
     assert_eq!(devices.len(), 2, "{devices:?}");
     devices
         .iter()

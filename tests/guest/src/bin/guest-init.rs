@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
+use uhmm_guest::devices::{EDU, IVSHMEM, NVME};
 use uhmm_guest::records::{Record, TestRecord};
 use uhmm_guest::wait::wait_or_kill;
 
@@ -18,8 +19,8 @@ use uhmm_guest::wait::wait_or_kill;
 const MODULES: [&str; 5] = ["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-core", "vfio-pci"];
 /// `finit_module` flag: the kernel decompresses the file itself.
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
-/// Vendor and device: edu, ivshmem, nvme. All are given to the suites.
-const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
+/// All are given to the suites.
+const DEVICES: [(&str, &str); 3] = [EDU, IVSHMEM, NVME];
 /// Who runs the suites.
 const USER: u32 = 1000;
 const TEST_LIMIT: Duration = Duration::from_secs(300);
