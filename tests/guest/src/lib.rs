@@ -13,6 +13,7 @@
 
 pub mod devices;
 pub mod records;
+pub mod running;
 pub mod tier;
 pub mod victim;
 pub mod wait;

@@ -31,7 +31,7 @@ fn main() -> Result<ExitCode> {
     let out = out_dir()?;
     std::fs::create_dir_all(&out).with_context(|| format!("Create {}", out.display()))?;
     let kernel = kernel::fetch(&out)?;
-    let suites = build::suites(&cli.suites)?;
+    let suites = build::suites(&cli.suites, &out)?;
     let initramfs = out.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &suites)?;
     let started = Instant::now();
