@@ -36,6 +36,7 @@ struct Call {
     inject @25 :Inject;                 # client, tests; idempotent
     agentDone @26 :AgentDone;           # client's agent; idempotent
     hotRanges @27 :HotRanges;           # client; idempotent
+    deviceLost @28 :UInt8;              # driver; idempotent
   }
 }
 

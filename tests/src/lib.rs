@@ -10,8 +10,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::process::Signal;
-use uhmm_kernel_hook::PidFd;
+use uhmm_kernel_hook::{PidFd, SeqPacket};
 use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
 pub mod model;
@@ -266,8 +267,12 @@ impl TestBed {
         }
         // What held descriptors for the pager ends a moment later by itself, and with it the last listening socket.
         let deadline = Instant::now() + PATIENCE;
-        while uhmm_kernel_hook::SeqPacket::connect(&self.run_dir().join("pager.sock")).is_ok() {
+        // (A full backlog, which these attempts fill, is no refusal.)
+        let refused = [Errno::CONNREFUSED, Errno::NOENT].map(|errno| Some(errno.raw_os_error()));
+        let socket = self.run_dir().join("pager.sock");
+        while !SeqPacket::connect(&socket).is_err_and(|error| refused.contains(&error.errno())) {
             assert!(Instant::now() < deadline, "something of the dead system holds its sockets");
+            std::thread::yield_now();
         }
         for service in &services {
             rustix::event::poll(&mut [PollFd::new(service, PollFlags::IN)], None).expect("the service ends");
@@ -284,7 +289,13 @@ impl TestBed {
     pub fn start_again(&mut self, manifest: &str) {
         let path = write_manifest(self.dir.path(), manifest);
         self.supervisor = spawn_up(self.dir.path(), &path, false, self.logged);
-        wait_for_ready(&mut self.supervisor);
+        let line = first_line(&mut self.supervisor);
+        assert_eq!(
+            line,
+            "ready",
+            "uhmm ended before it was ready: {}",
+            if self.logged { self.log() } else { line.clone() }
+        );
     }
 
     /// The run directory.
@@ -370,6 +381,9 @@ impl TestBed {
 
 impl Drop for TestBed {
     fn drop(&mut self) {
+        if self.supervisor.try_wait().is_ok_and(|ended| ended.is_some()) {
+            return;
+        }
         let asked = Operator::connect(Some(self.dir.path())).and_then(Operator::shutdown);
         if asked.is_err() {
             // The supervisor does not answer: end it hard; its services end with their run directory's supervisor gone.
@@ -399,8 +413,12 @@ fn spawn_up(run_dir: &Path, manifest: &Path, adopt: bool, logged: bool) -> Child
 }
 
 fn wait_for_ready(child: &mut Child) {
+    assert_eq!(first_line(child), "ready", "uhmm ended before it was ready");
+}
+
+fn first_line(child: &mut Child) -> String {
     let stdout = child.stdout.take().expect("stdout is piped");
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line).expect("uhmm says when it is ready");
-    assert_eq!(line.trim(), "ready", "uhmm ended before it was ready");
+    line.trim().to_owned()
 }

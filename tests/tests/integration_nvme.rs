@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use uhmm_driver_nvme::header::{Found, HEADER_BYTES, Header, State};
 use uhmm_sdk::{Device, Job, PageStatus, Region, Session, Target};
 use uhmm_tests::model::NvmeModel;
 use uhmm_tests::pattern::{Rng, word};
@@ -433,6 +434,79 @@ fn integration_nvme_cold_restart_shows_nothing_old() {
     scene.out();
     scene.compare_medium("after the restart");
     scene.compare("after the restart");
+}
+
+/// What the medium begins with.
+fn header(model: &NvmeModel) -> Header {
+    let mut begin = vec![0; HEADER_BYTES as usize];
+    model.medium().read_exact_at(&mut begin, 0).expect("the header is read");
+    let Found::Header(header) = Found::decode(&begin) else { panic!("the medium has no header") };
+    header
+}
+
+/// Takes the medium to another machine: its header is not of the new system's host any more. Returns what it was.
+fn carry_away(model: &NvmeModel) -> Header {
+    let header = header(model);
+    let theirs = Header { host: !header.host, ..header };
+    model.medium().write_all_at(&theirs.encode(), 0).expect("the header is written");
+    header
+}
+
+/// `uhmm down`, with pages on the device: the next system may be another machine's, needs no `format`, and finds zeroes.
+#[test]
+fn integration_nvme_given_back_by_down_is_taken_by_another_host_without_format() {
+    let mut scene = Scene::new();
+    scene.out();
+    let first = header(&scene.model);
+    let killed = scene.bed.kill("nvme0");
+    scene.bed.wait_ready("nvme0", killed);
+    assert_eq!((header(&scene.model), first.state), (first, State::InUse), "a restart gives nothing back");
+    scene.compare_medium("after a restart");
+    scene.bed.stop();
+    let old = carry_away(&scene.model);
+    assert_eq!(old, Header { state: State::Released, ..first }, "{}", scene.bed.log());
+    scene.bed.start_again(&manifest_nvme(&scene.model.pci(), "", RESTART));
+    scene.bed.wait_ready("nvme0", 0);
+    let new = header(&scene.model);
+    assert_eq!((new.state, new.host, new.frames), (State::InUse, old.host, old.frames));
+    assert!(new.generation != old.generation && new.owner != old.owner, "{old:?} {new:?}");
+    assert_eq!(scene.model.pages_with(|found| found == word(1, 0)), 0, "old bytes are on the medium");
+    // The old system's client has lost what was there, and its mapping is not touched any more.
+    let session = scene.bed.session();
+    scene.device = session.device("nvme0").expect("device");
+    let region = session.allocate(LEN).expect("region");
+    std::mem::forget(std::mem::replace(&mut scene.region, region));
+    std::mem::forget(std::mem::replace(&mut scene.session, session));
+    assert_eq!(scene.device.run(scene.sum_job()).expect("sum").results, [0], "old bytes in new memory");
+    scene.seed = 9;
+    scene.fill();
+    scene.out();
+    scene.compare_medium("on the other host");
+    scene.compare("on the other host");
+}
+
+/// kill -9 of everything gives nothing back: for another machine it looks as if the first one were still at it.
+#[test]
+fn integration_nvme_of_another_host_that_was_killed_is_refused_until_format_is_said() {
+    let mut scene = Scene::new();
+    scene.out();
+    scene.bed.kill_all();
+    let old = carry_away(&scene.model);
+    assert_eq!(old.state, State::InUse);
+    let mut bed = TestBed::without_waiting(&manifest_nvme(&scene.model.pci(), "", RESTART));
+    bed.wait_log("Namespace is in use by another host");
+    assert_ne!(bed.status("nvme0").state, "ready");
+    bed.stop();
+    assert_eq!(header(&scene.model), Header { host: !old.host, ..old }, "refused, and touched all the same");
+    scene.compare_medium("after the refusal");
+    bed.start_again(&manifest_nvme(&scene.model.pci(), "format = true", RESTART));
+    bed.wait_ready("nvme0", 0);
+    let new = header(&scene.model);
+    assert_eq!((new.state, new.host), (State::InUse, old.host));
+    assert_ne!(new.generation, old.generation);
+    assert_eq!(scene.model.pages_with(|found| found == word(1, 0)), 0, "old bytes are on the medium");
+    std::mem::forget(scene.region);
+    std::mem::forget(scene.session);
 }
 
 /// Somebody else's data is never overwritten unless the manifest says so.

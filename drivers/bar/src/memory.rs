@@ -85,7 +85,8 @@ impl BarMemory {
                 (mark, MemoryOrigin::Created)
             }
         };
-        tracing::info!(device = device.describe(), bar = number, len_bytes = bar.len_bytes(), "Device memory");
+        let adopted = device.is_adopted();
+        tracing::info!(device = device.describe(), bar = number, len_bytes = bar.len_bytes(), adopted, "Device memory");
         Ok((Self { device, shown, window, frame_count, mark, removal: None }, origin))
     }
 

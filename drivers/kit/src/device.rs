@@ -100,6 +100,16 @@ pub trait DeviceMemory {
 
     /// Descriptors that the vault keeps for the next incarnation, by vault name below `driver/`.
     fn kept(&self) -> Vec<(String, Fd)>;
+
+    /// The system ends in order (`uhmm down`), and the vault with it: what frames hold is worth nothing any more, and nobody will ever adopt it. A
+    /// device that notes on itself who has it is told here that nobody has. Called once, after units and copy engine have stopped and before the
+    /// parts are dropped; never when the driver is killed, replaced by another process, or has lost its device.
+    ///
+    /// # Errors
+    /// The device did not take the note. Only logged: the driver ends all the same, as if it had been killed.
+    fn give_back(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 /// Whose a staging area is.

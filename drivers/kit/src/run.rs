@@ -3,6 +3,7 @@
 //! ```text
 //!   Service::start -> Driver::open (adopt or create memory) -> vault keeps memory and generation
 //!        -> links: mirror [Login, Open*, Lookup*], pager [DriverLogin, AttachTable*] -> ready -> loop until Stop
+//!        -> units and copy engine stop -> DeviceMemory::give_back
 //!
 //!   poll -> wakes -> { client's call: clients.rs | device event, answer: resolve.rs | invalidation: invalidate.rs }
 //! ```
@@ -13,6 +14,7 @@
 //! The pager relies on the vault: `DriverLogin` is sent only after the supervisor has acknowledged what holds the memory.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +22,7 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::{Aperture, Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
 use uhmm_kernel_hook::Window;
-use uhmm_kit::{Handled, Service, ServiceArgs};
+use uhmm_kit::{Ending, Handled, Service, ServiceArgs};
 use uhmm_manifest::DevicePlan;
 
 use crate::access::AccessBook;
@@ -42,7 +44,7 @@ use crate::uplink::{Preamble, Restores, Uplink, Upstream};
 const VAULT_PREFIX: &str = "driver/";
 /// Those of descriptors that keep a device open (`uhmm_pci`'s `PciBackend::kept`).
 const OPEN_DEVICE_PREFIX: &str = "driver/pci-";
-/// How long a driver that has lost its device waits for the vault, if the supervisor is down.
+/// How long a driver that has lost its device waits for vault and pager, if they are down.
 const LET_GO_PATIENCE: Duration = Duration::from_secs(2);
 /// A driver calls itself ready when it is logged in, or after this: a pager that is down must not look like a dead driver.
 const READY_AFTER: Duration = Duration::from_secs(2);
@@ -162,7 +164,17 @@ pub fn run_driver<D: Driver>(args: ServiceArgs, driver: D) -> Result<(), DriverE
     if let Some(copy) = driver_loop.copy.take() {
         copy.stop();
     }
-    outcome
+    end(&mut driver_loop.memory, outcome?);
+    Ok(())
+}
+
+/// Nobody uses device memory any more.
+fn end<M: DeviceMemory>(memory: &mut M, ending: Ending) {
+    if ending == Ending::ForGood
+        && let Err(error) = memory.give_back()
+    {
+        tracing::warn!(error, "Device could not be given back: it looks as if this driver had been killed");
+    }
 }
 
 impl<D: Driver> DriverLoop<D> {
@@ -175,7 +187,8 @@ impl<D: Driver> DriverLoop<D> {
         let (state, kept): (Vec<_>, Vec<_>) =
             service.vault.take(VAULT_PREFIX).into_iter().partition(|(name, _)| name == STATE_NAME);
         let context = OpenContext { plan: &plan, kept, port: port.clone() };
-        let parts = driver.open(context).map_err(|source| DriverError::Open { device: plan.name.clone(), source })?;
+        let mut parts =
+            driver.open(context).map_err(|source| DriverError::Open { device: plan.name.clone(), source })?;
         let frame_count = parts.memory.frame_count();
         let state = state.into_iter().next().map(|(_, fd)| fd);
         let generation = Generation::settle(state, parts.origin, frame_count)?;
@@ -183,7 +196,14 @@ impl<D: Driver> DriverLoop<D> {
             device = %plan.name, frame_count, origin = ?parts.origin, generation = generation.number,
             aperture = parts.memory.aperture().is_some(), "Device is open"
         );
-        let Some(early) = keep_in_vault(&mut service, &parts.memory, &generation)? else { return Ok(None) };
+        let early = match keep_in_vault(&mut service, &parts.memory, &generation)? {
+            ControlFlow::Continue(early) => early,
+            ControlFlow::Break(ending) => {
+                parts.queue.stop();
+                end(&mut parts.memory, ending);
+                return Ok(None);
+            }
+        };
 
         let len_bytes = u64::from(frame_count) * PAGE_BYTES;
         let map_all = |memory: Aperture| Window::map_aperture(memory.fd.as_fd(), memory.offset_bytes, len_bytes);
@@ -250,7 +270,7 @@ impl<D: Driver> DriverLoop<D> {
         Ok(Some((driver_loop, early)))
     }
 
-    fn run(&mut self, early: Vec<Wake>) -> Result<(), DriverError> {
+    fn run(&mut self, early: Vec<Wake>) -> Result<Ending, DriverError> {
         for wake in early {
             self.on_wake(wake)?;
         }
@@ -260,7 +280,7 @@ impl<D: Driver> DriverLoop<D> {
             self.service.reactor.poll(timeout, &mut wakes)?;
             for wake in wakes.drain(..) {
                 match self.service.on_wake(&wake) {
-                    Handled::Exit => return Ok(()),
+                    Handled::Exit(ending) => return Ok(ending),
                     Handled::Yes => {}
                     Handled::No => self.on_wake(wake)?,
                 }
@@ -292,16 +312,24 @@ impl<D: Driver> DriverLoop<D> {
         Ok(())
     }
 
-    /// Whoever takes a device away waits until nobody has it open: the vault must not. Returns when it has let go.
+    /// Whoever takes a device away waits until nobody has it open or mapped: vault and pager must not. Returns when they have let go.
     pub(crate) fn let_go_of_device(&mut self) -> Result<(), DriverError> {
-        let asked = self.service.vault.remove(&mut self.service.reactor, OPEN_DEVICE_PREFIX);
+        let lost = Call::Pager(pager::Call::DeviceLost { device: self.plan.id });
+        let mut asked = HashSet::from([
+            self.service.reactor.call(self.pager.link, lost, TraceId::default(), None),
+            self.service.vault.remove(&mut self.service.reactor, OPEN_DEVICE_PREFIX),
+        ]);
         let deadline = Instant::now() + LET_GO_PATIENCE;
         let mut wakes = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             self.service.reactor.poll(Some(left), &mut wakes)?;
-            let done = wakes.drain(..).any(|wake| matches!(wake, Wake::Done { call, .. } if call == asked));
-            if done || left.is_zero() {
+            for wake in wakes.drain(..) {
+                if let Wake::Done { call, .. } = wake {
+                    asked.remove(&call);
+                }
+            }
+            if asked.is_empty() || left.is_zero() {
                 return Ok(());
             }
         }
@@ -477,12 +505,12 @@ fn mirror_login(device: u8) -> (Restores, Call) {
 }
 
 /// Returns after the supervisor has acknowledged everything: from then on the memory outlives this process. Gives back what
-/// came meanwhile (clients that connected), or `None` when the service was told to stop.
+/// came meanwhile (clients that connected), or why the service was told to end.
 fn keep_in_vault<M: DeviceMemory>(
     service: &mut Service,
     memory: &M,
     generation: &Generation,
-) -> Result<Option<Vec<Wake>>, DriverError> {
+) -> Result<ControlFlow<Ending, Vec<Wake>>, DriverError> {
     let entries = memory.kept().into_iter().chain([(STATE_NAME.to_owned(), generation.fd.clone())]);
     let mut open: HashSet<CallId> = HashSet::new();
     for (name, fd) in entries {
@@ -494,7 +522,7 @@ fn keep_in_vault<M: DeviceMemory>(
         service.reactor.poll(None, &mut wakes)?;
         for wake in wakes.drain(..) {
             match service.on_wake(&wake) {
-                Handled::Exit => return Ok(None),
+                Handled::Exit(ending) => return Ok(ControlFlow::Break(ending)),
                 Handled::Yes => {}
                 Handled::No => match wake {
                     Wake::Done { call, result, .. } if open.remove(&call) => {
@@ -505,5 +533,42 @@ fn keep_in_vault<M: DeviceMemory>(
             }
         }
     }
-    Ok(Some(early))
+    Ok(ControlFlow::Continue(early))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DeviceError;
+
+    /// Counts how often it was given back.
+    struct Counting(u32);
+
+    impl DeviceMemory for Counting {
+        fn frame_count(&self) -> u32 {
+            1
+        }
+
+        fn aperture(&self) -> Option<Aperture> {
+            None
+        }
+
+        fn kept(&self) -> Vec<(String, uhmm_ipc::message::Fd)> {
+            Vec::new()
+        }
+
+        fn give_back(&mut self) -> Result<(), DeviceError> {
+            self.0 += 1;
+            Err("a device that is stuck stops nobody from ending".into())
+        }
+    }
+
+    #[test]
+    fn a_process_that_was_replaced_gives_nothing_back() {
+        let mut memory = Counting(0);
+        end(&mut memory, Ending::Replaced);
+        assert_eq!(memory.0, 0, "another process is at work on the device");
+        end(&mut memory, Ending::ForGood);
+        assert_eq!(memory.0, 1);
+    }
 }

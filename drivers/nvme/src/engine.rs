@@ -71,6 +71,14 @@ impl DeviceMemory for NvmeMemory {
             MemoryFrames::Buffer(memory) => memory.kept(),
         }
     }
+
+    /// A buffer is as empty after a power cycle as before its first use: nothing is noted in it that outlives the vault.
+    fn give_back(&mut self) -> Result<(), DeviceError> {
+        match &self.frames {
+            MemoryFrames::Namespace(namespace) => namespace.release().map_err(|error| explain(&error).into()),
+            MemoryFrames::Buffer(_) => Ok(()),
+        }
+    }
 }
 
 /// A staging area as the device sees it.

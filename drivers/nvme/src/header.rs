@@ -6,13 +6,21 @@
 //! ```
 //! | found in the first 128 KiB | in the vault | what is done |
 //! | --- | --- | --- |
-//! | header | the same owner and generation | the frames are those of the last incarnation |
+//! | header, in use | the same owner and generation | the frames are those of the last incarnation |
 //! | header of this host, or given back | nothing, or something else | a cold start: new generation, frames become zero |
+//! | header, given back | the same owner and generation | as before: nobody has answered for the frames since then |
 //! | header of another host, in use | | refused |
 //! | zeroes | | taken |
 //! | anything else | | refused |
 //!
 //! What is refused is taken when the manifest says `format = true`.
+//!
+//! ```text
+//!   (anything) --taken--> in use --driver restarts, is killed, dies with its machine--> in use
+//!                            \---the whole system ends in order (`uhmm down`)----------> given back --taken by any host--> in use
+//! ```
+//! Given back by `uhmm down` even if pages lived there at that moment: who knew which (the pager's directory) and whose generation it was (the vault)
+//! ended with the system, so the frames are worth nothing to anybody.
 //!
 //! **Protected**: somebody's file system is never overwritten by accident; two managers of one machine never share a namespace, because VFIO
 //! gives the controller to one process group (a second opener gets EBUSY); managers of two machines that see the same namespace one after the other
@@ -49,6 +57,11 @@ pub enum HeaderError {
     /// No room.
     #[error("Namespace of {0} bytes is too small")]
     TooSmall(u64),
+    /// Somebody writes there who does not look at headers.
+    #[error(
+        "Namespace's header was changed while it was in use: it is left as it is; find out who else writes to this controller's namespace"
+    )]
+    Changed,
 }
 
 /// What foreign data looks like.
@@ -172,7 +185,9 @@ pub fn decide(
     format: bool,
 ) -> Result<Decision, HeaderError> {
     match found {
-        Found::Header(header) if known == Some((header.owner, header.generation)) && header.frames == frames => {
+        Found::Header(Header { state: State::InUse, owner, generation, frames: had, .. })
+            if known == Some((owner, generation)) && had == frames =>
+        {
             Ok(Decision::Keep)
         }
         Found::Empty => Ok(Decision::Take),
@@ -241,6 +256,7 @@ mod tests {
         assert_eq!(decide(header, None, 5, 9, true), Ok(Decision::Take));
         let released = Found::Header(Header { state: State::Released, ..HEADER });
         assert_eq!(decide(released, None, 5, 9, false), Ok(Decision::Take));
+        assert_eq!(decide(released, known, 5, 4, false), Ok(Decision::Take), "given back, and not taken since");
         assert_eq!(decide(Found::Empty, None, 5, 9, false), Ok(Decision::Take));
         let foreign = Found::Foreign(Hint::Partitions);
         assert_eq!(decide(foreign, None, 5, 4, false), Err(HeaderError::Foreign { hint: Hint::Partitions }));

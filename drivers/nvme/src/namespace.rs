@@ -2,11 +2,11 @@
 //!
 //! A namespace is memory here, not storage: after a power failure or a cold start its frames mean nothing (a new generation says so).
 //! So frames are written without flush, through the controller's write cache if it has one. A controller reset keeps that
-//! cache. Only the header is written through and flushed, because it must be what a cold start finds.
+//! cache. Only the header is written through and flushed, because it must be what a cold start, or another host, finds.
 
 use uhmm_driver_kit::{Frames, MemoryOrigin, PAGE_BYTES};
 use uhmm_kernel_hook::random_bytes;
-use uhmm_pci::{DmaMemory, DmaRight};
+use uhmm_pci::{DmaMapping, DmaMemory, DmaRight};
 
 use crate::book::{Book, Content};
 use crate::error::NvmeError;
@@ -46,16 +46,11 @@ impl Namespace {
     }
 
     fn take(&self, format: bool) -> Result<MemoryOrigin, NvmeError> {
-        let area = DmaMemory::create("uhmm-nvme-header", HEADER_BYTES)?;
-        let area = self.controller.device().map_dma(&area, DmaRight::ReadWrite, u64::MAX)?;
-        self.controller.run(self.pieces(Opcode::Read, 0, HEADER_BYTES, area.iova(0)))?;
-        let mut bytes = vec![0; HEADER_BYTES as usize];
-        area.window().read(0, &mut bytes)?;
-        let (memory, layout) = self.controller.memory();
-        let book = Book::new(memory.window(), layout);
+        let area = self.map_begin(HEADER_BYTES)?;
+        let found = self.read_begin(&area)?;
+        let book = self.book();
         let known = book.content()?.map(|content| (content.owner, content.generation));
         let host = host_id();
-        let found = Found::decode(&bytes);
         let decision = decide(found, known, u64::from(self.frames), host, format)?;
         if decision == Decision::Keep {
             return Ok(MemoryOrigin::Adopted);
@@ -67,14 +62,61 @@ impl Namespace {
         let owner = [first, second];
         let frames = u64::from(self.frames);
         let header = Header { state: State::InUse, owner, generation, host, frames };
-        area.window().fill(0, HEADER_BYTES, 0)?;
-        area.window().write(0, &header.encode())?;
-        self.controller.run(self.pieces(Opcode::WriteThrough, 0, HEADER_BYTES, area.iova(0)))?;
-        self.controller.run([Request { opcode: Opcode::Flush, lba: 0, blocks: 1, iova: 0, bytes: 0 }])?;
+        self.write_begin(&area, &header)?;
         self.zero(Frames { first: 0, count: self.frames })?;
         // From here on the frames are worth something: a driver that dies before this takes the namespace anew.
         book.set_content(Content { owner, generation })?;
         Ok(MemoryOrigin::Created)
+    }
+
+    /// Nobody has the namespace any more: any host may take it. Frames are lost with that: whoever comes next, this host too, begins a
+    /// new generation of zeroes. Nobody may use frames meanwhile or afterwards.
+    ///
+    /// # Errors
+    /// `Header`: somebody else has written there, and it stays as it is. The device failed: the namespace looks as if this host had it.
+    pub fn release(&self) -> Result<(), NvmeError> {
+        let area = self.map_begin(PAGE_BYTES)?;
+        let content = self.book().content()?;
+        match self.read_begin(&area)? {
+            Found::Header(Header { owner, generation, host, frames, .. })
+                if content == Some(Content { owner, generation }) =>
+            {
+                self.write_begin(&area, &Header { state: State::Released, owner, generation, host, frames })?;
+                tracing::info!("Namespace is given back");
+                Ok(())
+            }
+            _ => Err(HeaderError::Changed.into()),
+        }
+    }
+
+    /// What the vault's memory says of the frames.
+    fn book(&self) -> Book<'_> {
+        let (memory, layout) = self.controller.memory();
+        Book::new(memory.window(), layout)
+    }
+
+    /// Memory for the namespace's first bytes.
+    fn map_begin(&self, bytes: u64) -> Result<DmaMapping, NvmeError> {
+        let area = DmaMemory::create("uhmm-nvme-header", bytes)?;
+        Ok(self.controller.device().map_dma(&area, DmaRight::ReadWrite, u64::MAX)?)
+    }
+
+    /// What as many bytes hold as there is memory for.
+    fn read_begin(&self, area: &DmaMapping) -> Result<Found, NvmeError> {
+        let len = area.window().len();
+        self.controller.run(self.pieces(Opcode::Read, 0, len, area.iova(0)))?;
+        let mut bytes = vec![0; len as usize];
+        area.window().read(0, &mut bytes)?;
+        Ok(Found::decode(&bytes))
+    }
+
+    /// The header, then zeroes. Returns when it is on the medium.
+    fn write_begin(&self, area: &DmaMapping, header: &Header) -> Result<(), NvmeError> {
+        let len = area.window().len();
+        area.window().fill(0, len, 0)?;
+        area.window().write(0, &header.encode())?;
+        self.controller.run(self.pieces(Opcode::WriteThrough, 0, len, area.iova(0)))?;
+        self.controller.run([Request { opcode: Opcode::Flush, lba: 0, blocks: 1, iova: 0, bytes: 0 }])
     }
 
     /// Size.

@@ -12,7 +12,7 @@ use uhmm_driver_kit::{CopyEngine, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES
 use uhmm_driver_nvme::cmb;
 use uhmm_driver_nvme::engine::NvmePort;
 use uhmm_driver_nvme::error::NvmeError;
-use uhmm_driver_nvme::header::{HEADER_BYTES, HeaderError};
+use uhmm_driver_nvme::header::{Found, HEADER_BYTES, Header, HeaderError, State};
 use uhmm_driver_nvme::machine::Request;
 use uhmm_driver_nvme::namespace::Namespace;
 use uhmm_driver_nvme::protocol::Opcode;
@@ -359,6 +359,87 @@ fn nvme_namespace_with_anybody_elses_data_is_refused_unless_told_otherwise() -> 
     let (_, origin) = driver.namespace(true)?;
     assert_eq!((origin, window.load_u16(510)?), (MemoryOrigin::Created, 0));
     assert_eq!(driver.namespace(false)?.1, MemoryOrigin::Adopted);
+    Ok(())
+}
+
+/// What the medium begins with.
+fn header(bench: &Bench) -> Result<Header, AnyError> {
+    let mut bytes = vec![0; HEADER_BYTES as usize];
+    Window::map(bench.blocks.as_fd(), 0, HEADER_BYTES, Prot::ReadOnly)?.read(0, &mut bytes)?;
+    match Found::decode(&bytes) {
+        Found::Header(header) => Ok(header),
+        other => Err(format!("no header: {other:?}").into()),
+    }
+}
+
+fn put_header(bench: &Bench, header: Header) -> Result<(), AnyError> {
+    Ok(Window::map(bench.blocks.as_fd(), 0, HEADER_BYTES, Prot::ReadWrite)?.write(0, &header.encode())?)
+}
+
+#[test]
+fn nvme_given_back_namespace_is_anybodys_and_one_in_use_is_not() -> Result<(), AnyError> {
+    for given_back in [true, false] {
+        let bench = Bench::new(NvmeOptions::default())?;
+        let driver = bench.driver(None)?;
+        let (namespace, _) = driver.namespace(false)?;
+        let (mut first, staging) = engine(&namespace, STAGING_BYTES)?;
+        fill(&staging, 6)?;
+        first.copy_in(&staging, 0, frames(0, 512))?;
+        if given_back {
+            namespace.release()?;
+        }
+        let old = header(&bench)?;
+        assert_eq!(old.state, if given_back { State::Released } else { State::InUse });
+        drop((first, namespace, driver));
+        // From here on another machine looks at it: nothing in the vault, and the header is not of this host.
+        put_header(&bench, Header { host: !old.host, ..old })?;
+        let driver = bench.driver(None)?;
+        if !given_back {
+            let refused = driver.namespace(false);
+            let host = !old.host;
+            assert!(
+                matches!(refused, Err(NvmeError::Header(HeaderError::OtherHost { host: found })) if found == host),
+                "{refused:?}"
+            );
+            assert_eq!(header(&bench)?, Header { host, ..old }, "as it was");
+            continue;
+        }
+        let (namespace, origin) = driver.namespace(false)?;
+        let new = header(&bench)?;
+        assert_eq!((origin, new.state, new.host), (MemoryOrigin::Created, State::InUse, old.host));
+        assert!(new.generation != old.generation && new.owner != old.owner, "{old:?} {new:?}");
+        let (mut second, staging) = engine(&namespace, STAGING_BYTES)?;
+        fill(&staging, 1)?;
+        second.copy_out(frames(0, 512), &staging, 0)?;
+        assert!(staging.window.compare(0, &vec![0; 512 << 12])?, "the last owner's bytes");
+    }
+    Ok(())
+}
+
+#[test]
+fn nvme_given_back_frames_are_not_adopted_even_by_who_knows_them() -> Result<(), AnyError> {
+    let bench = Bench::new(NvmeOptions::default())?;
+    let driver = bench.driver(None)?;
+    let (namespace, _) = driver.namespace(false)?;
+    namespace.release()?;
+    let (old, kept) = (header(&bench)?, driver.kept.clone());
+    drop((namespace, driver));
+    let driver = bench.driver(Some(kept))?;
+    assert_eq!(driver.namespace(false)?.1, MemoryOrigin::Created);
+    assert_ne!(header(&bench)?.generation, old.generation);
+    Ok(())
+}
+
+#[test]
+fn nvme_header_of_somebody_else_is_not_released() -> Result<(), AnyError> {
+    let bench = Bench::new(NvmeOptions::default())?;
+    let driver = bench.driver(None)?;
+    let (namespace, _) = driver.namespace(false)?;
+    let theirs = Header { generation: 4711, ..header(&bench)? };
+    put_header(&bench, theirs)?;
+    let refused = namespace.release();
+    assert!(matches!(refused, Err(NvmeError::Header(HeaderError::Changed))), "{refused:?}");
+    assert_eq!(header(&bench)?, theirs);
     Ok(())
 }
 

@@ -59,7 +59,9 @@ impl Pager {
             | pager::Call::ReadTrace { .. }
             | pager::Call::Inject { .. }
             | pager::Call::AgentDone { .. } => role == Role::Client,
-            pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } => role == Role::Driver,
+            pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } | pager::Call::DeviceLost { .. } => {
+                role == Role::Driver
+            }
             pager::Call::MirrorLogin
             | pager::Call::OpenMirror { .. }
             | pager::Call::CloseMirror { .. }
@@ -108,6 +110,7 @@ impl Pager {
                 Some(self.driver_login(conn, device, generation, frame_count, aperture, gate, copy_ring))
             }
             pager::Call::AttachTable { space, region, table } => Some(self.attach_table(conn, space, region, &table)),
+            pager::Call::DeviceLost { device } => Some(self.device_lost(conn, device)),
             pager::Call::MirrorLogin => Some(self.mirror_login(conn)),
             pager::Call::OpenMirror { space, token, device } => Some(self.open_mirror(space, &token, device)),
             pager::Call::CloseMirror { space, device } => Some(self.close_mirror(space, device)),

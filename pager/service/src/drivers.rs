@@ -3,6 +3,7 @@
 //! ```text
 //!  login (new incarnation) -> old mappings void, device up      session lost -> device down, what it owes stays owed
 //!  login (same one again)  -> mappings still valid              process dead  -> mappings void, copies wait for the next
+//!  device is taken away    -> its aperture is unmapped, copies wait     held by the supervisor -> what nobody can reach is poisoned
 //! ```
 
 use std::os::fd::AsFd;
@@ -153,6 +154,20 @@ impl Pager {
         for through in self.revokes.device_void(id) {
             self.revoke_through(through);
         }
+    }
+
+    /// The kernel's unbind waits until nobody maps the device. A file stays: it is only a file, and pages come home from it.
+    pub(crate) fn device_lost(&mut self, conn: ConnId, id: u8) -> Result<pager::Reply> {
+        let device = self.devices.get_mut(usize::from(id)).and_then(Option::as_mut);
+        let device = device.filter(|device| device.conn == Some(conn));
+        let device = device.ok_or_else(|| {
+            WireError::new(ErrorCode::Permission, format!("Device {id} was not logged in on this connection"))
+        })?;
+        if device.aperture.as_ref().is_some_and(Window::is_guarded) {
+            device.aperture = None;
+            tracing::warn!(device = id, service = %device.service, "Device is taken away: its pages wait until it is back, or given up");
+        }
+        Ok(pager::Reply::Done)
     }
 
     pub(crate) fn driver_session_lost(&mut self, id: u8, conn: ConnId) {

@@ -174,7 +174,7 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
         pager.service.reactor.poll(timeout, &mut wakes)?;
         for wake in wakes.drain(..) {
             match pager.service.on_wake(&wake) {
-                Handled::Exit => return Ok(()),
+                Handled::Exit(_) => return Ok(()),
                 Handled::Yes => {}
                 Handled::No => pager.on_wake(wake),
             }

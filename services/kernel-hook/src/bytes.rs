@@ -95,6 +95,10 @@ impl MappedBytes {
         self
     }
 
+    pub(crate) fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+
     fn end(&self, at: *mut u8) -> guarded::End {
         guarded::End { at, guarded: self.guarded }
     }

@@ -76,6 +76,11 @@ impl Window {
         Self::map(fd, off, len, Prot::ReadWrite)
     }
 
+    /// Its bytes may vanish: they are a device's own, not a file's.
+    pub fn is_guarded(&self) -> bool {
+        self.bytes.is_guarded()
+    }
+
     /// Private zeroed memory, for scratch and staging.
     ///
     /// # Errors

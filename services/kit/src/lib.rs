@@ -91,7 +91,17 @@ pub enum Handled {
     /// It is the service's.
     No,
     /// The service shall end.
-    Exit,
+    Exit(Ending),
+}
+
+/// Why a service shall end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The whole system ends, and the vault with it: nobody will ever go on where this process stops. (The supervisor says `Stop` for nothing
+    /// else: whom it wants to start again it kills.)
+    ForGood,
+    /// Another process is this service by now, and may be at work.
+    Replaced,
 }
 
 /// The common part of a running service.
@@ -204,7 +214,7 @@ impl Service {
                 }
                 supervisor::Event::Stop => {
                     tracing::info!("Told to stop");
-                    Handled::Exit
+                    Handled::Exit(Ending::ForGood)
                 }
                 supervisor::Event::ServiceDied { .. } => Handled::No,
             },
@@ -224,7 +234,7 @@ impl Service {
             }
             Wake::Preamble { link, result: Err(error), .. } if *link == self.supervisor => {
                 tracing::error!(%error, "The supervisor does not know this process: ending");
-                Handled::Exit
+                Handled::Exit(Ending::Replaced)
             }
             _ => Handled::No,
         }
@@ -233,7 +243,7 @@ impl Service {
     fn check_orphaned(&mut self) -> Handled {
         if !self.run_dir.exists() {
             tracing::warn!("The run directory is gone: ending");
-            return Handled::Exit;
+            return Handled::Exit(Ending::ForGood);
         }
         if !self.supervisor_up {
             self.reactor.add_timer(ORPHAN_CHECK, TIMER_ORPHAN);

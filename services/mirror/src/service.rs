@@ -87,7 +87,7 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
         mirror.service.reactor.poll(None, &mut wakes)?;
         for wake in wakes.drain(..) {
             match mirror.service.on_wake(&wake) {
-                Handled::Exit => return Ok(()),
+                Handled::Exit(_) => return Ok(()),
                 Handled::Yes => {}
                 Handled::No => mirror.on_wake(wake),
             }

@@ -11,7 +11,9 @@
 //! A suite is a file in `tests/guest/tests`, its tests are ordinary `#[test]`s that are ignored outside of the guest.
 //! The guest has no disk: what it leaves behind is what it wrote to the two serial lines, however it ends.
 
+pub mod devices;
 pub mod records;
+pub mod running;
 pub mod tier;
 pub mod victim;
 pub mod wait;

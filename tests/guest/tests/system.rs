@@ -8,44 +8,10 @@
 //! the tests that end in `_full`.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 
-const UHMM: &str = "/helpers/uhmm";
-/// Each mechanism once: faults of both sides, migration, fork, exclusive access, atomics, advice, eviction, injected failures, kills.
-const SELECTION: &str = "^(T01|T02|T04|T12|T14|T22|T25|T29|X03|K08|D02|C05|R03|R08|M01|M03|IGT.once.(malloc|region|mmap-remap)$\
-                         |P16_one|P17_pager|S02|Z01)";
-/// Vendor and device of the shared memory device.
-const IVSHMEM: (&str, &str) = ("0x1af4", "0x1110");
-/// Of the teaching device.
-const EDU: (&str, &str) = ("0x1234", "0x11e8");
-/// Of the disk.
-const NVME: (&str, &str) = ("0x1b36", "0x0010");
-/// Software emulation, perhaps on a busy machine.
-const PATIENCE: &str = "6";
-
-/// Runs the program; what it says goes to the test's log as it comes, so that a deadline leaves it there.
-fn uhmm(args: &[&str]) {
-    println!("$ uhmm {}", args.join(" "));
-    let status = Command::new(UHMM).args(args).status().unwrap();
-    assert!(status.success(), "uhmm {args:?} ended with {status}");
-}
-
-/// Addresses of the devices of this kind that are bound to vfio-pci, in order.
-fn pci_devices((vendor, device): (&str, &str)) -> Vec<String> {
-    let mut found: Vec<String> = fs::read_dir("/sys/bus/pci/drivers/vfio-pci")
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| {
-            let is = |file: &str, wanted| fs::read_to_string(path.join(file)).is_ok_and(|word| word.trim() == wanted);
-            is("vendor", vendor) && is("device", device)
-        })
-        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
-        .collect();
-    found.sort();
-    found
-}
+use uhmm_guest::devices::{EDU, IVSHMEM, NVME, vfio_devices};
+use uhmm_guest::running::{System, uhmm};
 
 /// A manifest of these devices: driver, and what is said about each.
 fn manifest(name: &str, devices: &[(&str, String)]) -> PathBuf {
@@ -69,53 +35,15 @@ fn manifest(name: &str, devices: &[(&str, String)]) -> PathBuf {
     path
 }
 
+fn up(name: &str, devices: &[(&str, String)]) -> System {
+    System::up(name, &manifest(name, devices))
+}
+
 /// All shared memory devices.
 fn bars(more: &str) -> Vec<(&'static str, String)> {
-    let devices = pci_devices(IVSHMEM);
+    let devices = vfio_devices(IVSHMEM);
     assert_eq!(devices.len(), 2, "{devices:?}");
     devices.iter().map(|address| ("bar", format!("pci = \"{address}\"\n{more}"))).collect()
-}
-
-/// A running system; stopped in order when the test ends.
-struct System {
-    supervisor: Child,
-    run_dir: String,
-}
-
-impl System {
-    fn up(name: &str, devices: &[(&str, String)]) -> Self {
-        let manifest = manifest(name, devices);
-        let run_dir = format!("/tmp/run-{name}");
-        let mut command = Command::new(UHMM);
-        command.args(["--run-dir", &run_dir, "up", "--manifest", manifest.to_str().unwrap()]).stdout(Stdio::piped());
-        let mut supervisor = command.spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(supervisor.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let system = Self { supervisor, run_dir };
-        assert_eq!(line.trim(), "ready", "the services' messages are above");
-        uhmm(&["--run-dir", &system.run_dir, "status"]);
-        system
-    }
-
-    fn conformance(&self, driver: &str) {
-        let filter = if std::env::var_os("UHMM_FULL").is_some() { "" } else { SELECTION };
-        self.cases(driver, filter);
-    }
-
-    fn cases(&self, driver: &str, filter: &str) {
-        let args = ["--run-dir", &self.run_dir, "conformance", "--driver", driver, "--patience", PATIENCE];
-        uhmm(&[&args[..], &["--filter", filter]].concat());
-    }
-}
-
-impl Drop for System {
-    fn drop(&mut self) {
-        let down = Command::new(UHMM).args(["--run-dir", &self.run_dir, "down"]).status();
-        if !down.is_ok_and(|status| status.success()) {
-            self.supervisor.kill().unwrap();
-        }
-        self.supervisor.wait().unwrap();
-    }
 }
 
 /// Text of this project's own is there in every checkout.
@@ -140,7 +68,7 @@ fn doctor_says_that_it_works_here() {
 #[ignore = "runs in the guest: tests/guest/run system"]
 fn soft_conformance() {
     let device = || ("soft", "memory_bytes = \"32MiB\"".to_owned());
-    System::up("soft", &[device(), device()]).conformance("soft");
+    up("soft", &[device(), device()]).conformance("soft");
 }
 
 #[test]
@@ -153,13 +81,13 @@ fn soft_demo() {
 #[test]
 #[ignore = "runs in the guest: tests/guest/run system"]
 fn bar_conformance() {
-    System::up("bar", &bars("memory_bytes = \"32MiB\"\ncoherent = true")).conformance("bar");
+    up("bar", &bars("memory_bytes = \"32MiB\"\ncoherent = true")).conformance("bar");
 }
 
 /// The namespace, whatever it holds: the guest's disk is new at each boot. What it reaches by DMA must fit into the account's 8 MiB of
 /// locked memory.
 fn nvme(more: &str) -> Vec<(&'static str, String)> {
-    let devices = pci_devices(NVME);
+    let devices = vfio_devices(NVME);
     assert_eq!(devices.len(), 1, "{devices:?}");
     devices
         .iter()
@@ -170,7 +98,7 @@ fn nvme(more: &str) -> Vec<(&'static str, String)> {
 #[test]
 #[ignore = "runs in the guest: tests/guest/run system"]
 fn nvme_conformance() {
-    System::up("nvme", &nvme("memory_bytes = \"32MiB\"")).conformance("nvme");
+    up("nvme", &nvme("memory_bytes = \"32MiB\"")).conformance("nvme");
 }
 
 /// Each load of a kernel that follows pointers is a read of the disk: minutes in software emulation.
@@ -182,7 +110,7 @@ fn nvme_demo_full() {
 
 /// Both teaching devices: one page of memory each, reached at 2 KiB in 100 ms. What takes more than a page is not applicable.
 fn edus() -> Vec<(&'static str, String)> {
-    let devices = pci_devices(EDU);
+    let devices = vfio_devices(EDU);
     assert_eq!(devices.len(), 2, "{devices:?}");
     devices
         .iter()
@@ -193,7 +121,7 @@ fn edus() -> Vec<(&'static str, String)> {
 #[test]
 #[ignore = "runs in the guest: tests/guest/run system"]
 fn edu_conformance() {
-    System::up("edu", &edus()).conformance("edu");
+    up("edu", &edus()).conformance("edu");
 }
 
 /// One system of all the guest's devices; a program's pages on each of them in turn.
@@ -204,7 +132,7 @@ fn all_drivers_at_once() {
     devices.extend(nvme(""));
     devices.extend(edus());
     devices.push(("soft", "memory_bytes = \"32MiB\"".to_owned()));
-    let system = System::up("all", &devices);
+    let system = up("all", &devices);
     for driver in ["bar", "nvme", "edu", "soft"] {
         system.cases(driver, "^(T01_open_close|T04_anon_write|T12_migrate|T14_migrate_fault|K08_.*|IGT.once.malloc)$");
     }

@@ -96,6 +96,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_region(*region);
             to.set_table_fd(fds.put(table));
         }
+        Call::DeviceLost { device } => to.set_device_lost(*device),
         Call::MirrorLogin => to.set_mirror_login(()),
         Call::OpenMirror { space, token, device } => {
             let mut to = to.init_open_mirror();
@@ -228,6 +229,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let table = fds.take("attachTable.tableFd", from.get_table_fd())?;
             Call::AttachTable { space: from.get_space(), region: from.get_region(), table }
         }
+        call::DeviceLost(device) => Call::DeviceLost { device },
         call::MirrorLogin(()) => Call::MirrorLogin,
         call::OpenMirror(from) => {
             let from = from?;

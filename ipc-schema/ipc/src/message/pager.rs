@@ -328,6 +328,12 @@ pub enum Call {
         /// The memfd, sealed, `page_count * 8` bytes rounded up to a page.
         table: Fd,
     },
+    /// Driver: the device is being taken away, which lasts until nobody has it mapped. Answered after the pager has let go of an aperture that is the device's
+    /// own; the driver ends then. Its pages wait for the next incarnation, and are poisoned when the supervisor holds the service.
+    DeviceLost {
+        /// Device id from the plan.
+        device: u8,
+    },
     /// Mirror: I carry invalidations now.
     MirrorLogin,
     /// Mirror: a driver wants to mirror a space; checks the client's token.

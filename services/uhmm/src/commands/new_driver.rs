@@ -17,6 +17,8 @@ const SOURCES: [(&str, &str); 4] = [
 const MAIN: &str = include_str!("new_driver/main.rs.txt");
 const CARGO: &str = include_str!("new_driver/Cargo.toml.txt");
 const MANIFEST: &str = include_str!("new_driver/manifest.toml.txt");
+/// So that `cargo fmt` changes what the author wrote, and nothing else.
+const FORMAT: &str = include_str!("../../../../rustfmt.toml");
 /// The versions that uhmm was tested with.
 const LOCK: &str = include_str!("../../../../Cargo.lock");
 
@@ -36,9 +38,14 @@ pub struct NewDriverArgs {
 /// Writes the crate, and says what comes next.
 pub fn new_driver(args: &NewDriverArgs) -> anyhow::Result<()> {
     let name = &args.name;
-    let legal = name.starts_with(|c: char| c.is_ascii_lowercase())
+    // One letter less than a service's name may have: the device is NAME0.
+    let legal = name.len() < 32
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-    ensure!(legal, "{name:?} is no name for a crate: begin with a lower-case letter, go on with those, digits and _");
+    ensure!(
+        legal,
+        "{name:?} is no name for a crate: begin with a lower-case letter, go on with those, digits and _ (31 at most)"
+    );
     let sources = args.uhmm.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."));
     let sources = fs::canonicalize(&sources).with_context(|| format!("{} is not there", sources.display()));
     let sources = sources.context("uhmm's source tree is needed to build drivers: name it with --uhmm")?;
@@ -53,12 +60,16 @@ pub fn new_driver(args: &NewDriverArgs) -> anyhow::Result<()> {
     }
     let filled = |text: &str| {
         let (sources, dir) = (sources.display().to_string(), dir.display().to_string());
-        text.replace("@NAME@", name).replace("@UHMM@", &sources).replace("@DIR@", &dir)
+        // Services have no _ in their names.
+        let service = name.replace('_', "-");
+        text.replace("@NAME@", name).replace("@SERVICE@", &service).replace("@UHMM@", &sources).replace("@DIR@", &dir)
     };
     write(&dir, "src/main.rs", &filled(MAIN))?;
     write(&dir, "Cargo.toml", &filled(CARGO))?;
     write(&dir, "manifest.toml", &filled(MANIFEST))?;
     write(&dir, "Cargo.lock", LOCK)?;
+    write(&dir, "rustfmt.toml", FORMAT)?;
+    write(&dir, ".gitignore", "/target\n")?;
     println!("{} drives QEMU's educational device now.", dir.display());
     println!("1. cargo build --release      (in that folder)");
     println!("2. manifest.toml: the PCI address of your device");

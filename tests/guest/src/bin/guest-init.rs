@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, finit_module, reboot};
+use uhmm_guest::devices::{EDU, IVSHMEM, NVME};
 use uhmm_guest::records::{Record, TestRecord};
 use uhmm_guest::wait::wait_or_kill;
 
@@ -21,8 +22,8 @@ const MODULES: [&str; 5] = ["irqbypass", "vfio", "vfio_iommu_type1", "vfio-pci-c
 const IOMMUFD: &str = "iommufd";
 /// `finit_module` flag: the kernel decompresses the file itself (Debian's modules are, those that were built here are not).
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
-/// Vendor and device: edu, ivshmem, nvme. All are given to the suites.
-const DEVICES: [(&str, &str); 3] = [("0x1234", "0x11e8"), ("0x1af4", "0x1110"), ("0x1b36", "0x0010")];
+/// All are given to the suites.
+const DEVICES: [(&str, &str); 3] = [EDU, IVSHMEM, NVME];
 /// How many devices the guest has, each with a driver.
 const DRIVERS: u64 = 5;
 /// Who runs the suites.

@@ -11,12 +11,15 @@ use std::time::Duration;
 use uhmm_driver_kit::{CopyEngine, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging, StagingUse};
 use uhmm_driver_nvme::cmb;
 use uhmm_driver_nvme::engine::NvmeEngine;
+use uhmm_driver_nvme::header::{Found, Header, State};
+use uhmm_driver_nvme::machine::Request;
 use uhmm_driver_nvme::namespace::Namespace;
+use uhmm_driver_nvme::protocol::Opcode;
 use uhmm_driver_nvme::shell::{Controller, DMA_NAME, Options};
 use uhmm_guest::tier::{PATTERN_AT, PATTERN_FRAMES, check, fill, receive, send};
 use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::SeqPacket;
-use uhmm_pci::{PciDevice, PciPath};
+use uhmm_pci::{DmaMemory, DmaRight, PciDevice, PciPath};
 
 const ROUNDS: u64 = 50;
 
@@ -119,6 +122,34 @@ fn a_cold_start_finds_no_frames_of_an_earlier_life() {
     let (mut engine, staging) = engine(&namespace, 2 << 20);
     engine.copy_out(Frames { first: PATTERN_AT, count: PATTERN_FRAMES }, &staging, 0).unwrap();
     assert!(staging.window.compare(0, &vec![0; 2 << 20]).unwrap());
+}
+
+#[test]
+#[ignore = "runs in the guest: tests/guest/run nvme"]
+fn a_namespace_that_was_given_back_says_so_and_begins_anew() {
+    let controller = Controller::open(device(), None, Options::default()).unwrap();
+    let (namespace, _) = Namespace::open(controller, u64::MAX, true).unwrap();
+    let (mut first, staging) = engine(&namespace, 2 << 20);
+    fill(&staging.window, 64, 3).unwrap();
+    first.copy_in(&staging, 0, Frames { first: 0, count: 64 }).unwrap();
+    namespace.release().unwrap();
+    drop((first, namespace));
+    let controller = Controller::open(device(), None, Options::default()).unwrap();
+    // Blocks of 512 bytes: the first 4 KiB, past the driver.
+    let page =
+        controller.device().map_dma(&DmaMemory::create("page", PAGE_BYTES).unwrap(), DmaRight::ReadWrite, u64::MAX);
+    let page = page.unwrap();
+    controller.run([Request { opcode: Opcode::Read, lba: 0, blocks: 8, iova: page.iova(0), bytes: 4096 }]).unwrap();
+    let mut begin = vec![0; PAGE_BYTES as usize];
+    page.window().read(0, &mut begin).unwrap();
+    let found = Found::decode(&begin);
+    assert!(matches!(found, Found::Header(Header { state: State::Released, .. })), "{found:?}");
+    let (namespace, origin) = Namespace::open(controller, u64::MAX, false).unwrap();
+    assert_eq!(origin, MemoryOrigin::Created);
+    let (mut second, staging) = engine(&namespace, 2 << 20);
+    fill(&staging.window, 64, 1).unwrap();
+    second.copy_out(Frames { first: 0, count: 64 }, &staging, 0).unwrap();
+    assert!(staging.window.compare(0, &vec![0; 64 << 12]).unwrap());
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes HotRanges ReadTrace Inject AgentDone
-            DriverLogin AttachTable MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
+            DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -160,6 +160,7 @@ fn service_calls() -> Vec<Call> {
         login(Some(window(4096)), None, Some(ring)),
         login(None, None, None),
         AttachTable { space: 1, region: 2, table: fd(4096) },
+        DeviceLost { device: 3 },
         MirrorLogin,
         OpenMirror { space: 1, token: vec![6; 16], device: 3 },
         CloseMirror { space: 1, device: 3 },

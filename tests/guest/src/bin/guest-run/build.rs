@@ -2,7 +2,8 @@
 //! directory (`TARGET/x86_64-unknown-linux-gnu`), so other builds stay as they are.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +11,8 @@ use serde_json::Value;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const INIT: &str = "guest-init";
+/// It needs a driver that somebody has begun with `uhmm driver new`.
+const NEW_DRIVER_SUITE: &str = "new_driver";
 
 /// The programs of the guest.
 #[derive(Debug)]
@@ -22,26 +25,51 @@ pub struct Programs {
     pub helpers: BTreeMap<String, PathBuf>,
 }
 
-/// Builds all suites, and `uhmm` itself as a helper; keeps the wanted suites.
-pub fn suites(wanted: &[String]) -> Result<Programs> {
+/// Builds all suites, and `uhmm` itself as a helper; keeps the wanted suites. `out`: where a driver may be generated.
+pub fn suites(wanted: &[String], out: &Path) -> Result<Programs> {
     eprintln!("== building the guest's programs");
     let mut programs = Programs { init: PathBuf::new(), suites: BTreeMap::new(), helpers: BTreeMap::new() };
-    cargo(&["test", "--no-run", "-p", "uhmm-guest", "--bins", "--tests"], &mut programs)?;
-    cargo(&["build", "-p", "uhmm"], &mut programs)?;
+    cargo(&["test", "--locked", "--no-run", "-p", "uhmm-guest", "--bins", "--tests"], &mut programs)?;
+    cargo(&["build", "--locked", "-p", "uhmm"], &mut programs)?;
     ensure!(!programs.init.as_os_str().is_empty(), "cargo built no {INIT}");
     for name in wanted {
         let known: Vec<&String> = programs.suites.keys().collect();
         ensure!(programs.suites.contains_key(name), "There is no suite {name}: take one of {known:?}");
     }
     programs.suites.retain(|name, _| wanted.is_empty() || wanted.contains(name));
+    if programs.suites.contains_key(NEW_DRIVER_SUITE) {
+        new_driver(out, &mut programs)?;
+    }
     Ok(programs)
+}
+
+/// What a reader of docs/write-a-driver.md does: `uhmm driver new chip`, and builds it. Its lock file names what was downloaded for uhmm, so nothing else is.
+fn new_driver(out: &Path, programs: &mut Programs) -> Result<()> {
+    let dir = out.join("chip");
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("Remove {}", dir.display()))?;
+    }
+    let uhmm = programs.helpers.get("uhmm").context("cargo built no uhmm")?;
+    let status = Command::new(uhmm).args(["driver", "new", "chip", "--uhmm", ".", "--dir"]).arg(&dir).status();
+    let status = status.context("Start uhmm")?;
+    ensure!(status.success(), "uhmm driver new ended with {status}");
+    let (crate_file, target) = (dir.join("Cargo.toml"), out.parent().context("A folder in TARGET")?);
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("A path is text");
+    let (crate_file, target) = (text(&crate_file)?, text(target)?);
+    // As uhmm's own profile, so that what is built already is used.
+    let profile = ["--config", "profile.release.debug='line-tables-only'"];
+    let build = ["build", "--offline", "--manifest-path", &crate_file, "--target-dir", &target];
+    cargo(&[&build[..], &profile].concat(), programs)?;
+    ensure!(programs.helpers.contains_key("chip"), "cargo built no chip");
+    programs.helpers.insert("chip.toml".to_owned(), dir.join("manifest.toml"));
+    Ok(())
 }
 
 fn cargo(what: &[&str], programs: &mut Programs) -> Result<()> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(what)
         // What is deployed: suite `nvme` compares speeds, and an emulated processor is slow enough.
-        .args(["--release", "--locked", "-q", "--target", TARGET, "--message-format=json-render-diagnostics"])
+        .args(["--release", "-q", "--target", TARGET, "--message-format=json-render-diagnostics"])
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
         .stderr(Stdio::inherit())
         .output()

@@ -48,7 +48,7 @@ fn main() -> Result<ExitCode> {
         }
         kernel.modules = iommufd::modules(&base, &kernel)?;
     }
-    let suites = build::suites(&cli.suites)?;
+    let suites = build::suites(&cli.suites, &base)?;
     let initramfs = out.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &suites)?;
     let started = Instant::now();
