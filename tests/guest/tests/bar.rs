@@ -74,10 +74,11 @@ impl Scene {
         (summary.all_device_pages(), summary.poisoned_pages)
     }
 
-    /// Kills the driver at a random moment of `work`. True: the work was not through yet.
-    fn kill_during(&self, rng: &mut Rng, work: impl FnOnce() + Send) -> bool {
+    /// Kills the driver at a random moment of `work`, after so many turns of a loop at most: the next time it takes longer when the
+    /// work was not through yet (true), and less when it was.
+    fn kill_during(&self, rng: &mut Rng, spins_max: &mut u64, work: impl FnOnce() + Send) -> bool {
         let (target, ended) = (self.bed.process("bar0"), AtomicBool::new(false));
-        let spins = rng.below(300_000);
+        let spins = rng.below(*spins_max);
         let (killed, hit) = std::thread::scope(|scope| {
             let worker = scope.spawn(|| {
                 work();
@@ -90,6 +91,7 @@ impl Scene {
             (killed, hit)
         });
         self.bed.wait_ready("bar0", killed);
+        *spins_max = if hit { *spins_max * 5 / 4 } else { *spins_max / 2 }.max(1000);
         hit
     }
 
@@ -105,11 +107,11 @@ impl Scene {
 fn kill_rounds(more: &str) {
     let scene = Scene::start(more);
     let device = Target::Device(scene.device.id());
-    let (mut rng, mut hits) = (Rng::new(4711), 0);
+    let (mut rng, mut hits, mut spins_max) = (Rng::new(4711), 0, [300_000; 3]);
     for seed in 1..=ROUNDS {
         scene.fill(seed);
         scene.to(if seed % 3 == 0 { Target::Home } else { device });
-        hits += u64::from(scene.kill_during(&mut rng, || match seed % 3 {
+        hits += u64::from(scene.kill_during(&mut rng, &mut spins_max[(seed % 3) as usize], || match seed % 3 {
             0 => scene.to(device),
             1 => scene.to(Target::Home),
             _ => scene.run_sum(seed),

@@ -15,9 +15,9 @@ use crate::protocol::registers::{CSTS, GONE};
 use crate::shell::{Inner, Shared};
 use crate::start::STATUS_PAUSE;
 
-/// Looking costs a core, sleeping costs an interrupt. Whoever waits looks for so long before it sleeps; on devices that are slower it
-/// sleeps at once.
-const LOOK_FOR: Duration = Duration::from_micros(250);
+/// Looking costs a core, sleeping costs an interrupt. Whoever waits for bulk looks for so long before it sleeps, and whoever waits for a
+/// single command, which somebody's access may stand still for; on devices that are slower they sleep at once.
+const LOOK_FOR: [Duration; 2] = [Duration::from_micros(250), Duration::from_millis(1)];
 /// Sleep while something is in flight that raises no interrupt.
 const NAP: Duration = Duration::from_micros(200);
 /// A device is slower when so many looks in a row were in vain. One hiccup says little.
@@ -61,7 +61,7 @@ impl Shared {
             if looks {
                 let found;
                 (inner, found) = self.look(inner, batch)?;
-                looks = found || inner.now.saturating_sub(since) < LOOK_FOR;
+                looks = found || inner.now.saturating_sub(since) < LOOK_FOR[usize::from(single)];
                 if found {
                     self.look_at_clock(&mut inner);
                     since = inner.now;
