@@ -3,11 +3,12 @@
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::io::Errno;
 use uhmm_sdk::{Advice, Region};
 
 use super::super::mirror::file_with;
 use super::{Kind, Moves};
-use crate::case::{CaseResult, During, Failure, ensure_eq};
+use crate::case::{CaseResult, During, Failure, ensure_eq, not_applicable};
 use crate::ctx::{Ctx, PMD};
 use crate::mem::{Mem, PAGE, Remap};
 use crate::pattern;
@@ -98,9 +99,13 @@ impl Buffer {
     fn lock(&self) -> CaseResult {
         match self {
             // A program locks its heap with everything else that it has.
-            Buffer::Heap { .. } | Buffer::Region(_) => {
-                uhmm_kernel_hook::process::lock_memory_best_effort().during("Lock the program's memory")
-            }
+            Buffer::Heap { .. } | Buffer::Region(_) => match uhmm_kernel_hook::process::lock_memory_best_effort() {
+                // What the account may lock is no property of a driver.
+                Err(error) if [Errno::NOMEM, Errno::PERM].iter().any(|no| error.errno() == Some(no.raw_os_error())) => {
+                    not_applicable!("This account may not lock all of a program's memory: {error}")
+                }
+                locked => locked.during("Lock the program's memory"),
+            },
             Buffer::Mapped(mem) => mem.lock(0, mem.len()),
         }
     }

@@ -108,6 +108,7 @@ fn racing_write(ctx: &Ctx, buffer: &Buffer, step: Step, seed: u64, untouched: bo
 
 /// One command after the other on four buffers, all on their way at once.
 fn multi_fault(ctx: &Ctx, kind: &Kind, step: Step) -> CaseResult {
+    ctx.fits(MULTI * step.len)?;
     let buffers = (0..MULTI).map(|_| make(ctx, kind, step.len)).collect::<CaseResult<Vec<_>>>()?;
     for (seed, buffer) in buffers.iter().enumerate() {
         buffer.fill(0, step.len, seed as u64)?;
