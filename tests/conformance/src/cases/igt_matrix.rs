@@ -152,6 +152,8 @@ fn run(ctx: &Ctx, shape: Shape, kind: Kind) -> CaseResult {
     if kind.fork_read {
         ctx.needs_fork()?;
     }
+    // Each thread of each process has a command of its own on its way.
+    ctx.fits(shape.processes * shape.threads * shape.len)?;
     if shape.processes > 1 && ctx.role().is_none() {
         let role = ["process".to_owned()];
         let helpers = (0..shape.processes).map(|_| ctx.spawn(&role)).collect::<CaseResult<Vec<_>>>()?;
