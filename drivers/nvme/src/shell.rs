@@ -9,7 +9,7 @@
 
 mod wait;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -95,7 +95,8 @@ struct Batch {
 #[derive(Debug)]
 struct Inner {
     machine: Machine,
-    batches: HashMap<u64, Batch>,
+    /// Few at a time.
+    batches: BTreeMap<u64, Batch>,
     next_batch: u64,
     /// Doorbells to be rung when a look or a submission is through: tail, head of each queue.
     tails: Vec<Option<u16>>,
@@ -204,7 +205,7 @@ impl Controller {
         let count = usize::from(layout.pairs) + 1;
         let inner = Inner {
             machine,
-            batches: HashMap::new(),
+            batches: BTreeMap::new(),
             next_batch: 0,
             tails: vec![None; count],
             heads: vec![None; count],

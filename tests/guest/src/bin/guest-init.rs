@@ -177,7 +177,13 @@ fn iommufd() -> bool {
 }
 
 fn told(wanted: &str) -> bool {
-    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == wanted))
+    words().iter().any(|word| word == wanted)
+}
+
+/// Of the kernel's command line.
+fn words() -> Vec<String> {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    line.split_whitespace().map(str::to_owned).collect()
 }
 
 fn list(suite: &Path) -> Result<Vec<String>> {
@@ -187,7 +193,8 @@ fn list(suite: &Path) -> Result<Vec<String>> {
     let tests = text.lines().filter_map(|line| line.strip_suffix(": test"));
     // Tests that say so in their name take longer than a usual run may, or are about iommufd alone.
     let runs = |test: &str| (full() || !test.ends_with("_full")) && (iommufd() || !test.ends_with("_iommufd"));
-    Ok(tests.filter(|test| runs(test)).map(str::to_owned).collect())
+    let only = words().iter().find_map(|word| word.strip_prefix("uhmm.only=").map(str::to_owned)).unwrap_or_default();
+    Ok(tests.filter(|test| runs(test) && test.contains(&only)).map(str::to_owned).collect())
 }
 
 /// One process a test: what one leaves open cannot hurt the next.

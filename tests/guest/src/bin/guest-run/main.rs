@@ -27,11 +27,24 @@ struct Cli {
     /// Every conformance case for every device instead of a selection: takes an hour or more
     #[arg(long)]
     full: bool,
+    /// Only tests with this in their names
+    #[arg(long, value_parser = part_of_a_name)]
+    only: Option<String>,
     /// A kernel with iommufd and device files, which the drivers then take instead of groups. The first time this downloads
     /// 170 MB (kernel source and headers) and builds five modules: 25 to 85 s. Suites boot, vfio, edu and nvme take 2 to 3
     /// minutes with that and are part of tests/run; all suites take 4 to 8 and are not
     #[arg(long)]
     iommufd: bool,
+}
+
+/// The guest gets it on its kernel's command line.
+fn part_of_a_name(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    if !text.is_empty() && text.chars().all(legal) {
+        Ok(text.to_owned())
+    } else {
+        Err("names of tests have letters, digits, `_` and `:`".to_owned())
+    }
 }
 
 fn main() -> Result<ExitCode> {
@@ -54,7 +67,8 @@ fn main() -> Result<ExitCode> {
     let started = Instant::now();
     let limit = cli.limit.unwrap_or(if cli.full { 28_800 } else { 1200 });
     let words = [(cli.full, " uhmm.full"), (cli.iommufd, " uhmm.iommufd")];
-    let words: String = words.into_iter().filter_map(|(wanted, word)| wanted.then_some(word)).collect();
+    let mut words: String = words.into_iter().filter_map(|(wanted, word)| wanted.then_some(word)).collect();
+    words.extend(cli.only.iter().map(|text| format!(" uhmm.only={text}")));
     let ended = qemu::boot(&kernel, &initramfs, &out, Duration::from_secs(limit), &words)?;
     let report = report::Report::read(&out, ended)?;
     report.write_junit(&out.join("junit.xml"), started.elapsed())?;
