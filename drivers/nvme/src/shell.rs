@@ -342,7 +342,7 @@ impl Controller {
         let rung = shared.ring(&mut inner);
         // Not before the lock is open: dropping it locks.
         drop(inner);
-        let in_flight = InFlight { controller: self.clone(), batch };
+        let in_flight = InFlight { controller: self.clone(), batch, over: false };
         submitted.and(rung).map(|()| in_flight)
     }
 }
@@ -353,6 +353,8 @@ impl Controller {
 pub struct InFlight {
     controller: Controller,
     batch: u64,
+    /// Its result was taken.
+    over: bool,
 }
 
 impl InFlight {
@@ -360,18 +362,20 @@ impl InFlight {
     ///
     /// # Errors
     /// The first one that failed.
-    pub fn finish(self) -> Result<(), NvmeError> {
+    pub fn finish(mut self) -> Result<(), NvmeError> {
         let shared = &*self.controller.shared;
-        let waited = shared.wait(shared.lock(), self.batch);
-        let error = shared.lock().batches.get_mut(&self.batch).and_then(|batch| batch.error.take());
-        waited?;
+        let mut inner = shared.wait(shared.lock(), self.batch)?;
+        self.over = true;
+        let error = inner.batches.remove(&self.batch).and_then(|batch| batch.error);
         error.map_or(Ok(()), |error| Err(error.into()))
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.controller.shared.lock().batches.remove(&self.batch);
+        if !self.over {
+            self.controller.shared.lock().batches.remove(&self.batch);
+        }
     }
 }
 

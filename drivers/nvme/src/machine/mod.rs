@@ -205,7 +205,10 @@ impl Machine {
         match event {
             Event::Start => self.start(now, actions),
             Event::Submit { id, request } => self.submit(id, request, actions),
-            Event::Pace { looking } => self.looking = looking,
+            Event::Pace { looking } => {
+                self.looking = looking;
+                return;
+            }
             Event::Status(status) => self.status(status, now, actions),
             Event::Completion { queue, entry } => self.completion(queue, &entry, now, actions),
             Event::Identified { page } => self.identified(page, now, actions),

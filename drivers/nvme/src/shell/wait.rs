@@ -51,18 +51,25 @@ impl Patience {
 
 impl Shared {
     /// Returns when the batch has ended. Any number of threads look; one of those that sleep sleeps for all.
-    pub(super) fn wait<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: u64) -> Result<(), NvmeError> {
+    pub(super) fn wait<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        batch: u64,
+    ) -> Result<MutexGuard<'a, Inner>, NvmeError> {
         let shape = inner.batches.get(&batch).map(|batch| (batch.single, batch.looks));
-        let Some((single, mut looks)) = shape else { return Ok(()) };
-        self.look_at_clock(&mut inner);
+        let Some((single, mut looks)) = shape else { return Ok(inner) };
+        // A single command was submitted just now and is not there yet; bulk may have been under way for long.
+        if !single {
+            self.look_at_clock(&mut inner);
+            self.reap(&mut inner)?;
+        }
         let mut since = inner.now;
-        self.reap(&mut inner)?;
         while inner.has_open(batch) {
             if looks {
                 let found;
                 (inner, found) = self.look(inner, batch)?;
                 looks = found || inner.now.saturating_sub(since) < LOOK_FOR[usize::from(single)];
-                if found {
+                if found && inner.has_open(batch) {
                     self.look_at_clock(&mut inner);
                     since = inner.now;
                 }
@@ -77,7 +84,7 @@ impl Shared {
                 inner = self.rest_for_all(inner)?;
             }
         }
-        Ok(())
+        Ok(inner)
     }
 
     fn rest_for_all<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> Result<MutexGuard<'a, Inner>, NvmeError> {
