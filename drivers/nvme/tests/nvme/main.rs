@@ -1,6 +1,7 @@
 //! The driver against the NVMe model, well-behaved and not.
 
 mod common;
+mod several;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
