@@ -17,6 +17,8 @@ use crate::protocol::{Completion, QueueId};
 /// Most entries of a queue: the low byte of an id is a place.
 pub const ENTRIES_MAX: u16 = 128;
 const ROUNDS: u16 = 0xff;
+/// Most completions that a device is not told of. It can always post the others, and the next of those is the one that it is told of.
+const UNTOLD_MAX: u16 = 8;
 
 /// Where a command goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +79,8 @@ pub struct QueuePair<T> {
     completed: u64,
     places: Vec<Place<T>>,
     free: VecDeque<u16>,
+    /// Completions taken that the device has not been told of.
+    untold: u16,
     /// The last incarnation may have half taken the first completion: its command is then unknown here.
     first_may_be_known: bool,
 }
@@ -87,7 +91,7 @@ impl<T> QueuePair<T> {
         let entries = entries.clamp(4, ENTRIES_MAX);
         let places = (0..entries - 2).map(|_| Place { round: 0, owner: None }).collect();
         let free = (0..entries - 2).collect();
-        Self { queue, entries, submitted: 0, completed: 0, places, free, first_may_be_known: false }
+        Self { queue, entries, submitted: 0, completed: 0, places, free, untold: 0, first_may_be_known: false }
     }
 
     /// As the last incarnation left it. `in_flight`: place, id.
@@ -99,7 +103,9 @@ impl<T> QueuePair<T> {
         in_flight: &[(u16, u16)],
         owner: impl Fn() -> T,
     ) -> Self {
-        let mut adopted = Self { submitted, completed, first_may_be_known: true, ..Self::new(queue, entries) };
+        let base = Self::new(queue, entries);
+        // How much the device was told of nobody knows: it is told at the next chance.
+        let mut adopted = Self { submitted, completed, untold: base.entries, first_may_be_known: true, ..base };
         for (place, id) in in_flight {
             if let Some(entry) = adopted.places.get_mut(usize::from(*place)) {
                 *entry = Place { round: id >> 8, owner: Some(owner()) };
@@ -204,6 +210,17 @@ impl<T> QueuePair<T> {
         }
     }
 
+    /// What the device is to be told of completions taken: its doorbell, now and then. It needs room for what it completes next, not
+    /// each place at once, and a doorbell takes longer than everything else about a completion.
+    pub fn head_to_tell(&mut self) -> Option<u16> {
+        self.untold = self.untold.saturating_add(1);
+        let due = self.untold >= (self.entries / 4).min(UNTOLD_MAX);
+        due.then(|| {
+            self.untold = 0;
+            self.head()
+        })
+    }
+
     /// Everything in flight, given up.
     pub fn drain(&mut self) -> Vec<T> {
         self.places.iter_mut().filter_map(|entry| entry.owner.take()).collect()
@@ -271,6 +288,27 @@ mod tests {
         let mut adopted = pair();
         assert_eq!(adopted.complete(&done(1, 0x0104)), Ok(Some((4, 'o'))));
         assert!(adopted.complete(&done(1, 0x0901)).is_err(), "only the first");
+    }
+
+    #[test]
+    fn a_device_is_told_of_completions_before_it_runs_out_of_room() {
+        for entries in [4, 8, 16, 64, 128] {
+            let mut pair = QueuePair::new(QueueId(1), entries);
+            let (mut told, mut rings) = (0, 0);
+            for number in 1..=1000_u64 {
+                let placed = pair.submit(number).unwrap();
+                pair.complete(&done(1, placed.id)).unwrap();
+                if let Some(head) = pair.head_to_tell() {
+                    assert_eq!(u64::from(head), number % u64::from(entries));
+                    (told, rings) = (number, rings + 1);
+                }
+                assert!(number - told < u64::from(entries.min(32)) / 4);
+            }
+            assert_eq!(rings, 1000 / u64::from(entries / 4).min(8));
+        }
+        let mut adopted = QueuePair::adopt(QueueId(1), 64, 13, 11, &[(3, 0x0503)], || 0);
+        adopted.complete(&done(1, 0x0503)).unwrap();
+        assert_eq!(adopted.head_to_tell(), Some(12), "nobody knows what it was told");
     }
 
     proptest! {

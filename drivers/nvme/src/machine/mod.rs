@@ -404,9 +404,8 @@ impl Machine {
             Err(fault) => return self.reset(Report::Queue(fault), now, actions),
         };
         let place = taken.as_ref().map(|(place, _)| *place);
-        let (completed, head) = (pair.completed(), pair.head());
-        actions.push(Action::Taken { queue, place, completed });
-        actions.push(Action::RingHead { queue, head });
+        actions.push(Action::Taken { queue, place, completed: pair.completed() });
+        actions.extend(pair.head_to_tell().map(|head| Action::RingHead { queue, head }));
         match taken.map(|(_, flight)| flight.owner) {
             Some(Owner::Setup(step)) => self.setup_done(step, entry, now, actions),
             Some(Owner::Request(id)) => self.request_done(id, entry, actions),

@@ -264,7 +264,7 @@ fn nvme_killed_driver_is_followed_by_one_that_adopts_the_controller() -> Result<
         fill(&staging, round)?;
         engine.copy_in(&staging, 0, frames(2000, 512))?;
         bench.control.set_latency(Duration::from_micros(200 * (round % 3)));
-        let (kept, died) = driver.killed_at(&bench, 1 + round % 16, || {
+        let (kept, died) = driver.killed_at(&bench, 1 + round % 12, || {
             let done = (0..8).try_for_each(|n| engine.copy_in(&staging, 512, frames(n * 200, 200)));
             (engine, staging, namespace.clone(), done)
         });
