@@ -31,7 +31,8 @@ const USER: u32 = 1000;
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// When every conformance case is passed.
 const FULL_TEST_LIMIT: Duration = Duration::from_secs(7200);
-const LOG_LIMIT_BYTES: usize = 16 << 10;
+/// The table of a whole conformance run, and what services say meanwhile.
+const LOG_LIMIT_BYTES: usize = 256 << 10;
 
 fn main() {
     if std::process::id() != 1 {
@@ -226,8 +227,8 @@ fn shortened(text: &str) -> String {
     if text.len() <= LOG_LIMIT_BYTES {
         return text.to_owned();
     }
-    let head: String = text.chars().take(LOG_LIMIT_BYTES / 8).collect();
-    let tail: Vec<char> = text.chars().rev().take(LOG_LIMIT_BYTES / 8).collect();
+    let head: String = text.chars().take(LOG_LIMIT_BYTES / 2).collect();
+    let tail: Vec<char> = text.chars().rev().take(LOG_LIMIT_BYTES / 2).collect();
     let tail: String = tail.into_iter().rev().collect();
     format!("{head}\n[...]\n{tail}")
 }
