@@ -434,8 +434,33 @@ fn may_follow_mappings() -> bool {
 /// There is a file below this address, and it is mapped shared.
 fn is_of_mapped_file(addr: u64) -> CaseResult<bool> {
     let maps = std::fs::read_to_string("/proc/self/maps")?;
-    let line = maps.lines().find(|line| line.trim_start_matches('0').starts_with(&format!("{addr:x}-")));
-    Ok(line.and_then(|line| line.split_whitespace().nth(1)).is_some_and(|rights| rights.ends_with('s')))
+    let shared = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let [start, end] = [start, end].map(|bound| u64::from_str_radix(bound, 16).ok());
+        ((start?..end?).contains(&addr) && words.next()?.ends_with('s')).then_some(())
+    };
+    Ok(maps.lines().any(|line| shared(line).is_some()))
+}
+
+/// Not applicable where this account may lock too little: where pages of locked memory wait on their way is locked too, in blocks of
+/// 2 MiB, one for each operation under way.
+pub(crate) fn may_lock_blocks() -> CaseResult {
+    const CAP_IPC_LOCK: u64 = 1 << 14;
+    const ENOUGH_BYTES: u64 = 64 << 20;
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = capabilities.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0);
+    match rustix::process::getrlimit(rustix::process::Resource::Memlock).current {
+        Some(limit) if limit < ENOUGH_BYTES && capabilities & CAP_IPC_LOCK == 0 => {
+            not_applicable!(
+                "This account may lock {} KiB (ulimit -l), not {}: pages of locked memory need locked places on their way",
+                limit >> 10,
+                ENOUGH_BYTES >> 10
+            )
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What a device has read.

@@ -9,7 +9,7 @@ use uhmm_sdk::{Advice, Region};
 use super::super::mirror::file_with;
 use super::{Kind, Moves};
 use crate::case::{CaseResult, During, Failure, ensure_eq, not_applicable};
-use crate::ctx::{Ctx, PMD};
+use crate::ctx::{Ctx, PMD, may_lock_blocks};
 use crate::mem::{Mem, PAGE, Remap};
 use crate::pattern;
 
@@ -106,7 +106,10 @@ impl Buffer {
                 }
                 locked => locked.during("Lock the program's memory"),
             },
-            Buffer::Mapped(mem) => mem.lock(0, mem.len()),
+            Buffer::Mapped(mem) => {
+                may_lock_blocks()?;
+                mem.lock(0, mem.len())
+            }
         }
     }
 
