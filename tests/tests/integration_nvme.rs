@@ -131,6 +131,22 @@ impl Scene {
         }
     }
 
+    /// A client of the new system, which finds zeroes and uses them. The old system's has lost its pages, and its mapping is not
+    /// touched any more.
+    fn begin_anew(&mut self, what: &str) {
+        let session = self.bed.session();
+        self.device = session.device("nvme0").expect("device");
+        let region = session.allocate(LEN).expect("region");
+        std::mem::forget(std::mem::replace(&mut self.region, region));
+        std::mem::forget(std::mem::replace(&mut self.session, session));
+        assert_eq!(self.device.run(self.sum_job()).expect("sum").results, [0], "old bytes in new memory");
+        self.seed = 9;
+        self.fill();
+        self.out();
+        self.compare_medium(what);
+        self.compare(what);
+    }
+
     /// Kills the driver while `work` is under way; it must finish all the same.
     fn kill_during(&self, rng: &mut Rng, in_flight: bool, work: impl FnOnce(&Self) + Send) -> bool {
         let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -422,18 +438,7 @@ fn integration_nvme_cold_restart_shows_nothing_old() {
     assert_eq!(scene.resets(), 1, "the controller of an unknown manager begins anew");
     let error = scene.session.migrate(scene.region.addr(), LEN, Target::Home).expect_err("the old system is gone");
     println!("a client of the old system is told: {error}");
-    // Its pages are lost, and it can be told no more than that: its mapping is not touched any more.
-    let session = scene.bed.session();
-    scene.device = session.device("nvme0").expect("device");
-    let region = session.allocate(LEN).expect("region");
-    std::mem::forget(std::mem::replace(&mut scene.region, region));
-    std::mem::forget(std::mem::replace(&mut scene.session, session));
-    assert_eq!(scene.device.run(scene.sum_job()).expect("sum").results, [0], "old bytes in new memory");
-    scene.seed = 9;
-    scene.fill();
-    scene.out();
-    scene.compare_medium("after the restart");
-    scene.compare("after the restart");
+    scene.begin_anew("after the restart");
 }
 
 /// What the medium begins with.
@@ -471,18 +476,7 @@ fn integration_nvme_given_back_by_down_is_taken_by_another_host_without_format()
     assert_eq!((new.state, new.host, new.frames), (State::InUse, old.host, old.frames));
     assert!(new.generation != old.generation && new.owner != old.owner, "{old:?} {new:?}");
     assert_eq!(scene.model.pages_with(|found| found == word(1, 0)), 0, "old bytes are on the medium");
-    // The old system's client has lost what was there, and its mapping is not touched any more.
-    let session = scene.bed.session();
-    scene.device = session.device("nvme0").expect("device");
-    let region = session.allocate(LEN).expect("region");
-    std::mem::forget(std::mem::replace(&mut scene.region, region));
-    std::mem::forget(std::mem::replace(&mut scene.session, session));
-    assert_eq!(scene.device.run(scene.sum_job()).expect("sum").results, [0], "old bytes in new memory");
-    scene.seed = 9;
-    scene.fill();
-    scene.out();
-    scene.compare_medium("on the other host");
-    scene.compare("on the other host");
+    scene.begin_anew("on the other host");
 }
 
 /// kill -9 of everything gives nothing back: for another machine it looks as if the first one were still at it.

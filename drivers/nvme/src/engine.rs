@@ -127,6 +127,12 @@ impl NvmeEngine {
         started.map(Some)
     }
 
+    /// One that nobody else waits for.
+    fn run(&mut self, staging: &Staging, copy: StagedCopy) -> Result<(), DeviceError> {
+        let outcome = self.start(staging, copy).and_then(finished);
+        self.ended(outcome)
+    }
+
     /// What the pager is told must be true afterwards too.
     fn ended(&mut self, outcome: Result<(), NvmeError>) -> Result<(), DeviceError> {
         if outcome.is_err() && self.namespace.controller().is_dead() {
@@ -134,6 +140,11 @@ impl NvmeEngine {
         }
         outcome.map_err(|error| explain(&error).into())
     }
+}
+
+/// Waits for what was started.
+fn finished(started: Option<InFlight>) -> Result<(), NvmeError> {
+    started.map_or(Ok(()), InFlight::finish)
 }
 
 /// The kit logs one line.
@@ -158,13 +169,11 @@ impl CopyEngine for NvmeEngine {
     }
 
     fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
-        let outcome = self.iova(staging, staging_page).and_then(|iova| self.namespace.write(frames, iova));
-        self.ended(outcome)
+        self.run(staging, StagedCopy { ticket: 0, op: CopyOp::CopyIn, frames, staging_page })
     }
 
     fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
-        let outcome = self.iova(staging, staging_page).and_then(|iova| self.namespace.read(frames, iova));
-        self.ended(outcome)
+        self.run(staging, StagedCopy { ticket: 0, op: CopyOp::CopyOut, frames, staging_page })
     }
 
     fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
@@ -185,7 +194,7 @@ impl CopyEngine for NvmeEngine {
                 }
             }
             let Some((copy, started)) = in_flight.pop_front() else { return };
-            let outcome = started.map_or(Ok(()), InFlight::finish);
+            let outcome = finished(started);
             work.done(copy, self.ended(outcome));
         }
     }
