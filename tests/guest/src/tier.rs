@@ -8,7 +8,9 @@
 //! ```
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -77,4 +79,25 @@ pub fn receive(socket: &SeqPacket) -> Result<(String, Vec<(String, Fd)>)> {
     let mut lines = text.lines().map(str::to_owned);
     let word = lines.next().context("A word")?;
     Ok((word, lines.zip(fds.into_iter().map(Arc::new)).collect()))
+}
+
+/// Starts `program` (this driver) on a device in this round, and kills it while it transfers: what the vault has then, and whether it had
+/// adopted the controller.
+///
+/// # Errors
+/// It does not start, or fails before it transfers.
+pub fn killed(program: &str, path: &str, round: u64, kept: &[(String, Fd)]) -> Result<(Vec<(String, Fd)>, bool)> {
+    let (socket, theirs) = SeqPacket::pair()?;
+    let mut child = Command::new(program)
+        .args([path, &round.to_string()])
+        .stdin(Stdio::from(theirs.into_fd()))
+        .spawn()
+        .with_context(|| format!("Start {program}"))?;
+    send(&socket, "open", kept)?;
+    let (word, kept) = receive(&socket)?;
+    // The kill is to come anywhere in its transfers; there is no event to wait for.
+    std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
+    child.kill()?;
+    child.wait()?;
+    Ok((kept, word == "adopted"))
 }

@@ -1,13 +1,10 @@
 //! The NVMe driver is killed while it transfers, over vfio-user against the model: on this machine, without a guest. `guest-tier` is
 //! the driver (see `tier.rs`), this process is the vault and plays the device.
 
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use uhmm_driver_nvme::shell::{Controller, DMA_NAME, Options};
-use uhmm_guest::tier::{receive, send};
-use uhmm_ipc::message::Fd;
-use uhmm_kernel_hook::SeqPacket;
+use uhmm_guest::tier::killed;
 use uhmm_models::nvme::{NvmeControl, NvmeModel, NvmeOptions};
 use uhmm_models::{Machine, Server};
 
@@ -22,34 +19,20 @@ fn device(folder: &tempfile::TempDir) -> (String, NvmeControl) {
     (format!("vfio-user:{}", socket.display()), control)
 }
 
-/// One driver that is killed: what the vault has then, and whether it had adopted the controller.
-fn killed(path: &str, round: u64, kept: &[(String, Fd)]) -> (Vec<(String, Fd)>, bool) {
-    let (socket, theirs) = SeqPacket::pair().unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_guest-tier"))
-        .args([path, &round.to_string()])
-        .stdin(Stdio::from(theirs.into_fd()))
-        .spawn()
-        .unwrap();
-    send(&socket, "open", kept).unwrap();
-    let (word, kept) = receive(&socket).unwrap();
-    // The kill is to come anywhere in its transfers; there is no event to wait for.
-    std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    (kept, word == "adopted")
-}
+/// The driver's program.
+const TIER: &str = env!("CARGO_BIN_EXE_guest-tier");
 
 #[test]
 fn integration_nvme_fifty_killed_drivers_over_vfio_user_are_followed_by_ones_that_adopt_the_controller() {
     let folder = tempfile::tempdir().unwrap();
     let (path, control) = device(&folder);
-    let (mut kept, adopted) = killed(&path, 0, &[]);
+    let (mut kept, adopted) = killed(TIER, &path, 0, &[]).unwrap();
     assert!(!adopted);
     for round in 1..=ROUNDS {
         // Some die with commands in flight that the device has not even begun.
         control.set_latency(Duration::from_micros(100 * (round % 4)));
         // Each compares what the last one wrote.
-        let (next, adopted) = killed(&path, round, &kept);
+        let (next, adopted) = killed(TIER, &path, round, &kept).unwrap();
         assert!(adopted, "round {round}: the controller was reset");
         kept = next;
     }

@@ -5,8 +5,6 @@ mod raw;
 mod speed;
 
 use std::fs;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use uhmm_driver_kit::{CopyEngine, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging, StagingUse};
 use uhmm_driver_nvme::cmb;
@@ -16,12 +14,12 @@ use uhmm_driver_nvme::machine::Request;
 use uhmm_driver_nvme::namespace::Namespace;
 use uhmm_driver_nvme::protocol::Opcode;
 use uhmm_driver_nvme::shell::{Controller, DMA_NAME, Options};
-use uhmm_guest::tier::{PATTERN_AT, PATTERN_FRAMES, check, fill, receive, send};
-use uhmm_ipc::message::Fd;
-use uhmm_kernel_hook::SeqPacket;
+use uhmm_guest::tier::{PATTERN_AT, PATTERN_FRAMES, check, fill, killed};
 use uhmm_pci::{DmaMemory, DmaRight, PciDevice, PciPath};
 
 const ROUNDS: u64 = 50;
+/// The driver's program.
+const TIER: &str = "/helpers/guest-tier";
 
 /// The first NVMe controller.
 pub fn path() -> PciPath {
@@ -73,30 +71,13 @@ fn a_real_controller_comes_up_and_brings_every_byte_back() {
     println!("{} ({}), {counters:?}", identity.controller.model, namespace.frame_count());
 }
 
-/// One driver that is killed while it transfers: what the vault has then, and whether it had adopted the controller.
-fn killed(round: u64, kept: &[(String, Fd)]) -> (Vec<(String, Fd)>, bool) {
-    let (socket, theirs) = SeqPacket::pair().unwrap();
-    let mut child = Command::new("/helpers/guest-tier")
-        .args([path().to_string(), round.to_string()])
-        .stdin(Stdio::from(theirs.into_fd()))
-        .spawn()
-        .unwrap();
-    send(&socket, "open", kept).unwrap();
-    let (word, kept) = receive(&socket).unwrap();
-    // The kill is to come anywhere in its transfers; there is no event to wait for.
-    std::thread::sleep(Duration::from_micros(round * 7919 % 20_000));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    (kept, word == "adopted")
-}
-
 #[test]
 #[ignore = "runs in the guest: tests/guest/run nvme"]
 fn fifty_killed_drivers_are_followed_by_ones_that_adopt_the_controller_without_a_reset() {
-    let (mut kept, adopted) = killed(0, &[]);
+    let (mut kept, adopted) = killed(TIER, &path().to_string(), 0, &[]).unwrap();
     assert!(!adopted);
     for round in 1..=ROUNDS {
-        let (next, adopted) = killed(round, &kept);
+        let (next, adopted) = killed(TIER, &path().to_string(), round, &kept).unwrap();
         assert!(adopted, "round {round}: the controller was reset");
         kept = next;
     }
@@ -113,7 +94,7 @@ fn fifty_killed_drivers_are_followed_by_ones_that_adopt_the_controller_without_a
 #[test]
 #[ignore = "runs in the guest: tests/guest/run nvme"]
 fn a_cold_start_finds_no_frames_of_an_earlier_life() {
-    let (kept, _) = killed(7, &[]);
+    let (kept, _) = killed(TIER, &path().to_string(), 7, &[]).unwrap();
     // The whole system ends: nobody holds the device any more.
     drop(kept);
     let controller = Controller::open(device(), None, Options::default()).unwrap();
