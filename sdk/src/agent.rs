@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, Identity, Limits, LinkId, Reactor, Wake, Waker};
-use uhmm_kernel_hook::{HookError, Prot, Userfaultfd, Window, memfd};
+use uhmm_kernel_hook::{HookError, Userfaultfd};
 
 use crate::Error;
 use crate::executor::{Allocations, Executor, Order};
@@ -354,9 +354,8 @@ impl Loop {
 }
 
 fn make_executor(uffd: Userfaultfd, staging: &Fd, allocations: &Arc<Allocations>) -> Result<Executor, Error> {
-    let failed = Error::kernel("Preparing the agent's memory");
-    let window = memfd::len(staging.as_fd()).and_then(|len| Window::map(staging.as_fd(), 0, len, Prot::ReadWrite));
-    window.and_then(|window| Executor::new(uffd, window, Arc::clone(allocations))).map_err(failed)
+    let executor = Executor::new(uffd, staging.as_fd(), Arc::clone(allocations));
+    executor.map_err(Error::kernel("Preparing the agent's memory"))
 }
 
 /// A reactor for a process that only asks.

@@ -13,22 +13,27 @@
 //! a hole in it is the kernel's business, not the pager's. It is registered while it holds something and not while it is
 //! emptied, so that no REMOVE event goes out. What is in scratch is known by (region, page): every operation can be repeated.
 //!
+//! What puts pages into the address space waits while the pager reads events, and is refused when one of them has overtaken its order
+//! ([`FillGate`]): pages that the program drops meanwhile stay dropped.
+//!
 //! Nothing here holds a reference into the program's memory; ranges are numbers, and the kernel checks them.
 
 mod blocks;
 mod frames;
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::driver::CoherentMemory;
 use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus, DIARY_BYTES, DIARY_ENTRIES};
+use uhmm_ipc::shared::fill_gate::{Fill, FillGate};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::{
-    AddrRange, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, UffdState, Userfaultfd, Window, process,
+    AddrRange, CopyMode, FillOutcome, FillStop, HookError, PAGE_SIZE, Prot, UffdState, Userfaultfd, Window, memfd,
+    process,
 };
 
 use self::blocks::Block;
@@ -98,6 +103,7 @@ struct Taken {
 pub(crate) struct Executor {
     uffd: Userfaultfd,
     staging: Window,
+    gate: FillGate,
     pagemap: OwnedFd,
     blocks: Vec<Block>,
     free: Vec<usize>,
@@ -115,11 +121,16 @@ pub(crate) struct Executor {
 }
 
 impl Executor {
-    pub(crate) fn new(uffd: Userfaultfd, staging: Window, allocations: Arc<Allocations>) -> Result<Self, HookError> {
+    pub(crate) fn new(
+        uffd: Userfaultfd,
+        staging: BorrowedFd<'_>,
+        allocations: Arc<Allocations>,
+    ) -> Result<Self, HookError> {
         let pagemap = pagemap::open_pagemap(std::process::id())?;
         Ok(Self {
             uffd,
-            staging,
+            staging: Window::map(staging, 0, memfd::len(staging)?, Prot::ReadWrite)?,
+            gate: FillGate::open(staging)?,
             pagemap,
             blocks: Vec::new(),
             free: Vec::new(),
@@ -425,7 +436,7 @@ impl Executor {
             let follows =
                 |at: &u64| place(*at).is_some_and(|t| t.block == first.block && t.page == first.page + (at - page));
             let count = (page..order.page_count).take_while(follows).count() as u64;
-            let Some(done) = self.put_back(order.range(page, count), first)? else {
+            let Some(done) = self.put_back(order.id, order.range(page, count), first)? else {
                 statuses[page as usize] = AgentStatus::Gone;
                 page += 1;
                 continue;
@@ -444,15 +455,16 @@ impl Executor {
     }
 
     /// Puts some of the pages at `first` in scratch back, at least one; returns how many of them scratch need not keep. `None`:
-    /// there is no such place, or not any more; the pager knows whether there is another (mremap).
-    fn put_back(&self, to: AddrRange, first: Taken) -> Result<Option<u64>, HookError> {
+    /// there is no such place, or not any more, or the program has changed it since; the pager knows whether there is another (mremap)
+    /// and what is wanted.
+    fn put_back(&self, order: u64, to: AddrRange, first: Taken) -> Result<Option<u64>, HookError> {
         let block = &self.blocks[first.block];
         let not_now = |outcome: &FillOutcome| {
             outcome.done_bytes == 0 && matches!(outcome.stop, Some(FillStop::Again | FillStop::NoMemory))
         };
         let move_pages = |len: u64| {
             let from = block.addr_of(first.page);
-            patiently(|| self.uffd.move_pages(to.start, from, len, true), not_now)
+            patiently(|| self.fill(order, || self.uffd.move_pages(to.start, from, len, true)), not_now)
         };
         let outcome = move_pages(to.len)?;
         if outcome.done_bytes > 0 {
@@ -464,7 +476,7 @@ impl Executor {
             // Its protection has changed meanwhile: a copy goes anywhere.
             let offset = block.head + first.page * PAGE_SIZE;
             let copy = || self.uffd.copy(to.start, &block.memory, offset, PAGE_SIZE, CopyMode::default());
-            outcome = patiently(copy, not_now)?;
+            outcome = patiently(|| self.fill(order, copy), not_now)?;
         }
         match outcome.stop {
             None | Some(FillStop::Exists | FillStop::NoProcess) => Ok(Some(1)),
@@ -473,6 +485,20 @@ impl Executor {
             Some(_) => {
                 Err(HookError::Strange { call: "UFFDIO_MOVE", detail: format!("{outcome:?} on the way back to {to}") })
             }
+        }
+    }
+
+    /// Puts pages in place, unless the pager is reading events (`Again`) or has read one that has overtaken the order (`Gone`).
+    fn fill(
+        &self,
+        order: u64,
+        call: impl FnOnce() -> Result<FillOutcome, HookError>,
+    ) -> Result<FillOutcome, HookError> {
+        let stopped = |stop| Ok(FillOutcome { done_bytes: 0, stop: Some(stop) });
+        match self.gate.fill(order, call) {
+            Fill::Done(outcome) => outcome,
+            Fill::Reading => stopped(FillStop::Again),
+            Fill::Refused => stopped(FillStop::Gone),
         }
     }
 
@@ -485,7 +511,7 @@ impl Executor {
         let (from, to) = (self.blocks[block].range().start, order.addr);
         self.staging.copy_to(slot_offset, &self.blocks[block].memory, self.blocks[block].head, HUGE_BYTES)?;
         let outcome = again(
-            || self.uffd.move_pages(to, from, HUGE_BYTES, false),
+            || self.fill(order.id, || self.uffd.move_pages(to, from, HUGE_BYTES, false)),
             |outcome| outcome.done_bytes == 0 && outcome.stop == Some(FillStop::Again),
         )?;
         if outcome.is_complete() {

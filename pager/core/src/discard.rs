@@ -1,8 +1,9 @@
 //! Giving things up: content that nobody wants any more, mappings that devices may not keep, whole regions.
 //!
-//! When private memory is unmapped or discarded (munmap, MADV_DONTNEED, MADV_FREE) the kernel has dropped the system pages by the
-//! time the event is read, and the program may touch the range again at once: it must find zeros. So nothing of that range may
-//! come home any more from this instant on:
+//! When private memory is unmapped or discarded (munmap, MADV_DONTNEED, MADV_FREE) the kernel has dropped the system pages when the
+//! event is read, or does so right then, and the program may touch the range again at once: it must find zeros. So nothing of that
+//! range may come home any more from this instant on (the shell has the client's agent stand still while it reads, and tells it
+//! which orders are void):
 //!
 //! ```text
 //!   System        a hole reads as zero already                          -
@@ -53,8 +54,10 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    /// How many of the first pages were all discarded with this transfer, or all not; and which.
-    pub(crate) fn alike_in_front(&self, ticket: Ticket, pages: Pages) -> (u64, bool) {
+    /// How many of the first pages were all discarded with this transfer, or all not; and which. The shell asks when an order for its
+    /// agent was overtaken.
+    #[must_use]
+    pub fn alike_in_front(&self, ticket: Ticket, pages: Pages) -> (u64, bool) {
         let parts = self.discards.get(&ticket).map_or(&[][..], Vec::as_slice);
         let gone = |page: u64| parts.iter().any(|part| part.contains(page));
         let first = gone(pages.first);

@@ -15,7 +15,8 @@
 //! * home: publish MovingHome, revoke, fill (visible to the CPU at once), publish System, free the frames
 //!
 //! What the shell promises: actions of one call run in order; an action with a ticket is answered by exactly one event;
-//! publishes are applied before the next event is handled. What it may not assume: anything about what is in flight, which is
+//! publishes are applied before the next event is handled; what is read of a program's changes is told before the faults read with
+//! it, and after that nothing is filled on older orders. What it may not assume: anything about what is in flight, which is
 //! all in here and all lost in a crash. [`Event::RecoverRegion`] rebuilds it from the directories.
 
 mod across;

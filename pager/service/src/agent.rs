@@ -12,8 +12,9 @@ use std::collections::{BTreeMap, VecDeque};
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::{AgentOp, DIARY_BYTES, DIARY_ENTRIES};
-use uhmm_kernel_hook::AddrRange;
+use uhmm_ipc::shared::fill_gate::FillGate;
 use uhmm_kernel_hook::window::Window;
+use uhmm_kernel_hook::{AddrRange, HookError};
 use uhmm_pager_core::{Pages, RegionId, Ticket};
 
 /// Pages of a staging slot.
@@ -125,8 +126,9 @@ pub struct Job {
     pub purpose: Purpose,
     /// Slot, once it has one.
     pub slot: Option<u32>,
-    /// The pages went to other addresses since (mremap): whatever the agent found at the old ones says nothing about them.
-    pub moved: bool,
+    /// The program has changed the place since. Pages went to other addresses (mremap): whatever the agent found at the old ones says
+    /// nothing about them. Or pages that the agent is to put there were dropped.
+    pub overtaken: bool,
 }
 
 impl Job {
@@ -137,6 +139,11 @@ impl Job {
     /// Of an allocated region, whose addresses do not change.
     pub fn is_about_frames(&self) -> bool {
         matches!(self.order, Order::MapDevice { .. } | Order::UnmapDevice)
+    }
+
+    /// Puts pages into the address space.
+    fn fills(&self) -> bool {
+        matches!(self.order, Order::FillHuge { .. } | Order::MoveBack)
     }
 
     /// As it goes on the wire.
@@ -166,6 +173,9 @@ pub struct Agent {
     pub staging: Window,
     /// The same, for the vault.
     pub staging_fd: Fd,
+    gate: FillGate,
+    /// Orders up to this one may fill nothing any more.
+    refused: u64,
     free_slots: Vec<u32>,
     waiting: VecDeque<Job>,
     outstanding: BTreeMap<u64, Job>,
@@ -173,19 +183,33 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// `first_id` differs between incarnations, so that an answer meant for a dead pager names nothing.
-    pub fn new(conn: Option<ConnId>, maps: Fd, staging: Window, staging_fd: Fd, first_id: u64) -> Self {
+    /// `first_id` grows from one incarnation to the next, so that an answer meant for a dead pager names nothing, and no order of
+    /// that one fills anything from now on.
+    ///
+    /// # Errors
+    /// Staging memory without room for the gate.
+    pub fn new(
+        conn: Option<ConnId>,
+        maps: Fd,
+        staging: Window,
+        staging_fd: Fd,
+        first_id: u64,
+    ) -> Result<Self, HookError> {
+        let gate = FillGate::open(&*staging_fd)?;
+        gate.end_reading(first_id - 1);
         let slots = u32::try_from(staging.len() / (SLOT_PAGES * uhmm_kernel_hook::PAGE_SIZE)).unwrap_or(0);
-        Self {
+        Ok(Self {
             conn,
             maps,
             staging,
             staging_fd,
+            gate,
+            refused: 0,
             free_slots: (0..slots).rev().collect(),
             waiting: VecDeque::new(),
             outstanding: BTreeMap::new(),
             next_id: first_id,
-        }
+        })
     }
 
     /// Queues a job.
@@ -235,9 +259,33 @@ impl Agent {
 
     /// mremap: these pages are elsewhere now. Jobs that were not sent yet go to the new addresses.
     pub fn moved(&mut self, region: RegionId, pages: Pages) {
-        let concerned =
-            |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some() && !job.is_about_frames();
-        self.outstanding.values_mut().chain(&mut self.waiting).filter(concerned).for_each(|job| job.moved = true);
+        self.overtake(region, pages, |job| !job.is_about_frames());
+    }
+
+    /// These pages are unmapped, or their content is not wanted any more: none of them may be put back from now on.
+    pub fn dropped(&mut self, region: RegionId, pages: Pages) {
+        self.overtake(region, pages, Job::fills);
+    }
+
+    fn overtake(&mut self, region: RegionId, pages: Pages, concerned: impl Fn(&Job) -> bool) {
+        let concerned = |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some() && concerned(job);
+        for job in self.outstanding.values_mut().filter(concerned) {
+            job.overtaken = true;
+            if job.fills() {
+                self.refused = self.next_id - 1;
+            }
+        }
+        self.waiting.iter_mut().filter(concerned).for_each(|job| job.overtaken = true);
+    }
+
+    /// Events of the process may be read now: the agent fills nothing until [`Agent::end_reading`]. `false`: it does just now.
+    pub fn begin_reading(&self) -> bool {
+        self.gate.begin_reading()
+    }
+
+    /// What was read is decided, and everything that it has overtaken was told.
+    pub fn end_reading(&self) {
+        self.gate.end_reading(self.refused);
     }
 
     /// The process is gone: nobody will answer.
@@ -272,6 +320,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::sync::Arc;
 
+    use uhmm_ipc::shared::fill_gate::Fill;
     use uhmm_kernel_hook::memfd;
     use uhmm_kernel_hook::window::Prot;
 
@@ -282,12 +331,12 @@ mod tests {
         let memory = memfd::create_sealed("uhmm-test-staging", len).unwrap();
         let staging = Window::map(memory.as_fd(), 0, len, Prot::ReadWrite).unwrap();
         let memory = Arc::new(memory);
-        Agent::new(None, memory.clone(), staging, memory, 1 << 32)
+        Agent::new(None, memory.clone(), staging, memory, 1 << 32).unwrap()
     }
 
     fn job(order: Order, first: u64) -> Job {
         let purpose = Purpose::Out { ticket: Ticket(first), device: 0, frame: 0 };
-        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None, moved: false }
+        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None, overtaken: false }
     }
 
     #[test]
@@ -318,13 +367,44 @@ mod tests {
     }
 
     #[test]
+    fn what_the_program_drops_is_not_put_back_and_other_orders_are_not_concerned() {
+        let mut agent = agent(4);
+        let agents_side = FillGate::open(&*agent.staging_fd).unwrap();
+        agent.ask(job(Order::MoveBack, 0));
+        agent.ask(job(Order::MoveOut, 0));
+        let sent = agent.ready();
+        agent.ask(job(Order::FillHuge { slot: 3 }, 0));
+        assert!(agent.begin_reading());
+        agent.dropped(RegionId(2), Pages { first: 0, count: 9 });
+        agent.dropped(RegionId(1), Pages { first: 8, count: 9 });
+        agent.end_reading();
+        assert_eq!(agents_side.fill(sent[0].0, || ()), Fill::Done(()));
+        assert!(agent.begin_reading());
+        agent.dropped(RegionId(1), Pages { first: 7, count: 9 });
+        agent.end_reading();
+        assert_eq!(agents_side.fill(sent[1].0, || ()), Fill::Refused, "all that were sent by then");
+        let overtaken: Vec<bool> = sent.iter().map(|(id, _)| agent.answered(*id).unwrap().overtaken).collect();
+        assert_eq!(overtaken, [true, false], "what was taken out is dropped where it arrives");
+        let waiting = agent.ready();
+        assert!(waiting[0].1.overtaken, "never sent");
+    }
+
+    #[test]
+    fn no_order_of_a_dead_pager_fills_anything() {
+        let agent = agent(1);
+        let agents_side = FillGate::open(&*agent.staging_fd).unwrap();
+        assert_eq!(agents_side.fill((1 << 32) - 1, || ()), Fill::Refused);
+        assert_eq!(agents_side.fill(1 << 32, || ()), Fill::Done(()));
+    }
+
+    #[test]
     fn allocated_memory_does_not_move_so_orders_about_its_frames_stay_good() {
         let mut agent = agent(1);
         agent.ask(job(Order::MapDevice { device: 0, frame: 3, generation: 1 }, 8));
         agent.ask(job(Order::UnmapDevice, 8));
         agent.moved(RegionId(1), Pages { first: 0, count: 100 });
         let ready = agent.ready();
-        assert!(ready[0].0 < ready[1].0 && ready.iter().all(|(_, job)| !job.moved && job.is_about_frames()));
+        assert!(ready[0].0 < ready[1].0 && ready.iter().all(|(_, job)| !job.overtaken && job.is_about_frames()));
     }
 
     #[test]

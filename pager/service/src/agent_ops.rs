@@ -77,7 +77,7 @@ impl Pager {
                 other => other,
             };
             parts.left += 1;
-            agent.ask(Job { region, pages: part, order, purpose, slot: None, moved: false });
+            agent.ask(Job { region, pages: part, order, purpose, slot: None, overtaken: false });
         }
     }
 
@@ -120,11 +120,21 @@ impl Pager {
             }
             let Some(parts) = self.parts.get_mut(&job.purpose.ticket().0) else { return };
             parts.again += 1;
-            let order = if parts.again < PUT_BACK_TRIES { Order::MoveBack } else { Order::Drop { in_place: false } };
-            if run.status == AgentStatus::Failed || order != Order::MoveBack {
-                tracing::warn!(space = space_id, ?pages, ?order, status = ?run.status, "Pages could not be put back");
+            let given_up = parts.again >= PUT_BACK_TRIES;
+            if run.status == AgentStatus::Failed || given_up {
+                tracing::warn!(space = space_id, ?pages, given_up, status = ?run.status, "Pages could not be put back");
             }
-            self.ask_parts(space_id, job.region, pages, order, job.purpose);
+            self.put_back_wanted(space_id, job, pages, given_up);
+        }
+    }
+
+    /// What was dropped since the order was given is not put back.
+    fn put_back_wanted(&mut self, space_id: u64, job: &Job, mut pages: Pages, given_up: bool) {
+        while pages.count > 0 {
+            let (count, discarded) = self.core.alike_in_front(job.purpose.ticket(), pages);
+            let order = if discarded || given_up { Order::Drop { in_place: false } } else { Order::MoveBack };
+            self.ask_parts(space_id, job.region, Pages { count, ..pages }, order, job.purpose);
+            pages = pages.after(count);
         }
     }
 
@@ -132,15 +142,15 @@ impl Pager {
     pub(crate) fn send_to_agent(&mut self, space_id: u64) {
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
         let Some(conn) = agent.conn else { return };
-        let mut moved = Vec::new();
+        let mut overtaken = Vec::new();
         for (id, job) in agent.ready() {
-            if job.moved {
-                moved.push(id);
+            if job.overtaken {
+                overtaken.push(id);
             } else {
                 self.send_job(conn, id, &job);
             }
         }
-        for id in moved {
+        for id in overtaken {
             let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
             let Some(job) = agent.and_then(|agent| agent.answered(id)) else { continue };
             // Never sent: its pages may lie in several places by now.
@@ -207,7 +217,8 @@ impl Pager {
         );
         let staging = staging.map_err(|error| error.to_string())?;
         let first_id = u64::from(self.service.incarnation) << 32 | 1;
-        Ok(Agent::new(conn, memory.maps.clone(), staging, memory.staging.clone(), first_id))
+        Agent::new(conn, memory.maps.clone(), staging, memory.staging.clone(), first_id)
+            .map_err(|error| error.to_string())
     }
 
     pub(crate) fn agent_done(&mut self, conn: ConnId, id: u64, runs: &[AgentRun]) -> Answer {
@@ -219,7 +230,7 @@ impl Pager {
         let Some(agent) = agent else { return refuse(ErrorCode::NotFound, "The space has no agent") };
         // Answered twice after a reconnect, or meant for a dead pager: both are fine.
         if let Some(job) = agent.answered(id) {
-            tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, moved = job.moved, ?runs, "The agent's answer");
+            tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, overtaken = job.overtaken, ?runs, "The agent's answer");
             self.job_done(space_id, job, runs);
             self.send_to_agent(space_id);
         }
@@ -232,7 +243,7 @@ impl Pager {
             Purpose::Out { device, frame, .. } => {
                 if matches!(job.order, Order::MoveBack | Order::Drop { .. }) {
                     self.not_taken_out(space_id, &job, runs);
-                } else if job.moved {
+                } else if job.overtaken {
                     // Holes at the old addresses are no zero pages. What was taken out goes to the new ones, and all is asked anew.
                     if let Some(parts) = self.parts.get_mut(&ticket.0) {
                         parts.slots.extend(job.slot);
@@ -252,7 +263,7 @@ impl Pager {
                 }
                 let stop = match runs.first().map(|run| run.status) {
                     Some(AgentStatus::Moved | AgentStatus::MovedHuge) => None,
-                    Some(AgentStatus::Gone) => Some(FillStop::Gone),
+                    Some(AgentStatus::Gone) if !job.overtaken => Some(FillStop::Gone),
                     Some(_) => Some(FillStop::NotHuge),
                     None => Some(FillStop::NoProcess),
                 };
@@ -277,7 +288,7 @@ impl Pager {
             }
             Purpose::Show { .. } | Purpose::Hide { .. } => self.frames_done(space_id, job, runs),
             Purpose::Punch { .. } => {
-                if job.moved && job.order == (Order::Drop { in_place: true }) {
+                if job.overtaken && job.order == (Order::Drop { in_place: true }) {
                     self.ask_parts(space_id, job.region, job.pages, job.order, job.purpose);
                     self.send_to_agent(space_id);
                 }
@@ -439,7 +450,7 @@ impl Pager {
     /// Asks for something that is one job and whose answer says everything.
     fn ask_single(&mut self, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
-        let job = Job { region, pages, order, purpose, slot: None, moved: false };
+        let job = Job { region, pages, order, purpose, slot: None, overtaken: false };
         let space = self.spaces.get_mut(&space_id).filter(|space| !space.dying);
         match space.and_then(|space| space.agent.as_mut()) {
             Some(agent) => agent.ask(job),

@@ -7,12 +7,45 @@ use uhmm_kernel_hook::uffd::{Change, KeptEvent, UffdEvent};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Event, RegionId};
 
+use crate::agent::Agent;
 use crate::service::Pager;
 use crate::space::Birth;
 
+/// How often the agent is looked at before its fill is left alone: about as long as UFFDIO_MOVE of a huge page takes.
+const FILL_LOOKS: u32 = 32;
+
 impl Pager {
-    /// Reads everything the space's userfaultfd has to say.
+    /// Reads everything the space's userfaultfd has to say. Its agent fills nothing meanwhile, nor what it was asked before the program
+    /// changed the place.
     pub(crate) fn read_uffd(&mut self, space_id: u64) {
+        if !self.agent_stands_still(space_id) {
+            // Its fill takes microseconds; whoever stops the process in the middle of it keeps its own faults waiting.
+            self.reread.insert(space_id);
+            return;
+        }
+        self.read_all(space_id);
+        let overtaken = std::mem::take(&mut self.overtaken);
+        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
+        if let Some(agent) = agent {
+            overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
+            agent.end_reading();
+        }
+    }
+
+    fn agent_stands_still(&self, space_id: u64) -> bool {
+        let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
+        let stands_still = |agent: &Agent| {
+            (0..FILL_LOOKS).any(|look| {
+                if look > 0 {
+                    std::thread::yield_now();
+                }
+                agent.begin_reading()
+            })
+        };
+        agent.is_none_or(stands_still)
+    }
+
+    fn read_all(&mut self, space_id: u64) {
         loop {
             let space = self.spaces.get(&space_id);
             let Some(space) = space.filter(|space| space.is_born()) else { return };
@@ -24,11 +57,16 @@ impl Pager {
                 tracing::warn!(%error, space = space_id, "Reading userfaultfd failed");
             }
             let mut children = self.make_children(space_id, &events);
-            for (slot, event) in events.drain(..).enumerate() {
-                let child = children.remove(&slot);
-                self.on_uffd_event(space_id, event, child);
-                self.event_handled(slot);
+            // Changes first: the program goes on with them already, and an older fault must not be answered with what it has dropped.
+            let is_fault = |event: &UffdEvent| matches!(event, UffdEvent::Fault { .. });
+            for faults in [false, true] {
+                for (slot, event) in events.iter().enumerate().filter(|(_, event)| is_fault(event) == faults) {
+                    let child = children.remove(&slot);
+                    self.on_uffd_event(space_id, event, child);
+                    self.event_handled(slot);
+                }
             }
+            events.clear();
             self.uffd_events = events;
             self.drain();
             if !full_read {
@@ -62,14 +100,16 @@ impl Pager {
             }
             self.event_handled(slot);
         }
+        // No order of this pager's is out yet, and those of the dead one are refused anyway.
+        self.overtaken.clear();
         Ok(())
     }
 
-    fn on_uffd_event(&mut self, space_id: u64, event: UffdEvent, child: Option<u64>) {
+    fn on_uffd_event(&mut self, space_id: u64, event: &UffdEvent, child: Option<u64>) {
         if !matches!(event, UffdEvent::Fault { .. }) {
             tracing::debug!(space = space_id, ?event, "Event of an address space");
         }
-        match event {
+        match *event {
             UffdEvent::Fault { addr, write, wp, minor, .. } => self.on_cpu_fault(space_id, addr, write, wp, minor),
             UffdEvent::Unmap { start, end } => self.on_unmapped(space_id, start, end),
             UffdEvent::Remove { start, end } => self.on_removed(space_id, start, end),

@@ -88,6 +88,7 @@ impl Pager {
             space.vacated.add(old, gone);
         }
         for cut in replaced {
+            self.overtaken.push((RegionId(cut.region), cut.pages));
             self.settle_cut(cut);
         }
         let moved = self.cut_unkept(space_id, from, from + len);

@@ -223,6 +223,7 @@ impl Pager {
         for part in parts {
             self.not_registered(space_id, part);
             for cut in self.cut(space_id, part.start, part.end()) {
+                self.overtaken.push((RegionId(cut.region), cut.pages));
                 self.settle_cut(cut);
             }
         }
@@ -250,6 +251,7 @@ impl Pager {
         for (region, pages) in self.pieces(space_id, start, end) {
             let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
             if !agent.is_some_and(|agent| agent.is_dropping(RegionId(region), pages, addrs)) {
+                self.overtaken.push((RegionId(region), pages));
                 self.push(Event::Removed { region: RegionId(region), pages });
             }
         }

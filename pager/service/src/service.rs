@@ -120,6 +120,8 @@ pub struct Pager {
     pub(crate) open_mirrors: BTreeSet<(u64, u8)>,
     /// Spaces with an unread event.
     pub(crate) reread: BTreeSet<u64>,
+    /// Pages that the program has dropped, in the events that are being read.
+    pub(crate) overtaken: Vec<(RegionId, Pages)>,
     pub(crate) next_space: u64,
     pub(crate) next_region: u64,
     pub(crate) next_segment: u64,
@@ -261,6 +263,7 @@ impl Pager {
             freeing: HashMap::new(),
             open_mirrors: BTreeSet::new(),
             reread: BTreeSet::new(),
+            overtaken: Vec::new(),
             // Ids are not given again: mirror and drivers may know those of a dead pager that the vault does not.
             next_space: first_id,
             next_region: first_id,

@@ -244,8 +244,8 @@ mod tests {
             let allocations = Arc::<Allocations>::default();
             let range = AddrRange { start: mapping.addr(), len: 8 * P };
             allocations.insert(1, Allocation { range, memory, forks: false });
-            let staging = Window::anonymous(P).unwrap();
-            let mut executor = Executor::new(uffd, staging, allocations).unwrap();
+            let staging = memfd::create_sealed("uhmm-test-staging", P).unwrap();
+            let mut executor = Executor::new(uffd, staging.as_fd(), allocations).unwrap();
             executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION, memory: aperture(&frames) });
             let device = Window::map(frames.as_fd(), SKIPPED, 16 * P, Prot::ReadWrite).unwrap();
             Self { executor, mapping, device, next_id: 1 }

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_kernel_hook::{Features, RegisterMode, WpOutcome, memfd, window};
+use uhmm_kernel_hook::{Features, RegisterMode, WpOutcome, memfd};
 
 use super::*;
 
@@ -12,6 +12,10 @@ const P: u64 = PAGE_SIZE;
 struct Bed {
     executor: Executor,
     staging: Window,
+    /// The pager's side of the gate.
+    pager: FillGate,
+    /// Of the orders.
+    next_id: u64,
 }
 
 impl Bed {
@@ -19,8 +23,9 @@ impl Bed {
         let (uffd, _) = Userfaultfd::create(None).unwrap();
         uffd.api(Features::MOVE.union(Features::PAGEFAULT_FLAG_WP)).unwrap();
         let memory = memfd::create_sealed("uhmm-test-staging", 2 * HUGE_BYTES + DIARY_BYTES).unwrap();
-        let map = || Window::map(memory.as_fd(), 0, 2 * HUGE_BYTES + DIARY_BYTES, window::Prot::ReadWrite).unwrap();
-        Self { executor: Executor::new(uffd, map(), Arc::default()).unwrap(), staging: map() }
+        let executor = Executor::new(uffd, memory.as_fd(), Arc::default()).unwrap();
+        let staging = Window::map(memory.as_fd(), 0, 2 * HUGE_BYTES + DIARY_BYTES, Prot::ReadWrite).unwrap();
+        Self { executor, staging, pager: FillGate::open(&memory).unwrap(), next_id: 1 }
     }
 
     fn adopt(&self, memory: &ProgramMemory) {
@@ -29,8 +34,14 @@ impl Bed {
     }
 
     fn run(&mut self, memory: &ProgramMemory, first: u64, count: u64, op: AgentOp) -> Vec<(u64, AgentStatus)> {
-        let order =
-            Order { id: 1, region: 1, first_page: first, addr: memory.addr() + first * P, page_count: count, op };
+        let order = Order {
+            id: self.next_id,
+            region: 1,
+            first_page: first,
+            addr: memory.addr() + first * P,
+            page_count: count,
+            op,
+        };
         self.executor.run(&order).iter().map(|run| (run.page_count, run.status)).collect()
     }
 
@@ -207,4 +218,30 @@ fn a_huge_page_stays_huge_both_ways_and_is_used_again() {
     assert_eq!(home, [(HUGE_PAGES, AgentStatus::MovedHuge)]);
     assert_eq!(memory.load_u64(5 * P).unwrap(), 77);
     assert_eq!((bed.executor.kept_huge.len(), bed.executor.free.len()), (0, 1));
+}
+
+#[test]
+fn nothing_is_put_where_the_program_has_dropped_pages_since_the_order_was_given() {
+    let mut bed = Bed::new();
+    let memory = filled(8);
+    bed.adopt(&memory);
+    assert_eq!(bed.run(&memory, 2, 4, OUT), [(4, AgentStatus::Moved)]);
+    assert!(bed.pager.begin_reading());
+    bed.pager.end_reading(1);
+    assert_eq!(bed.run(&memory, 2, 4, AgentOp::MoveBack), [(4, AgentStatus::Gone)]);
+    assert_eq!((bed.present(&memory), bed.executor.taken.len()), (4, 4), "nothing is lost: the pager may ask again");
+    bed.next_id = 2;
+    assert_eq!(bed.run(&memory, 2, 4, AgentOp::MoveBack), [(4, AgentStatus::Moved)]);
+    (0..8).for_each(|page| assert_eq!(memory.load_u64(page * P).unwrap(), page + 1));
+}
+
+#[test]
+fn a_huge_page_is_not_put_where_the_program_has_dropped_it_since() {
+    let mut bed = Bed::new();
+    let memory = ProgramMemory::private_aligned(HUGE_BYTES).unwrap();
+    bed.adopt(&memory);
+    bed.staging.store_u64(5 * P, 77).unwrap();
+    bed.pager.end_reading(1);
+    let refused = bed.run(&memory, 0, HUGE_PAGES, AgentOp::FillHuge { slot: 0 });
+    assert_eq!((refused, bed.present(&memory)), (vec![(HUGE_PAGES, AgentStatus::Failed)], 0));
 }

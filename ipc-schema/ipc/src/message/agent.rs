@@ -79,7 +79,8 @@ pub struct AgentRun {
 pub struct AgentMemory {
     /// /proc/self/maps of the client, opened by the client: PROCMAP_QUERY works on it without any right over the process.
     pub maps: Fd,
-    /// Staging memory, sealed: some slots of 2 MiB, and [`DIARY_BYTES`] behind them.
+    /// Staging memory, sealed: some slots of 2 MiB, and [`DIARY_BYTES`] behind them, which also hold the
+    /// [`FillGate`](crate::shared::fill_gate::FillGate).
     pub staging: Fd,
 }
 

@@ -25,6 +25,11 @@ pub(super) fn register(list: &mut Registry) {
             list.one(format!("T20_anon_teardown.{name}.{work_name}"), move |ctx| teardown(ctx, racer, work));
         }
     }
+    // Huge pages come home by the agent's hand.
+    for (racer, name) in [(Racer::Unmap, "munmap"), (Racer::DontNeed, "dontneed"), (Racer::Remap, "mremap")] {
+        list.one(format!("T20_anon_teardown.{name}.home_huge"), move |ctx| teardown(ctx, racer, Work::HomeHuge));
+    }
+    list.one("T20_anon_teardown.dontneed.touch", |ctx| teardown(ctx, Racer::DontNeed, Work::Touch));
     for end in ["exit", "exec", "kill"] {
         for (work, work_name) in [(Work::Read, "read"), (Work::Out, "migrate"), (Work::Home, "home")] {
             let name = format!("T20_anon_teardown.{end}.{work_name}");
@@ -48,6 +53,9 @@ enum Work {
     Read,
     Out,
     Home,
+    HomeHuge,
+    /// The CPU, page by page from the end.
+    Touch,
 }
 
 /// What the racer makes of the upper half. The moved mapping, if there is one.
@@ -68,11 +76,19 @@ fn race(racer: Racer, mem: &Mem, spins: u64) -> CaseResult<Option<Mem>> {
 /// Complete and right, or an error; never part of it.
 fn work_once(ctx: &Ctx, work: Work, racer: Racer, mem: &Mem, seed: u64) -> CaseResult {
     match work {
-        Work::Out | Work::Home => {
+        Work::Out | Work::Home | Work::HomeHuge => {
             let target = if work == Work::Out { ctx.device(0)?.target() } else { Target::Home };
             if let Ok(report) = ctx.migrate(mem.addr(), mem.len(), target) {
                 let pages: u64 = report.runs.iter().map(|run| run.page_count).sum();
                 ensure_eq!(pages, mem.len() / PAGE, "Pages in the report of a raced migration");
+            }
+        }
+        Work::Touch => {
+            let good = pattern::bytes(seed, 0, mem.len());
+            for page in (mem.len() / PAGE / 2..mem.len() / PAGE).rev() {
+                let at = (page * PAGE) as usize;
+                let found = mem.load(page * PAGE)?.to_le_bytes();
+                ensure!(found == good[at..at + 8] || found == [0; 8], "Page {page} has neither its bytes nor zeros");
             }
         }
         Work::Read => {
@@ -125,8 +141,8 @@ fn teardown(ctx: &Ctx, racer: Racer, work: Work) -> CaseResult {
     let mut rng = ctx.rng();
     for round in 0..10u64 {
         let seed = 2000 + round;
-        let mem = ctx.patterned(BUF, seed)?;
-        if work == Work::Home {
+        let mem = if work == Work::HomeHuge { ctx.huge(BUF, Some(seed))? } else { ctx.patterned(BUF, seed)? };
+        if matches!(work, Work::Home | Work::HomeHuge | Work::Touch) {
             ctx.all_to_device(0, &mem)?;
         }
         let spins = rng.below(40_000);
