@@ -9,7 +9,6 @@
 
 mod wait;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -84,6 +83,7 @@ pub struct Counters {
 /// Several requests, waited for together.
 #[derive(Debug)]
 struct Batch {
+    id: u64,
     /// Of one command.
     single: bool,
     /// Somebody looks for its completions.
@@ -96,7 +96,7 @@ struct Batch {
 struct Inner {
     machine: Machine,
     /// Few at a time.
-    batches: BTreeMap<u64, Batch>,
+    batches: Vec<Batch>,
     next_batch: u64,
     /// Doorbells to be rung when a look or a submission is through: tail, head of each queue.
     tails: Vec<Option<u16>>,
@@ -121,7 +121,16 @@ struct Inner {
 
 impl Inner {
     fn has_open(&self, batch: u64) -> bool {
-        self.batches.get(&batch).is_some_and(|batch| batch.open > 0)
+        self.batches.iter().any(|open| open.id == batch && open.open > 0)
+    }
+
+    fn batch(&mut self, id: u64) -> Option<&mut Batch> {
+        self.batches.iter_mut().find(|batch| batch.id == id)
+    }
+
+    fn take_batch(&mut self, id: u64) -> Option<Batch> {
+        let at = self.batches.iter().position(|batch| batch.id == id)?;
+        Some(self.batches.swap_remove(at))
     }
 
     fn patience(&mut self, single: bool) -> &mut Patience {
@@ -205,7 +214,7 @@ impl Controller {
         let count = usize::from(layout.pairs) + 1;
         let inner = Inner {
             machine,
-            batches: BTreeMap::new(),
+            batches: Vec::new(),
             next_batch: 0,
             tails: vec![None; count],
             heads: vec![None; count],
@@ -327,10 +336,10 @@ impl Controller {
         let requests = requests.into_iter();
         let single = requests.size_hint().1 == Some(1);
         let looking = inner.patience(single).next_batch();
-        inner.batches.insert(batch, Batch { single, looks: looking, open: 0, error: None });
+        inner.batches.push(Batch { id: batch, single, looks: looking, open: 0, error: None });
         let mut submitted = shared.step(&mut inner, Event::Pace { looking });
         for (index, request) in requests.enumerate() {
-            if let Some(entry) = inner.batches.get_mut(&batch) {
+            if let Some(entry) = inner.batch(batch) {
                 entry.open += 1;
             }
             let id = RequestId(batch << BATCH_SHIFT | index as u64 & ((1 << BATCH_SHIFT) - 1));
@@ -366,7 +375,7 @@ impl InFlight {
         let shared = &*self.controller.shared;
         let mut inner = shared.wait(shared.lock(), self.batch)?;
         self.over = true;
-        let error = inner.batches.remove(&self.batch).and_then(|batch| batch.error);
+        let error = inner.take_batch(self.batch).and_then(|batch| batch.error);
         error.map_or(Ok(()), |error| Err(error.into()))
     }
 }
@@ -374,7 +383,7 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         if !self.over {
-            self.controller.shared.lock().batches.remove(&self.batch);
+            self.controller.shared.lock().take_batch(self.batch);
         }
     }
 }
@@ -457,7 +466,7 @@ impl Shared {
             }
             Action::Adoptable { pairs } => book.set_adoptable(pairs)?,
             Action::Finish { id, result } => {
-                if let Some(batch) = inner.batches.get_mut(&(id.0 >> BATCH_SHIFT)) {
+                if let Some(batch) = inner.batch(id.0 >> BATCH_SHIFT) {
                     batch.open -= 1;
                     batch.error = batch.error.take().or(result.err());
                     if batch.open == 0 {

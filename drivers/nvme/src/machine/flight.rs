@@ -19,6 +19,14 @@ impl Flight {
         Self { owner, until, aborting: false }
     }
 
+    /// The request that it is for.
+    pub(crate) fn work(&self) -> Option<Work> {
+        match self.owner {
+            Owner::Request(work) => Some(work),
+            _ => None,
+        }
+    }
+
     /// A command of the last incarnation.
     pub fn orphan() -> Self {
         Self::new(Owner::Orphan, Duration::ZERO)
@@ -31,7 +39,7 @@ pub(crate) enum Owner {
     /// The setup.
     Setup(Step),
     /// A request.
-    Request(RequestId),
+    Request(Work),
     /// A late command.
     Abort,
     /// Nobody any more.
@@ -40,9 +48,10 @@ pub(crate) enum Owner {
     Probe,
 }
 
-/// A request that has not ended.
-#[derive(Clone, Copy, Debug)]
+/// A request that has not ended: it is in flight or waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Work {
+    pub(crate) id: RequestId,
     pub(crate) request: Request,
     /// How often it failed by its own fault.
     pub(crate) attempts: u8,

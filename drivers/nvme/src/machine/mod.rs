@@ -25,7 +25,7 @@ mod flight;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 pub use event::{Action, Event, Report, Request, RequestError, RequestId};
@@ -132,8 +132,8 @@ pub struct Machine {
     identity: Option<Identity>,
     admin: QueuePair<Flight>,
     io: Vec<QueuePair<Flight>>,
-    requests: BTreeMap<RequestId, Work>,
-    waiting: VecDeque<RequestId>,
+    /// Requests that are not in flight.
+    waiting: VecDeque<Work>,
     resets: u8,
     looking: bool,
 }
@@ -150,7 +150,6 @@ impl Machine {
             controller: None,
             identity: None,
             io: Vec::new(),
-            requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             resets: 0,
             looking: false,
@@ -184,9 +183,9 @@ impl Machine {
         self.io.len() as u16
     }
 
-    /// Requests that have not ended.
+    /// Requests that have not ended, and what is left of the last incarnation.
     pub fn open_requests(&self) -> usize {
-        self.requests.len()
+        self.waiting.len() + self.io.iter().map(QueuePair::in_flight).sum::<usize>()
     }
 
     /// Where the next completion of a queue comes: its entry, and its phase. `None`: there is no such queue now.
@@ -235,10 +234,7 @@ impl Machine {
         match self.phase {
             Phase::Gone => actions.push(Action::Finish { id, result: Err(RequestError::Gone) }),
             Phase::Dead => actions.push(Action::Finish { id, result: Err(RequestError::Dead) }),
-            _ => {
-                self.requests.insert(id, Work { request, attempts: 0 });
-                self.waiting.push_back(id);
-            }
+            _ => self.waiting.push_back(Work { id, request, attempts: 0 }),
         }
     }
 
@@ -282,14 +278,14 @@ impl Machine {
     /// Requests that were late too often. Not before the device has let go of their memory: now.
     fn give_up_late(&mut self, actions: &mut Vec<Action>) {
         let attempts_max = self.config.attempts_max;
-        let late: Vec<RequestId> =
-            self.requests.iter().filter(|(_, work)| work.attempts >= attempts_max).map(|(id, _)| *id).collect();
-        for id in late {
-            if let Some(Work { request, attempts }) = self.requests.remove(&id) {
-                actions.push(Action::Finish { id, result: Err(RequestError::NoAnswer { request, attempts }) });
+        self.waiting.retain(|Work { id, request, attempts }| {
+            let late = *attempts >= attempts_max;
+            if late {
+                let error = RequestError::NoAnswer { request: *request, attempts: *attempts };
+                actions.push(Action::Finish { id: *id, result: Err(error) });
             }
-        }
-        self.waiting.retain(|id| self.requests.contains_key(id));
+            !late
+        });
     }
 
     fn setup(&mut self, step: Step, now: Duration, actions: &mut Vec<Action>) {
@@ -408,7 +404,7 @@ impl Machine {
         actions.extend(pair.head_to_tell().map(|head| Action::RingHead { queue, head }));
         match taken.map(|(_, flight)| flight.owner) {
             Some(Owner::Setup(step)) => self.setup_done(step, entry, now, actions),
-            Some(Owner::Request(id)) => self.request_done(id, entry, actions),
+            Some(Owner::Request(work)) => self.request_done(work, entry, actions),
             Some(Owner::Abort) if !entry.was_aborted() => actions.push(Action::Report(Report::NotAborted)),
             Some(Owner::Abort | Owner::Orphan) | None => {}
             Some(Owner::Probe) if entry.status.is_ok() => {}
@@ -419,38 +415,30 @@ impl Machine {
         }
     }
 
-    fn request_done(&mut self, id: RequestId, entry: &Completion, actions: &mut Vec<Action>) {
+    fn request_done(&mut self, mut work: Work, entry: &Completion, actions: &mut Vec<Action>) {
+        let Work { id, request, .. } = work;
         if entry.status.is_ok() {
             self.resets = 0;
-            self.requests.remove(&id);
             return actions.push(Action::Finish { id, result: Ok(()) });
         }
-        let attempts_max = self.config.attempts_max;
-        let Some(work) = self.requests.get_mut(&id) else { return };
         work.attempts += 1;
-        if entry.status.is_final() || work.attempts >= attempts_max {
-            let Work { request, attempts } = *work;
-            self.requests.remove(&id);
-            let result = Err(RequestError::Status { request, status: entry.status, attempts });
-            return actions.push(Action::Finish { id, result });
+        if entry.status.is_final() || work.attempts >= self.config.attempts_max {
+            let error = RequestError::Status { request, status: entry.status, attempts: work.attempts };
+            return actions.push(Action::Finish { id, result: Err(error) });
         }
-        actions.push(Action::Report(Report::Retry { request: work.request, status: entry.status }));
-        self.waiting.push_back(id);
+        actions.push(Action::Report(Report::Retry { request, status: entry.status }));
+        self.waiting.push_back(work);
     }
 
     /// Waiting requests into free slots, one queue after the other.
     fn fill(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let mut rung = 0_u64;
-        while let Some(id) = self.waiting.front().copied() {
-            let Some(work) = self.requests.get(&id) else {
-                self.waiting.pop_front();
-                continue;
-            };
+        while let Some(work) = self.waiting.front().copied() {
             let (looking, silent) = (self.looking, self.io.len() > 1);
             let wrong = |queue: QueueId| silent && (queue.0 == 1) != looking;
             let order = |pair: &&mut QueuePair<Flight>| (!pair.has_room(), wrong(pair.queue()), pair.in_flight());
             let Some(pair) = self.io.iter_mut().min_by_key(order) else { break };
-            let Some(placed) = pair.submit(Flight::new(Owner::Request(id), now + self.config.io_timeout)) else {
+            let Some(placed) = pair.submit(Flight::new(Owner::Request(work), now + self.config.io_timeout)) else {
                 break;
             };
             let queue = pair.queue();
@@ -545,10 +533,9 @@ impl Machine {
     fn reset(&mut self, why: Report, now: Duration, actions: &mut Vec<Action>) {
         actions.push(Action::Report(why));
         for flight in self.io.iter_mut().flat_map(QueuePair::drain) {
-            let Owner::Request(id) = flight.owner else { continue };
-            let Some(work) = self.requests.get_mut(&id) else { continue };
+            let Some(mut work) = flight.work() else { continue };
             work.attempts += u8::from(now >= flight.until || flight.aborting);
-            self.waiting.push_back(id);
+            self.waiting.push_back(work);
         }
         self.admin.drain();
         self.resets += 1;
@@ -581,9 +568,8 @@ impl Machine {
 
     fn finish_all(&mut self, error: &RequestError, actions: &mut Vec<Action>) {
         self.admin.drain();
-        self.io.clear();
-        self.waiting.clear();
-        for (id, _) in std::mem::take(&mut self.requests) {
+        let in_flight = self.io.drain(..).flat_map(|mut pair| pair.drain()).filter_map(|flight| flight.work());
+        for Work { id, .. } in in_flight.chain(self.waiting.drain(..)) {
             actions.push(Action::Finish { id, result: Err(error.clone()) });
         }
     }

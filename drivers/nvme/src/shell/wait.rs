@@ -56,7 +56,7 @@ impl Shared {
         mut inner: MutexGuard<'a, Inner>,
         batch: u64,
     ) -> Result<MutexGuard<'a, Inner>, NvmeError> {
-        let shape = inner.batches.get(&batch).map(|batch| (batch.single, batch.looks));
+        let shape = inner.batch(batch).map(|batch| (batch.single, batch.looks));
         let Some((single, mut looks)) = shape else { return Ok(inner) };
         // A single command was submitted just now and is not there yet; bulk may have been under way for long.
         if !single {

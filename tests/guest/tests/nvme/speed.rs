@@ -22,8 +22,8 @@ const CHUNK_FRAMES: u32 = (CHUNK_BYTES >> 12) as u32;
 const LONG_BYTES: u64 = 128 << 10;
 const PAGE_BYTES: u64 = 4 << 10;
 const DEPTH: u64 = 32;
-/// Pages moved with one in flight.
-const SINGLE_COUNT: u32 = 300;
+/// Pages moved with one in flight. What one takes is mostly the emulator's threads waking each other, and varies by its half.
+const SINGLE_COUNT: u32 = 2000;
 /// Each figure is the median of so many turns.
 const TURNS: usize = 7;
 
@@ -33,7 +33,7 @@ struct Times {
     /// [`TOTAL_BYTES`].
     write: Duration,
     read: Duration,
-    /// One page, alone.
+    /// One page, alone: the median of [`SINGLE_COUNT`].
     single: Duration,
 }
 
@@ -43,6 +43,13 @@ fn timed(act: impl FnOnce()) -> Duration {
     begun.elapsed()
 }
 
+/// One after the other, each by itself: the median.
+fn each_timed(mut act: impl FnMut()) -> Duration {
+    let mut times: Vec<Duration> = (0..SINGLE_COUNT).map(|_| timed(&mut act)).collect();
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
 /// With commands of so many bytes.
 fn raw_turn(command_bytes: u64) -> Times {
     let device = device();
@@ -50,7 +57,7 @@ fn raw_turn(command_bytes: u64) -> Times {
     let count = TOTAL_BYTES / command_bytes;
     let write = timed(|| raw.transfer(Opcode::Write, count, command_bytes, DEPTH));
     let read = timed(|| raw.transfer(Opcode::Read, count, command_bytes, DEPTH));
-    let single = timed(|| raw.transfer(Opcode::Read, u64::from(SINGLE_COUNT), PAGE_BYTES, 1)) / SINGLE_COUNT;
+    let single = each_timed(|| raw.transfer(Opcode::Read, 1, PAGE_BYTES, 1));
     raw.stop();
     Times { write, read, single }
 }
@@ -86,10 +93,12 @@ fn engine_turn() -> Times {
     let (mut engine, staging) = engine(&namespace, 2 * CHUNK_BYTES);
     let mut moved = |op| timed(|| engine.serve(&staging, &mut Chunks { op, next: 0 }));
     let (write, read) = (moved(CopyOp::CopyIn), moved(CopyOp::CopyOut));
-    let single = timed(|| {
-        (0..SINGLE_COUNT).for_each(|first| engine.copy_out(Frames { first, count: 1 }, &staging, 0).unwrap());
+    let mut first = 0;
+    let single = each_timed(|| {
+        first += 1;
+        engine.copy_out(Frames { first, count: 1 }, &staging, 0).unwrap();
     });
-    Times { write, read, single: single / SINGLE_COUNT }
+    Times { write, read, single }
 }
 
 /// Shared memory there and back by `session.migrate`: pager, copy ring, driver.
@@ -169,8 +178,9 @@ fn the_engine_is_nearly_as_fast_as_a_bare_queue() {
     let added = ratio(&engine, &raw) - 1.0;
     let each = |times: &[Duration]| median(times.iter().map(|time| time.as_secs_f64() * 1e6).collect());
     println!("one page: raw {:.1} us, engine {:.1} us, {:+.0} %", each(&raw), each(&engine), added * 100.0);
-    // The goal is 20 %: some 3000 instructions, which cost 15 us where they are emulated and 1 us elsewhere.
-    assert!(added < 3.0, "latency at queue depth 1");
+    // The goal is 20 %: some 2000 instructions, which cost 6 us where they are emulated and less than 1 us elsewhere. What is asserted
+    // leaves room for a busy machine and none for a sleep.
+    assert!(added < 1.0, "latency at queue depth 1");
 }
 
 #[test]
