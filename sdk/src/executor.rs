@@ -410,7 +410,7 @@ impl Executor {
             if present[..count as usize].iter().any(Option::is_some) {
                 let range = order.range(0, count);
                 self.announce(range)?;
-                own_memory::advise(range, RangeAdvice::DontNeed)?;
+                own_memory::advise(range, RangeAdvice::DontNeedLocked)?;
             }
         }
         Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])

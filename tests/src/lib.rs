@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -89,66 +90,8 @@ kind = "mirror"
     )
 }
 
-/// `uhmm device-model` in a process of its own, on a private socket. Ends when it is dropped.
-pub struct DeviceModel {
-    child: Child,
-    dir: tempfile::TempDir,
-}
-
-impl DeviceModel {
-    /// Powers a device up: which one, and its options.
-    pub fn start(args: &[&str]) -> Self {
-        let private = std::fs::Permissions::from_mode(0o700);
-        let dir = tempfile::Builder::new().prefix("uhmm-model-").permissions(private).tempdir();
-        let dir = dir.expect("a temporary directory");
-        Self { child: spawn_model(dir.path(), args), dir }
-    }
-
-    /// What the manifest calls it.
-    pub fn pci(&self) -> String {
-        format!("vfio-user:{}", self.dir.path().join("device.sock").display())
-    }
-
-    /// Planned faults that have happened so far, by the model's own log.
-    pub fn injected(&self) -> usize {
-        let log = std::fs::read_to_string(self.dir.path().join("log")).expect("the model's log");
-        log.lines().filter(|line| line.contains("Injected")).count()
-    }
-
-    /// kill -9: the device is pulled out.
-    pub fn kill(&mut self) {
-        self.child.kill().expect("kill the model");
-        self.child.wait().expect("reap the model");
-    }
-
-    /// Pulls the device out and puts another one in its place.
-    pub fn replace(mut self, args: &[&str]) -> Self {
-        self.kill();
-        self.child = spawn_model(self.dir.path(), args);
-        self
-    }
-}
-
-impl Drop for DeviceModel {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn spawn_model(dir: &Path, args: &[&str]) -> Child {
-    let mut command = Command::new(uhmm_exe());
-    let log = std::fs::File::create(dir.join("log")).expect("a log file");
-    command.arg("device-model").args(args).arg("--socket").arg(dir.join("device.sock")).stderr(log);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("uhmm device-model starts");
-    wait_for_ready(&mut child);
-    child
-}
-
 /// Manifest text of a PCI device and its driver.
-pub fn pci_device(name: &str, driver: &str, model: &DeviceModel, device_options: &str) -> String {
+pub fn pci_device(name: &str, driver: &str, model: &model::DeviceModel, device_options: &str) -> String {
     let pci = model.pci();
     format!(
         r#"
@@ -334,6 +277,31 @@ impl TestBed {
     /// kill -9 one service; returns the incarnation that was killed.
     pub fn kill(&self, service: &str) -> u32 {
         self.operator().kill(service).unwrap_or_else(|error| panic!("kill {service}: {error}")).incarnation
+    }
+
+    /// kill -9 of a service in the middle of `work`, which must go on to its end all the same. `moment` returns when it is to be: it runs
+    /// once the work has begun, and is told how to see that the work has ended. True: the work was still under way when the service
+    /// was dead. Returns when the next incarnation is ready.
+    pub fn kill_during(&self, victim: &str, moment: impl FnOnce(&AtomicBool), work: impl FnOnce() + Send) -> bool {
+        let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+        let target = self.process(victim);
+        let (killed, in_the_middle) = std::thread::scope(|scope| {
+            let worker = scope.spawn(|| {
+                begun.store(true, Ordering::Release);
+                work();
+                ended.store(true, Ordering::Release);
+            });
+            while !begun.load(Ordering::Acquire) {
+                std::hint::spin_loop();
+            }
+            moment(&ended);
+            let killed = target.kill();
+            let in_the_middle = !ended.load(Ordering::Acquire);
+            worker.join().expect("the work survives the kill");
+            (killed, in_the_middle)
+        });
+        self.wait_ready(victim, killed);
+        in_the_middle
     }
 
     /// Waits until `service` is ready in an incarnation above `incarnation`.

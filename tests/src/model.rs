@@ -1,48 +1,110 @@
-//! A device model in a process of its own, and orders for it.
+//! Device models in processes of their own, on private sockets. They end with these values.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::uhmm_exe;
 
-/// `uhmm device-model nvme`. Ends with this value.
-pub struct NvmeModel {
+/// `uhmm device-model`.
+pub struct DeviceModel {
     child: Child,
-    orders: Mutex<(ChildStdin, BufReader<ChildStdout>)>,
-    socket: PathBuf,
+    /// What it says after `ready`.
+    answers: BufReader<ChildStdout>,
+    dir: TempDir,
+}
+
+impl DeviceModel {
+    /// Powers a device up: which one, and its options.
+    pub fn start(args: &[&str]) -> Self {
+        let private = Permissions::from_mode(0o700);
+        let dir = tempfile::Builder::new().prefix("uhmm-model-").permissions(private).tempdir();
+        Self::start_in(dir.expect("a temporary directory"), args)
+    }
+
+    fn start_in(dir: TempDir, args: &[&str]) -> Self {
+        let mut command = Command::new(uhmm_exe());
+        let log = File::create(dir.path().join("log")).expect("a log file");
+        command.arg("device-model").args(args).arg("--socket").arg(dir.path().join("device.sock")).stderr(log);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("uhmm device-model starts");
+        let mut answers = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut line = String::new();
+        answers.read_line(&mut line).expect("the model says when it is ready");
+        assert_eq!(line.trim(), "ready", "the model ended before it was ready");
+        Self { child, answers, dir }
+    }
+
+    /// What the manifest calls it: `pci = ...`.
+    pub fn pci(&self) -> String {
+        format!("vfio-user:{}", self.dir.path().join("device.sock").display())
+    }
+
+    /// Planned faults that have happened so far, by the model's own log.
+    pub fn injected(&self) -> usize {
+        let log = std::fs::read_to_string(self.dir.path().join("log")).expect("the model's log");
+        log.lines().filter(|line| line.contains("Injected")).count()
+    }
+
+    /// kill -9: the device is pulled out.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill the model");
+        self.child.wait().expect("reap the model");
+    }
+
+    /// Pulls the device out and puts another one in its place.
+    pub fn replace(mut self, args: &[&str]) -> Self {
+        self.kill();
+        let elsewhere = TempDir::new().expect("a temporary directory");
+        Self::start_in(std::mem::replace(&mut self.dir, elsewhere), args)
+    }
+}
+
+impl Drop for DeviceModel {
+    fn drop(&mut self) {
+        // It may be dead already, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// `uhmm device-model nvme`, which takes orders.
+pub struct NvmeModel {
+    device: Mutex<DeviceModel>,
 }
 
 impl NvmeModel {
-    /// Powers one up with an empty namespace of `memory`, at `socket`.
-    pub fn start(socket: &Path, memory: &str) -> Self {
-        let mut command = Command::new(uhmm_exe());
-        command.args(["device-model", "nvme", "--orders", "--memory", memory, "--socket"]).arg(socket);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("uhmm device-model starts");
-        let stdin = child.stdin.take().expect("stdin is piped");
-        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let mut line = String::new();
-        stdout.read_line(&mut line).expect("the model says when it is ready");
-        assert_eq!(line.trim(), "ready", "the model ended before it was ready");
-        Self { child, orders: Mutex::new((stdin, stdout)), socket: socket.to_owned() }
+    /// Powers one up with an empty namespace of `memory`.
+    pub fn start(memory: &str) -> Self {
+        Self { device: Mutex::new(DeviceModel::start(&Self::args(memory))) }
+    }
+
+    fn args(memory: &str) -> [&str; 4] {
+        ["nvme", "--orders", "--memory", memory]
+    }
+
+    fn device(&self) -> MutexGuard<'_, DeviceModel> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// For the manifest: `pci = ...`.
     pub fn pci(&self) -> String {
-        format!("vfio-user:{}", self.socket.display())
+        self.device().pci()
     }
 
     fn order(&self, order: &str) -> Value {
-        let mut ends = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        writeln!(ends.0, "{order}").expect("the model takes orders");
+        let mut device = self.device();
+        let DeviceModel { child, answers, .. } = &mut *device;
+        let orders = child.stdin.as_mut().expect("stdin is piped");
+        writeln!(orders, "{order}").expect("the model takes orders");
         let mut line = String::new();
-        ends.1.read_line(&mut line).expect("the model answers");
+        answers.read_line(&mut line).expect("the model answers");
         let answer: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{order}: {error}: {line:?}"));
         assert!(answer.get("error").is_none(), "{order}: {answer}");
         answer
@@ -65,7 +127,7 @@ impl NvmeModel {
 
     /// The bytes of its namespace, as somebody sees them who takes the medium out.
     pub fn medium(&self) -> File {
-        let fds = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
+        let fds = PathBuf::from(format!("/proc/{}/fd", self.device().child.id()));
         let fds = fds.read_dir().expect("the model runs").filter_map(Result::ok).map(|entry| entry.path());
         let is_medium = |path: &PathBuf| {
             path.read_link().is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:uhmm-nvme-blocks"))
@@ -87,16 +149,13 @@ impl NvmeModel {
     }
 
     /// kill -9: the device is pulled out.
-    pub fn kill(&mut self) {
-        self.child.kill().expect("kill the model");
-        self.child.wait().expect("reap the model");
+    pub fn kill(&self) {
+        self.device().kill();
     }
-}
 
-impl Drop for NvmeModel {
-    fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    /// Another one takes its place.
+    pub fn replace(self, memory: &str) -> Self {
+        let device = self.device.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Self { device: Mutex::new(device.replace(&Self::args(memory))) }
     }
 }

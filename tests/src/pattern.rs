@@ -29,3 +29,8 @@ impl Rng {
         self.next_u64() % bound.max(1)
     }
 }
+
+/// A moment, counted in steps of this thread: a timer is too coarse for the middle of something short.
+pub fn spin(steps: u64) {
+    (0..steps).for_each(|_| std::hint::spin_loop());
+}

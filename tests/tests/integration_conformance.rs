@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use uhmm_tests::{DeviceModel, TestBed, manifest_of, pci_device, uhmm_exe};
+use uhmm_tests::model::DeviceModel;
+use uhmm_tests::{TestBed, manifest_of, pci_device, uhmm_exe};
 
 /// Cases of the disturbed runs: one or two of every group.
 const SUBSET: &str = "^(T0[1-5]_|T1[0-9]_|T2[2459]_|T3[0-7]_|T40_|K0[69]_|K1[0478]_|K21_|F0[126]_|X01_|C0[12]_|IGT\\.(once|many-64k)\\.\

@@ -2,10 +2,8 @@
 //!
 //! 4 victims (pager, mirror, driver with aperture, driver without) x 5 kinds of work x 10 seeds = 200 rounds.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use uhmm_sdk::{Device, Job, Region, Session};
-use uhmm_tests::{TestBed, manifest, pattern::Rng, pattern::word};
+use uhmm_tests::{TestBed, manifest, pattern::Rng, pattern::spin, pattern::word};
 
 const MIB: u64 = 1 << 20;
 const LEN: u64 = 8 * MIB;
@@ -57,32 +55,9 @@ impl Scene {
         self.session.migrate(self.region.addr(), LEN, uhmm_sdk::Target::Home).expect("evict");
     }
 
-    /// Kills `victim` once `work` has begun; the work must finish all the same.
-    /// True when the work was still under way after the victim was dead.
     fn kill_during(&self, victim: &str, rng: &mut Rng, work: impl FnOnce(&Self) + Send) -> bool {
-        let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
         let spins = rng.below(50_000);
-        let target = self.bed.process(victim);
-        let (killed, in_the_middle) = std::thread::scope(|scope| {
-            let worker = scope.spawn(|| {
-                begun.store(true, Ordering::Release);
-                work(self);
-                ended.store(true, Ordering::Release);
-            });
-            while !begun.load(Ordering::Acquire) {
-                std::hint::spin_loop();
-            }
-            // A seeded moment inside the work: counted in steps of this thread, not in time.
-            for _ in 0..spins {
-                std::hint::spin_loop();
-            }
-            let killed = target.kill();
-            let in_the_middle = !ended.load(Ordering::Acquire);
-            worker.join().expect("the work survives the kill");
-            (killed, in_the_middle)
-        });
-        self.bed.wait_ready(victim, killed);
-        in_the_middle
+        self.bed.kill_during(victim, |_| spin(spins), || work(self))
     }
 
     fn fault_storm(&self) {

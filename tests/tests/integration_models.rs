@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use uhmm_sdk::{Device, Job, PageStatus, Region, Session};
-use uhmm_tests::{DeviceModel, PATIENCE, TestBed, manifest, pattern::Rng, pattern::word, pci_device};
+use uhmm_tests::model::DeviceModel;
+use uhmm_tests::{PATIENCE, TestBed, manifest, pattern::Rng, pattern::spin, pattern::word, pci_device};
 
 const MIB: u64 = 1 << 20;
 const LEN: u64 = 4 * MIB;
@@ -53,18 +54,8 @@ fn kill_rounds(driver: &str, model: &[&str]) {
     let mut rng = Rng::new(7);
     for round in 0..ROUNDS {
         fill(&region, round);
-        let target = bed.process("pci0");
-        let killed = std::thread::scope(|scope| {
-            let kill = scope.spawn(|| {
-                for _ in 0..rng.below(200_000) {
-                    std::hint::spin_loop();
-                }
-                target.kill()
-            });
-            out(&session, &region, &device);
-            kill.join().expect("killed")
-        });
-        bed.wait_ready("pci0", killed);
+        let spins = rng.below(200_000);
+        bed.kill_during("pci0", |_| spin(spins), || out(&session, &region, &device));
         let target = bed.process("pci0");
         let job = device.submit(Job::new("sum", [region.addr(), LEN]).idempotent());
         let killed = target.kill();

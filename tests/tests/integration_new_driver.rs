@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use uhmm_tests::{DeviceModel, TestBed, uhmm_exe};
+use uhmm_tests::model::DeviceModel;
+use uhmm_tests::{TestBed, uhmm_exe};
 
 /// The folder of this build, whose crates need not be built again.
 fn target_dir() -> PathBuf {

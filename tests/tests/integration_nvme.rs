@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use uhmm_driver_nvme::header::{Found, HEADER_BYTES, Header, State};
 use uhmm_sdk::{Device, Job, PageStatus, Region, Session, Target};
 use uhmm_tests::model::NvmeModel;
-use uhmm_tests::pattern::{Rng, word};
+use uhmm_tests::pattern::{Rng, spin, word};
 use uhmm_tests::{PATIENCE, RESTART, TestBed, manifest_nvme};
 
 const MIB: u64 = 1 << 20;
@@ -26,11 +26,6 @@ struct Scene {
     bed: TestBed,
     model: NvmeModel,
     seed: u64,
-    socket_dir: tempfile::TempDir,
-}
-
-fn socket_dir() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("uhmm-nvme-").tempdir().expect("a temporary directory")
 }
 
 impl Scene {
@@ -39,13 +34,12 @@ impl Scene {
     }
 
     fn with_restart(restart: &str) -> Self {
-        let socket_dir = socket_dir();
-        let model = NvmeModel::start(&socket_dir.path().join("nvme"), "16MiB");
+        let model = NvmeModel::start("16MiB");
         let bed = TestBed::with_log(&manifest_nvme(&model.pci(), "", restart));
         let session = bed.session();
         let device = session.device("nvme0").expect("device");
         let region = session.allocate(LEN).expect("region");
-        let scene = Self { region, device, session, bed, model, seed: 1, socket_dir };
+        let scene = Self { region, device, session, bed, model, seed: 1 };
         scene.fill();
         scene
     }
@@ -149,34 +143,20 @@ impl Scene {
 
     /// Kills the driver while `work` is under way; it must finish all the same.
     fn kill_during(&self, rng: &mut Rng, in_flight: bool, work: impl FnOnce(&Self) + Send) -> bool {
-        let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
         let spins = rng.below(200_000);
-        let target = self.bed.process("nvme0");
         self.model.set_latency_us(if in_flight { 20_000 } else { 0 });
         let before = self.model.counter("io_commands");
-        let (killed, in_the_middle) = std::thread::scope(|scope| {
-            let worker = scope.spawn(|| {
-                begun.store(true, Ordering::Release);
-                work(self);
-                ended.store(true, Ordering::Release);
-            });
-            while !begun.load(Ordering::Acquire) {
-                std::hint::spin_loop();
-            }
+        let moment = |ended: &AtomicBool| {
             if in_flight {
                 // The device has fetched a command and is 20 ms away from carrying it out.
                 while self.model.counter("io_commands") == before && !ended.load(Ordering::Acquire) {}
             } else {
-                (0..spins).for_each(|_| std::hint::spin_loop());
+                spin(spins);
             }
-            let killed = target.kill();
-            let in_the_middle = !ended.load(Ordering::Acquire);
+            // For what it fetches from now on.
             self.model.set_latency_us(0);
-            worker.join().expect("the work survives the kill");
-            (killed, in_the_middle)
-        });
-        self.bed.wait_ready("nvme0", killed);
-        in_the_middle
+        };
+        self.bed.kill_during("nvme0", moment, || work(self))
     }
 }
 
@@ -395,9 +375,7 @@ fn integration_nvme_pulled_out_for_good_poisons_what_was_on_it() {
 fn integration_nvme_exchanged_while_it_runs_loses_its_pages_and_nothing_else() {
     let mut scene = Scene::new();
     scene.out();
-    scene.model.kill();
-    let socket = scene.socket_dir.path().join("nvme");
-    scene.model = NvmeModel::start(&socket, "16MiB");
+    scene.model = scene.model.replace("16MiB");
     scene.bed.wait_log("The device came back with other memory: pages on it are lost");
     let end = Instant::now() + PATIENCE;
     while scene.poisoned_pages() < PAGES {
@@ -506,8 +484,7 @@ fn integration_nvme_of_another_host_that_was_killed_is_refused_until_format_is_s
 /// Somebody else's data is never overwritten unless the manifest says so.
 #[test]
 fn integration_nvme_namespace_with_foreign_data_is_refused_until_format_is_said() {
-    let socket_dir = socket_dir();
-    let model = NvmeModel::start(&socket_dir.path().join("nvme"), "16MiB");
+    let model = NvmeModel::start("16MiB");
     let mut foreign = vec![0x3d; 16 << 20];
     foreign[510..512].copy_from_slice(&[0x55, 0xaa]);
     model.medium().write_all_at(&foreign, 0).expect("the medium is written");
@@ -538,8 +515,7 @@ const CONFORMANCE: &str = "^(T0[1-5]_|T1[0-3]_|T2[24]_|T3[0-4]_|K06_|K10_|K12_|F
 
 #[test]
 fn integration_nvme_conformance_subset_holds() {
-    let socket_dir = socket_dir();
-    let model = NvmeModel::start(&socket_dir.path().join("nvme"), "33MiB");
+    let model = NvmeModel::start("33MiB");
     let manifest = manifest_nvme(&model.pci(), "memory_bytes = \"32MiB\"", RESTART);
     let bed = TestBed::with_log(&manifest);
     let mut command = std::process::Command::new(uhmm_tests::uhmm_exe());

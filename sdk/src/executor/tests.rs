@@ -185,6 +185,18 @@ fn locked_memory_moves_like_any_other() {
 }
 
 #[test]
+fn locked_memory_that_may_not_be_written_is_dropped_too() {
+    let mut bed = Bed::new();
+    let memory = filled(4);
+    memory.lock(0, 4 * P).unwrap();
+    memory.protect(0, 4 * P, true, false).unwrap();
+    bed.adopt(&memory);
+    bed.run(&memory, 0, 4, AgentOp::CopyOut { slot: 0 });
+    assert_eq!(bed.run(&memory, 0, 4, AgentOp::Drop { in_place: true }), [(4, AgentStatus::Moved)]);
+    assert_eq!(bed.present(&memory), 0, "or the program would go on with what the device has by now");
+}
+
+#[test]
 fn memory_that_is_gone_or_not_managed_is_never_touched() {
     let mut bed = Bed::new();
     let memory = filled(4);

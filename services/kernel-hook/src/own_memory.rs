@@ -19,6 +19,8 @@ pub enum RangeAdvice {
     /// Drop the pages: private ones read as zero from now on. The caller answers for the content. Sends a REMOVE event on
     /// registered ranges, and returns when that was read.
     DontNeed,
+    /// The same, also of locked memory.
+    DontNeedLocked,
     /// Make every page writable and its own now (ends copy-on-write sharing). Content stays.
     PopulateWrite,
     /// Leave the range out of children made by fork.
@@ -39,11 +41,12 @@ pub fn advise(range: AddrRange, advice: RangeAdvice) -> Result<(), HookError> {
     let range = AddrRange::new(range.start, range.len)?;
     let (call, code) = match advice {
         RangeAdvice::DontNeed => ("madvise(DONTNEED)", libc::MADV_DONTNEED),
+        RangeAdvice::DontNeedLocked => ("madvise(DONTNEED_LOCKED)", libc::MADV_DONTNEED_LOCKED),
         RangeAdvice::PopulateWrite => ("madvise(POPULATE_WRITE)", libc::MADV_POPULATE_WRITE),
         RangeAdvice::DontFork => ("madvise(DONTFORK)", libc::MADV_DONTFORK),
         RangeAdvice::DoFork => ("madvise(DOFORK)", libc::MADV_DOFORK),
     };
-    // SAFETY: only DONTNEED changes bytes, and its caller answers for them (see the module head). No mapping appears or goes.
+    // SAFETY: only the two DONTNEED change bytes, and their caller answers for them (see the module head). No mapping appears or goes.
     if unsafe { libc::madvise(place(range), range.len as usize, code) } == 0 {
         return Ok(());
     }

@@ -1,11 +1,9 @@
 //! The driver of plain memory in a BAR as a service, on shared memory of the virtual machine: killed while the pager copies to and from the BAR
 //! and while its units work there; what lies in the BAR is never lost, and the device is taken over as it is.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use uhmm_guest::devices::{IVSHMEM, vfio_devices};
 use uhmm_sdk::{Device, Job, Region, Session, Target};
-use uhmm_tests::{RESTART, TestBed, pattern::Rng, pattern::word};
+use uhmm_tests::{RESTART, TestBed, pattern::Rng, pattern::spin, pattern::word};
 
 const ROUNDS: u64 = 50;
 const PAGES: u64 = 512;
@@ -77,20 +75,8 @@ impl Scene {
     /// Kills the driver at a random moment of `work`, after so many turns of a loop at most: the next time it takes longer when the
     /// work was not through yet (true), and less when it was.
     fn kill_during(&self, rng: &mut Rng, spins_max: &mut u64, work: impl FnOnce() + Send) -> bool {
-        let (target, ended) = (self.bed.process("bar0"), AtomicBool::new(false));
         let spins = rng.below(*spins_max);
-        let (killed, hit) = std::thread::scope(|scope| {
-            let worker = scope.spawn(|| {
-                work();
-                ended.store(true, Ordering::Release);
-            });
-            (0..spins).for_each(|_| std::hint::spin_loop());
-            let killed = target.kill();
-            let hit = !ended.load(Ordering::Acquire);
-            worker.join().unwrap();
-            (killed, hit)
-        });
-        self.bed.wait_ready("bar0", killed);
+        let hit = self.bed.kill_during("bar0", |_| spin(spins), work);
         *spins_max = if hit { *spins_max * 5 / 4 } else { *spins_max / 2 }.max(1000);
         hit
     }

@@ -2,10 +2,9 @@
 //! at a DMA.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use uhmm_sdk::{Device, Job, Region, Residency, ServiceStatus, Session, Target};
-use uhmm_tests::{TestBed, pattern::Rng, pattern::word};
+use uhmm_tests::{TestBed, pattern::Rng, pattern::spin, pattern::word};
 
 const PAGE: u64 = 4096;
 const ROUNDS: u64 = 50;
@@ -146,30 +145,17 @@ fn kill_9_during_dma_loses_nothing() {
         if before {
             scene.out();
         }
-        let (target, ended) = (scene.bed.process("edu0"), AtomicBool::new(false));
         let spins = rng.below(400_000);
-        let killed = std::thread::scope(|scope| {
-            let worker = scope.spawn(|| {
-                match seed % 3 {
-                    0 => scene.out(),
-                    1 => drop(scene.session.migrate(scene.region.addr(), PAGE, Target::Home).unwrap()),
-                    _ => {
-                        let sum = (0..PAGE / 8).fold(0u64, |sum, index| sum.wrapping_add(word(seed, index)));
-                        let job = Job::new("sum", [scene.region.addr(), PAGE]).idempotent();
-                        assert_eq!(scene.device.run(job).unwrap().results, [sum]);
-                    }
-                }
-                ended.store(true, Ordering::Release);
-            });
-            for _ in 0..spins {
-                std::hint::spin_loop();
+        let work = || match seed % 3 {
+            0 => scene.out(),
+            1 => drop(scene.session.migrate(scene.region.addr(), PAGE, Target::Home).unwrap()),
+            _ => {
+                let sum = (0..PAGE / 8).fold(0u64, |sum, index| sum.wrapping_add(word(seed, index)));
+                let job = Job::new("sum", [scene.region.addr(), PAGE]).idempotent();
+                assert_eq!(scene.device.run(job).unwrap().results, [sum]);
             }
-            let killed = target.kill();
-            in_the_middle += u64::from(!ended.load(Ordering::Acquire));
-            worker.join().unwrap();
-            killed
-        });
-        scene.bed.wait_ready("edu0", killed);
+        };
+        in_the_middle += u64::from(scene.bed.kill_during("edu0", |_| spin(spins), work));
         scene.compare(seed);
     }
     println!("{in_the_middle} of {ROUNDS} kills hit work under way");
