@@ -363,6 +363,9 @@ fn integration_nvme_pulled_out_for_good_poisons_what_was_on_it() {
     scene.compare_what_is_left("after the removal");
     assert_eq!(scene.poisoned_pages(), PAGES / 2, "more was lost than was on the device");
     assert_eq!(scene.bed.status("nvme0").state, "held");
+    let report = scene.session.migrate(second_half, LEN / 2, &scene.device).expect("migrate");
+    assert_eq!(report.pages_with(PageStatus::Io), PAGES / 2, "nothing can go there any more: {report:?}");
+    scene.compare_what_is_left("after a migration to nowhere");
     assert!(
         scene.bed.log().contains("Controller is gone") || scene.bed.log().contains("is lost"),
         "{}",

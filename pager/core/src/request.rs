@@ -362,7 +362,7 @@ impl<P: Policy> Core<P> {
             // This request looks at the pages again when they have arrived, or cannot.
             Leg::First(_) | Leg::Wait => Next::Wait,
             Leg::Full(pages) => {
-                request.record(pages, PageStatus::NoMemory);
+                request.record(pages, self.no_room_status(device));
                 request.cursor = pages.end();
                 Next::Again
             }

@@ -165,7 +165,7 @@ impl<P: Policy> Core<P> {
         Next::Again
     }
 
-    /// The device is full: in place, if it can reach the page there; else the window ends here.
+    /// The device is full, or lost: in place, if it can reach the page there; else the window ends here.
     fn no_room(&mut self, dir: &impl Directory, request: &mut Request, wish: Resolve) -> Next {
         let page = request.cursor;
         let settled = Self::entry(dir, request.region, page).is_settled_system();
@@ -174,7 +174,8 @@ impl<P: Policy> Core<P> {
             return Next::Again;
         }
         if page == wish.fault_page {
-            return Next::Reply(Outcome::Failed(CoreError::NoMemory { page }));
+            let status = self.no_room_status(wish.device);
+            return Next::Reply(Outcome::Failed(failure(status, request.region, page)));
         }
         request.limit = page;
         Next::Again

@@ -2,7 +2,7 @@
 
 use crate::core::Core;
 use crate::entry::PageState;
-use crate::event::{Action, Cause, DeviceId, Directory, Pages, RegionId, SpaceId};
+use crate::event::{Action, Cause, DeviceId, Directory, PageStatus, Pages, RegionId, SpaceId};
 use crate::frames::{HUGE_PAGES, Owner};
 use crate::out::Way;
 use crate::policy::Policy;
@@ -76,6 +76,11 @@ impl<P: Policy> Core<P> {
             return Leg::First(run);
         }
         self.send_out(dir, order, region, pages, space, wish, out)
+    }
+
+    /// Why pages find no frames on a device ([`Leg::Full`]).
+    pub(crate) fn no_room_status(&self, device: DeviceId) -> PageStatus {
+        if self.is_failed(device) { PageStatus::Io } else { PageStatus::NoMemory }
     }
 
     #[allow(clippy::too_many_arguments, reason = "one decision's own inputs")]

@@ -27,7 +27,7 @@ pub enum PageStatus {
     Pinned,
     /// Device full and nothing could be evicted.
     NoMemory,
-    /// The copy failed; the page is valid where it was.
+    /// The copy failed, or the device is lost; the page is valid where it was.
     Io,
     /// Lost with a device: accesses get SIGBUS.
     Poisoned,
