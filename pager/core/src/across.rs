@@ -50,7 +50,7 @@ impl<P: Policy> Core<P> {
         Self::publish_frames(region, pages, entry, out);
         self.show_frames(region, pages, entry, out);
         self.give_back(&transfer, pages.count);
-        self.policy.moved_out(region, pages, to, self.now_us);
+        self.policy.moved_out(region, pages, to, transfer.time_us(self.now_us));
         if let Some(transfer) = self.transfers.get_mut(&ticket) {
             (transfer.device, transfer.frame, transfer.lost) = (to, to_frame, false);
         }

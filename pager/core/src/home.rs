@@ -188,7 +188,7 @@ impl<P: Policy> Core<P> {
         Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
         self.give_back(&before, pages.count);
         self.stats.pages_home += pages.count;
-        self.policy.moved_home(region, pages, device, self.now_us);
+        self.policy.moved_home(region, pages, device, before.time_us(self.now_us));
         self.trace(TraceKind::MigrateEnd, &Transfer { pages, ..before }, out);
         self.note(owner, pages, PageStatus::Ok);
     }

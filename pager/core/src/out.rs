@@ -83,7 +83,7 @@ impl<P: Policy> Core<P> {
         let aligned = frame.is_multiple_of(HUGE_PAGES) && pages.count == u64::from(HUGE_PAGES);
         let entry = self.arrived_entry(region, device, frame).with_huge(huge && aligned);
         Self::publish_frames(region, pages, entry, out);
-        self.policy.moved_out(region, pages, device, self.now_us);
+        self.policy.moved_out(region, pages, device, transfer.time_us(self.now_us));
         self.share_with_children(region, pages, device, frame, out);
         let nothing_was_taken = kind == (Kind::Out { zero: true, keep: false }) && self.is_private(region);
         if nothing_was_taken {

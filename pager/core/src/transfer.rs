@@ -16,6 +16,8 @@
 //! While a transfer is under way its pages are `Moving*`, or held ([`Transfer::holds`]), and nobody else touches them. CPU faults
 //! on them are ignored: the wake at the end (or the fill itself) makes the kernel raise them again.
 
+use std::ops::Range;
+
 use crate::core::Core;
 use crate::entry::{Entry, PoisonReason};
 use crate::event::{
@@ -85,6 +87,8 @@ pub(crate) struct Transfer {
     /// What a log line about the copy names.
     pub req: ReqId,
     pub tries: u8,
+    /// Since when it is under way; parts of it keep that.
+    pub begun_us: Option<u64>,
     /// The frames are gone: the device's memory was replaced. Nothing is read from them or given back.
     pub lost: bool,
 }
@@ -108,6 +112,7 @@ impl Transfer {
             cause: Cause::AddressSpace,
             req: ReqId(0),
             tries: 0,
+            begun_us: None,
             lost: false,
         }
     }
@@ -117,6 +122,11 @@ impl Transfer {
         let (device, frame) = (first.device(), first.frame());
         let (pinned, shared) = (first.pinned(), first.shared());
         Self { device, frame, mask, pinned, shared, ..Self::new(region, pages, kind) }
+    }
+
+    /// From its beginning to now.
+    pub fn time_us(&self, now_us: u64) -> Range<u64> {
+        self.begun_us.unwrap_or(now_us)..now_us
     }
 
     /// Nobody may begin anything with its pages although their entries are settled.
@@ -142,8 +152,9 @@ impl Transfer {
 }
 
 impl<P: Policy> Core<P> {
-    pub(crate) fn begin(&mut self, transfer: Transfer, out: &mut Vec<Action>) -> Ticket {
+    pub(crate) fn begin(&mut self, mut transfer: Transfer, out: &mut Vec<Action>) -> Ticket {
         let ticket = self.ticket();
+        transfer.begun_us.get_or_insert(self.now_us);
         if let Some(info) = self.regions.get_mut(&transfer.region) {
             info.transfers += 1;
         }

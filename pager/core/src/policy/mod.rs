@@ -23,6 +23,8 @@
 mod streams;
 mod thrash;
 
+use std::ops::Range;
+
 use crate::attr::Attr;
 use crate::event::{DeviceId, Pages, RegionId, Target};
 use streams::Streams;
@@ -88,10 +90,10 @@ pub trait Policy {
     fn device_fault(&mut self, fault: DeviceFault) -> DeviceFaultAction;
     /// Whether a system page that devices could use in place shall stay.
     fn keeps_in_place(&self, region: RegionId, page: u64, attr: Attr) -> bool;
-    /// Pages have arrived on a device.
-    fn moved_out(&mut self, region: RegionId, pages: Pages, device: DeviceId, now_us: u64);
+    /// Pages have arrived on a device, after having been under way from the first time to the second one.
+    fn moved_out(&mut self, region: RegionId, pages: Pages, device: DeviceId, time_us: Range<u64>);
     /// Pages have come home.
-    fn moved_home(&mut self, region: RegionId, pages: Pages, device: DeviceId, now_us: u64);
+    fn moved_home(&mut self, region: RegionId, pages: Pages, device: DeviceId, time_us: Range<u64>);
     /// A region ended: forget it.
     fn region_gone(&mut self, region: RegionId);
 }
@@ -152,12 +154,12 @@ impl Policy for DefaultPolicy {
         attr.preferred() == Some(Target::Home) || self.thrash.is_pinned(region, page)
     }
 
-    fn moved_out(&mut self, region: RegionId, pages: Pages, _device: DeviceId, now_us: u64) {
-        self.thrash.moved(region, pages, thrash::Direction::Out, now_us);
+    fn moved_out(&mut self, region: RegionId, pages: Pages, _device: DeviceId, time_us: Range<u64>) {
+        self.thrash.moved(region, pages, thrash::Direction::Out, &time_us);
     }
 
-    fn moved_home(&mut self, region: RegionId, pages: Pages, _device: DeviceId, now_us: u64) {
-        self.thrash.moved(region, pages, thrash::Direction::Home, now_us);
+    fn moved_home(&mut self, region: RegionId, pages: Pages, _device: DeviceId, time_us: Range<u64>) {
+        self.thrash.moved(region, pages, thrash::Direction::Home, &time_us);
     }
 
     fn region_gone(&mut self, region: RegionId) {

@@ -56,8 +56,8 @@ fn a_huge_page_comes_home_whole() {
     assert_eq!((window.first, window.count), (612, 512));
 }
 
-/// One turn: out and home again, `gap_us` apart. Returns what the device fault met and the time after it.
-fn turn(thrash: &mut Thrash, mut now_us: u64, gap_us: u64) -> (Verdict, u64) {
+/// One turn: out and home again, which takes `lasts_us` each, `gap_us` apart. Returns what the device fault met and the time after it.
+fn turn(thrash: &mut Thrash, mut now_us: u64, lasts_us: u64, gap_us: u64) -> (Verdict, u64) {
     let verdict = thrash.verdict(REGION, 3, now_us);
     if let Verdict::Wait { until_us } = verdict {
         assert_eq!(thrash.verdict(REGION, 3, now_us), verdict, "asking again does not help");
@@ -65,18 +65,20 @@ fn turn(thrash: &mut Thrash, mut now_us: u64, gap_us: u64) -> (Verdict, u64) {
         assert_eq!(thrash.verdict(REGION, 3, now_us), Verdict::Calm, "it has waited");
     }
     let pages = Pages { first: 3, count: 1 };
-    thrash.moved(REGION, pages, Direction::Out, now_us);
-    thrash.moved(REGION, pages, Direction::Home, now_us + gap_us);
-    (verdict, now_us + 2 * gap_us)
+    let out = now_us..now_us + lasts_us;
+    let home = out.end + gap_us..out.end + gap_us + lasts_us;
+    let later = home.end + gap_us;
+    thrash.moved(REGION, pages, Direction::Out, &out);
+    thrash.moved(REGION, pages, Direction::Home, &home);
+    (verdict, later)
 }
 
-#[test]
-fn a_fight_is_slowed_down_then_pinned_then_forgotten() {
+fn fight(lasts_us: u64) {
     let mut thrash = Thrash::default();
     let mut now_us = 1_000_000;
     let mut met = Vec::new();
     for _ in 0..20 {
-        let (verdict, later) = turn(&mut thrash, now_us, 100);
+        let (verdict, later) = turn(&mut thrash, now_us, lasts_us, 100);
         met.push(verdict);
         now_us = later;
         if verdict == Verdict::Pinned {
@@ -87,8 +89,25 @@ fn a_fight_is_slowed_down_then_pinned_then_forgotten() {
     let waits = met[calm..].iter().filter(|verdict| matches!(verdict, Verdict::Wait { .. })).count();
     assert_eq!((calm, waits, met.last()), (4, 10, Some(&Verdict::Pinned)));
     assert!(thrash.is_pinned(REGION, 3) && !thrash.is_pinned(REGION, 600), "the block, not the region");
-    assert_eq!(thrash.verdict(REGION, 3, now_us + 700_000), Verdict::Calm);
+    assert_eq!(thrash.verdict(REGION, 3, now_us + 350 * lasts_us.max(2_000)), Verdict::Calm);
     assert!(!thrash.is_pinned(REGION, 3));
+}
+
+#[test]
+fn a_fight_is_slowed_down_then_pinned_then_forgotten() {
+    fight(0);
+}
+
+#[test]
+fn a_fight_for_a_slow_device_is_one_too() {
+    // A device that takes 100 ms for a page.
+    fight(100_000);
+    let mut thrash = Thrash::default();
+    let (verdict, now_us) = turn(&mut thrash, 0, 100_000, 150_000);
+    let (_, now_us) = turn(&mut thrash, now_us, 100_000, 150_000);
+    let out = now_us..now_us + 100_000;
+    thrash.moved(REGION, Pages { first: 3, count: 1 }, Direction::Out, &out);
+    assert_eq!((verdict, thrash.timeslice_end_us(REGION, 3, out.end)), (Verdict::Calm, Some(out.end + 75_000)));
 }
 
 #[test]
@@ -96,7 +115,7 @@ fn slow_turns_are_no_fight() {
     let mut thrash = Thrash::default();
     let mut now_us = 0;
     for _ in 0..50 {
-        let (verdict, later) = turn(&mut thrash, now_us, 10_000);
+        let (verdict, later) = turn(&mut thrash, now_us, 0, 10_000);
         assert_eq!(verdict, Verdict::Calm);
         now_us = later;
     }

@@ -1,26 +1,28 @@
 //! Thrashing: CPU and device take a block from each other again and again, and move data instead of using it.
 //!
 //! ```text
-//!   Calm --- 3 turns within a lapse of each other ---> Throttled: a device fault waits one lapse
-//!    ^                                                    |  10 waits
-//!    |                                                    v
-//!    +--- 300 lapses later, or 16 lapses of quiet --- Pinned: devices use the pages in place if they can
+//!   Calm --- 3 turns, each within two lapses after the last ---> Throttled: a device fault waits one lapse
+//!    ^                                                              |  10 waits
+//!    |                                                              v
+//!    +--- 300 lapses later, or 16 lapses of quiet ----------- Pinned: devices use the pages in place if they can
 //! ```
 //!
 //! From the second turn on a device also has a timeslice: a CPU fault waits until the device has had the page for some time. That
 //! is drm_gpusvm's remedy; without it a CPU that touches a page in a loop takes it away before the device's answer has arrived.
 //!
-//! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4); the lapse is longer, because a turn costs
-//! tens of microseconds here.
+//! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4). The lapse is longer, because a turn costs
+//! tens of microseconds here, and it is a device's own: one that takes 100 ms for a page is fought for at another pace.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::event::{Pages, RegionId};
 
-/// Two turns closer than this are one fight.
-const LAPSE_US: u64 = 2_000;
-/// How long a device keeps pages that the CPU fights it for: several times what an answer takes to reach the device.
-const TIMESLICE_US: u64 = 1_500;
+/// The lapse of a device that moves a page faster than this. A turn that begins within two lapses after the last one has ended belongs to
+/// one fight.
+const LAPSE_MIN_US: u64 = 2_000;
+/// No device makes others wait for longer.
+const LAPSE_MAX_US: u64 = 100_000;
 const TURNS_TO_THROTTLE: u8 = 6;
 const THROTTLES_TO_PIN: u8 = 10;
 const PINNED_LAPSES: u64 = 300;
@@ -48,10 +50,18 @@ pub(super) enum Verdict {
 struct Block {
     last: Direction,
     last_us: u64,
+    /// What a page takes on its way, within limits: time that is spent moving is compared with time that is not.
+    lapse_us: u64,
     turns: u8,
     throttles: u8,
     waits_until_us: u64,
     pinned_until_us: u64,
+}
+
+impl Block {
+    fn is_quiet(&self, now_us: u64) -> bool {
+        now_us.saturating_sub(self.last_us) > QUIET_LAPSES * self.lapse_us
+    }
 }
 
 /// Blocks that moved lately.
@@ -61,30 +71,41 @@ pub(super) struct Thrash {
 }
 
 impl Thrash {
-    pub fn moved(&mut self, region: RegionId, pages: Pages, direction: Direction, now_us: u64) {
+    pub fn moved(&mut self, region: RegionId, pages: Pages, direction: Direction, time_us: &Range<u64>) {
         let last = pages.end().saturating_sub(1) / BLOCK_PAGES;
+        let each_us = time_us.end.saturating_sub(time_us.start) / pages.count.max(1);
+        let lapse_us = each_us.clamp(LAPSE_MIN_US, LAPSE_MAX_US);
         for index in pages.first / BLOCK_PAGES..=last {
-            self.block_moved((region, index), direction, now_us);
+            self.block_moved((region, index), direction, time_us, lapse_us);
         }
     }
 
-    fn block_moved(&mut self, key: (RegionId, u64), direction: Direction, now_us: u64) {
+    fn block_moved(&mut self, key: (RegionId, u64), direction: Direction, time_us: &Range<u64>, lapse_us: u64) {
+        let now_us = time_us.end;
         if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) {
-            self.blocks.retain(|_, block| now_us.saturating_sub(block.last_us) < QUIET_LAPSES * LAPSE_US);
+            self.blocks.retain(|_, block| !block.is_quiet(now_us));
         }
         if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) {
             return;
         }
-        let fresh =
-            Block { last: direction, last_us: now_us, turns: 0, throttles: 0, waits_until_us: 0, pinned_until_us: 0 };
+        let fresh = Block {
+            last: direction,
+            last_us: now_us,
+            lapse_us,
+            turns: 0,
+            throttles: 0,
+            waits_until_us: 0,
+            pinned_until_us: 0,
+        };
         let block = self.blocks.entry(key).or_insert(fresh);
-        let pause_us = now_us.saturating_sub(block.last_us);
-        if pause_us > QUIET_LAPSES * LAPSE_US {
+        // What the device takes for a turn says nothing about how much the page is wanted.
+        let pause_us = time_us.start.saturating_sub(block.last_us);
+        if pause_us > QUIET_LAPSES * block.lapse_us {
             (block.turns, block.throttles) = (0, 0);
-        } else if block.last != direction && pause_us <= 2 * LAPSE_US {
+        } else if block.last != direction && pause_us <= 2 * block.lapse_us {
             block.turns = block.turns.saturating_add(1);
         }
-        (block.last, block.last_us) = (direction, now_us);
+        (block.last, block.last_us, block.lapse_us) = (direction, now_us, lapse_us);
     }
 
     /// A device wants a page of the block.
@@ -97,8 +118,7 @@ impl Thrash {
             self.blocks.remove(&(region, page / BLOCK_PAGES));
             return Verdict::Calm;
         }
-        let quiet = now_us.saturating_sub(block.last_us) > QUIET_LAPSES * LAPSE_US;
-        if block.turns < TURNS_TO_THROTTLE || quiet {
+        if block.turns < TURNS_TO_THROTTLE || block.is_quiet(now_us) {
             return Verdict::Calm;
         }
         if block.waits_until_us > now_us {
@@ -110,18 +130,19 @@ impl Thrash {
             return Verdict::Calm;
         }
         if block.throttles >= THROTTLES_TO_PIN {
-            block.pinned_until_us = now_us + PINNED_LAPSES * LAPSE_US;
+            block.pinned_until_us = now_us + PINNED_LAPSES * block.lapse_us;
             return Verdict::Pinned;
         }
         block.throttles += 1;
-        block.waits_until_us = now_us + LAPSE_US;
+        block.waits_until_us = now_us + block.lapse_us;
         Verdict::Wait { until_us: block.waits_until_us }
     }
 
-    /// In a fight a device keeps what it has got for a while: else it is taken away before it was used once.
+    /// In a fight a device keeps what it has got for three quarters of a lapse, several times what an answer takes to reach it: else it is
+    /// taken away before it was used once.
     pub fn timeslice_end_us(&self, region: RegionId, page: u64, now_us: u64) -> Option<u64> {
         let block = self.blocks.get(&(region, page / BLOCK_PAGES))?;
-        let end_us = block.last_us + TIMESLICE_US;
+        let end_us = block.last_us + block.lapse_us * 3 / 4;
         (block.turns >= 2 && block.last == Direction::Out && now_us < end_us).then_some(end_us)
     }
 

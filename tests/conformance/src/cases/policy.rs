@@ -163,6 +163,7 @@ fn prefetch(ctx: &Ctx) -> CaseResult {
 
 fn access_in_place(ctx: &Ctx) -> CaseResult {
     const LEN: u64 = 4 * BUF;
+    ctx.fits(BUF)?;
     let region = ctx.session.allocate(LEN).during("Allocate")?;
     ctx.session.advise(region.addr(), LEN, Advice::InPlace).during("Advise in place")?;
     ctx.migrate(region.addr(), LEN, ctx.device(0)?.target()).during("Prefetch")?;
