@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -232,7 +232,7 @@ impl TestBed {
     pub fn start_again(&mut self, manifest: &str) {
         let path = write_manifest(self.dir.path(), manifest);
         self.supervisor = spawn_up(self.dir.path(), &path, false, self.logged);
-        let line = first_line(&mut self.supervisor);
+        let (line, _) = first_line(&mut self.supervisor);
         assert_eq!(
             line,
             "ready",
@@ -380,13 +380,16 @@ fn spawn_up(run_dir: &Path, manifest: &Path, adopt: bool, logged: bool) -> Child
     command.spawn().expect("uhmm up starts")
 }
 
-fn wait_for_ready(child: &mut Child) {
-    assert_eq!(first_line(child), "ready", "uhmm ended before it was ready");
+/// Returns what it says afterwards.
+fn wait_for_ready(child: &mut Child) -> BufReader<ChildStdout> {
+    let (line, rest) = first_line(child);
+    assert_eq!(line, "ready", "uhmm ended before it was ready");
+    rest
 }
 
-fn first_line(child: &mut Child) -> String {
-    let stdout = child.stdout.take().expect("stdout is piped");
+fn first_line(child: &mut Child) -> (String, BufReader<ChildStdout>) {
+    let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
     let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line).expect("uhmm says when it is ready");
-    line.trim().to_owned()
+    stdout.read_line(&mut line).expect("uhmm says when it is ready");
+    (line.trim().to_owned(), stdout)
 }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::uhmm_exe;
+use crate::{uhmm_exe, wait_for_ready};
 
 /// `uhmm device-model`.
 pub struct DeviceModel {
@@ -34,10 +34,7 @@ impl DeviceModel {
         command.arg("device-model").args(args).arg("--socket").arg(dir.path().join("device.sock")).stderr(log);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("uhmm device-model starts");
-        let mut answers = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let mut line = String::new();
-        answers.read_line(&mut line).expect("the model says when it is ready");
-        assert_eq!(line.trim(), "ready", "the model ended before it was ready");
+        let answers = wait_for_ready(&mut child);
         Self { child, answers, dir }
     }
 

@@ -132,6 +132,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// One that nothing has happened to.
+    pub fn new(region: RegionId, pages: Pages, order: Order, purpose: Purpose) -> Self {
+        Self { region, pages, order, purpose, slot: None, overtaken: false }
+    }
+
     fn needs_slot(&self) -> bool {
         self.slot.is_none() && matches!(self.order, Order::MoveOut | Order::CopyOut)
     }
@@ -336,7 +341,7 @@ mod tests {
 
     fn job(order: Order, first: u64) -> Job {
         let purpose = Purpose::Out { ticket: Ticket(first), device: 0, frame: 0 };
-        Job { region: RegionId(1), pages: Pages { first, count: 8 }, order, purpose, slot: None, overtaken: false }
+        Job::new(RegionId(1), Pages { first, count: 8 }, order, purpose)
     }
 
     #[test]

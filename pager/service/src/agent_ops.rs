@@ -77,7 +77,7 @@ impl Pager {
                 other => other,
             };
             parts.left += 1;
-            agent.ask(Job { region, pages: part, order, purpose, slot: None, overtaken: false });
+            agent.ask(Job::new(region, part, order, purpose));
         }
     }
 
@@ -450,7 +450,7 @@ impl Pager {
     /// Asks for something that is one job and whose answer says everything.
     fn ask_single(&mut self, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
-        let job = Job { region, pages, order, purpose, slot: None, overtaken: false };
+        let job = Job::new(region, pages, order, purpose);
         let space = self.spaces.get_mut(&space_id).filter(|space| !space.dying);
         match space.and_then(|space| space.agent.as_mut()) {
             Some(agent) => agent.ask(job),

@@ -101,7 +101,7 @@ impl Pager {
     fn ask_about_frames(&mut self, space: u64, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let agent = self.spaces.get_mut(&space).and_then(|space| space.agent.as_mut());
         if let Some(agent) = agent {
-            agent.ask(Job { region, pages, order, purpose, slot: None, overtaken: false });
+            agent.ask(Job::new(region, pages, order, purpose));
         }
         self.send_to_agent(space);
     }

@@ -50,7 +50,6 @@ impl Pager {
             let space = self.spaces.get(&space_id);
             let Some(space) = space.filter(|space| space.is_born()) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
-            events.clear();
             let read = self.journal.read(&space.uffd, space_id, &mut events);
             let full_read = matches!(read, Ok(count) if count > 0);
             if let Err(error) = read {

@@ -28,6 +28,13 @@ impl Bed {
         Self { executor, staging, pager: FillGate::open(&memory).unwrap(), next_id: 1 }
     }
 
+    /// With so many pages of a program, adopted.
+    fn with(pages: u64) -> (Self, ProgramMemory) {
+        let (bed, memory) = (Self::new(), filled(pages));
+        bed.adopt(&memory);
+        (bed, memory)
+    }
+
     fn adopt(&self, memory: &ProgramMemory) {
         let range = AddrRange { start: memory.addr(), len: memory.len() };
         self.executor.uffd.register(range, RegisterMode::MISSING | RegisterMode::WP).unwrap();
@@ -64,9 +71,7 @@ const DROP: AgentOp = AgentOp::Drop { in_place: false };
 
 #[test]
 fn pages_leave_are_staged_and_come_back_and_all_of_it_can_be_repeated() {
-    let mut bed = Bed::new();
-    let memory = filled(8);
-    bed.adopt(&memory);
+    let (mut bed, memory) = Bed::with(8);
     for _ in 0..2 {
         assert_eq!(bed.run(&memory, 2, 4, OUT), [(4, AgentStatus::Moved)]);
         assert_eq!(bed.present(&memory), 4);
@@ -99,9 +104,7 @@ fn holes_and_zero_pages_are_reported_and_never_staged() {
 
 #[test]
 fn a_page_shared_with_a_forked_child_is_separated_and_the_child_keeps_its_own() {
-    let mut bed = Bed::new();
-    let memory = filled(2);
-    bed.adopt(&memory);
+    let (mut bed, memory) = Bed::with(2);
     let (go, wait) = std::os::unix::net::UnixStream::pair().unwrap();
     let child = uhmm_kernel_hook::fork::fork_child(|| {
         use std::io::Read;
@@ -132,9 +135,7 @@ fn memory_that_may_not_be_written_is_left_alone_copied_in_place_and_dropped() {
 
 #[test]
 fn write_protection_outlives_every_look_at_a_page() {
-    let mut bed = Bed::new();
-    let memory = filled(3);
-    bed.adopt(&memory);
+    let (mut bed, memory) = Bed::with(3);
     let range = AddrRange { start: memory.addr(), len: 3 * P };
     assert_eq!(bed.executor.uffd.write_protect(range, true, false).unwrap(), WpOutcome::Done);
     assert_eq!(bed.run(&memory, 0, 3, AgentOp::CopyOut { slot: 0 }), [(3, AgentStatus::Moved)]);
@@ -145,9 +146,7 @@ fn write_protection_outlives_every_look_at_a_page() {
 
 #[test]
 fn pages_find_their_way_back_to_memory_that_may_not_be_written_any_more() {
-    let mut bed = Bed::new();
-    let memory = filled(4);
-    bed.adopt(&memory);
+    let (mut bed, memory) = Bed::with(4);
     assert_eq!(bed.run(&memory, 0, 4, OUT), [(4, AgentStatus::Moved)]);
     memory.protect(P, 2 * P, true, false).unwrap();
     assert_eq!(bed.run(&memory, 0, 4, AgentOp::MoveBack), [(4, AgentStatus::Moved)]);
@@ -234,9 +233,7 @@ fn a_huge_page_stays_huge_both_ways_and_is_used_again() {
 
 #[test]
 fn nothing_is_put_where_the_program_has_dropped_pages_since_the_order_was_given() {
-    let mut bed = Bed::new();
-    let memory = filled(8);
-    bed.adopt(&memory);
+    let (mut bed, memory) = Bed::with(8);
     assert_eq!(bed.run(&memory, 2, 4, OUT), [(4, AgentStatus::Moved)]);
     assert!(bed.pager.begin_reading());
     bed.pager.end_reading(1);

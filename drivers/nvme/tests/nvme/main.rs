@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{AnyError, Bench, engine};
+use common::{AnyError, Bench, Driver, engine};
 use uhmm_compute::FramePort;
 use uhmm_driver_kit::{CopyEngine, DeviceMemory, Frames, MemoryOrigin, PAGE_BYTES, Staging};
 use uhmm_driver_nvme::cmb;
-use uhmm_driver_nvme::engine::NvmePort;
+use uhmm_driver_nvme::engine::{NvmeEngine, NvmePort};
 use uhmm_driver_nvme::error::NvmeError;
 use uhmm_driver_nvme::header::{Found, HEADER_BYTES, Header, HeaderError, State};
 use uhmm_driver_nvme::machine::Request;
@@ -50,14 +50,29 @@ fn check(staging: &Staging, round: u64, from_page: u64, first: u64, count: u64) 
     Ok(())
 }
 
+/// The driver's namespace, how it was found, and an engine on it.
+fn opened(driver: &Driver) -> Result<(Namespace, MemoryOrigin, NvmeEngine, Staging), AnyError> {
+    let (namespace, origin) = driver.namespace(false)?;
+    let (engine, staging) = engine(&namespace, STAGING_BYTES)?;
+    Ok((namespace, origin, engine, staging))
+}
+
+/// A new driver whose first 512 frames hold what [`fill`] writes in this round.
+fn written(bench: &Bench, round: u64) -> Result<(Driver, Namespace, NvmeEngine, Staging), AnyError> {
+    let driver = bench.driver(None)?;
+    let (namespace, _, mut engine, staging) = opened(&driver)?;
+    fill(&staging, round)?;
+    engine.copy_in(&staging, 0, frames(0, 512))?;
+    Ok((driver, namespace, engine, staging))
+}
+
 #[test]
 fn nvme_brings_back_every_byte_whatever_the_block_size_and_the_limits() -> Result<(), AnyError> {
     for (block_shift, mdts) in [(9, 0), (12, 1), (9, 3), (12, 5)] {
         let bench = Bench::new(NvmeOptions { block_shift, mdts, ..NvmeOptions::default() })?;
         let driver = bench.driver(None)?;
-        let (namespace, origin) = driver.namespace(false)?;
+        let (namespace, origin, mut engine, staging) = opened(&driver)?;
         assert_eq!((origin, namespace.frame_count()), (MemoryOrigin::Created, (64 << 8) - 32));
-        let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
         fill(&staging, 7)?;
         for (page, first, count) in [(0, 0, 1), (1, 1, 2), (3, 3, 3), (6, 100, 33), (40, 1000, 512), (0, 16350, 2)] {
             engine.copy_in(&staging, page, frames(first, count))?;
@@ -77,8 +92,7 @@ fn nvme_scrubs_with_and_without_write_zeroes() -> Result<(), AnyError> {
     for write_zeroes in [true, false] {
         let bench = Bench::new(NvmeOptions { write_zeroes, ..NvmeOptions::default() })?;
         let driver = bench.driver(None)?;
-        let (namespace, _) = driver.namespace(false)?;
-        let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+        let (_, _, mut engine, staging) = opened(&driver)?;
         fill(&staging, 1)?;
         engine.copy_in(&staging, 0, frames(50, 512))?;
         engine.scrub(frames(51, 510))?;
@@ -98,8 +112,7 @@ fn nvme_units_reach_single_frames_while_the_engine_works() -> Result<(), AnyErro
     let bench = Bench::new(NvmeOptions::default())?;
     bench.control.set_latency(Duration::from_micros(300));
     let driver = bench.driver_with(None, Default::default())?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+    let (namespace, _, mut engine, staging) = opened(&driver)?;
     fill(&staging, 3)?;
     std::thread::scope(|scope| -> Result<(), AnyError> {
         let units: Vec<_> = (0..4_u32)
@@ -130,8 +143,7 @@ fn nvme_units_reach_single_frames_while_the_engine_works() -> Result<(), AnyErro
 fn with_fault(faults: &[(u64, NvmeFault)]) -> Result<(Result<(), AnyError>, u64, Bench), AnyError> {
     let bench = Bench::new(NvmeOptions::default())?;
     let driver = bench.driver(None)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+    let (_, _, mut engine, staging) = opened(&driver)?;
     fill(&staging, 9)?;
     faults.iter().for_each(|(nth, fault)| bench.control.inject(*nth, *fault));
     let mut outcome = Ok(());
@@ -200,8 +212,7 @@ fn nvme_late_commands_are_aborted_without_a_reset() -> Result<(), AnyError> {
     let patient = Options { io_timeout: Duration::from_millis(60), ..Options::default() };
     let patient = Options { admin_timeout: Duration::from_secs(20), ..patient };
     let driver = bench.driver_with(None, patient)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+    let (_, _, mut engine, staging) = opened(&driver)?;
     bench.control.set_latency(Duration::from_secs(3600));
     let error = engine.copy_in(&staging, 0, frames(0, 1)).err().ok_or("it is late for ever")?.to_string();
     assert!(error.contains("aborted on request") && error.contains("3 times"), "{error}");
@@ -217,8 +228,7 @@ fn nvme_removal_is_an_error_at_once_and_no_hang() -> Result<(), AnyError> {
     for by_machine in [true, false] {
         let bench = Bench::new(NvmeOptions::default())?;
         let driver = bench.driver_with(None, Default::default())?;
-        let (namespace, _) = driver.namespace(false)?;
-        let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+        let (_, _, mut engine, staging) = opened(&driver)?;
         if by_machine {
             bench.machine.remove()
         } else {
@@ -237,8 +247,7 @@ fn nvme_controller_that_cannot_be_disabled_gets_a_function_level_reset() -> Resu
     let (outcome, _, bench) = with_fault(&[])?;
     outcome?;
     let driver = bench.driver(None)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
+    let (_, _, mut engine, staging) = opened(&driver)?;
     bench.control.set_stubborn();
     bench.control.inject(1, NvmeFault::Fatal);
     engine.copy_in(&staging, 0, frames(0, 64))?;
@@ -254,9 +263,8 @@ fn nvme_killed_driver_is_followed_by_one_that_adopts_the_controller() -> Result<
     let mut origin = MemoryOrigin::Created;
     let mut deaths = 0;
     for round in 0..50_u64 {
-        let (namespace, found) = driver.namespace(false)?;
+        let (namespace, found, mut engine, staging) = opened(&driver)?;
         assert_eq!(found, origin, "round {round}");
-        let (mut engine, staging) = engine(&namespace, STAGING_BYTES)?;
         if round > 0 {
             engine.copy_out(frames(2000, 512), &staging, 0)?;
             check(&staging, round - 1, 0, 0, 512)?;
@@ -285,18 +293,13 @@ fn nvme_killed_driver_is_followed_by_one_that_adopts_the_controller() -> Result<
 #[test]
 fn nvme_broken_controller_of_a_killed_driver_is_reset_and_its_frames_are_kept() -> Result<(), AnyError> {
     let bench = Bench::new(NvmeOptions::default())?;
-    let driver = bench.driver(None)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut first, staging) = engine(&namespace, STAGING_BYTES)?;
-    fill(&staging, 5)?;
-    first.copy_in(&staging, 0, frames(0, 512))?;
+    let (driver, namespace, mut first, staging) = written(&bench, 5)?;
     bench.control.inject(1, NvmeFault::StuckQueue);
     let (kept, _) = driver.killed_at(&bench, 4, || (first.copy_in(&staging, 0, frames(600, 100)), first));
     std::mem::forget(namespace);
     let driver = bench.driver(Some(kept))?;
-    let (namespace, origin) = driver.namespace(false)?;
+    let (_, origin, mut second, staging) = opened(&driver)?;
     assert_eq!((origin, bench.control.counters().enables), (MemoryOrigin::Adopted, 2));
-    let (mut second, staging) = engine(&namespace, STAGING_BYTES)?;
     second.copy_out(frames(0, 512), &staging, 0)?;
     check(&staging, 5, 0, 0, 512)
 }
@@ -304,18 +307,13 @@ fn nvme_broken_controller_of_a_killed_driver_is_reset_and_its_frames_are_kept() 
 #[test]
 fn nvme_orderly_end_leaves_a_controller_that_is_off_and_frames_that_stay() -> Result<(), AnyError> {
     let bench = Bench::new(NvmeOptions::default())?;
-    let driver = bench.driver(None)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut first, staging) = engine(&namespace, STAGING_BYTES)?;
-    fill(&staging, 6)?;
-    first.copy_in(&staging, 0, frames(0, 512))?;
+    let (driver, namespace, first, _staging) = written(&bench, 6)?;
     let kept = driver.kept.clone();
     drop((first, namespace, driver));
     let driver = bench.driver(Some(kept))?;
     assert!(!driver.controller.is_adopted());
-    let (namespace, origin) = driver.namespace(false)?;
+    let (_, origin, mut second, staging) = opened(&driver)?;
     assert_eq!(origin, MemoryOrigin::Adopted);
-    let (mut second, staging) = engine(&namespace, STAGING_BYTES)?;
     second.copy_out(frames(0, 512), &staging, 0)?;
     check(&staging, 6, 0, 0, 512)
 }
@@ -324,11 +322,7 @@ fn nvme_orderly_end_leaves_a_controller_that_is_off_and_frames_that_stay() -> Re
 fn nvme_cold_start_is_a_new_generation_of_zeroes() -> Result<(), AnyError> {
     let options = NvmeOptions { len_bytes: 16 << 20, ..NvmeOptions::default() };
     let bench = Bench::new(options.clone())?;
-    let driver = bench.driver(None)?;
-    let (namespace, _) = driver.namespace(false)?;
-    let (mut first, staging) = engine(&namespace, STAGING_BYTES)?;
-    fill(&staging, 6)?;
-    first.copy_in(&staging, 0, frames(0, 512))?;
+    let (driver, namespace, first, _staging) = written(&bench, 6)?;
     let blocks = bench.blocks.clone();
     drop((first, namespace, driver, bench));
     // The machine was off; the vault is empty.
@@ -381,11 +375,7 @@ fn put_header(bench: &Bench, header: Header) -> Result<(), AnyError> {
 fn nvme_given_back_namespace_is_anybodys_and_one_in_use_is_not() -> Result<(), AnyError> {
     for given_back in [true, false] {
         let bench = Bench::new(NvmeOptions::default())?;
-        let driver = bench.driver(None)?;
-        let (namespace, _) = driver.namespace(false)?;
-        let (mut first, staging) = engine(&namespace, STAGING_BYTES)?;
-        fill(&staging, 6)?;
-        first.copy_in(&staging, 0, frames(0, 512))?;
+        let (driver, namespace, first, _staging) = written(&bench, 6)?;
         if given_back {
             namespace.release()?;
         }

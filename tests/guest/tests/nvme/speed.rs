@@ -45,9 +45,7 @@ fn timed(act: impl FnOnce()) -> Duration {
 
 /// One after the other, each by itself: the median.
 fn each_timed(mut act: impl FnMut()) -> Duration {
-    let mut times: Vec<Duration> = (0..SINGLE_COUNT).map(|_| timed(&mut act)).collect();
-    times.sort_unstable();
-    times[times.len() / 2]
+    Duration::from_secs_f64(median((0..SINGLE_COUNT).map(|_| timed(&mut act).as_secs_f64()).collect()))
 }
 
 /// With commands of so many bytes.
