@@ -26,7 +26,7 @@ impl<P: Policy> Core<P> {
         let moving: Vec<(Ticket, Pages)> = self.transfers.iter().filter(|(_, t)| t.region == region).map(of).collect();
         for (ticket, of) in moving {
             if let Some(overlap) = of.overlap(left) {
-                self.discards.entry(ticket).or_default().push(overlap);
+                self.note_discard(ticket, overlap);
             }
         }
         while left.count > 0 {
@@ -40,6 +40,17 @@ impl<P: Policy> Core<P> {
             } else {
                 left = left.after(1);
             }
+        }
+    }
+
+    /// Each page once, however often it was dropped: its frame is given back once.
+    fn note_discard(&mut self, ticket: Ticket, mut pages: Pages) {
+        while pages.count > 0 {
+            let (count, known) = self.alike_in_front(ticket, pages);
+            if !known {
+                self.discards.entry(ticket).or_default().push(Pages { count, ..pages });
+            }
+            pages = pages.after(count);
         }
     }
 
@@ -104,17 +115,10 @@ impl<P: Policy> Core<P> {
     /// A transfer has brought pages to a device; what was discarded meanwhile is dropped there, before anybody can fault on it.
     pub(crate) fn drop_discarded(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let mut parts = self.discards.remove(&ticket).unwrap_or_default();
-        parts.sort_by_key(|part| part.first);
-        let mut done = transfer.pages.first;
-        for part in parts {
-            let from = part.first.max(done);
-            let Some(part) = (Pages { first: from, count: part.end().saturating_sub(from) }).overlap(transfer.pages)
-            else {
-                continue;
-            };
-            done = part.end();
-            let ahead = Transfer { frame: transfer.frame + (from - transfer.pages.first) as u32, ..transfer };
+        for part in self.discards.remove(&ticket).unwrap_or_default() {
+            let Some(part) = part.overlap(transfer.pages) else { continue };
+            let into = (part.first - transfer.pages.first) as u32;
+            let ahead = Transfer { frame: transfer.frame + into, ..transfer };
             self.start_drop(transfer.region, part, ahead.entry_on_device(), 0, None, out);
         }
     }

@@ -133,3 +133,28 @@ fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
     let moved = [2, 3].map(|page| machine.entry(REGION, page));
     assert!(moved.iter().all(|entry| entry.device() == DeviceId(0) && !(4..6).contains(&entry.frame())), "{moved:?}");
 }
+
+/// A thread drops a range while another one drops a part of it, or the next pager repeats what the dead one had read.
+#[test]
+fn what_is_discarded_twice_while_it_is_punched_is_dropped_once() {
+    let mut machine = all(|page| Entry::on_device(DeviceId(0), 4 + page as u32));
+    let backing = Backing::Private;
+    let recover = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing };
+    let punches = punched(&machine.send(recover));
+    machine.send(Event::Recovered);
+    for pages in [Pages { first: 1, count: 2 }, Pages { first: 0, count: 4 }, Pages { first: 2, count: 2 }] {
+        machine.send(Event::Removed { region: REGION, pages });
+    }
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 8,
+        fresh_mappings: false,
+        memory_known: true,
+        memory_lost: false,
+        coherent: false,
+    });
+    for (ticket, _) in punches {
+        machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
+    }
+    assert_eq!([0, 1, 2, 3].map(|page| machine.entry(REGION, page)), [Entry::ABSENT; 4]);
+}
