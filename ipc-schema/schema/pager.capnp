@@ -34,16 +34,26 @@ struct Call {
     queryAttributes @23 :Range;         # client; idempotent
     readTrace @24 :ReadTrace;           # client; idempotent
     inject @25 :Inject;                 # client, tests; idempotent
-    agentDone @26 :AgentDone;           # client's agent; idempotent
+    framesDone @26 :FramesDone;         # client; idempotent
     hotRanges @27 :HotRanges;           # client; idempotent
     deviceLost @28 :UInt8;              # driver; idempotent
+    agentStarted @29 :AgentStarted;     # client; idempotent
   }
 }
 
-# Memory of a client's agent that the pager works with.
+# What the pager needs to work with a client's agent.
 struct AgentMemory {
-  mapsFd @0 :UInt16;
-  stagingFd @1 :UInt16;
+  mapsFd @0 :UInt16;          # /proc/self/maps
+  pagemapFd @1 :UInt16;       # /proc/self/pagemap
+  stagingFd @2 :UInt16;       # sealed memfd, 16 slots of 2 MiB
+  ordersFd @3 :UInt16;        # sealed memfd, see uhmm_shared::agent
+  doneFd @4 :UInt16;          # eventfd: there are answers
+  agentFd @5 :UInt16;         # pidfd of the agent, or noFd: it is a thread of the client
+}
+
+# Another agent carries out the client's orders from now on.
+struct AgentStarted {
+  agentFd @0 :UInt16;         # as in AgentMemory
 }
 
 struct AttachFile {
@@ -71,27 +81,9 @@ struct Inject {
   nth @1 :UInt32;
 }
 
-# Runs in one answer of an agent: an operation covers at most 512 pages.
-const maxAgentRuns :UInt32 = 512;
-
-struct AgentDone {
+struct FramesDone {
   id @0 :UInt64;
-  runs @1 :List(AgentRun);    # at most maxAgentRuns
-}
-
-struct AgentRun {
-  pageCount @0 :UInt64;
-  status @1 :AgentStatus;
-}
-
-enum AgentStatus {
-  moved @0;
-  movedHuge @1;
-  zero @2;
-  busy @3;
-  gone @4;
-  readOnly @5;
-  failed @6;
+  done @1 :Bool;              # all pages of the order are as it says
 }
 
 struct OpenSpace {
@@ -268,31 +260,26 @@ struct MapRun {
   writable @4 :Bool;
 }
 
-# Downward, to the mirror and to clients' agents. All added in 0.1.
+# Downward, to the mirror and to clients. All added in 0.1.
 struct Event {
   union {
     invalidate @0 :Invalidate;    # absolute and repeatable
     deviceVoid @1 :DeviceVoid;
     spaceGone @2 :SpaceGone;
-    agent @3 :Agent;              # to a client; absolute and repeatable, answered by the call agentDone
+    frames @3 :Frames;            # to a client; absolute and repeatable, answered by the call framesDone
   }
 }
 
-struct Agent {
+# Which memory shall be mapped at pages of an allocated region.
+struct Frames {
   id @0 :UInt64;
   region @1 :UInt64;
   firstPage @2 :UInt64;
   addr @3 :UInt64;
   pageCount @4 :UInt64;
   op :union {
-    moveOut @5 :UInt32;           # staging slot
-    copyOut @6 :UInt32;           # staging slot
-    drop @7 :Bool;                # in place too
-    moveBack @8 :Void;
-    fillHuge @9 :UInt32;          # staging slot
-    probe @10 :Void;
-    mapDevice @11 :MapDevice;
-    unmapDevice @12 :Void;
+    mapDevice @5 :MapDevice;
+    unmapDevice @6 :Void;       # the region's own
   }
 }
 

@@ -1,386 +1,247 @@
-//! The agent: one thread that owns the reactor, so that every app thread can wait in its own way.
+//! The session's agent, as the link thread keeps it: its memory, its process, and another one when somebody has killed it alone.
 //!
 //! ```text
-//!   app threads --- Command ---> channel + waker ---> agent thread: Reactor --- links ---> pager, drivers
-//!        ^                                                   |
-//!        +------------------ Pending<T> <--------- Done / Preamble / LinkDown
+//!   none --start--> process --killed--> start_again --> process ...          pager: told each time (OpenSpace, AgentStarted)
+//!             `-- clone forbidden --> thread (shares the link thread's descriptors, not the program's)
 //! ```
-//!
-//! The agent never touches managed memory: a fault there is answered by the pager, and the agent is the one who would have
-//! to carry messages meanwhile. So nothing here keeps a reference to a region, and descriptors are only passed through.
-//!
-//! For private memory the agent also works: the pager's orders come as events of its link and are carried out one after the other
-//! (`executor.rs`), on this thread, between other messages.
-//!
-//! After a restart of a service its link connects again, sends the preamble (who we are: `AttachSpace` or `OpenQueue`) and then,
-//! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
-//! `AttachSpace` when the space's token is known.
+//! A filter that the program has installed since the first start may kill whoever calls clone, so then none is started: the session
+//! says so, and what is on a device comes home without an agent.
 
-use std::collections::HashMap;
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::AgentMemory;
-use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
-use uhmm_ipc::{CallId, Endpoint, Identity, Limits, LinkId, Reactor, Wake, Waker};
-use uhmm_kernel_hook::{HookError, Userfaultfd};
+use uhmm_kernel_hook::agent::{AgentFiles, AgentProcess, AgentSeat, ORDERS_BYTES, STAGING_BYTES};
+use uhmm_kernel_hook::secluded::LifeWatch;
+use uhmm_kernel_hook::{EventFd, HookError, PidFd, Userfaultfd, memfd, pagemap, procmap};
 
 use crate::Error;
-use crate::executor::{Allocations, Executor, Order};
-use crate::pending::{Completer, Pending, pair};
+use crate::own::{self, Noted};
 
-/// Name of the agent's thread.
-pub(crate) const AGENT_THREAD: &str = "uhmm-agent";
+/// Name of the agent as a thread.
+const AGENT_THREAD: &str = "uhmm-agent";
+/// An agent that lives no longer than this was not killed by chance.
+const SHORT_LIFE: Duration = Duration::from_millis(100);
+/// So many short lives in a row, and no other agent is started.
+const SHORT_LIVES_MAX: u32 = 20;
 
-/// Turns an answer into what the app asked for and delivers it.
-type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
-
-/// Which service a call is for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Peer {
-    Pager,
-    Driver(String),
-}
-
-/// What `OpenSpace` brought.
-#[derive(Clone, Debug)]
-pub(crate) struct Space {
-    pub(crate) id: u64,
-    pub(crate) token: Vec<u8>,
-    pub(crate) features: u64,
-    /// A forked child's own userfaultfd, kept open for the same reason as the parent's.
-    pub(crate) uffd: Option<Arc<Userfaultfd>>,
-}
-
-enum Command {
-    OpenDriver {
-        name: String,
-        space: u64,
-        token: Vec<u8>,
+/// Who takes this process's private pages out of its address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentKind {
+    /// A process that shares the program's memory and nothing else.
+    Process {
+        /// Its number.
+        pid: u32,
     },
-    Call {
-        peer: Peer,
-        call: Call,
-        trace: TraceId,
-        deadline: Option<Duration>,
-        deliver: Deliver,
-    },
-    /// Test hook: stand still.
-    Pause(Duration),
-    Stop,
+    /// A thread: making a process is forbidden to this program (a seccomp filter). It shares the program's filters and its death.
+    Thread,
+    /// Nobody: it was killed, and no other one can be started. Private memory moves to no device; what is on one comes home.
+    None,
 }
 
-/// The app's side of the agent; dropping it stops the thread.
-pub(crate) struct Agent {
-    commands: Sender<Command>,
-    waker: Waker,
-    thread: Mutex<Option<JoinHandle<()>>>,
+/// Process whose agent is the only one of its address space.
+static ONLY_ONE: AtomicU32 = AtomicU32::new(0);
+
+/// Held by the first session of a process: its agent knows exactly when nobody else uses the memory.
+struct OnlyOne(u32);
+
+impl OnlyOne {
+    fn take() -> Option<Self> {
+        let own = std::process::id();
+        let known = ONLY_ONE.load(Ordering::Acquire);
+        // A forked child finds its parent's number here.
+        let free = known != own && ONLY_ONE.compare_exchange(known, own, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        free.then_some(Self(own))
+    }
 }
 
-/// How this process introduces itself to the pager.
-pub(crate) enum Identification {
-    /// As a new client.
-    Open { nonce: u64, uffd: Fd, full: bool, sentinel_addr: u64 },
-    /// As the child that a client has forked.
-    Child { space: u64, token: Vec<u8> },
+impl Drop for OnlyOne {
+    fn drop(&mut self) {
+        // Another one may be taken from now on, unless this is a child that took it anew.
+        let _ = ONLY_ONE.compare_exchange(self.0, 0, Ordering::AcqRel, Ordering::Relaxed);
+    }
 }
 
-/// What the agent needs to begin.
-pub(crate) struct Introduction {
-    pub(crate) run_dir: PathBuf,
-    pub(crate) who: Identification,
-    pub(crate) memory: AgentMemory,
-    /// This process's userfaultfd; a forked child's comes with the pager's answer.
-    pub(crate) uffd: Option<Userfaultfd>,
-    /// What the session allocates.
-    pub(crate) allocations: Arc<Allocations>,
+/// See the module head.
+pub(crate) struct AgentHost {
+    seat: Option<AgentSeat>,
+    noted: Vec<Noted>,
+    life: LifeWatch,
+    life_word: u64,
+    /// For the pager.
+    maps: Fd,
+    pagemap: Fd,
+    staging: Fd,
+    orders: Fd,
+    done: Fd,
+    files: Option<AgentFiles>,
+    process: Option<AgentProcess>,
+    thread: Option<JoinHandle<()>>,
+    only_one: Option<OnlyOne>,
+    started: Instant,
+    short_lives: u32,
+    /// Seccomp filters of this thread when the first agent began.
+    filters: u64,
 }
 
-impl Agent {
-    /// Starts the thread; the answer to `OpenSpace` arrives in the second value.
-    pub(crate) fn start(introduction: Introduction) -> Result<(Self, Pending<Space>), Error> {
-        let (commands, inbox) = mpsc::channel();
-        let (started, has_started) = mpsc::channel();
-        let (opened, space) = pair(TraceId::fresh());
-        let thread = std::thread::Builder::new()
-            .name(AGENT_THREAD.into())
-            .spawn(move || match Loop::new(introduction, inbox, opened) {
-                Ok((mut agent, waker)) => {
-                    if started.send(Ok(waker)).is_ok() {
-                        agent.run();
-                    }
-                }
-                Err(error) => drop(started.send(Err(error))),
-            })
-            .map_err(Error::Thread)?;
-        let waker = has_started.recv().map_err(|_| Error::AgentGone)??;
-        Ok((Self { commands, waker, thread: Mutex::new(Some(thread)) }, space))
+fn duplicate(fd: impl AsFd) -> Result<OwnedFd, Error> {
+    memfd::try_clone(fd.as_fd()).map_err(Error::kernel("Duplicating a descriptor"))
+}
+
+/// How many seccomp filters this thread has.
+fn filter_count() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
+impl AgentHost {
+    /// Opens and maps what an agent needs. The calling thread's end is the session's.
+    pub(crate) fn new() -> Result<Self, Error> {
+        let failed = || Error::kernel("Preparing the agent's memory");
+        let maps = procmap::open_own_maps().map_err(failed())?;
+        let pagemap = pagemap::open_own_pagemap().map_err(failed())?;
+        let staging = memfd::create_sealed("uhmm-staging", STAGING_BYTES).map_err(failed())?;
+        let orders = memfd::create_sealed("uhmm-orders", ORDERS_BYTES).map_err(failed())?;
+        let done = EventFd::new().map_err(failed())?;
+        let mut seat = AgentSeat::new(staging.as_fd(), orders.as_fd()).map_err(failed())?;
+        let life_word = seat.life().hold().map_err(failed())?;
+        let noted = seat.ranges().map(|(range, what)| own::note(range, what)).into();
+        let life = seat.life().watch();
+        let (maps, pagemap) = (Arc::new(maps), Arc::new(pagemap));
+        let (staging, orders, done) = (Arc::new(staging), Arc::new(orders), Arc::new(done.into_fd()));
+        Ok(Self {
+            seat: Some(seat),
+            noted,
+            life,
+            life_word,
+            maps,
+            pagemap,
+            staging,
+            orders,
+            done,
+            files: None,
+            process: None,
+            thread: None,
+            only_one: OnlyOne::take(),
+            started: Instant::now(),
+            short_lives: 0,
+            filters: filter_count(),
+        })
     }
 
-    /// Asks a driver to work for the space from now on. Calls that follow wait until it answers.
-    pub(crate) fn open_driver(&self, name: &str, space: &Space) {
-        self.send(Command::OpenDriver { name: name.to_owned(), space: space.id, token: space.token.clone() });
+    /// Tells when the link thread has died.
+    pub(crate) fn life(&self) -> LifeWatch {
+        self.life.clone()
     }
 
-    /// Sends a call; `convert` runs on the agent thread and picks the answer apart.
-    pub(crate) fn call<T: Send + 'static>(
-        &self,
-        peer: Peer,
-        call: Call,
-        deadline: Option<Duration>,
-        convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
-    ) -> Pending<T> {
-        let trace = TraceId::fresh();
-        let (completer, pending): (Completer<T>, _) = pair(trace);
-        let sent = Instant::now();
-        let deliver = Box::new(move |result: Result<Reply, Error>| {
-            let elapsed_us = sent.elapsed().as_micros() as u64;
-            match &result {
-                Ok(_) => tracing::debug!(trace = format_args!("{:016x}", trace.0), elapsed_us, "Call answered"),
-                Err(error) => {
-                    tracing::debug!(trace = format_args!("{:016x}", trace.0), elapsed_us, %error, "Call failed");
-                }
-            }
-            completer.complete(result.and_then(convert));
-        });
-        self.send(Command::Call { peer, call, trace, deadline, deliver });
-        pending
+    /// What the pager gets.
+    pub(crate) fn memory(&self) -> Result<AgentMemory, Error> {
+        let agent = self.process.as_ref().map(|process| duplicate(process.pidfd()).map(Arc::new)).transpose()?;
+        let (maps, pagemap, staging) = (self.maps.clone(), self.pagemap.clone(), self.staging.clone());
+        Ok(AgentMemory { maps, pagemap, staging, orders: self.orders.clone(), done: self.done.clone(), agent })
     }
 
-    /// Test hook: the thread does nothing for a while.
-    pub(crate) fn pause(&self, duration: Duration) {
-        self.send(Command::Pause(duration));
+    /// Its pidfd, while it is a process.
+    pub(crate) fn pidfd(&self) -> Option<&PidFd> {
+        self.process.as_ref().map(AgentProcess::pidfd)
     }
 
-    /// A command that cannot be delivered is dropped, and its completer answers `AgentGone`.
-    fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok() {
-            self.waker.wake();
+    pub(crate) fn kind(&self) -> AgentKind {
+        match (&self.process, &self.thread) {
+            (Some(process), _) => AgentKind::Process { pid: process.pid() },
+            (None, Some(_)) => AgentKind::Thread,
+            (None, None) => AgentKind::None,
         }
     }
-}
 
-impl Drop for Agent {
-    fn drop(&mut self) {
-        self.send(Command::Stop);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The last handle may be dropped by a callback on the agent thread itself, which cannot wait for its own end.
-        if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id())
+    /// Starts the first agent.
+    pub(crate) fn start(&mut self, uffd: &Userfaultfd) -> Result<(), Error> {
+        let mem = File::open("/proc/self/mem").map(OwnedFd::from);
+        let mem = mem.inspect_err(|error| tracing::warn!(%error, "Read-only memory cannot move to devices")).ok();
+        self.files = Some(AgentFiles {
+            uffd: duplicate(uffd)?,
+            pagemap: duplicate(&self.pagemap)?,
+            maps: duplicate(&self.maps)?,
+            mem,
+            done: duplicate(&self.done)?,
+        });
+        match self.start_process() {
+            Err(error) if matches!(error.errno(), Some(EPERM | ENOSYS | EACCES)) => {
+                tracing::warn!(%error, "The agent is a thread of the program: it shares the program's filters and its death");
+                self.start_thread()
+            }
+            other => other.map_err(Error::kernel("Starting the agent")),
+        }
+    }
+
+    fn start_process(&mut self) -> Result<(), HookError> {
+        let (Some(seat), Some(files)) = (self.seat.as_mut(), self.files.as_ref()) else { return Ok(()) };
+        self.process = Some(seat.start(files, self.life_word, self.only_one.is_some())?);
+        self.started = Instant::now();
+        Ok(())
+    }
+
+    fn start_thread(&mut self) -> Result<(), Error> {
+        let (Some(seat), Some(files)) = (self.seat.as_mut(), self.files.as_ref()) else { return Ok(()) };
+        let work = seat.work_here(files).map_err(Error::kernel("Starting the agent"))?;
+        let thread = std::thread::Builder::new().name(AGENT_THREAD.into()).spawn(work).map_err(Error::Thread)?;
+        self.thread = Some(thread);
+        Ok(())
+    }
+
+    /// The agent's process has ended: takes its status, and starts another one if the program still may.
+    pub(crate) fn start_again(&mut self) -> Result<(), Error> {
+        let Some(dead) = self.process.take() else { return Ok(()) };
+        let pid = dead.pid();
+        dead.reap();
+        if let Some(seat) = &self.seat {
+            seat.has_ended();
+        }
+        self.short_lives = if self.started.elapsed() < SHORT_LIFE { self.short_lives + 1 } else { 0 };
+        if self.short_lives >= SHORT_LIVES_MAX {
+            let detail = format!("{SHORT_LIVES_MAX} agents in a row ended at once");
+            return Err(Error::kernel("Starting another agent")(HookError::Strange { call: "clone(CLONE_VM)", detail }));
+        }
+        if filter_count() != self.filters {
+            let detail = "a seccomp filter was installed since the first one began, and it may kill who calls clone".into();
+            return Err(Error::kernel("Starting another agent")(HookError::Strange { call: "clone(CLONE_VM)", detail }));
+        }
+        self.start_process().map_err(Error::kernel("Starting another agent"))?;
+        tracing::warn!(dead = pid, kind = ?self.kind(), "The agent was killed: another one goes on with its orders");
+        Ok(())
+    }
+
+    /// Test hook: it does nothing for a while.
+    pub(crate) fn pause(&self, duration: Duration) -> Result<(), Error> {
+        let paused = self.seat.as_ref().map_or(Ok(()), |seat| seat.pause(duration));
+        paused.map_err(Error::kernel("Pausing the agent"))
+    }
+
+    /// The session is over: the agent ends, and its memory goes.
+    pub(crate) fn close(mut self, uffd: Option<&Userfaultfd>) {
+        let Some(mut seat) = self.seat.take() else { return };
+        let stopped = seat.stop();
+        if let Some(thread) = self.thread.take().filter(|_| stopped.is_ok())
             && thread.join().is_err()
         {
-            tracing::error!("The agent thread panicked");
+            tracing::error!("The agent's thread panicked");
         }
-    }
-}
-
-/// What lives on the agent thread.
-struct Loop {
-    reactor: Reactor,
-    run_dir: PathBuf,
-    inbox: Receiver<Command>,
-    pager: LinkId,
-    drivers: HashMap<String, LinkId>,
-    waiting: HashMap<(LinkId, CallId), Deliver>,
-    opening: Option<Completer<Space>>,
-    /// Who we are, for a forked child.
-    child: Option<(u64, Vec<u8>)>,
-    staging: Fd,
-    allocations: Arc<Allocations>,
-    executor: Option<Executor>,
-}
-
-impl Loop {
-    fn new(
-        introduction: Introduction,
-        inbox: Receiver<Command>,
-        opened: Completer<Space>,
-    ) -> Result<(Self, Waker), Error> {
-        let Introduction { run_dir, who, memory, uffd, allocations } = introduction;
-        let mut reactor = client_reactor(Role::Client)?;
-        let waker = reactor.waker();
-        let pager = reactor.link(endpoint(&run_dir, "pager"));
-        let staging = memory.staging.clone();
-        let (hello, child) = match who {
-            Identification::Open { nonce, uffd, full, sentinel_addr } => {
-                (pager::Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent: memory }, None)
-            }
-            Identification::Child { space, token } => {
-                let attach = pager::Call::AttachSpace { space, token: token.clone(), agent: Some(memory) };
-                (attach, Some((space, token)))
-            }
-        };
-        reactor.set_preamble(pager, vec![Call::Pager(hello)]);
-        let executor = uffd.map(|uffd| make_executor(uffd, &staging, &allocations)).transpose()?;
-        let (drivers, waiting) = (HashMap::new(), HashMap::new());
-        let opening = Some(opened);
-        let agent =
-            Self { reactor, run_dir, inbox, pager, drivers, waiting, opening, child, staging, allocations, executor };
-        Ok((agent, waker))
-    }
-
-    fn run(&mut self) {
-        let mut wakes = Vec::new();
-        loop {
-            if !self.take_commands() {
-                return;
-            }
-            if let Err(error) = self.reactor.poll(None, &mut wakes) {
-                tracing::error!(%error, "The agent's event loop failed");
-                return;
-            }
-            for wake in wakes.drain(..) {
-                self.on_wake(wake);
-            }
+        seat.life().release();
+        seat.close(self.process.as_ref(), uffd);
+        if let Some(process) = self.process.take() {
+            process.reap();
         }
-    }
-
-    /// False when the session is over.
-    fn take_commands(&mut self) -> bool {
-        loop {
-            match self.inbox.try_recv() {
-                Ok(Command::OpenDriver { name, space, token }) => self.open_driver(name, space, token),
-                Ok(Command::Call { peer, call, trace, deadline, deliver }) => {
-                    self.send(peer, call, trace, deadline, deliver);
-                }
-                // The one place where standing still is what is asked for.
-                Ok(Command::Pause(duration)) => std::thread::park_timeout(duration),
-                Err(TryRecvError::Empty) => return true,
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
-            }
-        }
-    }
-
-    fn open_driver(&mut self, name: String, space: u64, token: Vec<u8>) {
-        let (reactor, run_dir) = (&mut self.reactor, &self.run_dir);
-        self.drivers.entry(name).or_insert_with_key(|name| {
-            let link = reactor.link(endpoint(run_dir, name));
-            reactor.set_preamble(link, vec![Call::Driver(driver::Call::OpenQueue { space, token })]);
-            link
-        });
-    }
-
-    fn send(&mut self, peer: Peer, call: Call, trace: TraceId, deadline: Option<Duration>, deliver: Deliver) {
-        let link = match &peer {
-            Peer::Pager => Some(self.pager),
-            Peer::Driver(name) => self.drivers.get(name).copied(),
-        };
-        let Some(link) = link else { return deliver(Err(Error::AgentGone)) };
-        tracing::debug!(trace = format_args!("{:016x}", trace.0), ?peer, call = call_name(&call), "Call sent");
-        let id = self.reactor.call(link, call, trace, deadline);
-        self.waiting.insert((link, id), deliver);
-    }
-
-    fn on_wake(&mut self, wake: Wake) {
-        match wake {
-            Wake::Done { link, call, result } => {
-                if let Some(deliver) = self.waiting.remove(&(link, call)) {
-                    deliver(result.map_err(Error::from));
-                }
-            }
-            Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.on_order(event),
-            Wake::Preamble { link, result, .. } if link == self.pager => self.on_introduced(result),
-            Wake::Preamble { result: Ok(Reply::Driver(driver::Reply::QueueOpened { coherent })), .. } => {
-                if let (Some(executor), Some(memory)) = (&mut self.executor, coherent) {
-                    executor.know_aperture(memory);
-                }
-            }
-            Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
-            Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
-            Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
-            _ => {}
-        }
-    }
-
-    /// The pager knows us: from now on connections begin with `AttachSpace`.
-    fn on_introduced(&mut self, result: Result<Reply, WireError>) {
-        let result = match result {
-            Ok(Reply::Pager(pager::Reply::SpaceOpened { space, token, features })) => {
-                self.attach_from_now_on(space, token.clone());
-                Ok(Space { id: space, token, features, uffd: None })
-            }
-            Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
-            Ok(Reply::Pager(pager::Reply::Done)) => return,
-            Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
-            Err(error) => {
-                tracing::error!(%error, "The pager refused this session");
-                Err(error.into())
-            }
-        };
-        if let Some(opening) = self.opening.take() {
-            opening.complete(result);
-        }
-    }
-
-    fn attach_from_now_on(&mut self, space: u64, token: Vec<u8>) {
-        let attach = pager::Call::AttachSpace { space, token, agent: None };
-        self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
-    }
-
-    /// The pager had this process's userfaultfd, from the kernel; now we keep one too.
-    fn on_child_attached(&mut self, uffd: Fd, features: u64) -> Result<Space, Error> {
-        let Some((space, token)) = self.child.clone() else {
-            return Err(Error::StrangeReply { question: "OpenSpace" });
-        };
-        let own = uffd
-            .try_clone()
-            .map_err(|source| Error::kernel("Keeping the userfaultfd")(HookError::call("dup", None, source)))?;
-        let uffd = Userfaultfd::from_fd(own).map_err(Error::kernel("Keeping the userfaultfd"))?;
-        let kept = uffd.try_clone().map_err(Error::kernel("Keeping the userfaultfd"))?;
-        self.executor = Some(make_executor(uffd, &self.staging, &self.allocations)?);
-        self.attach_from_now_on(space, token.clone());
-        Ok(Space { id: space, token, features, uffd: Some(Arc::new(kept)) })
-    }
-
-    /// The pager asks for something that only this process can do.
-    fn on_order(&mut self, event: pager::Event) {
-        let pager::Event::Agent { id, region, first_page, addr, page_count, op } = event else { return };
-        let Some(executor) = &mut self.executor else { return };
-        let runs = executor.run(&Order { id, region, first_page, addr, page_count, op });
-        tracing::trace!(id, region, first_page, page_count, ?op, ?runs, "Order of the pager");
-        let done = Call::Pager(pager::Call::AgentDone { id, runs });
-        self.reactor.call(self.pager, done, TraceId::default(), None);
-    }
-
-    fn name_of(&self, link: LinkId) -> &str {
-        if link == self.pager {
-            return "pager";
-        }
-        self.drivers.iter().find(|(_, id)| **id == link).map_or("unknown", |(name, _)| name)
+        self.noted.clear();
     }
 }
 
-fn make_executor(uffd: Userfaultfd, staging: &Fd, allocations: &Arc<Allocations>) -> Result<Executor, Error> {
-    let executor = Executor::new(uffd, staging.as_fd(), Arc::clone(allocations));
-    executor.map_err(Error::kernel("Preparing the agent's memory"))
-}
-
-/// A reactor for a process that only asks.
-pub(crate) fn client_reactor(role: Role) -> Result<Reactor, Error> {
-    let name = std::env::current_exe().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-    let name = name.unwrap_or_else(|| "client".into());
-    Ok(Reactor::new(Identity { name, role, incarnation: 0, interface: None, limits: Limits::default() })?)
-}
-
-/// Clients and operators have no channel key.
-pub(crate) fn endpoint(run_dir: &Path, service: &str) -> Endpoint {
-    let (path, interface) = crate::paths::service(run_dir, service);
-    Endpoint { path, interface, key: Vec::new() }
-}
-
-fn call_name(call: &Call) -> &'static str {
-    match call {
-        Call::Pager(pager::Call::CreateRegion { .. }) => "CreateRegion",
-        Call::Pager(pager::Call::FreeRegion { .. }) => "FreeRegion",
-        Call::Pager(pager::Call::Migrate { .. }) => "Migrate",
-        Call::Pager(pager::Call::Query { .. }) => "Query",
-        Call::Pager(pager::Call::Advise { .. }) => "Advise",
-        Call::Pager(pager::Call::CloseSpace) => "CloseSpace",
-        Call::Driver(driver::Call::Info) => "Info",
-        Call::Driver(driver::Call::Submit { .. }) => "Submit",
-        _ => "other",
-    }
-}
+/// Errors of the kernel without a libc dependency in this crate.
+const EPERM: i32 = 1;
+const ENOSYS: i32 = 38;
+const EACCES: i32 = 13;

@@ -1,15 +1,11 @@
-//! What a forked child needs to find itself, and the memory that an agent shares with the pager.
+//! What a forked child needs to find itself.
 
 use std::sync::Arc;
 
-use uhmm_ipc::message::pager::{AgentMemory, DIARY_BYTES};
-use uhmm_kernel_hook::{AddrRange, Advice, PAGE_SIZE, Window, memfd, procmap};
+use uhmm_kernel_hook::{AddrRange, Advice, PAGE_SIZE, Window};
 
 use crate::Error;
 
-/// Slots of 2 MiB in the staging memory: operations that the pager can have under way with one process.
-const STAGING_SLOTS: u64 = 16;
-const SLOT_BYTES: u64 = 2 << 20;
 const TOKEN_BYTES: usize = 16;
 
 /// One page of private memory that this process never touches. It is registered with the userfaultfd; a forked child that reads
@@ -23,10 +19,6 @@ impl Sentinel {
     pub(crate) fn new() -> Result<Self, Error> {
         let page = Window::anonymous(PAGE_SIZE).map_err(Error::kernel("Making the sentinel page"))?;
         Ok(Self { page: Arc::new(page) })
-    }
-
-    pub(crate) fn addr(&self) -> u64 {
-        self.page.addr()
     }
 
     pub(crate) fn range(&self) -> AddrRange {
@@ -43,12 +35,4 @@ impl Sentinel {
         let space = space.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
         Ok((space, token.to_vec()))
     }
-}
-
-/// Memory that the pager keeps for this process's agent.
-pub(crate) fn agent_memory() -> Result<AgentMemory, Error> {
-    let maps = procmap::open_maps(std::process::id()).map_err(Error::kernel("Opening /proc/self/maps"))?;
-    let staging = memfd::create_sealed("uhmm-staging", STAGING_SLOTS * SLOT_BYTES + DIARY_BYTES);
-    let staging = staging.map_err(Error::kernel("Making the staging memory"))?;
-    Ok(AgentMemory { maps: Arc::new(maps), staging: Arc::new(staging) })
 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use uhmm_ipc::message::driver::AccessOp;
 use uhmm_ipc::message::pager::Target;
-use uhmm_ipc::message::{Call, Fd, Reply, driver};
+use uhmm_ipc::message::{Call, Reply, driver};
 use uhmm_kernel_hook::{Prot, Window, memfd};
 
 use crate::Error;
-use crate::agent::Peer;
+use crate::links::{Held, Links, Loop, Peer};
 use crate::pending::Pending;
 use crate::range::{check_length, check_range};
 use crate::session::Inner;
@@ -107,7 +107,7 @@ impl Device {
     pub fn submit(&self, job: Job) -> Pending<JobResult> {
         let Job { kernel, args, idempotent, deadline } = job;
         let call = driver::Call::Submit { space: self.session.space.id, kernel, args, idempotent };
-        self.session.agent.call(Peer::Driver(self.name.clone()), Call::Driver(call), deadline, |reply| match reply {
+        self.session.links.call(Peer::Driver(self.name.clone()), Call::Driver(call), deadline, |reply| match reply {
             Reply::Driver(driver::Reply::Finished { results, fault_count, run_time_ns }) => {
                 Ok(JobResult { results, fault_count, run_time_ns })
             }
@@ -151,7 +151,7 @@ impl Device {
         len_bytes: u64,
         deadline: Option<Duration>,
     ) -> Result<Pending<(Vec<u8>, AccessReport)>, Error> {
-        let buffer = Buffer::new(len_bytes)?;
+        let buffer = Buffer::new(&self.session.links, len_bytes)?;
         self.access(addr, len_bytes, AccessOp::Read, Some(buffer), deadline, |buffer, report| {
             Ok((buffer.map_or(Ok(Vec::new()), |buffer| buffer.bytes())?, report))
         })
@@ -164,7 +164,7 @@ impl Device {
 
     /// [`Device::write`] without waiting; the bytes are copied before this returns.
     pub fn write_at(&self, addr: u64, from: &[u8], deadline: Option<Duration>) -> Result<Pending<AccessReport>, Error> {
-        let buffer = Buffer::new(from.len() as u64)?;
+        let buffer = Buffer::new(&self.session.links, from.len() as u64)?;
         buffer.window.write(0, from).map_err(Error::kernel("Filling a device buffer"))?;
         self.access(addr, from.len() as u64, AccessOp::Write, Some(buffer), deadline, |_, report| Ok(report))
     }
@@ -183,7 +183,7 @@ impl Device {
         value: u64,
         deadline: Option<Duration>,
     ) -> Result<Pending<(Vec<u64>, AccessReport)>, Error> {
-        let buffer = Buffer::new(len_bytes)?;
+        let buffer = Buffer::new(&self.session.links, len_bytes)?;
         self.access(addr, len_bytes, AccessOp::FetchAdd(value), Some(buffer), deadline, |buffer, report| {
             let bytes = buffer.map_or(Ok(Vec::new()), |buffer| buffer.bytes())?;
             let words = bytes.chunks_exact(8).map(|word| {
@@ -221,10 +221,13 @@ impl Device {
         finish: impl FnOnce(Option<Buffer>, AccessReport) -> Result<T, Error> + Send + 'static,
     ) -> Result<Pending<T>, Error> {
         check_range(addr, len_bytes)?;
-        let memory = buffer.as_ref().map(|buffer| buffer.memory.clone());
-        let call = driver::Call::Access { space: self.session.space.id, addr, len_bytes, op, buffer: memory };
+        let (space, key) = (self.session.space.id, buffer.as_ref().map(|buffer| buffer.memory.key()));
         let peer = Peer::Driver(self.name.clone());
-        Ok(self.session.agent.call(peer, Call::Driver(call), deadline, move |reply| match reply {
+        let access = move |links: &mut Loop| {
+            let buffer = key.map(|key| links.fd(key)).transpose()?;
+            Ok(Call::Driver(driver::Call::Access { space, addr, len_bytes, op, buffer }))
+        };
+        Ok(self.session.links.call_made(peer, access, deadline, move |reply| match reply {
             Reply::Driver(driver::Reply::Accessed { page_count, fault_count }) => {
                 finish(buffer, AccessReport { page_count, fault_count })
             }
@@ -235,17 +238,20 @@ impl Device {
 
 /// Memory between this process and a driver.
 struct Buffer {
-    memory: Fd,
+    memory: Held,
     window: Window,
 }
 
 impl Buffer {
-    fn new(len_bytes: u64) -> Result<Self, Error> {
+    fn new(links: &Links, len_bytes: u64) -> Result<Self, Error> {
         check_length(len_bytes)?;
-        let failed = || Error::kernel("Making a device buffer");
-        let memory = memfd::create_sealed("uhmm-buffer", len_bytes).map_err(failed())?;
-        let window = Window::map(memory.as_fd(), 0, len_bytes, Prot::ReadWrite).map_err(failed())?;
-        Ok(Self { memory: Arc::new(memory), window })
+        let (memory, window) = links.hold(move || {
+            let failed = || Error::kernel("Making a device buffer");
+            let memory = memfd::create_sealed("uhmm-buffer", len_bytes).map_err(failed())?;
+            let window = Window::map(memory.as_fd(), 0, len_bytes, Prot::ReadWrite).map_err(failed())?;
+            Ok((memory, window))
+        })?;
+        Ok(Self { memory, window })
     }
 
     fn bytes(&self) -> Result<Vec<u8>, Error> {
@@ -264,7 +270,7 @@ impl From<&Device> for Target {
 /// Asks a driver what it drives.
 pub(crate) fn ask_info(session: &Inner, name: &str, deadline: Duration) -> Pending<DeviceInfo> {
     let peer = Peer::Driver(name.to_owned());
-    session.agent.call(peer, Call::Driver(driver::Call::Info), Some(deadline), |reply| match reply {
+    session.links.call(peer, Call::Driver(driver::Call::Info), Some(deadline), |reply| match reply {
         Reply::Driver(driver::Reply::Info { driver, device, memory_bytes, aperture, coherent, kernels }) => {
             Ok(DeviceInfo { driver, id: device, memory_bytes, aperture, coherent, kernels })
         }

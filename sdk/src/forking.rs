@@ -13,7 +13,7 @@ use std::time::Duration;
 use uhmm_ipc::message::pager::{Residency, ResidencyRun, Target};
 use uhmm_kernel_hook::fork::before_fork;
 
-use crate::agent::AGENT_THREAD;
+use crate::links::LINK_THREAD;
 use crate::range::PAGE_BYTES;
 use crate::session::Inner;
 use crate::{Error, Session};
@@ -38,7 +38,7 @@ pub(crate) fn prepare_for(session: &Arc<Inner>) -> Result<(), Error> {
 }
 
 fn bring_home() {
-    if std::thread::current().name() == Some(AGENT_THREAD) {
+    if std::thread::current().name() == Some(LINK_THREAD) {
         // It cannot wait for itself.
         return;
     }

@@ -16,10 +16,11 @@
 //! ```
 //!
 //! ```text
-//!   app threads             agent thread                     services
+//!   app threads             link thread                      services
 //!   Session, Region  -----> reactor: links, reconnects ----> pager   (regions, migration, residency)
 //!   Device           <----- Pending<T>                 ----> drivers (jobs)
 //!   memory access    ---------- kernel: userfaultfd -------> pager   (no SDK code on this path)
+//!   the agent, a process <----- orders in shared memory <--- pager   (private pages out of the address space, and back)
 //! ```
 //!
 //! Services may die and come back at any time: memory accesses and calls wait for the next incarnation. What this costs
@@ -35,13 +36,16 @@
 mod adopted;
 mod agent;
 mod arena;
+mod callbacks;
 mod child;
 mod device;
 mod error;
-mod executor;
 mod forking;
+mod frames;
+mod links;
 mod memory;
 pub mod operator;
+mod own;
 mod paths;
 mod pending;
 mod range;
@@ -49,6 +53,7 @@ mod region;
 mod residency;
 mod session;
 
+pub use agent::AgentKind;
 pub use arena::Arena;
 pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;

@@ -12,9 +12,9 @@ use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use crate::agent::Peer;
 use crate::device::Device;
-use crate::executor::rights_stay;
+use crate::frames::rights_stay;
+use crate::links::{Loop, Peer};
 use crate::range::{PAGE_BYTES, check_range};
 use crate::{Error, Session};
 
@@ -133,7 +133,7 @@ impl Session {
 
     fn adopt_private(&self, range: AddrRange) -> Result<Adopted, Error> {
         let call = pager::Call::AdoptRegion { addr: range.start, len_bytes: range.len };
-        let region = self.region_made(call)?;
+        let region = self.region_made(move |_: &mut Loop| Ok(Call::Pager(call)))?;
         self.inner.note_adopted(range);
         if !self.fork_supported() {
             own_memory::advise(range, RangeAdvice::DontFork)
@@ -143,16 +143,22 @@ impl Session {
     }
 
     fn attach_file(&self, range: AddrRange, vma: &Vma) -> Result<Adopted, Error> {
-        let file = own_memory::open_mapped_file(vma).map_err(Error::kernel("Opening the file behind a mapping"))?;
+        let vma = *vma;
         let offset_bytes = vma.offset + (range.start - vma.start);
         let (addr, len_bytes) = (range.start, range.len);
-        let call = pager::Call::AttachFile { addr, len_bytes, file: Arc::new(file), offset_bytes };
-        self.region_made(call).map(|region| Adopted { region, kind: AdoptedKind::Shared })
+        let attach = move |_: &mut Loop| {
+            let file = own_memory::open_mapped_file(&vma).map_err(Error::kernel("Opening the file behind a mapping"))?;
+            Ok(Call::Pager(pager::Call::AttachFile { addr, len_bytes, file: Arc::new(file), offset_bytes }))
+        };
+        self.region_made(attach).map(|region| Adopted { region, kind: AdoptedKind::Shared })
     }
 
-    fn region_made(&self, call: pager::Call) -> Result<u64, Error> {
+    fn region_made(
+        &self,
+        make: impl FnOnce(&mut Loop) -> Result<Call, Error> + Send + 'static,
+    ) -> Result<u64, Error> {
         self.inner.settle()?;
-        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        let answer = self.inner.links.call_made(Peer::Pager, make, None, |reply| match reply {
             Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
             _ => Err(Error::StrangeReply { question: "AdoptRegion" }),
         });
@@ -206,7 +212,7 @@ impl Session {
         while done_pages < page_count {
             let start = addr + done_pages * PAGE_BYTES;
             let call = pager::Call::QueryAttributes { addr: start, len_bytes: (page_count - done_pages) * PAGE_BYTES };
-            let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
                 Reply::Pager(pager::Reply::Attributes { runs }) => Ok(runs),
                 _ => Err(Error::StrangeReply { question: "QueryAttributes" }),
             });
@@ -240,7 +246,7 @@ impl Session {
     /// again after a restart of the pager.
     pub fn read_trace(&self, since: u64) -> Result<Vec<TraceRecord>, Error> {
         let call = pager::Call::ReadTrace { since };
-        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Trace { records }) => Ok(records),
             _ => Err(Error::StrangeReply { question: "ReadTrace" }),
         });
@@ -256,7 +262,7 @@ impl Session {
     /// [`ErrorCode::NotFound`] for a device without an aperture: only its driver reads its page table.
     pub fn hot_ranges(&self, device: &Device) -> Result<Vec<HotRange>, Error> {
         let call = pager::Call::HotRanges { device: device.id() };
-        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::HotRanges { ranges }) => Ok(ranges),
             _ => Err(Error::StrangeReply { question: "HotRanges" }),
         });
@@ -282,7 +288,7 @@ impl Session {
         let page_count = check_range(addr, len_bytes)?;
         let whole = AddrRange { start: addr, len: len_bytes };
         let failed = || Error::kernel("Looking at the mappings of a range");
-        let pagemap = pagemap::open_pagemap(std::process::id()).map_err(failed())?;
+        let pagemap = pagemap::open_own_pagemap().map_err(failed())?;
         let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
         let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
         let mut start = addr;

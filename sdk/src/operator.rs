@@ -10,7 +10,7 @@ use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
 
-use crate::agent::{client_reactor, endpoint};
+use crate::links::{client_reactor, endpoint};
 use crate::{Error, paths};
 
 /// How long an operator waits for an answer.

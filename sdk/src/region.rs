@@ -4,12 +4,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uhmm_ipc::message::{Call, ErrorCode, Fd, Reply, pager};
+use uhmm_ipc::message::{Call, ErrorCode, Reply, pager};
 use uhmm_kernel_hook::{AddrRange, ManagedMapping, memfd};
 
-use crate::agent::Peer;
 use crate::arena::Arena;
-use crate::executor::Allocation;
+use crate::frames::Allocation;
+use crate::links::{Held, Loop, Peer};
 use crate::range::{check_inside, check_length};
 use crate::session::Inner;
 use crate::{Error, PAGE_BYTES};
@@ -24,7 +24,8 @@ const DROP_DEADLINE: Duration = Duration::from_secs(10);
 pub struct Region {
     session: Arc<Inner>,
     mapping: Arc<ManagedMapping>,
-    memory: Fd,
+    /// Its memfd.
+    memory: Held,
     id: u64,
     freed: bool,
 }
@@ -32,27 +33,33 @@ pub struct Region {
 impl Region {
     pub(crate) fn create(session: Arc<Inner>, len_bytes: u64) -> Result<Self, Error> {
         check_length(len_bytes)?;
-        let memory =
-            memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
-        let mapping =
-            ManagedMapping::map(memory.as_fd(), len_bytes, None).map_err(Error::kernel("Mapping a region's memory"))?;
+        let (memory, mapping) = session.links.hold(move || {
+            let memory =
+                memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;
+            let mapping = ManagedMapping::map(memory.as_fd(), len_bytes, None);
+            Ok((memory, mapping.map_err(Error::kernel("Mapping a region's memory"))?))
+        })?;
         if session.forks() {
             mapping.allow_fork().map_err(Error::kernel("Letting children have a region"))?;
         }
-        let memory: Fd = Arc::new(memory);
         session.settle()?;
-        let allocations = Arc::clone(&session.allocations);
         let range = AddrRange { start: mapping.addr(), len: len_bytes };
-        let allocation = Allocation { range, memory: memory.clone(), forks: session.forks() };
-        let create = pager::Call::CreateRegion { addr: mapping.addr(), len_bytes, memory: memory.clone() };
-        let pending = session.agent.call(Peer::Pager, Call::Pager(create), None, move |reply| match reply {
-            Reply::Pager(pager::Reply::RegionCreated { region }) => {
-                allocations.insert(region, allocation);
-                Ok(region)
-            }
+        let (key, forks) = (memory.key(), session.forks());
+        let create = move |links: &mut Loop| {
+            let memory = links.fd(key)?;
+            Ok(Call::Pager(pager::Call::CreateRegion { addr: range.start, len_bytes, memory }))
+        };
+        let pending = session.links.call_made(Peer::Pager, create, None, move |reply| match reply {
+            Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),
             _ => Err(Error::StrangeReply { question: "CreateRegion" }),
         });
         let id = pending.wait()?;
+        // Before anybody can send pages of it to a coherent device.
+        session.links.ask(move |links| {
+            let memory = links.fd(key)?;
+            links.frames().allocated(id, Allocation { range, memory, forks });
+            Ok(())
+        })?;
         Ok(Self { session, mapping: Arc::new(mapping), memory, id, freed: false })
     }
 
@@ -73,7 +80,11 @@ impl Region {
 
     /// System memory that the region takes now; falls when pages leave for a device.
     pub fn populated_bytes(&self) -> Result<u64, Error> {
-        memfd::populated_bytes(self.memory.as_fd()).map_err(Error::kernel("Asking for a region's system memory"))
+        let key = self.memory.key();
+        self.session.links.ask(move |links| {
+            let populated = memfd::populated_bytes(links.fd(key)?.as_fd());
+            populated.map_err(Error::kernel("Asking for a region's system memory"))
+        })
     }
 
     /// The region's only typed arena, from its first byte. From then on the bytes are the arena's: writes by offset are refused.
@@ -116,8 +127,11 @@ impl Region {
             Err(error) if error.code() == ErrorCode::NotFound => {}
             other => other?,
         }
-        self.session.allocations.remove(self.id);
-        Ok(())
+        let id = self.id;
+        self.session.links.ask(move |links| {
+            links.frames().freed(id);
+            Ok(())
+        })
     }
 
     /// Pages.

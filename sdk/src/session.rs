@@ -7,13 +7,15 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState};
 
 use crate::adopted::AdoptedRanges;
-use crate::agent::{Agent, Identification, Introduction, Peer, Space};
-use crate::child::{Sentinel, agent_memory};
+use crate::agent::AgentKind;
+use crate::child::Sentinel;
 use crate::device::{Device, DeviceInfo, ask_info};
-use crate::executor::Allocations;
+use crate::frames::Allocations;
+use crate::links::{Identification, Introduction, Links, Peer, Space};
+use crate::own::{self, Noted};
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::region::Region;
@@ -30,27 +32,16 @@ const MAX_RUNS: usize = uhmm_ipc::constants::MAX_RUNS as usize;
 
 /// What regions and devices share with their session.
 pub(crate) struct Inner {
-    pub(crate) agent: Agent,
+    pub(crate) links: Links,
     pub(crate) space: Space,
     run_dir: PathBuf,
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
+    /// The sentinel's entry in the registry of what is never managed for the program.
+    _sentinel_noted: Noted,
     adopted: Mutex<Adopted>,
     pub(crate) allocations: Arc<Allocations>,
-    // Never closed before the last region is gone either: without any reference left the kernel would turn
-    // every page that is on a device into zeros.
-    uffd: Option<Userfaultfd>,
-}
-
-impl Drop for Inner {
-    /// The kernel holds whoever unmaps managed memory until the pager has read of it, and there may be none any more.
-    fn drop(&mut self) {
-        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return };
-        if let Err(error) = uffd.unregister(self.sentinel.range()) {
-            tracing::debug!(%error, "The sentinel page stays registered");
-        }
-    }
 }
 
 #[derive(Default)]
@@ -63,7 +54,7 @@ struct Adopted {
 /// A process's connection to uhmm: regions are allocated here, moved by address and used by devices.
 ///
 /// One a process is enough; it can be shared by all threads. Regions, devices and adopted private memory keep what they need of it
-/// alive: its agent thread ends when all of them are dropped or released. It survives restarts of every service: calls wait for the
+/// alive: its agent and its thread end when all of them are dropped or released. It survives restarts of every service: calls wait for the
 /// service to come back, unless they carry a deadline.
 pub struct Session {
     pub(crate) inner: Arc<Inner>,
@@ -71,7 +62,7 @@ pub struct Session {
 
 impl Session {
     /// Connects to the supervisor's services in `run_dir` (default: see [`run_dir`](crate::run_dir)) and puts this process under
-    /// management: makes its userfaultfd, starts the agent thread and introduces itself to the pager.
+    /// management: makes its userfaultfd, starts the agent (a process that shares this one's memory) and introduces itself to the pager.
     ///
     /// # Errors
     /// [`Error::NotRunning`] when no supervisor has been started there, [`Error::Kernel`] when this account may not make a
@@ -81,30 +72,23 @@ impl Session {
         if !paths::service(&run_dir, "pager").0.exists() {
             return Err(Error::NotRunning { run_dir });
         }
-        let (uffd, kind) = Userfaultfd::create(None).map_err(Error::kernel("Making this process's userfaultfd"))?;
-        let sent = uffd.try_clone_fd().map_err(Error::kernel("Duplicating the userfaultfd"))?;
-        let agents = uffd.try_clone().map_err(Error::kernel("Duplicating the userfaultfd"))?;
-        let sentinel = Sentinel::new()?;
-        let who = Identification::Open {
-            nonce: TraceId::fresh().0,
-            uffd: Arc::new(sent),
-            full: kind == UffdKind::Full,
-            sentinel_addr: sentinel.addr(),
-        };
-        let introduction =
-            Introduction { run_dir, who, memory: agent_memory()?, uffd: Some(agents), allocations: Arc::default() };
-        Self::begin(introduction, kind, Some(uffd), sentinel)
+        Self::begin(run_dir, Identification::Open { nonce: TraceId::fresh().0 }, Sentinel::new()?, None)
     }
 
+    /// `kind`: of the userfaultfd, where it is not made here.
     fn begin(
-        introduction: Introduction,
-        kind: UffdKind,
-        uffd: Option<Userfaultfd>,
+        run_dir: PathBuf,
+        who: Identification,
         sentinel: Sentinel,
+        kind: Option<UffdKind>,
     ) -> Result<Self, Error> {
-        let run_dir = introduction.run_dir.clone();
-        let allocations = Arc::clone(&introduction.allocations);
-        let (agent, space) = Agent::start(introduction)?;
+        // The program may go elsewhere.
+        let run_dir = std::path::absolute(&run_dir).unwrap_or(run_dir);
+        let allocations = Arc::<Allocations>::default();
+        let (range, known) = (sentinel.range(), allocations.clone());
+        let introduction = Introduction { run_dir: run_dir.clone(), who, sentinel: range, allocations: known };
+        let (links, space, made) = Links::start(introduction)?;
+        let kind = kind.unwrap_or(made);
         let space = space.wait_timeout(OPEN_DEADLINE).unwrap_or_else(|| {
             let text = format!("The pager in {} does not answer: see `uhmm status`", run_dir.display());
             Err(Error::Service { code: ErrorCode::TimedOut, text })
@@ -112,13 +96,24 @@ impl Session {
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
+        let _sentinel_noted = own::note(sentinel.range(), "uhmm's sentinel page");
         Ok(Self {
-            inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, allocations, uffd }),
+            inner: Arc::new(Inner {
+                links,
+                space,
+                run_dir,
+                devices,
+                kind,
+                sentinel,
+                _sentinel_noted,
+                adopted,
+                allocations,
+            }),
         })
     }
 
     /// In a forked child: its own session, on the address space that it has inherited. The parent's session, regions and devices
-    /// must neither be used nor dropped here (`std::mem::forget`): their agent thread does not exist in this process.
+    /// must neither be used nor dropped here (`std::mem::forget`): their threads do not exist in this process.
     ///
     /// # Errors
     /// [`Error::NotForked`] when fork events are not granted, or nobody serves this process's faults.
@@ -132,9 +127,7 @@ impl Session {
         }
         let who = Identification::Child { space, token };
         let run_dir = self.inner.run_dir.clone();
-        let introduction =
-            Introduction { run_dir, who, memory: agent_memory()?, uffd: None, allocations: Arc::default() };
-        let session = Self::begin(introduction, self.inner.kind, None, self.inner.sentinel.clone())?;
+        let session = Self::begin(run_dir, who, self.inner.sentinel.clone(), Some(self.inner.kind))?;
         // What the parent has adopted is inherited, and needs an agent as long as this process lives.
         std::mem::forget(Arc::clone(&session.inner));
         Ok(session)
@@ -145,10 +138,20 @@ impl Session {
         self.inner.forks()
     }
 
-    /// Test hook: the agent thread stands still for this long. What is under way waits. CPU faults do not need it, but for the
-    /// first access to a page that has just arrived on a coherent device.
+    /// Test hook: the agent stands still for this long. Private memory that is being taken out or put back waits; CPU faults on what is on
+    /// a device do not need it.
     pub fn pause_agent(&self, duration: Duration) {
-        self.inner.agent.pause(duration);
+        if let Err(error) = self.inner.links.ask(move |links| links.pause_agent(duration)) {
+            tracing::warn!(%error, "The agent cannot be paused");
+        }
+    }
+
+    /// Who takes this process's private pages out of its address space now.
+    ///
+    /// # Errors
+    /// [`Error::AgentGone`] when the session's own thread was killed.
+    pub fn agent(&self) -> Result<AgentKind, Error> {
+        self.inner.links.ask(|links| Ok(links.agent_kind()))
     }
 
     /// Whether system calls may be given migrated memory. [`UffdKind::Full`]: yes, the kernel waits for the page like the program
@@ -198,7 +201,7 @@ impl Session {
     ) -> Result<Pending<MigrateReport>, Error> {
         check_range(addr, len_bytes)?;
         let call = pager::Call::Migrate { addr, len_bytes, target, prefetch };
-        Ok(self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        Ok(self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Migrated { moved_pages, runs }) => Ok(MigrateReport { moved_pages, runs }),
             _ => Err(Error::StrangeReply { question: "Migrate" }),
         }))
@@ -217,7 +220,7 @@ impl Session {
     /// Brings this process's pages home from a device, coldest first; 0: all of them. Returns how many came.
     pub fn evict(&self, device: &Device, page_count: u64) -> Result<u64, Error> {
         let call = pager::Call::Evict { device: device.id(), page_count };
-        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Evicted { page_count }) => Ok(page_count),
             _ => Err(Error::StrangeReply { question: "Evict" }),
         });
@@ -250,7 +253,7 @@ impl Session {
 
     fn query(&self, addr: u64, len_bytes: u64) -> Result<Vec<ResidencyRun>, Error> {
         let call = pager::Call::Query { addr, len_bytes };
-        let answer = self.inner.agent.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+        let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Residency { runs }) if runs.len() <= MAX_RUNS => Ok(runs),
             _ => Err(Error::StrangeReply { question: "Query" }),
         });
@@ -290,7 +293,7 @@ impl Session {
         if !paths::service(&self.inner.run_dir, name).0.exists() {
             return Err(Error::NoSuchService { service: name.into(), run_dir: self.inner.run_dir.clone() });
         }
-        self.inner.agent.open_driver(name, &self.inner.space);
+        self.inner.links.open_driver(name, &self.inner.space);
         let info = ask_info(&self.inner, name, OPEN_DEADLINE).wait()?;
         if info.coherent {
             forking::prepare_for(&self.inner)?;
@@ -304,9 +307,8 @@ impl Inner {
     /// Waits until the pager has read all that other threads' munmap, mremap and fork have to tell it. New memory may lie where
     /// other memory was a moment ago, and its management must not be taken for the other's.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return Ok(()) };
         let mut tries = 0u32;
-        while uffd.state().map_err(Error::kernel("Asking for unread events"))? == UffdState::EventUnread {
+        while self.links.ask(|links| links.uffd_state())? == UffdState::EventUnread {
             tries += 1;
             if tries < SETTLE_YIELDS {
                 std::thread::yield_now();
@@ -341,7 +343,7 @@ impl Inner {
 
     /// A call to the pager that is answered with `Done`.
     pub(crate) fn done(&self, question: &'static str, call: pager::Call, deadline: Option<Duration>) -> Pending<()> {
-        self.agent.call(Peer::Pager, Call::Pager(call), deadline, move |reply| match reply {
+        self.links.call(Peer::Pager, Call::Pager(call), deadline, move |reply| match reply {
             Reply::Pager(pager::Reply::Done) => Ok(()),
             _ => Err(Error::StrangeReply { question }),
         })

@@ -98,7 +98,7 @@ fn good_client_works(bed: &TestBed) {
 
 /// The first call of a client, with agent memory that is in order.
 fn open_space(uffd: Fd, sentinel_addr: u64) -> pager::Call {
-    let maps = uhmm_kernel_hook::procmap::open_maps(std::process::id()).expect("maps");
+    let maps = uhmm_kernel_hook::procmap::open_own_maps().expect("maps");
     let staging = memfd::create_sealed("uhmm-test-staging", (2 << 20) + pager::DIARY_BYTES).expect("memfd");
     let agent = pager::AgentMemory { maps: Arc::new(maps), staging: Arc::new(staging) };
     pager::Call::OpenSpace { nonce: 1, uffd, full: true, sentinel_addr, agent }

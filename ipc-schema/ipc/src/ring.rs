@@ -1,47 +1,20 @@
-//! Rings of 64-byte descriptors in shared memory: one producer, one consumer, in two processes that do not trust each other.
+//! Rings of 64-byte descriptors in shared memory: one producer, one consumer, in two processes that do not trust each other. The
+//! algorithm is `uhmm_shared::ring`; here are the memfd, and descriptors as bytes.
 //!
-//! A memfd holds two lanes, one a direction. Lane 0 is filled by the side that created the memfd, lane 1 by the side that
-//! opened it; a one-way use leaves the other lane alone.
-//!
-//! ```text
-//!   words:  0 magic+version | 1 entries | ...                       (line 0, written once by the creator)
-//!           8 head | 16 tail | 24 armed                             (lane 0, a cache line each)
-//!          32 head | 40 tail | 48 armed                             (lane 1)
-//!          56 ...  entries * 8 words of lane 0, then of lane 1
-//!
-//!   producer: slot <- descriptor; head <- head + 1; FENCE; armed? clear it and signal (eventfd)
-//!   consumer: take all there is; armed <- 1; FENCE; head moved meanwhile? then disarm and go on, else sleep
-//! ```
-//! Without the consumer's re-check behind its fence the wake-up between "nothing there" and "armed" is lost; the loom test
-//! `a_wake_up_is_never_lost` explores every interleaving of this very code.
-//!
-//! Head and tail only ever increase (they wrap at 2^64, so never); the slot is the index modulo the entry count. Each end keeps
-//! its own index privately and merely publishes it; the peer's index is checked every time: it may not go back and may not be
-//! more than the ring's size away. A peer that breaks this gets [`RingError::Corrupt`] and the ring is useless from then on, while
-//! nothing was read or written outside it. Descriptors are copied out before anybody looks at them.
-//!
-//! After a crash of either end the ring is not reused: the session that replaces the dead one brings a new ring.
+//! After a crash of either end the ring of a session is not reused: the session that replaces the dead one brings a new ring.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use uhmm_shared::ring::{self, Descriptor, ENTRIES, MAGIC, RingFault, word_count};
 
 use crate::shared::words::{SharedWords, Words, WordsError};
 
 /// Bytes of a descriptor.
-pub const DESCRIPTOR_BYTES: usize = 64;
+pub const DESCRIPTOR_BYTES: usize = 8 * ring::DESCRIPTOR_WORDS;
 /// Most entries of a lane.
-pub const MAX_ENTRIES: u32 = 1 << 16;
-
-const DESCRIPTOR_WORDS: usize = DESCRIPTOR_BYTES / 8;
-/// "uhmmring" and layout version 1.
-const MAGIC: u64 = 0x7568_6d6d_7269_0001;
-const ENTRIES: usize = 1;
-const LANE: [usize; 2] = [8, 32];
-const HEAD: usize = 0;
-const TAIL: usize = 8;
-const ARMED: usize = 16;
-const SLOTS: usize = 56;
+pub const MAX_ENTRIES: u32 = ring::MAX_ENTRIES as u32;
 
 /// What a ring cannot do.
 #[derive(Debug, thiserror::Error)]
@@ -127,133 +100,62 @@ impl Ring {
 
 impl<W: Words> Ring<W> {
     fn format(words: W, entries: u64) -> Self {
-        words.store(ENTRIES, entries, Relaxed);
-        words.store(0, MAGIC, Release);
+        ring::format(&words, entries);
         Self { words: Arc::new(words), entries, side: Side::Creator }
     }
 
     /// The end into which this process pushes and the end from which it pops.
     pub fn into_ends(self) -> (Producer<W>, Consumer<W>) {
         let own = usize::from(self.side == Side::Opener);
-        let end = |lane: usize, published: usize| End {
-            words: self.words.clone(),
-            lane: LANE[lane],
-            slots: SLOTS + lane * self.entries as usize * DESCRIPTOR_WORDS,
-            entries: self.entries,
-            own: self.words.load(LANE[lane] + published, Acquire),
-            peer: self.words.load(LANE[lane] + published, Acquire),
-        };
-        (Producer { end: end(own, HEAD) }, Consumer { end: end(1 - own, TAIL) })
+        let (words, entries) = (self.words, self.entries);
+        let producer = ring::Producer::open(words.clone(), own, entries);
+        let consumer = ring::Consumer::open(words, 1 - own, entries);
+        (Producer { end: producer, entries }, Consumer { end: consumer, entries })
     }
 }
 
 fn check_entries(entries: u64) -> Result<(), RingError> {
-    if entries.is_power_of_two() && entries <= u64::from(MAX_ENTRIES) {
-        Ok(())
-    } else {
-        Err(RingError::Entries { entries })
-    }
+    if ring::is_entry_count(entries) { Ok(()) } else { Err(RingError::Entries { entries }) }
 }
 
-fn word_count(entries: u64) -> u64 {
-    SLOTS as u64 + 2 * entries * DESCRIPTOR_WORDS as u64
-}
-
-/// What both ends have in common. `own` is the authority for our index, `peer` the last good value of the other's.
-struct End<W: Words> {
-    words: Arc<W>,
-    lane: usize,
-    slots: usize,
-    entries: u64,
-    own: u64,
-    peer: u64,
-}
-
-impl<W: Words> End<W> {
-    fn slot(&self) -> usize {
-        self.slots + (self.own & (self.entries - 1)) as usize * DESCRIPTOR_WORDS
+fn error_of(fault: RingFault, entries: u64) -> RingError {
+    match fault {
+        RingFault::Full => RingError::Full,
+        RingFault::Corrupt { peer, own } => RingError::Corrupt { peer, own, entries },
     }
 }
 
 /// Pushes descriptors.
 pub struct Producer<W: Words = SharedWords> {
-    end: End<W>,
+    end: ring::Producer<Arc<W>>,
+    entries: u64,
 }
 
 impl<W: Words> Producer<W> {
     /// Appends a descriptor. True: the consumer sleeps or is about to, signal it now (only this call says so).
     pub fn push(&mut self, descriptor: &[u8; DESCRIPTOR_BYTES]) -> Result<bool, RingError> {
-        let end = &mut self.end;
-        if end.own.wrapping_sub(end.peer) >= end.entries {
-            let tail = end.words.load(end.lane + TAIL, Acquire);
-            // The consumer may have taken at most all that we have pushed, and cannot give anything back.
-            if tail < end.peer || tail > end.own {
-                return Err(RingError::Corrupt { peer: tail, own: end.own, entries: end.entries });
-            }
-            end.peer = tail;
-            if end.own - end.peer >= end.entries {
-                return Err(RingError::Full);
-            }
-        }
-        let slot = end.slot();
-        for (index, bytes) in descriptor.chunks_exact(8).enumerate() {
-            let word = u64::from_le_bytes(std::array::from_fn(|i| bytes[i]));
-            end.words.store(slot + index, word, Relaxed);
-        }
-        end.own += 1;
-        end.words.store(end.lane + HEAD, end.own, Release);
-        end.words.fence(SeqCst);
-        let armed = end.lane + ARMED;
-        Ok(end.words.load(armed, Relaxed) != 0 && end.words.swap(armed, 0, Relaxed) != 0)
+        let word = |index: usize| u64::from_le_bytes(std::array::from_fn(|i| descriptor[8 * index + i]));
+        let words: Descriptor = std::array::from_fn(word);
+        self.end.push(&words).map_err(|fault| error_of(fault, self.entries))
     }
 }
 
 /// Pops descriptors.
 pub struct Consumer<W: Words = SharedWords> {
-    end: End<W>,
+    end: ring::Consumer<Arc<W>>,
+    entries: u64,
 }
 
 impl<W: Words> Consumer<W> {
     /// Takes the oldest descriptor, `None` when there is nothing now. Before sleeping call [`arm`](Self::arm).
     pub fn pop(&mut self) -> Result<Option<[u8; DESCRIPTOR_BYTES]>, RingError> {
-        if !self.filled()? {
-            return Ok(None);
-        }
-        let end = &mut self.end;
-        let slot = end.slot();
-        let mut descriptor = [0; DESCRIPTOR_BYTES];
-        for (index, bytes) in descriptor.chunks_exact_mut(8).enumerate() {
-            bytes.copy_from_slice(&end.words.load(slot + index, Relaxed).to_le_bytes());
-        }
-        end.own += 1;
-        end.words.store(end.lane + TAIL, end.own, Release);
-        Ok(Some(descriptor))
+        let found = self.end.pop().map_err(|fault| error_of(fault, self.entries))?;
+        Ok(found.map(|words| std::array::from_fn(|at| words[at / 8].to_le_bytes()[at % 8])))
     }
 
     /// Asks the producer for a signal with its next push. True: nothing has come meanwhile, sleep. False: do not sleep, `pop`.
     pub fn arm(&mut self) -> Result<bool, RingError> {
-        let armed = self.end.lane + ARMED;
-        // Exchanges and not stores: they fall into one order with the producer's exchange whatever the memory model makes of
-        // two plain stores to one word.
-        self.end.words.swap(armed, 1, Relaxed);
-        self.end.words.fence(SeqCst);
-        if self.filled()? {
-            self.end.words.swap(armed, 0, Relaxed);
-            return Ok(false);
-        }
-        Ok(true)
-    }
-
-    fn filled(&mut self) -> Result<bool, RingError> {
-        let end = &mut self.end;
-        if end.peer == end.own {
-            let head = end.words.load(end.lane + HEAD, Acquire);
-            if head < end.own || head - end.own > end.entries {
-                return Err(RingError::Corrupt { peer: head, own: end.own, entries: end.entries });
-            }
-            end.peer = head;
-        }
-        Ok(end.peer != end.own)
+        self.end.arm().map_err(|fault| error_of(fault, self.entries))
     }
 }
 

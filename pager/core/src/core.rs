@@ -150,6 +150,7 @@ impl<P: Policy> Core<P> {
                 self.copy_done(ticket, result, out);
             }
             Event::PunchDone { ticket, result } => self.punch_done(dir, ticket, result, out),
+            Event::NotPunched { ticket, left } => self.not_punched(dir, ticket, &left, out),
             Event::FillDone { ticket, done_pages, stop } => self.fill_done(ticket, done_pages, stop, out),
             Event::ScrubDone { ticket, result } => self.scrub_done(ticket, result),
             Event::Tick => self.tick(dir, out),
@@ -196,9 +197,9 @@ impl<P: Policy> Core<P> {
             }
             Event::RegionFree { req, region } => self.begin_teardown(req, region, out),
             Event::SpaceGone { space } => self.scrub_space(space, out),
-            Event::RecoverRegion { region, space, page_count, backing } => {
+            Event::RecoverRegion { region, space, page_count, backing, strays } => {
                 self.add_region(region, space, page_count, backing);
-                self.recover_region(dir, region, out);
+                self.recover_region(dir, region, &strays, out);
             }
             Event::Recovered => {}
             Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent } => {

@@ -155,6 +155,10 @@ pub enum CopyStatus {
     Busy,
     /// Unmapped meanwhile.
     Gone,
+    /// Locked, and the process may not lock more: stays where it is.
+    Locked,
+    /// The system has no memory for the way out: stays where it is.
+    NoMemory,
     /// The copy failed; in scratch or where it was.
     Io,
 }
@@ -186,8 +190,9 @@ pub enum Event {
     RegionFree { req: Option<ReqId>, region: RegionId },
     /// All regions of the space were dropped: what they left in device memory is scrubbed.
     SpaceGone { space: SpaceId },
-    /// At start, for every region of the vault.
-    RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing },
+    /// At start, for every region of the vault. `strays`: pages of a private one that may be in the address space although their
+    /// entries say that they are on a device. What is not named is known to be gone from there.
+    RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing, strays: Vec<Pages> },
     /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
     /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.
     Forked { parent: RegionId, child: RegionId, space: SpaceId },
@@ -244,6 +249,9 @@ pub enum Event {
     ZeroDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Punch`].
     PunchDone { ticket: Ticket, result: StepResult },
+    /// Another answer to [`Action::Punch`] of private pages: nobody can, and these are still in the address space, as they were when they
+    /// were copied.
+    NotPunched { ticket: Ticket, left: Vec<Pages> },
     /// Answer to [`Action::Scrub`].
     ScrubDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Fill`] and [`Action::FillHuge`].

@@ -13,7 +13,7 @@ use crate::entry::{Entry, PageState};
 use crate::event::{
     Action, Cause, CopyRun, CopyStatus, DeviceId, Directory, PageStatus, Pages, RegionId, StepResult, Ticket, TraceKind,
 };
-use crate::frames::HUGE_PAGES;
+use crate::frames::{HUGE_PAGES, Owner};
 use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
@@ -248,6 +248,24 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    /// Nobody can take pages out of the address space any more. Those that are still there hold what their frames hold, since nobody was
+    /// given the frames before they were punched: they are the valid copy again.
+    pub(crate) fn not_punched(&mut self, dir: &impl Directory, ticket: Ticket, left: &[Pages], out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let Transfer { region, pages, .. } = transfer;
+        if transfer.phase == Phase::Punch && matches!(transfer.kind, Kind::Out { .. }) {
+            for page in left.iter().filter_map(|run| run.overlap(pages)).flat_map(Pages::iter) {
+                let entry = Self::entry(dir, region, page);
+                if entry.lives_on_device() {
+                    Self::publish_same(region, Pages::one(page), Entry::SYSTEM.with_pinned(entry.pinned()), out);
+                    self.release(entry.device(), entry.frame(), 1, Owner { region, page });
+                    self.unprotect(region, Pages::one(page), out);
+                }
+            }
+        }
+        self.punch_done(dir, ticket, StepResult::Ok, out);
+    }
+
     /// The system pages are not valid any more and are punched (again), as the end of the way out.
     pub(crate) fn punch_again(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
         let kind = Kind::Out { zero: false, keep: false };
@@ -267,6 +285,8 @@ fn pieces(runs: &[CopyRun], count: u64) -> Vec<(u64, PageStatus)> {
             CopyStatus::Ok | CopyStatus::OkHuge => PageStatus::Ok,
             CopyStatus::Busy => PageStatus::Busy,
             CopyStatus::Gone => PageStatus::Gone,
+            CopyStatus::Locked => PageStatus::Pinned,
+            CopyStatus::NoMemory => PageStatus::NoMemory,
             CopyStatus::Io => PageStatus::Io,
         };
         let count = run.count.min(left);

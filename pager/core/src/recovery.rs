@@ -3,7 +3,8 @@
 //! ```text
 //!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first; a forked child's that
 //!                                                 waited for its parent's: poison, where no page is
-//!   Device        the system pages must be gone   punch (again), claim the frame
+//!   Device        the system pages must be gone   punch (again), claim the frame; private: only what is known to be there still, so
+//!                                                 that faults on all others are answered at once
 //!   MovingHome    the fill may have happened      claim the frame, revoke, fill; Exists: the system page is newer;
 //!                                                 fill impossible: probe for the system page
 //!   any other     settled                         -
@@ -45,7 +46,13 @@ impl Homecoming {
 
 impl<P: Policy> Core<P> {
     /// One region of the vault.
-    pub(crate) fn recover_region(&mut self, dir: &impl Directory, region: RegionId, out: &mut Vec<Action>) {
+    pub(crate) fn recover_region(
+        &mut self,
+        dir: &impl Directory,
+        region: RegionId,
+        strays: &[Pages],
+        out: &mut Vec<Action>,
+    ) {
         let all = Pages { first: 0, count: dir.page_count(region) };
         let mut left = all;
         while left.count > 0 {
@@ -62,6 +69,11 @@ impl<P: Policy> Core<P> {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());
                     Self::publish_same(region, run, back, out);
                     self.stats.recovered_transfers += 1;
+                }
+                PageState::Device | PageState::Exclusive if self.is_private(region) => {
+                    for stray in strays.iter().filter_map(|stray| stray.overlap(run)) {
+                        self.punch_again(region, stray, out);
+                    }
                 }
                 PageState::Device | PageState::Exclusive => self.punch_again(region, run, out),
                 PageState::Poisoned => self.recover_poisoned(dir, region, run, out),

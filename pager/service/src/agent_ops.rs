@@ -4,18 +4,19 @@
 //!   CopyOut   -> MoveOut{slot} -> runs: bytes in the slot -> frames (aperture, or the copy engine); zeros -> frames are zeroed
 //!                             \-> ReadOnly: write-protect, then CopyOut{slot}, and later Drop{in_place}
 //!             -> CopiedRuns when the last part is in its frames
-//!   Punch     -> Drop           MoveBack -> MoveBack           Continue -> Probe           FillHuge -> slot, FillHuge
+//!   Punch     -> Drop           MoveBack -> MoveBack           FillHuge -> slot, FillHuge
 //! ```
 //! A ticket whose pages lie in several segments is asked in parts; it is answered when all parts are.
 
 use uhmm_ipc::ConnId;
-use uhmm_ipc::message::pager::{AgentMemory, AgentRun, AgentStatus, DIARY_BYTES, Event as WireEvent, FaultPoint};
+use uhmm_ipc::message::pager::{Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
 use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
 use uhmm_pager_core::{Backing, CopyRun, CopyStatus, Event, FillStop, Pages, RegionId, StepResult, Ticket};
+use uhmm_shared::agent::{Order as RingOrder, Status};
 
-use crate::agent::{Agent, Job, Order, Purpose, SLOT_PAGES};
+use crate::agent::{Agent, AgentRun, Job, Life, Order, Purpose, SLOT_PAGES, Taken};
 use crate::calls::{Answer, refuse};
 use crate::copies::{Copy, Deferred};
 use crate::segments::hidden;
@@ -33,6 +34,8 @@ pub(crate) struct Parts {
     space: u64,
     /// How often pages were asked back again.
     again: u32,
+    /// Pages that were to be punched and are still in the address space.
+    left_in_place: Vec<Pages>,
 }
 
 /// After so many answers that a place is not there the space's record of its addresses is wrong (an event was lost).
@@ -89,7 +92,7 @@ impl Pager {
         let mut fates = Vec::new();
         for run in runs {
             let count = run.page_count.min(job.pages.count - at);
-            let again = job.order == Order::MoveBack && matches!(run.status, AgentStatus::Gone | AgentStatus::Failed);
+            let again = job.order == Order::MoveBack && matches!(run.status, Status::Gone | Status::Failed);
             if count > 0 && !again {
                 fates.push((job.pages.first + at, CopyRun { count, status }));
             }
@@ -115,13 +118,13 @@ impl Pager {
         for run in runs {
             let pages = Pages { first: job.pages.first + at, count: run.page_count.min(job.pages.count - at) };
             at += pages.count;
-            if pages.count == 0 || !matches!(run.status, AgentStatus::Gone | AgentStatus::Failed) {
+            if pages.count == 0 || !matches!(run.status, Status::Gone | Status::Failed) {
                 continue;
             }
             let Some(parts) = self.parts.get_mut(&job.purpose.ticket().0) else { return };
             parts.again += 1;
             let given_up = parts.again >= PUT_BACK_TRIES;
-            if run.status == AgentStatus::Failed || given_up {
+            if run.status == Status::Failed || given_up {
                 tracing::warn!(space = space_id, ?pages, given_up, status = ?run.status, "Pages could not be put back");
             }
             self.put_back_wanted(space_id, job, pages, given_up);
@@ -138,52 +141,65 @@ impl Pager {
         }
     }
 
-    /// Sends what can be sent.
+    /// Gives the agent what it can be given.
     pub(crate) fn send_to_agent(&mut self, space_id: u64) {
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
-        let Some(conn) = agent.conn else { return };
-        let mut overtaken = Vec::new();
+        if agent.life == Life::Lost {
+            return self.answer_for_agent(space_id);
+        }
         for (id, job) in agent.ready() {
             if job.overtaken {
-                overtaken.push(id);
+                self.never_sent(space_id, id);
             } else {
-                self.send_job(conn, id, &job);
+                self.send_job(space_id, id, &job);
             }
-        }
-        for id in overtaken {
-            let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
-            let Some(job) = agent.and_then(|agent| agent.answered(id)) else { continue };
-            // Never sent: its pages may lie in several places by now.
-            let gone = [AgentRun { page_count: job.pages.count, status: AgentStatus::Gone }];
-            self.job_done(space_id, job, &gone);
         }
     }
 
-    fn send_job(&mut self, conn: ConnId, id: u64, job: &Job) {
+    /// Its pages may lie in several places by now.
+    fn never_sent(&mut self, space_id: u64, id: u64) {
+        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
+        let Some(job) = agent.and_then(|agent| agent.answered(id)) else { return };
+        let gone = [AgentRun { page_count: job.pages.count, status: Status::Gone }];
+        self.job_done(space_id, job, &gone);
+    }
+
+    fn send_job(&mut self, space_id: u64, id: u64, job: &Job) {
+        if job.is_about_frames() {
+            return self.send_frames(space_id, id, job);
+        }
         let shown = self.regions.showing(job.region.0, job.pages).next();
-        let addr = if job.is_about_frames() {
-            // Also at the end of a region, when nothing shows it any more.
-            self.cpu_home(job.region, job.pages.first).map_or(0, |(_, addr)| addr)
-        } else {
-            shown.map_or(0, |(segment, part)| segment.addr_of(part.first))
-        };
+        let addr = shown.map_or(0, |(segment, part)| segment.addr_of(part.first));
         let (region, first_page, page_count) = (job.region.0, job.pages.first, job.pages.count);
-        let event = WireEvent::Agent { id, region, first_page, addr, page_count, op: job.op() };
+        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
+        let (Some(agent), Some(op)) = (agent, job.op()) else { return };
+        if !agent.send(&RingOrder { id, region, first_page, addr, page_count, op }) {
+            self.ring_is_corrupt(space_id);
+        }
+    }
+
+    /// Also at the end of a region, when nothing shows it any more.
+    fn send_frames(&mut self, space_id: u64, id: u64, job: &Job) {
+        let addr = self.cpu_home(job.region, job.pages.first).map_or(0, |(_, addr)| addr);
+        let conn = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref()).and_then(|agent| agent.conn);
+        let (Some(conn), Some(op)) = (conn, job.frames_op()) else { return };
+        let (region, first_page, page_count) = (job.region.0, job.pages.first, job.pages.count);
+        let event = WireEvent::Frames { id, region, first_page, addr, page_count, op };
         self.service.reactor.event(conn, AnyEvent::Pager(event), TraceId::default());
     }
 
-    /// The client's connection is (again) there: what was not answered is asked again.
-    pub(crate) fn agent_connected(&mut self, space_id: u64, conn: ConnId) {
+    /// The client's connection is (again) there: what was not answered about frames is asked again.
+    pub(crate) fn client_connected(&mut self, space_id: u64, conn: ConnId) {
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
         agent.conn = Some(conn);
-        for (id, job) in agent.unanswered() {
-            self.send_job(conn, id, &job);
+        for (id, job) in agent.unanswered_frames() {
+            self.send_frames(space_id, id, &job);
         }
         self.send_to_agent(space_id);
     }
 
     /// The connection is lost; the process may live on.
-    pub(crate) fn agent_disconnected(&mut self, space_id: u64, conn: ConnId) {
+    pub(crate) fn client_disconnected(&mut self, space_id: u64, conn: ConnId) {
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         if let Some(agent) = agent.filter(|agent| agent.conn == Some(conn)) {
             agent.conn = None;
@@ -192,52 +208,56 @@ impl Pager {
 
     /// The process is gone.
     pub(crate) fn agent_died(&mut self, space_id: u64) {
+        self.unwatch_agent(space_id);
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         for job in agent.map(Agent::give_up).unwrap_or_default() {
             self.job_done(space_id, job, &[]);
         }
     }
 
-    /// A space's agent memory as it came from the client, checked.
-    pub(crate) fn open_agent(&self, conn: Option<ConnId>, memory: &AgentMemory) -> Result<Agent, String> {
-        use std::os::fd::AsFd;
-        let len = uhmm_kernel_hook::memfd::len(memory.staging.as_fd()).map_err(|error| error.to_string())?;
-        let slots_bytes = len.saturating_sub(DIARY_BYTES);
-        if slots_bytes == 0 || !slots_bytes.is_multiple_of(SLOT_PAGES * PAGE_SIZE) {
-            return Err(format!(
-                "Staging memory has {len} bytes, it must have a multiple of 2 MiB and {DIARY_BYTES} bytes"
-            ));
+    /// The agent has told of answers.
+    pub(crate) fn take_answers(&mut self, space_id: u64) {
+        if let Some(agent) = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref())
+            && let Err(error) = agent.done_event.drain()
+        {
+            tracing::debug!(%error, space = space_id, "The agent's eventfd cannot be read");
         }
-        uhmm_kernel_hook::memfd::check_sealed(memory.staging.as_fd(), len).map_err(|error| error.to_string())?;
-        let staging = uhmm_kernel_hook::window::Window::map(
-            memory.staging.as_fd(),
-            0,
-            len,
-            uhmm_kernel_hook::window::Prot::ReadWrite,
-        );
-        let staging = staging.map_err(|error| error.to_string())?;
-        let first_id = u64::from(self.service.incarnation) << 32 | 1;
-        Agent::new(conn, memory.maps.clone(), staging, memory.staging.clone(), first_id)
-            .map_err(|error| error.to_string())
+        loop {
+            let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
+            let Some(agent) = agent.filter(|agent| agent.life != Life::Lost) else { return };
+            match agent.next_answer() {
+                Ok(Some((job, runs))) => {
+                    tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, overtaken = job.overtaken, ?runs, "The agent's answer");
+                    note_taken(agent, &job, &runs);
+                    self.job_done(space_id, job, &runs);
+                }
+                Ok(None) => break,
+                Err(_) => return self.ring_is_corrupt(space_id),
+            }
+        }
+        self.send_to_agent(space_id);
     }
 
-    pub(crate) fn agent_done(&mut self, conn: ConnId, id: u64, runs: &[AgentRun]) -> Answer {
+    pub(crate) fn frames_answered(&mut self, conn: ConnId, id: u64, done: bool) -> Answer {
         let space_id = match self.space_of(conn) {
             Ok(space) => space,
             Err(error) => return Some(Err(error)),
         };
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         let Some(agent) = agent else { return refuse(ErrorCode::NotFound, "The space has no agent") };
-        // Answered twice after a reconnect, or meant for a dead pager: both are fine.
-        if let Some(job) = agent.answered(id) {
-            tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, overtaken = job.overtaken, ?runs, "The agent's answer");
-            self.job_done(space_id, job, runs);
+        // Answered twice after a reconnect, or meant for a dead pager: both are fine. What went into the ring is answered there.
+        if agent.unanswered_frames().iter().any(|(known, _)| *known == id)
+            && let Some(job) = agent.answered(id)
+        {
+            let status = if done { Status::Moved } else { Status::Failed };
+            tracing::debug!(space = space_id, region = job.region.0, order = ?job.order, pages = ?job.pages, done, "The client's answer");
+            self.job_done(space_id, job, &[AgentRun { page_count: job.pages.count, status }]);
             self.send_to_agent(space_id);
         }
         Some(Ok(uhmm_ipc::message::pager::Reply::Done))
     }
 
-    fn job_done(&mut self, space_id: u64, job: Job, runs: &[AgentRun]) {
+    pub(crate) fn job_done(&mut self, space_id: u64, job: Job, runs: &[AgentRun]) {
         let ticket = job.purpose.ticket();
         match job.purpose {
             Purpose::Out { device, frame, .. } => {
@@ -251,7 +271,7 @@ impl Pager {
                     self.ask_parts(space_id, job.region, job.pages, Order::MoveBack, job.purpose);
                     self.send_to_agent(space_id);
                     self.part_done(ticket, job.purpose);
-                } else if runs.iter().any(|run| run.status == AgentStatus::ReadOnly) && job.order == Order::MoveOut {
+                } else if runs.iter().any(|run| run.status == Status::ReadOnly) && job.order == Order::MoveOut {
                     self.copy_in_place(space_id, job);
                 } else {
                     self.taken_out(space_id, &job, runs, device, frame);
@@ -262,23 +282,15 @@ impl Pager {
                     self.free_slot(space_id, slot);
                 }
                 let stop = match runs.first().map(|run| run.status) {
-                    Some(AgentStatus::Moved | AgentStatus::MovedHuge) => None,
-                    Some(AgentStatus::Gone) if !job.overtaken => Some(FillStop::Gone),
+                    Some(Status::Moved | Status::MovedHuge) => None,
+                    Some(Status::Gone) if !job.overtaken => Some(FillStop::Gone),
                     Some(_) => Some(FillStop::NotHuge),
                     None => Some(FillStop::NoProcess),
                 };
                 let done_pages = if stop.is_none() { job.pages.count } else { 0 };
                 self.push(Event::FillDone { ticket, done_pages, stop });
             }
-            Purpose::Probe { .. } => {
-                let stop = match runs.first().map(|run| run.status) {
-                    Some(AgentStatus::Zero) => FillStop::NoPage,
-                    Some(AgentStatus::Gone) => FillStop::Gone,
-                    Some(_) => FillStop::Exists,
-                    None => FillStop::NoProcess,
-                };
-                self.push(Event::CpuFillDone { ticket, done_pages: 0, stop: Some(stop) });
-            }
+            Purpose::Tidy => {}
             Purpose::MoveBack { .. } => {
                 if job.order == Order::MoveBack {
                     self.put_back_again(space_id, &job, runs);
@@ -301,7 +313,7 @@ impl Pager {
     /// The pages may not be written by the program either: they are protected, copied where they are, and dropped later.
     fn copy_in_place(&mut self, space_id: u64, job: Job) {
         if self.write_protect(job.region, job.pages, true) != StepResult::Ok {
-            let busy = [AgentRun { page_count: job.pages.count, status: AgentStatus::Busy }];
+            let busy = [AgentRun { page_count: job.pages.count, status: Status::Busy }];
             if let Purpose::Out { device, frame, .. } = job.purpose {
                 self.taken_out(space_id, &job, &busy, device, frame);
             }
@@ -317,7 +329,6 @@ impl Pager {
     /// The agent has put what it could into the slot.
     fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], device: u8, frame: u32) {
         let Purpose::Out { ticket, .. } = job.purpose else { return };
-        let moved = job.order == Order::MoveOut;
         let slot = job.slot.unwrap_or(0);
         let mut at = 0;
         let mut copies = Vec::new();
@@ -325,13 +336,15 @@ impl Pager {
         for run in runs {
             let count = run.page_count.min(job.pages.count - at);
             let status = match run.status {
-                AgentStatus::Moved | AgentStatus::Zero => CopyStatus::Ok,
-                AgentStatus::MovedHuge => CopyStatus::OkHuge,
-                AgentStatus::Busy | AgentStatus::ReadOnly => CopyStatus::Busy,
+                Status::Moved | Status::Zero => CopyStatus::Ok,
+                Status::MovedHuge => CopyStatus::OkHuge,
+                Status::Busy | Status::ReadOnly => CopyStatus::Busy,
                 // Moved to other addresses meanwhile (mremap), or its unmapping has not been read yet: to be looked at again.
-                AgentStatus::Gone if self.is_shown(job.region, job.pages.first + at) => CopyStatus::Busy,
-                AgentStatus::Gone => CopyStatus::Gone,
-                AgentStatus::Failed => CopyStatus::Io,
+                Status::Gone if self.is_shown(job.region, job.pages.first + at) => CopyStatus::Busy,
+                Status::Gone => CopyStatus::Gone,
+                Status::LockLimit => CopyStatus::Locked,
+                Status::MapLimit | Status::NoMemory => CopyStatus::NoMemory,
+                Status::Failed => CopyStatus::Io,
             };
             let (pages, frame) = (Pages { first: job.pages.first + at, count }, frame + at as u32);
             let run = CopyRun { count, status };
@@ -341,9 +354,6 @@ impl Pager {
                     let zero = runs_zero(runs, at);
                     let staging_page = u64::from(slot) * SLOT_PAGES + at;
                     copies.push(Copy::Staged { ticket, space: space_id, pages, frame, staging_page, zero, run });
-                    if moved {
-                        self.taken.push((job.region, pages));
-                    }
                 }
                 _ => fates.push((pages.first, run)),
             }
@@ -394,17 +404,26 @@ impl Pager {
                 let runs = parts.runs.into_iter().map(|(_, run)| run).collect();
                 self.push(Event::CopiedRuns { ticket, runs });
             }
+            Purpose::Punch { .. } if !parts.left_in_place.is_empty() => {
+                self.push(Event::NotPunched { ticket, left: parts.left_in_place });
+            }
             Purpose::Punch { .. } => self.push(Event::PunchDone { ticket, result: StepResult::Ok }),
             Purpose::MoveBack { .. } => self.push(Event::MoveBackDone { ticket, result: StepResult::Ok }),
-            Purpose::Probe { .. } => {
-                self.push(Event::CpuFillDone { ticket, done_pages: 0, stop: Some(FillStop::NoProcess) });
-            }
             Purpose::FillHuge { .. } => {
                 self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
             }
             // Never in parts.
-            Purpose::Show { .. } | Purpose::Hide { .. } => {}
+            Purpose::Show { .. } | Purpose::Hide { .. } | Purpose::Tidy => {}
         }
+    }
+
+    /// A part of a ticket's pages that nobody can punch.
+    pub(crate) fn not_punched(&mut self, ticket: Ticket, left: Vec<Pages>) {
+        if let Some(parts) = self.parts.get_mut(&ticket.0) {
+            parts.left_in_place.extend(left);
+        }
+        self.part_done(ticket, Purpose::Punch { ticket });
+        self.drain();
     }
 
     fn free_slot(&mut self, space_id: u64, slot: u32) {
@@ -420,31 +439,26 @@ impl Pager {
         self.ask_agent(region, pages, order, Purpose::Out { ticket, device, frame });
     }
 
-    /// What is known to have been taken out is only given back; after a restart nobody knows, and nothing of these pages may be left
-    /// in the address space.
+    /// What is known to have been taken out is only given back; otherwise nothing of these pages may be left in the address space.
     pub(crate) fn private_punch(&mut self, ticket: Ticket, region: RegionId, pages: Pages) {
-        let known = |(of, part): &(RegionId, Pages)| *of == region && part.overlap(pages).is_some();
-        let taken: u64 =
-            self.taken.iter().filter(|entry| known(entry)).filter_map(|(_, p)| p.overlap(pages)).map(|p| p.count).sum();
-        self.taken.retain(|entry| !known(entry));
+        let space = self.regions.get(region.0).and_then(|region| self.spaces.get(&region.space));
+        let taken = space.and_then(|space| space.agent.as_ref()).map_or(0, |agent| agent.taken_of(region, pages));
         let in_place = taken < pages.count;
         self.ask_agent(region, pages, Order::Drop { in_place }, Purpose::Punch { ticket });
     }
 
     pub(crate) fn private_move_back(&mut self, ticket: Ticket, region: RegionId, pages: Pages) {
-        self.taken.retain(|(of, part)| *of != region || part.overlap(pages).is_none());
         self.ask_agent(region, pages, Order::MoveBack, Purpose::MoveBack { ticket });
     }
 
+    /// Whether the first page is in the address space: the kernel is asked, and nobody else is needed for that.
     pub(crate) fn private_probe(&mut self, ticket: Ticket, region: RegionId, pages: Pages) {
-        let first = Pages::one(pages.first);
-        self.parts.remove(&ticket.0);
-        let shown = self.regions.showing(region.0, first).next().is_some();
-        if !shown {
-            self.push(Event::CpuFillDone { ticket, done_pages: 0, stop: Some(FillStop::Gone) });
-            return;
-        }
-        self.ask_single(region, first, Order::Probe, Purpose::Probe { ticket });
+        let stop = match self.in_place(region, Pages::one(pages.first)) {
+            None => FillStop::Gone,
+            Some(found) if found.is_empty() => FillStop::NoPage,
+            Some(_) => FillStop::Exists,
+        };
+        self.push(Event::CpuFillDone { ticket, done_pages: 0, stop: Some(stop) });
     }
 
     /// Asks for something that is one job and whose answer says everything.
@@ -463,8 +477,8 @@ impl Pager {
     pub(crate) fn private_fill_huge(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device: u8, frame: u32) {
         let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
         let space = self.regions.get(region.0).and_then(|region| self.spaces.get(&region.space));
-        let connected = space.and_then(|space| space.agent.as_ref()).is_some_and(|agent| agent.conn.is_some());
-        if !whole || !connected {
+        let works = space.and_then(|space| space.agent.as_ref()).is_some_and(|agent| agent.life == Life::Lives);
+        if !whole || !works {
             return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
         }
         let Some(aperture) = self.devices[usize::from(device)].as_mut().and_then(|device| device.aperture.take())
@@ -493,8 +507,8 @@ impl Pager {
         let not_huge = Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) };
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
         let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
-        let connected = |agent: &&mut Agent| agent.conn.is_some();
-        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()).filter(connected);
+        let works = |agent: &&mut Agent| agent.life == Life::Lives;
+        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()).filter(works);
         let (Some(agent), true) = (agent, whole) else { return self.push(not_huge) };
         let Some(slot) = agent.take_slot() else { return self.push(not_huge) };
         let to = u64::from(slot) * SLOT_PAGES * PAGE_SIZE;
@@ -512,9 +526,27 @@ fn runs_zero(runs: &[AgentRun], at: u64) -> bool {
     let mut first = 0;
     for run in runs {
         if first == at {
-            return run.status == AgentStatus::Zero;
+            return run.status == Status::Zero;
         }
         first += run.page_count;
     }
     false
+}
+
+/// What an answer says about scratch, before anything becomes of it.
+fn note_taken(agent: &mut Agent, job: &Job, runs: &[AgentRun]) {
+    let mut at = 0;
+    for run in runs {
+        let pages = Pages { first: job.pages.first + at, count: run.page_count.min(job.pages.count - at) };
+        at += pages.count;
+        let is_moved = matches!(run.status, Status::Moved | Status::MovedHuge | Status::Zero);
+        match (job.order, job.slot) {
+            _ if pages.count == 0 => {}
+            (Order::MoveOut, Some(slot)) if is_moved => agent.take(Taken { region: job.region, pages, slot }),
+            (Order::Drop { .. }, _) => agent.untake(job.region, pages),
+            // What could not be put back is there still.
+            (Order::MoveBack, _) if is_moved => agent.untake(job.region, pages),
+            _ => {}
+        }
+    }
 }

@@ -58,7 +58,8 @@ impl Pager {
             | pager::Call::HotRanges { .. }
             | pager::Call::ReadTrace { .. }
             | pager::Call::Inject { .. }
-            | pager::Call::AgentDone { .. } => role == Role::Client,
+            | pager::Call::FramesDone { .. }
+            | pager::Call::AgentStarted { .. } => role == Role::Client,
             pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } | pager::Call::DeviceLost { .. } => {
                 role == Role::Driver
             }
@@ -105,7 +106,8 @@ impl Pager {
             pager::Call::HotRanges { device } => self.hot_ranges(conn, call, device),
             pager::Call::ReadTrace { since } => Some(self.read_trace(conn, since)),
             pager::Call::Inject { point, nth } => self.inject(conn, point, nth),
-            pager::Call::AgentDone { id, runs } => self.agent_done(conn, id, &runs),
+            pager::Call::FramesDone { id, done } => self.frames_answered(conn, id, done),
+            pager::Call::AgentStarted { agent } => self.agent_started(conn, agent.as_ref()),
             pager::Call::DriverLogin { device, generation, frame_count, aperture, gate, copy_ring } => {
                 Some(self.driver_login(conn, device, generation, frame_count, aperture, gate, copy_ring))
             }

@@ -96,7 +96,7 @@ impl Pager {
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.space = Some(space);
         }
-        self.agent_connected(space, conn);
+        self.client_connected(space, conn);
     }
 
     fn make_space(&mut self, pid: u32, uid: u32, opening: Opening) -> Result<u64, WireError> {
@@ -134,12 +134,14 @@ impl Pager {
             pidfd: Some(pidfd),
             segments: BTreeMap::new(),
             agent: Some(agent),
+            begun: None,
             dying: false,
             unready_regions: 0,
             vacated: Default::default(),
         };
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.spaces.insert(id, space);
+        self.watch_agent(id);
         Ok(id)
     }
 
@@ -165,12 +167,22 @@ impl Pager {
             entries.push(("pidfd", duplicate(pidfd.as_fd())?));
         }
         if let Some(agent) = &space.agent {
-            entries.push(("maps", agent.maps.clone()));
-            entries.push(("staging", agent.staging_fd.clone()));
+            let AgentMemory { maps, pagemap, staging, orders, done, agent } = agent.memory.clone();
+            let named = [("maps", maps), ("pagemap", pagemap), ("staging", staging), ("orders", orders), ("done", done)];
+            entries.extend(named);
+            entries.extend(agent.map(|agent| ("agent", agent)));
         }
         // Last, because it names the process: a child that has just attached is forgotten by nobody who finds only a part.
         entries.push(("state", space.state.to_memfd().ok()?));
         Some(entries)
+    }
+
+    /// Another agent has begun: the vault has its pidfd instead of the dead one's.
+    pub(crate) fn keep_agent(&mut self, id: u64) {
+        let agent = self.spaces.get(&id).and_then(|space| space.agent.as_ref());
+        let Some(agent) = agent.and_then(|agent| agent.memory.agent.clone()) else { return };
+        let name = format!("{}agent", Space::vault_prefix(id));
+        self.service.vault.put(&mut self.service.reactor, &name, agent);
     }
 
     pub(crate) fn put_in_vault(&mut self, wait: VaultWait, prefix: &str, entries: Vec<(&'static str, Fd)>) {
@@ -239,7 +251,9 @@ impl Pager {
         };
         (space.state.pid, space.state.uid) = (pid, uid);
         (space.pidfd, space.agent) = (Some(pidfd), Some(agent));
-        self.watch_pid(id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))
+        self.watch_pid(id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
+        self.watch_agent(id);
+        Ok(())
     }
 
     pub(crate) fn close_space(&mut self, conn: ConnId) -> Answer {

@@ -14,12 +14,12 @@
 //! (the record is in the vault); all others get `Permission`.
 
 use uhmm_ipc::ConnId;
-use uhmm_ipc::message::pager::{AgentRun, AgentStatus};
 use uhmm_ipc::message::{ErrorCode, WireError};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Entry, Event, Pages, RegionId, StepResult, Ticket};
+use uhmm_shared::agent::Status;
 
-use crate::agent::{Job, Order, Purpose, SLOT_PAGES};
+use crate::agent::{AgentRun, Job, Order, Purpose, SLOT_PAGES};
 use crate::service::Pager;
 
 impl Pager {
@@ -108,7 +108,7 @@ impl Pager {
 
     /// The agent's answer; no runs: its process is gone, and with it what it had mapped.
     pub(crate) fn frames_done(&mut self, space: u64, job: Job, runs: &[AgentRun]) {
-        let failed = runs.iter().any(|run| run.status != AgentStatus::Moved);
+        let failed = runs.iter().any(|run| run.status != Status::Moved);
         match job.purpose {
             Purpose::Show { ticket } => {
                 let result = match failed {

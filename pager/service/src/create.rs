@@ -273,7 +273,7 @@ impl Pager {
 
     /// Mappings of a client that touch a range, in order; `None` where the kernel cannot be asked (before 6.11).
     pub(crate) fn vmas(&self, space_id: u64, range: AddrRange) -> Option<Vec<Vma>> {
-        let maps = &self.spaces.get(&space_id)?.agent.as_ref()?.maps;
+        let maps = &self.spaces.get(&space_id)?.agent.as_ref()?.memory.maps;
         let mut vmas = Vec::new();
         let mut addr = range.start;
         while addr < range.end() {

@@ -218,7 +218,7 @@ impl Pager {
         }
     }
 
-    fn poison(&mut self, region: RegionId, pages: Pages) {
+    pub(crate) fn poison(&mut self, region: RegionId, pages: Pages) {
         tracing::error!(region = region.0, first_page = pages.first, page_count = pages.count, "Pages are poisoned");
         for error in
             self.everywhere(region, pages, |uffd, range| uffd.poison(range)).into_iter().filter_map(Result::err)

@@ -207,6 +207,7 @@ impl Pager {
             pidfd: None,
             segments: BTreeMap::new(),
             agent: None,
+            begun: None,
             dying: false,
             unready_regions: 0,
             vacated: Default::default(),
@@ -359,7 +360,7 @@ impl Pager {
         let unwatched: Vec<u64> =
             self.spaces.values().filter(|space| !space.dying).filter(silent).map(|space| space.state.id).collect();
         for id in &unwatched {
-            if !self.child_lives(*id) {
+            if !self.address_space_lives(*id) {
                 tracing::info!(space = id, "An address space is gone: its pages are reclaimed");
                 self.end_space(*id);
             }
@@ -369,7 +370,7 @@ impl Pager {
         }
     }
 
-    fn child_lives(&self, space_id: u64) -> bool {
+    pub(crate) fn address_space_lives(&self, space_id: u64) -> bool {
         let Some(space) = self.spaces.get(&space_id) else { return false };
         // The sentinel is not registered for write protection, so a living process answers with a refusal that changes nothing.
         let sentinel = AddrRange { start: space.state.sentinel_addr, len: PAGE_SIZE };

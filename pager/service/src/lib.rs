@@ -8,7 +8,7 @@
 //! | `fault` | userfaultfd events |
 //! | `execute`, `copies` | the core's actions: every system call of the data path |
 //! | `revoke`, `revoking` | revocation, direct and by message |
-//! | `agent`, `agent_ops` | private memory: what only the client itself can do |
+//! | `agent`, `agent_ops`, `agent_life` | private memory: what only the client itself can do |
 //! | `coherent` | frames that the program maps itself, and who may use such a device |
 //! | `bounce` | device to device without two apertures |
 //! | `calls`, `requests` | messages in, answers out |
@@ -22,6 +22,7 @@
 
 mod advise;
 mod agent;
+mod agent_life;
 mod agent_ops;
 mod bounce;
 mod calls;

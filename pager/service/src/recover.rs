@@ -13,6 +13,7 @@ use uhmm_kernel_hook::uffd::Userfaultfd;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
+use crate::agent::Agent;
 use crate::directory::{DirectoryFile, SegmentRecord};
 use crate::revoke::Purpose;
 use crate::segments::hidden;
@@ -33,6 +34,14 @@ fn regions_of(entries: Entries) -> BTreeMap<u64, Entries> {
         }
     }
     regions
+}
+
+/// What the vault has for a space's agent.
+fn agent_memory(entries: &mut Entries) -> Option<AgentMemory> {
+    let agent = entries.remove("agent");
+    let mut take = |name| entries.remove(name);
+    let (maps, pagemap, staging) = (take("maps")?, take("pagemap")?, take("staging")?);
+    Some(AgentMemory { maps, pagemap, staging, orders: take("orders")?, done: take("done")?, agent })
 }
 
 impl Pager {
@@ -83,8 +92,10 @@ impl Pager {
             self.check_children_soon();
         }
         self.recover_segments();
+        self.tell_core_of_regions();
         self.push(Event::Recovered);
         self.drain();
+        self.tidy_scratch();
         self.repeat_kept_events()?;
         self.finish_cuts();
         self.drain();
@@ -110,7 +121,7 @@ impl Pager {
     fn recover_space(&mut self, id: u64, entries: &mut Entries) -> Result<bool, PagerError> {
         let (Some(state), Some(uffd)) = (entries.remove("state"), entries.remove("uffd")) else { return Ok(false) };
         let pidfd = entries.remove("pidfd");
-        let memory = entries.remove("maps").zip(entries.remove("staging"));
+        let memory = agent_memory(entries);
         let Some(state) = SpaceState::from_memfd(&state)? else { return Ok(false) };
         let own = |fd: &Fd| fd.try_clone().map_err(|source| uhmm_kernel_hook::HookError::call("dup", None, source));
         let pidfd = pidfd.map(|pidfd| own(&pidfd)).transpose()?.map(PidFd::from_fd);
@@ -118,11 +129,12 @@ impl Pager {
             return Ok(false);
         }
         let uffd = Userfaultfd::from_fd(own(&uffd)?)?;
-        let agent = memory.map(|(maps, staging)| self.open_agent(None, &AgentMemory { maps, staging })).transpose();
-        let agent = agent.unwrap_or_else(|text| {
+        let agent = memory.map(|memory| self.open_agent(None, &memory)).transpose();
+        let mut agent = agent.unwrap_or_else(|text| {
             tracing::warn!(text, space = id, "The agent's memory in the vault cannot be used");
             None
         });
+        let begun = agent.as_mut().and_then(Agent::begun);
         let segments = BTreeMap::new();
         let space = Space {
             state,
@@ -130,6 +142,7 @@ impl Pager {
             pidfd,
             segments,
             agent,
+            begun,
             dying: false,
             unready_regions: 0,
             vacated: Default::default(),
@@ -138,6 +151,7 @@ impl Pager {
             self.watch_space(&space)?;
         }
         self.spaces.insert(id, space);
+        self.watch_agent(id);
         self.stats.recovered_spaces += 1;
         Ok(true)
     }
@@ -194,8 +208,18 @@ impl Pager {
         }
         self.stats.recovered_regions += 1;
         self.recovered_segments.extend(records.into_iter().map(|record| (id, record)));
-        self.push(Event::RecoverRegion { region: RegionId(id), space: SpaceId(space), page_count, backing });
         Ok(())
+    }
+
+    /// All segments are there.
+    fn tell_core_of_regions(&mut self) {
+        let known = |region: &Region| (region.id, region.space, region.page_count, region.backing);
+        let regions: Vec<_> = self.regions.iter().map(known).collect();
+        for (id, space, page_count, backing) in regions {
+            let strays = if backing == Backing::Private { self.strays(id) } else { Vec::new() };
+            let (region, space) = (RegionId(id), SpaceId(space));
+            self.push(Event::RecoverRegion { region, space, page_count, backing, strays });
+        }
     }
 
     /// Region entries are kept under another space's name from now on.

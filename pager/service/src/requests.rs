@@ -236,7 +236,7 @@ impl Pager {
             return Some(Err(error));
         }
         if let CoreTarget::Device(device) = target
-            && let Err(error) = self.may_use(conn, device.0)
+            && let Err(error) = self.may_use(conn, device.0).and_then(|()| self.can_take_out(conn, &pieces))
         {
             return Some(Err(error));
         }

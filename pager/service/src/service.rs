@@ -23,6 +23,7 @@ use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId, SpaceId};
 
+use crate::agent_life::TIMER_AGENT;
 use crate::agent_ops::Parts;
 use crate::copies::Deferred;
 use crate::create::Wanted;
@@ -51,6 +52,8 @@ pub(crate) const TIMER_GATE: TimerToken = TimerToken(2);
 const KIND_UFFD: u64 = 1 << 56;
 const KIND_PIDFD: u64 = 2 << 56;
 const KIND_ENGINE: u64 = 3 << 56;
+pub(crate) const KIND_DONE: u64 = 6 << 56;
+pub(crate) const KIND_AGENT: u64 = 7 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Why the pager stopped.
@@ -135,8 +138,6 @@ pub struct Pager {
     pub(crate) revoke_parts: HashMap<u64, u32>,
     /// What agents work on, by ticket.
     pub(crate) parts: HashMap<u64, Parts>,
-    /// Private pages that are in their client's scratch memory, as far as this incarnation knows.
-    pub(crate) taken: Vec<(RegionId, Pages)>,
     /// Copies between devices in the pager's own memory.
     pub(crate) bounces: HashMap<u64, Window>,
     pub(crate) next_bounce: u64,
@@ -273,7 +274,6 @@ impl Pager {
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),
-            taken: Vec::new(),
             bounces: HashMap::new(),
             next_bounce: 1,
             injections: HashMap::new(),
@@ -329,6 +329,7 @@ impl Pager {
             Wake::Timer(TIMER_GATE) => self.check_gates(),
             Wake::Timer(TIMER_CHILDREN) => self.check_children(),
             Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_HEAT => self.sweep(token & !KIND_MASK),
+            Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_AGENT => self.agent_is_late(token & !KIND_MASK),
             _ => {}
         }
     }
@@ -338,6 +339,8 @@ impl Pager {
         match token & KIND_MASK {
             KIND_UFFD => self.read_uffd(id),
             KIND_PIDFD => self.client_exited(id),
+            KIND_DONE => self.take_answers(id),
+            KIND_AGENT => self.agent_ended(id),
             KIND_ENGINE => {
                 let device_id = id as u8;
                 let engine = self.devices[usize::from(device_id)].as_ref().and_then(|device| device.engine.as_ref());
@@ -402,7 +405,7 @@ impl Pager {
             self.driver_session_lost(device, conn);
         }
         if let Some(space) = session.space {
-            self.agent_disconnected(space, conn);
+            self.client_disconnected(space, conn);
             self.check_children_soon();
         }
         // A client that only lost its connection still faults through its userfaultfd; its pidfd tells when it dies.
@@ -421,7 +424,12 @@ impl Pager {
         if space.dying || !exited {
             return;
         }
-        tracing::info!(space = space_id, pid = space.state.pid, "Client is gone: its pages are reclaimed and scrubbed");
+        let pid = space.state.pid;
+        if self.address_space_lives(space_id) {
+            // Its agent is about to end; or a child that the program has made with CLONE_VM goes on with the memory.
+            return self.check_children_soon();
+        }
+        tracing::info!(space = space_id, pid, "Client is gone: its pages are reclaimed and scrubbed");
         self.end_space(space_id);
     }
 
@@ -468,7 +476,6 @@ impl Pager {
         }
         let Some(region) = self.regions.remove(region.0) else { return };
         tracing::debug!(region = region.id, space = region.space, "A region is gone");
-        self.taken.retain(|(of, _)| of.0 != region.id);
         for (space, range) in region.registered.iter() {
             // Somebody else may be shown there by now.
             let taken = !self.touched(space, range.start, range.end()).is_empty();

@@ -4,7 +4,7 @@
 //!  space/ID/state            memfd: id, nonce, token, kind, features, pid
 //!  space/ID/uffd             the process's userfaultfd (closing the last one would turn missing pages into zeros)
 //!  space/ID/pidfd            readable when the process has exited: the one truth about its death
-//!  space/ID/maps, staging    the agent's memory (a forked child has none until it attaches)
+//!  space/ID/maps, pagemap, staging, orders, done, agent    for the agent (a forked child has none until it attaches)
 //!  space/ID/region/ID/dir    directory (see `directory.rs`), `live` is stored last
 //!  space/ID/region/ID/mem    the client's memfd or file; none for private memory
 //! ```
@@ -26,7 +26,7 @@ use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Attr, Backing, DeviceId, Directory, Pages, RegionId};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Begun};
 use crate::directory::{DirectoryFile, SegmentRecord};
 use crate::heat::{Heat, add_page};
 use crate::moved::Vacated;
@@ -254,6 +254,8 @@ pub struct Space {
     pub segments: BTreeMap<u64, u64>,
     /// Its agent; a forked child has none until it attaches.
     pub agent: Option<Agent>,
+    /// What it may be doing for a pager that is dead.
+    pub begun: Option<Begun>,
     /// The process is dead or said goodbye; the space is removed with its last region.
     pub dying: bool,
     /// Revocations that a forked child waits for.

@@ -98,7 +98,7 @@ pub(crate) fn open<T: Send + 'static>(
 ) -> *mut uhmm_pending {
     let slot = Arc::new(Slot::new());
     let completed = Arc::clone(&slot);
-    call.on_complete(move |result| completed.complete(result.map(kind).map_err(Failure::from)));
+    call.on_answer(move |result| completed.complete(result.map(kind).map_err(Failure::from)));
     handles::open(slot)
 }
 

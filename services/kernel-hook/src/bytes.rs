@@ -43,11 +43,14 @@ pub enum Advice {
     DontFork,
     /// Undo `DontFork`.
     DoFork,
+    /// Leave the range out of core dumps.
+    DontDump,
 }
 
 impl Advice {
     fn code(self) -> (&'static str, libc::c_int) {
         match self {
+            Self::DontDump => ("madvise(DONTDUMP)", libc::MADV_DONTDUMP),
             Self::DontNeed => ("madvise(DONTNEED)", libc::MADV_DONTNEED),
             Self::Remove => ("madvise(REMOVE)", libc::MADV_REMOVE),
             Self::PopulateRead => ("madvise(POPULATE_READ)", libc::MADV_POPULATE_READ),
@@ -294,6 +297,17 @@ impl MappedBytes {
         self.claim_atomics()?;
         // SAFETY: as in `atomic_u32`.
         Ok(unsafe { AtomicU64::from_ptr(place) })
+    }
+
+    /// Wakes one thread, of any process, that sleeps on the aligned 32-bit word at `off` as a futex. The word's new value was stored before.
+    ///
+    /// # Errors
+    /// See the type.
+    pub fn wake_futex(&self, off: u64) -> Result<(), HookError> {
+        let place = self.word::<u32>(off, false)?;
+        // SAFETY: the word is inside this mapping; the kernel takes its address as a name.
+        let rc = unsafe { libc::syscall(libc::SYS_futex, place, libc::FUTEX_WAKE, 1) };
+        if rc >= 0 { Ok(()) } else { Err(HookError::failed("futex(WAKE)", std::io::Error::last_os_error())) }
     }
 
     /// Copies bytes out.

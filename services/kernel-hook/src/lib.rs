@@ -20,6 +20,8 @@
 //!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
+//!   agent            the SDK's agent: its memory and its process
+//!   secluded         a thread with descriptors of its own
 //!   stand_in         a mapping that takes the place of another one
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
@@ -32,6 +34,7 @@
 compile_error!("uhmm needs 64-bit Linux");
 
 mod abi;
+pub mod agent;
 pub mod bump;
 pub mod bytes;
 pub mod error;
@@ -50,6 +53,7 @@ pub mod process;
 pub mod procmap;
 pub mod program;
 pub mod range;
+pub mod secluded;
 pub mod signal;
 pub mod socket;
 pub mod stand_in;

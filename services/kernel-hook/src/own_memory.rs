@@ -93,7 +93,7 @@ pub fn lock(range: AddrRange, on: bool) -> Result<(), HookError> {
 /// # Errors
 /// `Call` on kernels before 6.11.
 pub fn mappings(range: AddrRange) -> Result<Vec<Vma>, HookError> {
-    let maps = procmap::open_maps(std::process::id())?;
+    let maps = procmap::open_own_maps()?;
     let mut found = Vec::new();
     let mut addr = range.start;
     while addr < range.end() {
@@ -138,7 +138,7 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
 /// # Errors
 /// `Call` when the file cannot be mapped.
 pub fn identity_of(file: impl AsFd, offset: u64, page_bytes: u64) -> Result<((u32, u32), u64), HookError> {
-    let maps = procmap::open_maps(std::process::id())?;
+    let maps = procmap::open_own_maps()?;
     // NORESERVE: of huge pages a mapping otherwise sets some aside, and there may be none.
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let probe = map_raw(Placement::Anywhere, page_bytes, libc::PROT_NONE, flags, Some((file.as_fd(), offset)))?;

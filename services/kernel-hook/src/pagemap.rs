@@ -55,6 +55,16 @@ pub fn open_pagemap(pid: u32) -> Result<OwnedFd, HookError> {
     Ok(file.into())
 }
 
+/// Opens this process's own, whatever its number is where /proc comes from (another PID namespace's, perhaps).
+///
+/// # Errors
+/// `Call`: ENOENT without /proc.
+pub fn open_own_pagemap() -> Result<OwnedFd, HookError> {
+    let hint = "Mount /proc";
+    let file = File::open("/proc/self/pagemap");
+    Ok(file.map_err(|error| HookError::hinted("open(/proc/self/pagemap)", error, hint))?.into())
+}
+
 /// The pages of `range` that have any of the kinds `any_of`, as runs in order; each run tells all kinds asked for.
 ///
 /// # Errors
@@ -107,7 +117,7 @@ mod tests {
 
     #[test]
     fn scan_finds_touched_pages_only_and_joins_batches() {
-        let pagemap = open_pagemap(std::process::id()).unwrap();
+        let pagemap = open_own_pagemap().unwrap();
         let window = Window::anonymous(2048 * 4096).unwrap();
         window.advise(0, window.len(), crate::bytes::Advice::NoHugePage).unwrap();
         for page in (0..1400).step_by(2) {

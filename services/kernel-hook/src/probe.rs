@@ -210,7 +210,7 @@ fn punch() -> Item {
 
 fn procmap_query() -> Item {
     let tried = Window::anonymous(PAGE_SIZE).and_then(|window| {
-        let maps = procmap::open_maps(std::process::id())?;
+        let maps = procmap::open_own_maps()?;
         procmap::query(maps.as_fd(), window.addr())
     });
     let consequence = "Drivers cannot learn the protection of client memory at fault time";
@@ -220,7 +220,7 @@ fn procmap_query() -> Item {
 fn pagemap_scan() -> Item {
     let tried = Window::anonymous(PAGE_SIZE).and_then(|window| {
         window.store_u8(0, 1)?;
-        let pagemap = pagemap::open_pagemap(std::process::id())?;
+        let pagemap = pagemap::open_own_pagemap()?;
         pagemap::scan(pagemap.as_fd(), window.range(), Categories::PRESENT)
     });
     let consequence = "Private regions are copied in full when adopted, zero pages included";

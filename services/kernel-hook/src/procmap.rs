@@ -58,6 +58,15 @@ pub fn open_maps(pid: u32) -> Result<OwnedFd, HookError> {
     Ok(file.into())
 }
 
+/// Opens this process's own, whatever its number is where /proc comes from (another PID namespace's, perhaps).
+///
+/// # Errors
+/// `Call`: ENOENT without /proc.
+pub fn open_own_maps() -> Result<OwnedFd, HookError> {
+    let hint = "Mount /proc";
+    Ok(File::open("/proc/self/maps").map_err(|error| HookError::hinted("open(/proc/self/maps)", error, hint))?.into())
+}
+
 /// The mapping that covers `addr`, or None.
 ///
 /// # Errors
@@ -97,7 +106,7 @@ mod tests {
 
     #[test]
     fn query_tells_protection_and_sharing_of_our_own_mappings() {
-        let maps = open_maps(std::process::id()).unwrap();
+        let maps = open_own_maps().unwrap();
         let file = crate::memfd::create_sealed("uhmm-procmap-test", 3 * 4096).unwrap();
         let shared = Window::map(file.as_fd(), 4096, 8192, Prot::ReadOnly).unwrap();
         let vma = query(maps.as_fd(), shared.addr() + 5000).unwrap().unwrap();

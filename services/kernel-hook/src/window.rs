@@ -26,6 +26,21 @@ pub struct Window {
 }
 
 impl Window {
+    /// Private memory that may not be touched before its rights are changed (`own_memory::protect`), and that nobody sets aside memory
+    /// for: mlockall(MCL_FUTURE) populates nothing of it.
+    ///
+    /// # Errors
+    /// `Empty`, `Call`: EAGAIN over RLIMIT_MEMLOCK under mlockall, ENOMEM over RLIMIT_AS.
+    pub(crate) fn reserved(len: u64) -> Result<Self, HookError> {
+        if len == 0 {
+            return Err(HookError::Empty { start: 0 });
+        }
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let base = map_raw(Placement::Anywhere, len, libc::PROT_NONE, flags, None)?;
+        // SAFETY: a fresh mapping of that length, owned by nobody else; its owner makes it accessible before it is used.
+        Ok(Self { bytes: unsafe { MappedBytes::from_raw(base, len, true) } })
+    }
+
     /// Maps `len` bytes of `fd` from the page-aligned `off`, shared with everybody who maps the same file.
     ///
     /// # Errors

@@ -340,7 +340,7 @@ impl Mirror {
                 self.broadcast(mask, &mirror::Event::SpaceGone { space });
             }
             // For clients' agents; the pager does not send it here.
-            pager::Event::Agent { .. } => {}
+            pager::Event::Frames { .. } => {}
         }
         self.act();
     }

@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
-use uhmm_kernel_hook::pagemap::{Categories, open_pagemap, scan};
+use uhmm_kernel_hook::pagemap::{Categories, open_own_pagemap, scan};
 use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_kernel_hook::{AddrRange, HookError};
 use uhmm_sdk::Region;
@@ -252,7 +252,7 @@ impl Mem {
     // ---- what the kernel says about it
 
     fn scanned(&self, off: u64, len: u64, categories: Categories) -> CaseResult<u64> {
-        let pagemap = open_pagemap(std::process::id())?;
+        let pagemap = open_own_pagemap()?;
         let range = AddrRange { start: self.addr() + off, len };
         let runs = scan(pagemap.as_fd(), range, categories)?;
         let fitting = runs.iter().filter(|run| run.categories.contains(categories));

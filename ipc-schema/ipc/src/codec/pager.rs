@@ -13,7 +13,7 @@ mod agent;
 mod places;
 mod runs;
 
-use agent::{read_agent_memory, read_done, read_order, write_agent_memory, write_done, write_order};
+use agent::{read_agent_memory, read_done, read_frames, read_started, write_agent_memory, write_frames};
 use places::{point_from_wire, point_to_wire, read_advice, read_target, write_advice, write_target};
 
 pub(super) use runs::{read_map_runs, read_region, read_reply, write_map_runs, write_region, write_reply};
@@ -76,7 +76,12 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_point(point_to_wire(*point));
             to.set_nth(*nth);
         }
-        Call::AgentDone { id, runs } => write_done(*id, runs, to.init_agent_done())?,
+        Call::FramesDone { id, done } => {
+            let mut to = to.init_frames_done();
+            to.set_id(*id);
+            to.set_done(*done);
+        }
+        Call::AgentStarted { agent } => to.init_agent_started().set_agent_fd(fds.put_optional(agent.as_ref())),
         Call::Advise { addr, len_bytes, advice } => {
             let mut to = to.init_advise();
             to.set_addr(*addr);
@@ -217,7 +222,8 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             Call::Inject { point: point_from_wire(from.get_point()?), nth: from.get_nth() }
         }
-        call::AgentDone(from) => read_done(from?)?,
+        call::FramesDone(from) => read_done(from?),
+        call::AgentStarted(from) => read_started(from?, fds)?,
         call::Advise(from) => {
             let from = from?;
             let advice = read_advice(from.get_advice()?)?;
@@ -338,7 +344,7 @@ pub(super) fn write_event(from: &Event, to: event::Builder<'_>) -> Result<(), En
         }
         Event::DeviceVoid { device } => to.init_device_void().set_device(*device),
         Event::SpaceGone { space } => to.init_space_gone().set_space(*space),
-        Event::Agent { .. } => write_order(from, to.init_agent()),
+        Event::Frames { .. } => write_frames(from, to.init_frames()),
     }
     Ok(())
 }
@@ -360,6 +366,6 @@ pub(super) fn read_event(from: event::Reader<'_>) -> Result<Event, DecodeError> 
         }
         event::DeviceVoid(from) => Event::DeviceVoid { device: from?.get_device() },
         event::SpaceGone(from) => Event::SpaceGone { space: from?.get_space() },
-        event::Agent(from) => read_order(from?)?,
+        event::Frames(from) => read_frames(from?)?,
     })
 }

@@ -270,12 +270,17 @@ pub enum Call {
         /// Which one.
         nth: u32,
     },
-    /// Client's agent: answer to [`Event::Agent`].
-    AgentDone {
+    /// Client: answer to [`Event::Frames`].
+    FramesDone {
         /// From the event.
         id: u64,
-        /// What became of the pages, from the first one on.
-        runs: Vec<AgentRun>,
+        /// All pages of the order are as it says.
+        done: bool,
+    },
+    /// Client: its agent has ended, and another one carries out the orders from now on, beginning with what was not answered.
+    AgentStarted {
+        /// See [`AgentMemory::agent`].
+        agent: Option<Fd>,
     },
     /// Client: move a range, page by page, partial success reported.
     Migrate {
@@ -533,20 +538,20 @@ pub struct RegionStatus {
 /// Downward events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// To the client's agent: do this, answer with `AgentDone`.
-    Agent {
+    /// To the client: map this, answer with `FramesDone`.
+    Frames {
         /// Echo it.
         id: u64,
-        /// Region: with the page, the agent's name for what it holds in scratch.
+        /// Region.
         region: u64,
         /// First page inside the region.
         first_page: u64,
-        /// Address of that page now.
+        /// Address of that page.
         addr: u64,
         /// Pages, at most 512.
         page_count: u64,
         /// What.
-        op: AgentOp,
+        op: FramesOp,
     },
     /// To the mirror: revoke these pages on these devices, answer with `InvalidateDone`. Absolute and repeatable.
     Invalidate {

@@ -48,7 +48,7 @@ impl Pending {
 fn is_acknowledgement(call: &Call) -> bool {
     matches!(
         call,
-        Call::Pager(pager::Call::InvalidateDone { .. } | pager::Call::AgentDone { .. })
+        Call::Pager(pager::Call::InvalidateDone { .. } | pager::Call::FramesDone { .. })
             | Call::Mirror(mirror::Call::Ack { .. })
             | Call::Supervisor(supervisor::Call::Pong { .. })
     )

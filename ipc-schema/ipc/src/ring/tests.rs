@@ -1,4 +1,7 @@
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::SeqCst;
+
+use uhmm_shared::ring::{HEAD, LANE, TAIL};
 
 use super::*;
 use crate::shared::model::ModelWords;

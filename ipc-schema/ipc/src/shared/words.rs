@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, Window, memfd};
+pub use uhmm_shared::words::Words;
 
 /// Why shared words are not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -32,32 +33,10 @@ pub enum WordsError {
     Hook(#[from] HookError),
 }
 
-/// An array of atomic words. Callers keep indices below [`word_count`](Self::word_count).
-pub trait Words {
-    /// Words there are; never changes.
-    fn word_count(&self) -> usize;
-    /// Atomic load.
-    fn load(&self, index: usize, order: Ordering) -> u64;
-    /// Atomic store.
-    fn store(&self, index: usize, value: u64, order: Ordering);
-    /// Atomic exchange.
-    fn swap(&self, index: usize, value: u64, order: Ordering) -> u64;
-    /// Atomic compare-and-exchange (strong).
-    fn compare_exchange(
-        &self,
-        index: usize,
-        current: u64,
-        new: u64,
-        success: Ordering,
-        failure: Ordering,
-    ) -> Result<u64, u64>;
-    /// Memory fence.
-    fn fence(&self, order: Ordering);
-}
-
-/// A mapped, sealed memfd. Sealed, so that no peer can shrink it under us (SIGBUS).
+/// A mapped, sealed memfd. Sealed, so that no peer can shrink it under us (SIGBUS). Clones share the mapping.
+#[derive(Clone, Debug)]
 pub struct SharedWords {
-    window: Window,
+    window: Arc<Window>,
     fd: Arc<OwnedFd>,
     word_count: usize,
 }
@@ -97,12 +76,24 @@ impl SharedWords {
             // Takes the mapping for atomics now, so that no later access can fail.
             window.atomic_u64(0)?;
         }
-        Ok(Self { window, fd: Arc::new(fd), word_count })
+        Ok(Self { window: Arc::new(window), fd: Arc::new(fd), word_count })
     }
 
     /// The memfd, to be passed on.
     pub fn fd(&self) -> &Arc<OwnedFd> {
         &self.fd
+    }
+
+    /// Address of a word in this process, for whoever works on the mapping by number.
+    pub fn addr_of(&self, index: usize) -> u64 {
+        self.window.addr() + 8 * index as u64
+    }
+
+    /// Wakes who sleeps on the low half of a word, in whatever process (a futex).
+    pub fn wake(&self, index: usize) {
+        if let Err(error) = self.window.wake_futex(8 * index as u64) {
+            tracing::error!(%error, index, "A futex in shared memory cannot be woken");
+        }
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {

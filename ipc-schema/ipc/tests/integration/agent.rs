@@ -1,6 +1,6 @@
-//! The pager's orders to a client's agent, and its answers.
+//! What the pager asks of a client about frames, and its answers.
 
-use uhmm_ipc::message::pager::{AgentOp, AgentRun, AgentStatus};
+use uhmm_ipc::message::pager::FramesOp;
 use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, pager};
 use uhmm_ipc::{CallId, ConnId, Identity, Limits, Reactor, Wake};
 
@@ -13,13 +13,12 @@ fn limited(identity: Identity) -> Identity {
 }
 
 fn order(id: u64) -> pager::Event {
-    let op = AgentOp::MoveOut { slot: 3 };
-    pager::Event::Agent { id, region: 5, first_page: 6, addr: 0x7000, page_count: 512, op }
+    let op = FramesOp::UnmapDevice;
+    pager::Event::Frames { id, region: 5, first_page: 6, addr: 0x7000, page_count: 512, op }
 }
 
 fn answer(id: u64) -> Call {
-    let runs = vec![AgentRun { page_count: 512, status: AgentStatus::Moved }];
-    Call::Pager(pager::Call::AgentDone { id, runs })
+    Call::Pager(pager::Call::FramesDone { id, done: true })
 }
 
 fn evict() -> Call {
@@ -33,8 +32,7 @@ fn waits_for_the_agent(order_at: usize) -> impl FnMut(&mut Reactor, Wake) + Send
     move |reactor, wake| {
         let Wake::Call { conn, call, body: Call::Pager(body), .. } = wake else { return };
         match body {
-            pager::Call::AgentDone { id: 9, runs } => {
-                assert_eq!(runs, [AgentRun { page_count: 512, status: AgentStatus::Moved }]);
+            pager::Call::FramesDone { id: 9, done: true } => {
                 agent_answered = true;
                 assert!(reactor.reply(conn, call, Ok(Reply::Pager(pager::Reply::Done))));
             }
@@ -108,7 +106,7 @@ fn integration_after_a_lost_connection_an_agents_answer_is_repeated_before_the_c
     let (told, seen) = std::sync::mpsc::channel();
     let first = limited(identity("pager", Role::Pager, 1, Some(Interface::Pager)));
     let first = Server::start_as(&place, first, move |_, wake| {
-        if let Wake::Call { body: Call::Pager(pager::Call::AgentDone { id, .. }), .. } = wake {
+        if let Wake::Call { body: Call::Pager(pager::Call::FramesDone { id, .. }), .. } = wake {
             told.send(id).expect("the test listens");
         }
     });

@@ -52,7 +52,7 @@ fn scratch(uffd: &Userfaultfd, page_count: u64) -> Window {
 
 fn kinds(range: AddrRange) -> Vec<(u64, Categories)> {
     let any = Categories::PRESENT | Categories::SWAPPED | Categories::PFNZERO | Categories::HUGE | Categories::FILE;
-    let pagemap = pagemap::open_pagemap(std::process::id()).unwrap();
+    let pagemap = pagemap::open_own_pagemap().unwrap();
     let runs = pagemap::scan(pagemap.as_fd(), range, any).unwrap();
     runs.iter().map(|run| ((run.end - run.start) / PAGE_SIZE, run.categories)).collect()
 }

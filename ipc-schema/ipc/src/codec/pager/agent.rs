@@ -1,69 +1,45 @@
-//! What the pager asks of a client's agent, and what comes back.
+//! What the pager needs of a client's agent, and what it asks of the client about frames.
 
-use uhmm_schema::pager_capnp::{
-    self as schema, MAX_AGENT_RUNS, agent, agent_done, agent_memory, agent_run, memory_file, region,
-};
+use uhmm_schema::pager_capnp::{agent_memory, agent_started, frames, frames_done, memory_file, region};
 
-use crate::codec::error::{DecodeError, EncodeError};
+use crate::codec::error::DecodeError;
 use crate::codec::fds::{FdSink, FdSource};
-use crate::codec::limits::{in_len, out_len};
 use crate::message::Fd;
-use crate::message::pager::{AgentMemory, AgentOp, AgentRun, AgentStatus, Call, Event, Memory};
+use crate::message::pager::{AgentMemory, Call, Event, FramesOp, Memory};
 
 pub(super) fn write_agent_memory(from: &AgentMemory, mut to: agent_memory::Builder<'_>, fds: &mut FdSink) {
     to.set_maps_fd(fds.put(&from.maps));
+    to.set_pagemap_fd(fds.put(&from.pagemap));
     to.set_staging_fd(fds.put(&from.staging));
+    to.set_orders_fd(fds.put(&from.orders));
+    to.set_done_fd(fds.put(&from.done));
+    to.set_agent_fd(fds.put_optional(from.agent.as_ref()));
 }
 
 pub(super) fn read_agent_memory(
     from: agent_memory::Reader<'_>,
     fds: &mut FdSource,
 ) -> Result<AgentMemory, DecodeError> {
-    let maps = fds.take("agent.mapsFd", from.get_maps_fd())?;
-    let staging = fds.take("agent.stagingFd", from.get_staging_fd())?;
-    Ok(AgentMemory { maps, staging })
+    Ok(AgentMemory {
+        maps: fds.take("agent.mapsFd", from.get_maps_fd())?,
+        pagemap: fds.take("agent.pagemapFd", from.get_pagemap_fd())?,
+        staging: fds.take("agent.stagingFd", from.get_staging_fd())?,
+        orders: fds.take("agent.ordersFd", from.get_orders_fd())?,
+        done: fds.take("agent.doneFd", from.get_done_fd())?,
+        agent: fds.take_optional("agent.agentFd", from.get_agent_fd())?,
+    })
 }
 
-pub(super) fn write_done(id: u64, runs: &[AgentRun], mut to: agent_done::Builder<'_>) -> Result<(), EncodeError> {
-    to.set_id(id);
-    let mut list = to.init_runs(out_len("agentDone.runs", runs.len(), MAX_AGENT_RUNS)?);
-    for (index, run) in runs.iter().enumerate() {
-        let mut to = list.reborrow().get(index as u32);
-        to.set_page_count(run.page_count);
-        to.set_status(match run.status {
-            AgentStatus::Moved => schema::AgentStatus::Moved,
-            AgentStatus::MovedHuge => schema::AgentStatus::MovedHuge,
-            AgentStatus::Zero => schema::AgentStatus::Zero,
-            AgentStatus::Busy => schema::AgentStatus::Busy,
-            AgentStatus::Gone => schema::AgentStatus::Gone,
-            AgentStatus::ReadOnly => schema::AgentStatus::ReadOnly,
-            AgentStatus::Failed => schema::AgentStatus::Failed,
-        });
-    }
-    Ok(())
+pub(super) fn read_started(from: agent_started::Reader<'_>, fds: &mut FdSource) -> Result<Call, DecodeError> {
+    Ok(Call::AgentStarted { agent: fds.take_optional("agentStarted.agentFd", from.get_agent_fd())? })
 }
 
-pub(super) fn read_done(from: agent_done::Reader<'_>) -> Result<Call, DecodeError> {
-    let list = from.get_runs()?;
-    in_len("agentDone.runs", list.len(), MAX_AGENT_RUNS)?;
-    let run = |from: agent_run::Reader<'_>| -> Result<AgentRun, DecodeError> {
-        let status = match from.get_status()? {
-            schema::AgentStatus::Moved => AgentStatus::Moved,
-            schema::AgentStatus::MovedHuge => AgentStatus::MovedHuge,
-            schema::AgentStatus::Zero => AgentStatus::Zero,
-            schema::AgentStatus::Busy => AgentStatus::Busy,
-            schema::AgentStatus::Gone => AgentStatus::Gone,
-            schema::AgentStatus::ReadOnly => AgentStatus::ReadOnly,
-            schema::AgentStatus::Failed => AgentStatus::Failed,
-        };
-        Ok(AgentRun { page_count: from.get_page_count(), status })
-    };
-    let runs = list.iter().map(run).collect::<Result<_, _>>()?;
-    Ok(Call::AgentDone { id: from.get_id(), runs })
+pub(super) fn read_done(from: frames_done::Reader<'_>) -> Call {
+    Call::FramesDone { id: from.get_id(), done: from.get_done() }
 }
 
-pub(super) fn write_order(from: &Event, mut to: agent::Builder<'_>) {
-    let Event::Agent { id, region, first_page, addr, page_count, op } = from else { return };
+pub(super) fn write_frames(from: &Event, mut to: frames::Builder<'_>) {
+    let Event::Frames { id, region, first_page, addr, page_count, op } = from else { return };
     to.set_id(*id);
     to.set_region(*region);
     to.set_first_page(*first_page);
@@ -71,38 +47,26 @@ pub(super) fn write_order(from: &Event, mut to: agent::Builder<'_>) {
     to.set_page_count(*page_count);
     let mut to = to.init_op();
     match op {
-        AgentOp::MoveOut { slot } => to.set_move_out(*slot),
-        AgentOp::CopyOut { slot } => to.set_copy_out(*slot),
-        AgentOp::Drop { in_place } => to.set_drop(*in_place),
-        AgentOp::MoveBack => to.set_move_back(()),
-        AgentOp::FillHuge { slot } => to.set_fill_huge(*slot),
-        AgentOp::Probe => to.set_probe(()),
-        AgentOp::MapDevice { device, frame, generation } => {
+        FramesOp::MapDevice { device, frame, generation } => {
             let mut to = to.init_map_device();
             to.set_device(*device);
             to.set_frame(*frame);
             to.set_generation(*generation);
         }
-        AgentOp::UnmapDevice => to.set_unmap_device(()),
+        FramesOp::UnmapDevice => to.set_unmap_device(()),
     }
 }
 
-pub(super) fn read_order(from: agent::Reader<'_>) -> Result<Event, DecodeError> {
+pub(super) fn read_frames(from: frames::Reader<'_>) -> Result<Event, DecodeError> {
     let op = match from.get_op().which()? {
-        agent::op::MoveOut(slot) => AgentOp::MoveOut { slot },
-        agent::op::CopyOut(slot) => AgentOp::CopyOut { slot },
-        agent::op::Drop(in_place) => AgentOp::Drop { in_place },
-        agent::op::MoveBack(()) => AgentOp::MoveBack,
-        agent::op::FillHuge(slot) => AgentOp::FillHuge { slot },
-        agent::op::Probe(()) => AgentOp::Probe,
-        agent::op::MapDevice(from) => {
+        frames::op::MapDevice(from) => {
             let from = from?;
             let (device, frame, generation) = (from.get_device(), from.get_frame(), from.get_generation());
-            AgentOp::MapDevice { device, frame, generation }
+            FramesOp::MapDevice { device, frame, generation }
         }
-        agent::op::UnmapDevice(()) => AgentOp::UnmapDevice,
+        frames::op::UnmapDevice(()) => FramesOp::UnmapDevice,
     };
-    Ok(Event::Agent {
+    Ok(Event::Frames {
         id: from.get_id(),
         region: from.get_region(),
         first_page: from.get_first_page(),

@@ -21,7 +21,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Common", common::Call: Stats),
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
-            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes HotRanges ReadTrace Inject AgentDone
+            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
@@ -48,7 +48,7 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
 pub(super) fn event_variants() -> BTreeSet<String> {
     [
         variants!("Supervisor", supervisor::Event: Ping ServiceDied Stop),
-        variants!("Pager", pager::Event: Invalidate DeviceVoid SpaceGone Agent),
+        variants!("Pager", pager::Event: Invalidate DeviceVoid SpaceGone Frames),
         variants!("Mirror", mirror::Event: Invalidate SpaceGone),
     ]
     .concat()
@@ -81,7 +81,14 @@ fn supervisor_calls() -> Vec<Call> {
 }
 
 fn agent() -> pager::AgentMemory {
-    pager::AgentMemory { maps: fd(4096), staging: fd(8192) }
+    pager::AgentMemory {
+        maps: fd(4096),
+        pagemap: fd(4097),
+        staging: fd(8192),
+        orders: fd(8193),
+        done: fd(8194),
+        agent: Some(fd(8195)),
+    }
 }
 
 fn client_calls() -> Vec<Call> {
@@ -121,10 +128,8 @@ fn client_calls() -> Vec<Call> {
     }
     use pager::FaultPoint::*;
     calls.extend([HugeFrames, Frames, CopyOut, CopyHome].map(|point| Inject { point, nth: 3 }));
-    use pager::AgentStatus::*;
-    let runs = [Moved, MovedHuge, Zero, Busy, Gone, ReadOnly, Failed];
-    let runs = runs.map(|status| pager::AgentRun { page_count: 512, status }).to_vec();
-    calls.push(AgentDone { id: 9, runs });
+    calls.extend([true, false].map(|done| FramesDone { id: 9, done }));
+    calls.extend([None, Some(fd(4096))].map(|agent| AgentStarted { agent }));
     calls.into_iter().map(Call::Pager).collect()
 }
 
@@ -389,11 +394,9 @@ pub(super) fn events() -> Vec<Event> {
         pager::Event::DeviceVoid { device: 7 },
         pager::Event::SpaceGone { space },
     ];
-    use pager::AgentOp::*;
-    let ops = [MoveOut { slot: 15 }, CopyOut { slot: 0 }, Drop { in_place: true }, Drop { in_place: false }, MoveBack];
-    let ops = ops.into_iter().chain([FillHuge { slot: 3 }, Probe]);
-    let ops = ops.chain([MapDevice { device: 7, frame: u32::MAX, generation: u64::MAX }, UnmapDevice]);
-    let agent = ops.map(|op| pager::Event::Agent { id, region, first_page, addr: 4096, page_count, op });
+    use pager::FramesOp::*;
+    let ops = [MapDevice { device: 7, frame: u32::MAX, generation: u64::MAX }, UnmapDevice];
+    let agent = ops.map(|op| pager::Event::Frames { id, region, first_page, addr: 4096, page_count, op });
     let pager: Vec<_> = pager.into_iter().chain(agent).collect();
     let mirror = [
         mirror::Event::Invalidate { id, space, region, first_page, page_count, unmap, sequence },

@@ -11,18 +11,16 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::driver::CoherentMemory;
-use uhmm_ipc::message::pager::{AgentRun, AgentStatus};
+use uhmm_ipc::message::pager::FramesOp;
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::stand_in::StandIn;
-use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, RegisterMode};
-
-use super::{Executor, Order};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, RegisterMode, Userfaultfd};
 
 /// A pager that is told of a failure asks again: not at once.
 const FAILURE_PAUSE: Duration = Duration::from_millis(1);
@@ -35,6 +33,47 @@ pub(crate) fn rights_stay() -> MutexGuard<'static, ()> {
     RIGHTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// One thing to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    /// Grows with every new order.
+    pub id: u64,
+    pub region: u64,
+    pub first_page: u64,
+    pub addr: u64,
+    pub page_count: u64,
+    pub op: FramesOp,
+}
+
+impl Order {
+    fn whole(&self) -> AddrRange {
+        AddrRange { start: self.addr, len: self.page_count * PAGE_SIZE }
+    }
+}
+
+/// Where the session's allocated regions are, by region: known to the app's threads and to the link thread.
+#[derive(Debug, Default)]
+pub(crate) struct Allocations(Mutex<BTreeMap<u64, AddrRange>>);
+
+impl Allocations {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, AddrRange>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn insert(&self, region: u64, range: AddrRange) {
+        self.all().insert(region, range);
+    }
+
+    pub(crate) fn remove(&self, region: u64) {
+        self.all().remove(&region);
+    }
+
+    /// Where they are.
+    pub(crate) fn ranges(&self) -> Vec<AddrRange> {
+        self.all().values().copied().collect()
+    }
+}
+
 /// An allocated region.
 #[derive(Clone, Debug)]
 pub(crate) struct Allocation {
@@ -44,35 +83,16 @@ pub(crate) struct Allocation {
     pub(crate) forks: bool,
 }
 
-/// What the SDK has allocated, by region: known to the app's threads and to the agent.
-#[derive(Debug, Default)]
-pub(crate) struct Allocations(Mutex<BTreeMap<u64, Allocation>>);
-
-impl Allocations {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, Allocation>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn insert(&self, region: u64, allocation: Allocation) {
-        self.all().insert(region, allocation);
-    }
-
-    pub(crate) fn remove(&self, region: u64) {
-        self.all().remove(&region);
-    }
-
-    /// Where they are.
-    pub(crate) fn ranges(&self) -> Vec<AddrRange> {
-        self.all().values().map(|allocation| allocation.range).collect()
-    }
-
-    /// The one that an order is about, if its pages are where the order says.
-    fn of(&self, order: &Order) -> Option<Allocation> {
-        let allocation = self.all().get(&order.region).cloned()?;
-        let addr = allocation.range.start.checked_add(order.first_page.checked_mul(PAGE_SIZE)?)?;
-        let inside = order.whole().end() <= allocation.range.end();
-        (addr == order.addr && inside).then_some(allocation)
-    }
+/// See the module head. Lives on the link thread, whose descriptors it uses.
+pub(crate) struct Frames {
+    uffd: Option<Userfaultfd>,
+    allocations: Arc<Allocations>,
+    /// The same, with what they are made of.
+    memories: BTreeMap<u64, Allocation>,
+    /// Memory of coherent devices, by device and generation; also what a device had before, of which frames may be mapped.
+    apertures: BTreeMap<(u8, u64), CoherentMemory>,
+    /// Latest order.
+    last_order: u64,
 }
 
 /// What shall be mapped at the first page of an order.
@@ -91,7 +111,48 @@ impl Wanted<'_> {
     }
 }
 
-impl Executor {
+impl Frames {
+    /// A forked child's userfaultfd comes [later](Frames::know_uffd).
+    pub(crate) fn new(uffd: Option<Userfaultfd>, allocations: Arc<Allocations>) -> Self {
+        Self { uffd, allocations, memories: BTreeMap::new(), apertures: BTreeMap::new(), last_order: 0 }
+    }
+
+    pub(crate) fn know_uffd(&mut self, uffd: Userfaultfd) {
+        self.uffd = Some(uffd);
+    }
+
+    /// A region was allocated.
+    pub(crate) fn allocated(&mut self, region: u64, allocation: Allocation) {
+        self.allocations.insert(region, allocation.range);
+        self.memories.insert(region, allocation);
+    }
+
+    /// And was freed.
+    pub(crate) fn freed(&mut self, region: u64) {
+        self.allocations.remove(region);
+        self.memories.remove(&region);
+    }
+
+    /// The allocation that an order is about, if its pages are where the order says.
+    fn allocation_of(&self, order: &Order) -> Option<Allocation> {
+        let allocation = self.memories.get(&order.region).cloned()?;
+        let addr = allocation.range.start.checked_add(order.first_page.checked_mul(PAGE_SIZE)?)?;
+        let inside = order.whole().end() <= allocation.range.end();
+        (addr == order.addr && inside).then_some(allocation)
+    }
+
+    /// Does one thing. `false`: not all of its pages are as it says.
+    pub(crate) fn run(&mut self, order: &Order) -> bool {
+        let done = match order.op {
+            FramesOp::MapDevice { device, frame, generation } => self.map_device(order, device, frame, generation),
+            FramesOp::UnmapDevice => self.unmap_device(order).map(|()| true),
+        };
+        done.unwrap_or_else(|error| {
+            tracing::warn!(%error, ?order, "Frames could not be exchanged as the pager asked");
+            false
+        })
+    }
+
     /// The driver has given its memory.
     pub(crate) fn know_aperture(&mut self, memory: CoherentMemory) {
         self.apertures.insert((memory.device, memory.generation), memory);
@@ -100,42 +161,34 @@ impl Executor {
     /// An order that was carried out before and is sent again after a reconnect: what came after it may have been carried out too, so
     /// that nothing of it may be done any more.
     fn is_late(&mut self, order: &Order) -> bool {
-        let late = order.id <= self.last_frames_order;
-        self.last_frames_order = self.last_frames_order.max(order.id);
+        let late = order.id <= self.last_order;
+        self.last_order = self.last_order.max(order.id);
         late
     }
 
-    pub(super) fn map_device(
-        &mut self,
-        order: &Order,
-        device: u8,
-        frame: u32,
-        generation: u64,
-    ) -> Result<Vec<AgentRun>, HookError> {
+    fn map_device(&mut self, order: &Order, device: u8, frame: u32, generation: u64) -> Result<bool, HookError> {
         let late = self.is_late(order);
-        let answer = |status| Ok(vec![AgentRun { page_count: order.page_count, status }]);
         let aperture = self.apertures.get(&(device, generation));
-        let (Some(allocation), Some(aperture)) = (self.allocations.of(order), aperture) else {
-            return answer(AgentStatus::Failed);
+        let (Some(allocation), Some(aperture)) = (self.allocation_of(order), aperture) else {
+            return Ok(false);
         };
         let offset = aperture.memory.offset_bytes + u64::from(frame) * PAGE_SIZE;
         let wanted = Wanted { memory: &aperture.memory.fd, offset, watched: false, forks: false };
         let _unchanged = rights_stay();
         let missing = self.others(order, &allocation, &wanted)?;
         if missing.is_empty() {
-            return answer(AgentStatus::Moved);
+            return Ok(true);
         }
         if late {
-            return answer(AgentStatus::Failed);
+            return Ok(false);
         }
         self.exchange(order, &wanted, &missing)?;
-        let all = self.others(order, &allocation, &wanted)?.is_empty();
-        answer(if all { AgentStatus::Moved } else { AgentStatus::Failed })
+        Ok(self.others(order, &allocation, &wanted)?.is_empty())
     }
 
-    pub(super) fn unmap_device(&mut self, order: &Order) -> Result<Vec<AgentRun>, HookError> {
+    fn unmap_device(&mut self, order: &Order) -> Result<(), HookError> {
         self.is_late(order);
-        if let Some(allocation) = self.allocations.of(order) {
+        if let Some(allocation) = self.allocation_of(order) {
             let offset = order.first_page * PAGE_SIZE;
             let wanted = Wanted { memory: &allocation.memory, offset, watched: true, forks: allocation.forks };
             let _unchanged = rights_stay();
@@ -146,7 +199,7 @@ impl Executor {
             }
             done?;
         }
-        Ok(vec![AgentRun { page_count: order.page_count, status: AgentStatus::Moved }])
+        Ok(())
     }
 
     /// Mappings of the region or of a device inside the order's range that are not the wanted one, cut to the range.
@@ -197,7 +250,11 @@ impl Executor {
             }
             if wanted.watched {
                 let modes = RegisterMode::MISSING | RegisterMode::MINOR | RegisterMode::WP;
-                self.uffd.register(stand_in.range(), modes)?;
+                let uffd = self.uffd.as_ref().ok_or(HookError::Strange {
+                    call: "order about frames",
+                    detail: "it came before the userfaultfd".into(),
+                })?;
+                uffd.register(stand_in.range(), modes)?;
             }
             stand_in.take_place_at(vma.start)?;
         }
@@ -210,7 +267,6 @@ mod tests {
     use std::sync::Arc;
 
     use uhmm_ipc::message::Aperture;
-    use uhmm_ipc::message::pager::AgentOp;
     use uhmm_kernel_hook::{Features, ManagedMapping, Prot, Userfaultfd, Window, memfd};
 
     use super::*;
@@ -222,7 +278,7 @@ mod tests {
 
     /// A region of eight pages and a device of sixteen frames. Nobody answers faults, so every page is there before.
     struct Bed {
-        executor: Executor,
+        frames: Frames,
         mapping: ManagedMapping,
         device: Window,
         next_id: u64,
@@ -241,24 +297,23 @@ mod tests {
             let frames: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", SKIPPED + 16 * P).unwrap());
             let mapping = ManagedMapping::map(memory.as_fd(), 8 * P, None).unwrap();
             (0..8).for_each(|page| mapping.store_u64(page * P, page).unwrap());
-            let allocations = Arc::<Allocations>::default();
-            let range = AddrRange { start: mapping.addr(), len: 8 * P };
-            allocations.insert(1, Allocation { range, memory, forks: false });
-            let staging = memfd::create_sealed("uhmm-test-staging", P).unwrap();
-            let mut executor = Executor::new(uffd, staging.as_fd(), allocations).unwrap();
-            executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION, memory: aperture(&frames) });
             let device = Window::map(frames.as_fd(), SKIPPED, 16 * P, Prot::ReadWrite).unwrap();
-            Self { executor, mapping, device, next_id: 1 }
+            let memory_of_device = aperture(&frames);
+            let mut frames = Frames::new(Some(uffd), Arc::default());
+            let range = AddrRange { start: mapping.addr(), len: 8 * P };
+            frames.allocated(1, Allocation { range, memory, forks: false });
+            frames.know_aperture(CoherentMemory { device: 3, generation: GENERATION, memory: memory_of_device });
+            Self { frames, mapping, device, next_id: 1 }
         }
 
-        fn order(&mut self, first_page: u64, page_count: u64, op: AgentOp) -> Order {
+        fn order(&mut self, first_page: u64, page_count: u64, op: FramesOp) -> Order {
             self.next_id += 1;
             let addr = self.mapping.addr() + first_page * P;
             Order { id: self.next_id, region: 1, first_page, addr, page_count, op }
         }
 
-        fn run(&mut self, order: &Order) -> AgentStatus {
-            self.executor.run(order)[0].status
+        fn run(&mut self, order: &Order) -> bool {
+            self.frames.run(order)
         }
 
         fn part(&self, first_page: u64, page_count: u64) -> AddrRange {
@@ -266,8 +321,8 @@ mod tests {
         }
     }
 
-    fn map(frame: u32) -> AgentOp {
-        AgentOp::MapDevice { device: 3, frame, generation: GENERATION }
+    fn map(frame: u32) -> FramesOp {
+        FramesOp::MapDevice { device: 3, frame, generation: GENERATION }
     }
 
     #[test]
@@ -276,40 +331,40 @@ mod tests {
         let order = bed.order(2, 4, map(5));
         // The second time there is nothing to do.
         for _ in 0..2 {
-            assert_eq!(bed.run(&order), AgentStatus::Moved);
+            assert!(bed.run(&order));
             bed.mapping.store_u64(3 * P, 77).unwrap();
             assert_eq!((bed.device.load_u64(6 * P).unwrap(), bed.mapping.load_u64(P).unwrap()), (77, 1));
         }
-        let part = bed.order(3, 1, AgentOp::UnmapDevice);
-        assert_eq!(bed.run(&part), AgentStatus::Moved);
+        let part = bed.order(3, 1, FramesOp::UnmapDevice);
+        assert!(bed.run(&part));
         assert_eq!((bed.mapping.load_u64(3 * P).unwrap(), bed.mapping.load_u64(2 * P).unwrap()), (3, 0));
-        let all = bed.order(0, 8, AgentOp::UnmapDevice);
-        assert_eq!(bed.run(&all), AgentStatus::Moved);
+        let all = bed.order(0, 8, FramesOp::UnmapDevice);
+        assert!(bed.run(&all));
         (0..8).for_each(|page| assert_eq!(bed.mapping.load_u64(page * P).unwrap(), page));
     }
 
     #[test]
     fn an_order_that_is_sent_again_does_not_bring_frames_back() {
         let mut bed = Bed::new();
-        let (first, then) = (bed.order(0, 8, map(0)), bed.order(0, 8, AgentOp::UnmapDevice));
-        assert_eq!((bed.run(&first), bed.run(&then)), (AgentStatus::Moved, AgentStatus::Moved));
-        assert_eq!(bed.run(&first), AgentStatus::Failed, "the frames may be another's by now");
+        let (first, then) = (bed.order(0, 8, map(0)), bed.order(0, 8, FramesOp::UnmapDevice));
+        assert_eq!((bed.run(&first), bed.run(&then)), (true, true));
+        assert!(!bed.run(&first), "the frames may be another's by now");
         assert_eq!(bed.mapping.load_u64(7 * P).unwrap(), 7);
-        assert_eq!(bed.run(&then), AgentStatus::Moved);
+        assert!(bed.run(&then));
     }
 
     #[test]
     fn other_memory_of_the_device_and_other_addresses_are_refused() {
         let mut bed = Bed::new();
-        let old = AgentOp::MapDevice { device: 3, frame: 0, generation: GENERATION + 1 };
-        let unknown = AgentOp::MapDevice { device: 4, frame: 0, generation: GENERATION };
+        let old = FramesOp::MapDevice { device: 3, frame: 0, generation: GENERATION + 1 };
+        let unknown = FramesOp::MapDevice { device: 4, frame: 0, generation: GENERATION };
         for order in [bed.order(0, 8, old), bed.order(0, 8, unknown), bed.order(4, 5, map(0))] {
-            assert_eq!(bed.run(&order), AgentStatus::Failed);
+            assert!(!bed.run(&order));
         }
         let elsewhere = Order { addr: bed.mapping.addr() + P, ..bed.order(0, 1, map(0)) };
-        assert_eq!(bed.run(&elsewhere), AgentStatus::Failed);
-        let nobodys = Order { region: 2, ..bed.order(0, 8, AgentOp::UnmapDevice) };
-        assert_eq!(bed.run(&nobodys), AgentStatus::Moved, "nothing of it is a frame");
+        assert!(!bed.run(&elsewhere));
+        let nobodys = Order { region: 2, ..bed.order(0, 8, FramesOp::UnmapDevice) };
+        assert!(bed.run(&nobodys), "nothing of it is a frame");
         (0..8).for_each(|page| assert_eq!(bed.mapping.load_u64(page * P).unwrap(), page));
     }
 
@@ -319,8 +374,8 @@ mod tests {
         let order = bed.order(0, 8, map(0));
         bed.run(&order);
         let memory: Fd = Arc::new(memfd::create_sealed("uhmm-test-vram", SKIPPED + 16 * P).unwrap());
-        bed.executor.know_aperture(CoherentMemory { device: 3, generation: GENERATION + 1, memory: aperture(&memory) });
-        let order = bed.order(0, 8, AgentOp::UnmapDevice);
+        bed.frames.know_aperture(CoherentMemory { device: 3, generation: GENERATION + 1, memory: aperture(&memory) });
+        let order = bed.order(0, 8, FramesOp::UnmapDevice);
         bed.run(&order);
         (0..8).for_each(|page| assert_eq!(bed.mapping.load_u64(page * P).unwrap(), page));
     }
@@ -337,9 +392,9 @@ mod tests {
             let vma = |page| own_memory::mappings(bed.part(page, 1)).unwrap()[0];
             [0, 1, 2, 3].map(|page| vma(page).write)
         };
-        for op in [map(8), AgentOp::UnmapDevice] {
+        for op in [map(8), FramesOp::UnmapDevice] {
             let order = bed.order(0, 8, op);
-            assert_eq!(bed.run(&order), AgentStatus::Moved);
+            assert!(bed.run(&order));
             assert_eq!(rights(&bed), [true, false, false, true], "{op:?}");
             assert_eq!(bed.mapping.load_u64(6 * P).unwrap(), 66, "{op:?}");
         }

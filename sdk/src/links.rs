@@ -1,0 +1,571 @@
+//! The link thread: one thread of the SDK that talks to the services, so that every app thread can wait in its own way.
+//!
+//! ```text
+//!   app threads --- Command ---> channel + summons ---> link thread: Reactor --- links ---> pager, drivers
+//!        ^                                                   |
+//!        +------------------ Pending<T> <--------- Done / Preamble / LinkDown
+//! ```
+//!
+//! **Nobody needs it for a page to move or come home**: the agent, a process of its own (`agent.rs`), takes its orders from the pager through
+//! memory, and faults are the pager's. (One exception: frames of coherent devices are mapped by this thread, see `frames.rs`.)
+//!
+//! **It lives in the program and shares as little with it as a thread can** (`uhmm_kernel_hook::secluded`): all signals are blocked, and
+//! descriptors and working directory are its own. So whatever needs a descriptor of the SDK's runs here ([`Links::ask`],
+//! [`Links::call_made`]), a descriptor that an app thread must know of is a [`Held`], and nothing of the program's may run here: callbacks
+//! and log records go to the callback thread (`callbacks.rs`).
+//!
+//! After a restart of a service its link connects again, sends the preamble (who we are: `AttachSpace` or `OpenQueue`) and then,
+//! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
+//! `AttachSpace` when the space's token is known.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
+use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
+use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
+use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd};
+
+use crate::Error;
+use crate::agent::{AgentHost, AgentKind};
+use crate::callbacks;
+use crate::frames::{Allocations, Frames, Order};
+use crate::pending::{Completer, Pending, pair};
+
+/// Name of the thread.
+pub(crate) const LINK_THREAD: &str = "uhmm-links";
+const SUMMONS: FdToken = FdToken(1);
+const AGENT: FdToken = FdToken(2);
+
+/// Turns an answer into what the app asked for and delivers it.
+type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
+/// Makes a call from what lives on the link thread.
+type Make = Box<dyn FnOnce(&mut Loop) -> Result<Call, Error> + Send>;
+
+/// Which service a call is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Peer {
+    Pager,
+    Driver(String),
+}
+
+/// What `OpenSpace` brought.
+#[derive(Clone, Debug)]
+pub(crate) struct Space {
+    pub(crate) id: u64,
+    pub(crate) token: Vec<u8>,
+    pub(crate) features: u64,
+}
+
+enum Command {
+    OpenDriver {
+        name: String,
+        space: u64,
+        token: Vec<u8>,
+    },
+    Call {
+        peer: Peer,
+        make: Make,
+        trace: TraceId,
+        deadline: Option<Duration>,
+        deliver: Deliver,
+    },
+    /// Whatever needs the thread's own descriptors.
+    Do(Box<dyn FnOnce(&mut Loop) + Send>),
+    Stop,
+}
+
+/// The app's side of the thread; dropping it stops it.
+pub(crate) struct Links {
+    commands: Sender<Command>,
+    summons: Summons,
+    life: LifeWatch,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A descriptor in the link thread's table, by its name there. Dropping it closes it.
+pub(crate) struct Held {
+    key: u64,
+    commands: Sender<Command>,
+    summons: Summons,
+}
+
+impl Held {
+    /// For [`Loop::fd`].
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let key = self.key;
+        let forget = Command::Do(Box::new(move |links: &mut Loop| drop(links.held.remove(&key))));
+        if self.commands.send(forget).is_ok() {
+            // When the thread has ended, so has its table.
+            drop(self.summons.call());
+        }
+    }
+}
+
+/// How this process introduces itself to the pager.
+pub(crate) enum Identification {
+    /// As a new client.
+    Open { nonce: u64 },
+    /// As the child that a client has forked.
+    Child { space: u64, token: Vec<u8> },
+}
+
+/// What the thread needs to begin.
+pub(crate) struct Introduction {
+    pub(crate) run_dir: PathBuf,
+    pub(crate) who: Identification,
+    pub(crate) sentinel: AddrRange,
+    /// What the session allocates.
+    pub(crate) allocations: Arc<Allocations>,
+}
+
+/// What a thread that has begun says of itself.
+struct Started {
+    summons: Summons,
+    life: LifeWatch,
+    kind: UffdKind,
+}
+
+impl Links {
+    /// Starts the thread; the answer to `OpenSpace` arrives in the second value. Third: what this process's userfaultfd can do.
+    pub(crate) fn start(introduction: Introduction) -> Result<(Self, Pending<Space>, UffdKind), Error> {
+        callbacks::ensure_started_for_logs()?;
+        let (commands, inbox) = mpsc::channel();
+        let (started, has_started) = mpsc::channel();
+        let (opened, space) = pair(TraceId::fresh(), None);
+        // Inherited by the thread: no signal of the program's ever lands there.
+        let _blocked = secluded::block_signals().map_err(Error::kernel("Blocking signals"))?;
+        let thread = std::thread::Builder::new()
+            .name(LINK_THREAD.into())
+            .spawn(move || {
+                let _logs = callbacks::forward_logs();
+                match Loop::new(introduction, inbox, opened) {
+                    Ok((mut links, about)) => {
+                        if started.send(Ok(about)).is_ok() {
+                            links.run();
+                        }
+                        links.end();
+                    }
+                    Err(error) => drop(started.send(Err(error))),
+                }
+            })
+            .map_err(Error::Thread)?;
+        let Started { summons, life, kind } = has_started.recv().map_err(|_| Error::AgentGone)??;
+        let space = space.watched(life.clone());
+        Ok((Self { commands, summons, life, thread: Mutex::new(Some(thread)) }, space, kind))
+    }
+
+    /// Asks a driver to work for the space from now on. Calls that follow wait until it answers.
+    pub(crate) fn open_driver(&self, name: &str, space: &Space) {
+        self.send(Command::OpenDriver { name: name.to_owned(), space: space.id, token: space.token.clone() });
+    }
+
+    /// Sends a call without descriptors; `convert` runs on the link thread and picks the answer apart.
+    pub(crate) fn call<T: Send + 'static>(
+        &self,
+        peer: Peer,
+        call: Call,
+        deadline: Option<Duration>,
+        convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
+    ) -> Pending<T> {
+        self.call_made(peer, |_| Ok(call), deadline, convert)
+    }
+
+    /// [`Links::call`], of a call that is made on the link thread: its descriptors are opened there or [held](Links::hold).
+    pub(crate) fn call_made<T: Send + 'static>(
+        &self,
+        peer: Peer,
+        make: impl FnOnce(&mut Loop) -> Result<Call, Error> + Send + 'static,
+        deadline: Option<Duration>,
+        convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
+    ) -> Pending<T> {
+        let trace = TraceId::fresh();
+        let (completer, pending): (Completer<T>, _) = pair(trace, Some(self.life.clone()));
+        let sent = Instant::now();
+        let deliver = Box::new(move |result: Result<Reply, Error>| {
+            let elapsed_us = sent.elapsed().as_micros() as u64;
+            match &result {
+                Ok(_) => tracing::debug!(trace = format_args!("{:016x}", trace.0), elapsed_us, "Call answered"),
+                Err(error) => {
+                    tracing::debug!(trace = format_args!("{:016x}", trace.0), elapsed_us, %error, "Call failed");
+                }
+            }
+            completer.complete(result.and_then(convert));
+        });
+        self.send(Command::Call { peer, make: Box::new(make), trace, deadline, deliver });
+        pending
+    }
+
+    /// Does something on the link thread and waits for it.
+    pub(crate) fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Loop) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (completer, pending) = pair(TraceId::default(), Some(self.life.clone()));
+        self.send(Command::Do(Box::new(move |links: &mut Loop| completer.complete(what(links)))));
+        pending.wait()
+    }
+
+    /// Makes a descriptor on the link thread, where it stays; something of it that is no descriptor comes back with its handle.
+    pub(crate) fn hold<T: Send + 'static>(
+        &self,
+        make: impl FnOnce() -> Result<(OwnedFd, T), Error> + Send + 'static,
+    ) -> Result<(Held, T), Error> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let key = NEXT.fetch_add(1, Ordering::Relaxed);
+        let made = self.ask(move |links| {
+            let (fd, made) = make()?;
+            links.held.insert(key, Arc::new(fd));
+            Ok(made)
+        })?;
+        Ok((Held { key, commands: self.commands.clone(), summons: self.summons }, made))
+    }
+
+    /// A command that cannot be delivered is dropped, and its completer answers `AgentGone`.
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok()
+            && let Err(error) = self.summons.call()
+        {
+            tracing::error!(%error, "The link thread cannot be woken");
+        }
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // The last handle may be dropped by something that runs on the link thread itself, which cannot wait for its own end; and one that was
+        // killed does not end.
+        let waits = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id() && !self.life.is_orphaned();
+        if let Some(thread) = thread.filter(waits)
+            && thread.join().is_err()
+        {
+            tracing::error!("The link thread panicked");
+        }
+    }
+}
+
+/// What lives on the link thread.
+pub(crate) struct Loop {
+    reactor: Reactor,
+    run_dir: PathBuf,
+    inbox: Receiver<Command>,
+    summons: SummonsFd,
+    pager: LinkId,
+    drivers: HashMap<String, LinkId>,
+    waiting: HashMap<(LinkId, CallId), Deliver>,
+    opening: Option<Completer<Space>>,
+    /// Who we are, for a forked child.
+    child: Option<(u64, Vec<u8>)>,
+    /// Never closed before the last region is gone: without any reference left the kernel would turn every page that is on a device
+    /// into zeros. (The agent and the vault have one too.)
+    uffd: Option<Userfaultfd>,
+    sentinel: AddrRange,
+    held: HashMap<u64, Fd>,
+    agent: AgentHost,
+    frames: Frames,
+}
+
+impl Loop {
+    fn new(
+        introduction: Introduction,
+        inbox: Receiver<Command>,
+        opened: Completer<Space>,
+    ) -> Result<(Self, Started), Error> {
+        let Introduction { run_dir, who, sentinel, allocations } = introduction;
+        seclude();
+        let (summons_fd, summons) = SummonsFd::new().map_err(Error::kernel("Making the link thread's signalfd"))?;
+        let mut reactor = client_reactor(Role::Client)?;
+        reactor.add_fd(&summons_fd, SUMMONS)?;
+        let pager = reactor.link(endpoint(&run_dir, "pager"));
+        let mut agent = AgentHost::new()?;
+        let life = agent.life();
+        let links = |uffd, child, frames, agent| Self {
+            reactor,
+            run_dir,
+            inbox,
+            summons: summons_fd,
+            pager,
+            drivers: HashMap::new(),
+            waiting: HashMap::new(),
+            opening: Some(opened),
+            child,
+            uffd,
+            sentinel,
+            held: HashMap::new(),
+            agent,
+            frames,
+        };
+        let (mut links, hello, kind) = match who {
+            Identification::Open { nonce } => {
+                let (uffd, kind) =
+                    Userfaultfd::create(None).map_err(Error::kernel("Making this process's userfaultfd"))?;
+                agent.start(&uffd)?;
+                let sent = clone_of(&uffd)?.into_fd();
+                let frames = Frames::new(Some(clone_of(&uffd)?), allocations);
+                let (full, sentinel_addr, memory) = (kind == UffdKind::Full, sentinel.start, agent.memory()?);
+                let open =
+                    pager::Call::OpenSpace { nonce, uffd: Arc::new(sent), full, sentinel_addr, agent: memory };
+                (links(Some(uffd), None, frames, agent), open, kind)
+            }
+            Identification::Child { space, token } => {
+                // Its userfaultfd comes with the answer, and then its agent begins.
+                let attach = pager::Call::AttachSpace { space, token: token.clone(), agent: Some(agent.memory()?) };
+                let frames = Frames::new(None, allocations);
+                (links(None, Some((space, token)), frames, agent), attach, UffdKind::Full)
+            }
+        };
+        links.reactor.set_preamble(pager, vec![Call::Pager(hello)]);
+        links.watch_agent()?;
+        Ok((links, Started { summons, life, kind }))
+    }
+
+    fn run(&mut self) {
+        let mut wakes = Vec::new();
+        loop {
+            if !self.take_commands() {
+                return;
+            }
+            if let Err(error) = self.reactor.poll(None, &mut wakes) {
+                tracing::error!(%error, "The link thread's event loop failed");
+                return;
+            }
+            for wake in wakes.drain(..) {
+                self.on_wake(wake);
+            }
+        }
+    }
+
+    /// False when the session is over.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Command::OpenDriver { name, space, token }) => self.open_driver(name, space, token),
+                Ok(Command::Call { peer, make, trace, deadline, deliver }) => match make(self) {
+                    Ok(call) => self.send(peer, call, trace, deadline, deliver),
+                    Err(error) => deliver(Err(error)),
+                },
+                Ok(Command::Do(what)) => what(self),
+                Err(TryRecvError::Empty) => return true,
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    /// The session is over, and nobody may be left to read of what is unmapped: the kernel would hold us until somebody had.
+    fn end(mut self) {
+        if let Some(uffd) = &self.uffd
+            && let Err(error) = uffd.unregister(self.sentinel)
+        {
+            tracing::debug!(%error, "The sentinel page stays registered");
+        }
+        // Whoever waits for an answer hears that there will be none.
+        self.waiting.clear();
+        self.agent.close(self.uffd.as_ref());
+    }
+
+    /// A descriptor that is [held](Links::hold).
+    pub(crate) fn fd(&self, key: u64) -> Result<Fd, Error> {
+        self.held.get(&key).cloned().ok_or(Error::AgentGone)
+    }
+
+    /// Whether the pager has read all that this process's threads have told by munmap, mremap and fork.
+    pub(crate) fn uffd_state(&self) -> Result<UffdState, Error> {
+        let state = self.uffd.as_ref().map(Userfaultfd::state);
+        state.unwrap_or(Ok(UffdState::Quiet)).map_err(Error::kernel("Asking for unread events"))
+    }
+
+    /// What is allocated can be exchanged for frames from now on.
+    pub(crate) fn frames(&mut self) -> &mut Frames {
+        &mut self.frames
+    }
+
+    /// Test hook.
+    pub(crate) fn pause_agent(&self, duration: Duration) -> Result<(), Error> {
+        self.agent.pause(duration)
+    }
+
+    /// Who carries out the pager's orders.
+    pub(crate) fn agent_kind(&self) -> AgentKind {
+        self.agent.kind()
+    }
+
+    fn watch_agent(&mut self) -> Result<(), Error> {
+        if let Some(pidfd) = self.agent.pidfd() {
+            self.reactor.add_fd(pidfd, AGENT)?;
+        }
+        Ok(())
+    }
+
+    /// Somebody has killed the agent alone: another one is started where the program still may.
+    fn agent_ended(&mut self) -> Result<(), Error> {
+        let Some(pidfd) = self.agent.pidfd().filter(|pidfd| pidfd.exited().unwrap_or(true)) else { return Ok(()) };
+        self.reactor.remove_fd(pidfd)?;
+        self.agent.start_again()?;
+        self.watch_agent()?;
+        self.tell_of_agent()
+    }
+
+    fn tell_of_agent(&mut self) -> Result<(), Error> {
+        let started = Call::Pager(pager::Call::AgentStarted { agent: self.agent.memory()?.agent });
+        self.reactor.call(self.pager, started, TraceId::default(), None);
+        Ok(())
+    }
+
+    fn open_driver(&mut self, name: String, space: u64, token: Vec<u8>) {
+        let (reactor, run_dir) = (&mut self.reactor, &self.run_dir);
+        self.drivers.entry(name).or_insert_with_key(|name| {
+            let link = reactor.link(endpoint(run_dir, name));
+            reactor.set_preamble(link, vec![Call::Driver(driver::Call::OpenQueue { space, token })]);
+            link
+        });
+    }
+
+    fn send(&mut self, peer: Peer, call: Call, trace: TraceId, deadline: Option<Duration>, deliver: Deliver) {
+        let link = match &peer {
+            Peer::Pager => Some(self.pager),
+            Peer::Driver(name) => self.drivers.get(name).copied(),
+        };
+        let Some(link) = link else { return deliver(Err(Error::AgentGone)) };
+        tracing::debug!(trace = format_args!("{:016x}", trace.0), ?peer, call = call_name(&call), "Call sent");
+        let id = self.reactor.call(link, call, trace, deadline);
+        self.waiting.insert((link, id), deliver);
+    }
+
+    fn on_wake(&mut self, wake: Wake) {
+        match wake {
+            Wake::Fd(SUMMONS) => self.summons.drain(),
+            Wake::Fd(AGENT) => {
+                if let Err(error) = self.agent_ended() {
+                    tracing::error!(%error, "The agent has ended and no other one can be started: private memory moves to no device any more");
+                }
+            }
+            Wake::Done { link, call, result } => {
+                if let Some(deliver) = self.waiting.remove(&(link, call)) {
+                    deliver(result.map_err(Error::from));
+                }
+            }
+            Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.on_order(event),
+            Wake::Preamble { link, result, .. } if link == self.pager => self.on_introduced(result),
+            Wake::Preamble { result: Ok(Reply::Driver(driver::Reply::QueueOpened { coherent })), .. } => {
+                if let Some(memory) = coherent {
+                    self.frames.know_aperture(memory);
+                }
+            }
+            Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
+            Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
+            Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
+            _ => {}
+        }
+    }
+
+    /// The pager knows us: from now on connections begin with `AttachSpace`.
+    fn on_introduced(&mut self, result: Result<Reply, WireError>) {
+        let result = match result {
+            Ok(Reply::Pager(pager::Reply::SpaceOpened { space, token, features })) => {
+                self.attach_from_now_on(space, token.clone());
+                Ok(Space { id: space, token, features })
+            }
+            Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
+            Ok(Reply::Pager(pager::Reply::Done)) => return,
+            Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
+            Err(error) => {
+                tracing::error!(%error, "The pager refused this session");
+                Err(error.into())
+            }
+        };
+        if let Some(opening) = self.opening.take() {
+            opening.complete(result);
+        }
+    }
+
+    fn attach_from_now_on(&mut self, space: u64, token: Vec<u8>) {
+        let attach = pager::Call::AttachSpace { space, token, agent: None };
+        self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
+    }
+
+    /// The pager had this process's userfaultfd, from the kernel; now we keep one too.
+    fn on_child_attached(&mut self, uffd: Fd, features: u64) -> Result<Space, Error> {
+        let Some((space, token)) = self.child.clone() else {
+            return Err(Error::StrangeReply { question: "OpenSpace" });
+        };
+        let keeping = || Error::kernel("Keeping the userfaultfd");
+        let own = uffd.try_clone().map_err(|source| keeping()(HookError::call("dup", None, source)))?;
+        let uffd = Userfaultfd::from_fd(own).map_err(keeping())?;
+        self.frames.know_uffd(clone_of(&uffd)?);
+        self.agent.start(&uffd)?;
+        self.uffd = Some(uffd);
+        self.attach_from_now_on(space, token.clone());
+        self.watch_agent()?;
+        self.tell_of_agent()?;
+        Ok(Space { id: space, token, features })
+    }
+
+    /// The pager asks for memory to be mapped.
+    fn on_order(&mut self, event: pager::Event) {
+        let pager::Event::Frames { id, region, first_page, addr, page_count, op } = event else { return };
+        let done = self.frames.run(&Order { id, region, first_page, addr, page_count, op });
+        tracing::trace!(id, region, first_page, page_count, ?op, done, "Order of the pager");
+        self.reactor.call(self.pager, Call::Pager(pager::Call::FramesDone { id, done }), TraceId::default(), None);
+    }
+
+    fn name_of(&self, link: LinkId) -> &str {
+        if link == self.pager {
+            return "pager";
+        }
+        self.drivers.iter().find(|(_, id)| **id == link).map_or("unknown", |(name, _)| name)
+    }
+}
+
+fn clone_of(uffd: &Userfaultfd) -> Result<Userfaultfd, Error> {
+    uffd.try_clone().map_err(Error::kernel("Duplicating the userfaultfd"))
+}
+
+/// What a filter forbids is done without: the program's descriptors and folders are shared then, and closing or leaving them ends the session.
+fn seclude() {
+    for result in [secluded::own_descriptors(&[]), secluded::own_folders()] {
+        if let Err(error) = result {
+            tracing::warn!(%error, "The link thread shares this with the program");
+        }
+    }
+}
+
+/// A reactor for a process that only asks.
+pub(crate) fn client_reactor(role: Role) -> Result<Reactor, Error> {
+    let name = std::env::current_exe().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let name = name.unwrap_or_else(|| "client".into());
+    Ok(Reactor::new(Identity { name, role, incarnation: 0, interface: None, limits: Limits::default() })?)
+}
+
+/// Clients and operators have no channel key.
+pub(crate) fn endpoint(run_dir: &Path, service: &str) -> Endpoint {
+    let (path, interface) = crate::paths::service(run_dir, service);
+    Endpoint { path, interface, key: Vec::new() }
+}
+
+fn call_name(call: &Call) -> &'static str {
+    match call {
+        Call::Pager(pager::Call::CreateRegion { .. }) => "CreateRegion",
+        Call::Pager(pager::Call::FreeRegion { .. }) => "FreeRegion",
+        Call::Pager(pager::Call::Migrate { .. }) => "Migrate",
+        Call::Pager(pager::Call::Query { .. }) => "Query",
+        Call::Pager(pager::Call::Advise { .. }) => "Advise",
+        Call::Pager(pager::Call::CloseSpace) => "CloseSpace",
+        Call::Driver(driver::Call::Info) => "Info",
+        Call::Driver(driver::Call::Submit { .. }) => "Submit",
+        _ => "other",
+    }
+}
