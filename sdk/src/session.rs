@@ -14,6 +14,7 @@ use crate::agent::{Agent, Identification, Introduction, Peer, Space};
 use crate::child::{Sentinel, agent_memory};
 use crate::device::{Device, DeviceInfo, ask_info};
 use crate::executor::Allocations;
+use crate::own::{self, Noted};
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::region::Region;
@@ -36,6 +37,8 @@ pub(crate) struct Inner {
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
+    /// The sentinel's entry in the registry of what is never managed for the program.
+    _sentinel_noted: Noted,
     adopted: Mutex<Adopted>,
     pub(crate) allocations: Arc<Allocations>,
     // Never closed before the last region is gone either: without any reference left the kernel would turn
@@ -112,8 +115,20 @@ impl Session {
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
+        let _sentinel_noted = own::note(sentinel.range(), "uhmm's sentinel page");
         Ok(Self {
-            inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, allocations, uffd }),
+            inner: Arc::new(Inner {
+                agent,
+                space,
+                run_dir,
+                devices,
+                kind,
+                sentinel,
+                _sentinel_noted,
+                adopted,
+                allocations,
+                uffd,
+            }),
         })
     }
 
