@@ -47,13 +47,13 @@ pub struct AdoptedAll {
     pub already_bytes: u64,
     /// Bytes that are left alone, by reason, in the order of [`LeftAlone::ALL`]; a reason without bytes is left out.
     pub left_alone: Vec<(LeftAlone, u64)>,
-    /// Something was given back because a thread lives there now.
-    pub(super) released: bool,
+    /// Bytes that this call has given back, because a thread lives there now.
+    pub given_back_bytes: u64,
 }
 
 impl AdoptedAll {
     pub(super) fn changed(&self) -> bool {
-        self.region_count > 0 || self.released
+        self.region_count > 0 || self.given_back_bytes > 0
     }
 }
 
@@ -317,7 +317,7 @@ impl Look<'_> {
         match self.wait(&answer) {
             Ok(()) => {
                 self.session.forget_adopted(range);
-                self.report.released = true;
+                self.report.given_back_bytes += range.len;
                 self.leave(LeftAlone::ThreadStack, range.len);
                 Ok(())
             }
