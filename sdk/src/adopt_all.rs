@@ -71,10 +71,10 @@ impl Session {
     /// counts.
     pub fn adopted_ranges(&self) -> Vec<AddrRange> {
         let found = Looker::new().and_then(|looker| looker.managed(&self.inner));
-        joined(&found.unwrap_or_else(|error| {
+        found.unwrap_or_else(|error| {
             tracing::debug!(%error, "The kernel cannot be asked what is managed");
-            self.inner.adopted_list()
-        }))
+            joined(self.inner.adopted_list().all())
+        })
     }
 }
 

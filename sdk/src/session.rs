@@ -385,9 +385,13 @@ impl Inner {
         self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.clone()
     }
 
-    /// Forgets what is not mapped any more of `released`, which was asked for before `mapped` was read, and of what is adopted.
+    /// Forgets what is not mapped any more of `released`, which was asked for before `mapped` was read, and of what is adopted. `mapped` is in
+    /// order.
     pub(crate) fn forget_unmapped(&self, mapped: &[AddrRange], released: &AdoptedRanges) {
-        let gone = |range: &AddrRange| !mapped.iter().any(|mapped| mapped.overlaps(range));
+        let gone = |range: &AddrRange| {
+            let next = mapped.partition_point(|mapped| mapped.end() <= range.start);
+            mapped.get(next).is_none_or(|mapped| !mapped.overlaps(range))
+        };
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         released.all().into_iter().filter(gone).for_each(|range| adopted.released.remove(range));
         // Whoever adopts adds to the list when the memory is mapped, so what is not mapped under the lock is not about to be needed.

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "check.h"
 
+#include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -442,30 +443,51 @@ static void on_signal(int number)
     atomic_fetch_add(&handled, 1);
 }
 
-/* A signal of the process never runs its handler on the thread that looks for memory. */
-static void signals(const struct bench *bench)
+/* The number of the thread of this name; 0: there is none. */
+static pid_t thread_named(const char *wanted)
 {
-    struct sigaction action = {.sa_handler = on_signal};
-    char name[64] = "", path[64];
-    bool found = false;
-    OK(sigaction(SIGUSR1, &action, NULL));
-    OK(uhmm_adopt_all(bench->session, NULL));
-    for (pid_t tid = getpid(); tid < getpid() + 64 && !found; tid++) {
-        snprintf(path, sizeof path, "/proc/self/task/%d/comm", tid);
+    char path[300], name[64];
+    struct dirent *entry;
+    pid_t found = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    TRUE_THAT(tasks != NULL);
+    while (found == 0 && (entry = readdir(tasks)) != NULL) {
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
         FILE *comm = fopen(path, "r");
         if (comm == NULL)
             continue;
-        found = fgets(name, sizeof name, comm) != NULL && strcmp(name, "uhmm-adopt\n") == 0;
+        if (fgets(name, sizeof name, comm) != NULL && strcmp(name, wanted) == 0)
+            found = atoi(entry->d_name);
         fclose(comm);
-        if (found) {
-            /* To that thread: it stays pending. */
-            OK(syscall(SYS_tgkill, getpid(), tid, SIGUSR1));
-        }
     }
-    TRUE_THAT(found);
-    OK(uhmm_adopt_all(bench->session, NULL));
+    closedir(tasks);
+    return found;
+}
+
+/* A signal of the process never runs its handler on the thread that looks for memory; the thread ends with the session. */
+static void signals(const struct bench *bench)
+{
+    const char *name = "uhmm-adopt\n";
+    struct sigaction action = {.sa_handler = on_signal};
+    struct bench other = *bench;
+    double begun = now();
+    pid_t tid;
+
+    OK(sigaction(SIGUSR1, &action, NULL));
+    SAME(thread_named(name), 0);
+    OK(uhmm_connect(bench->run_dir, &other.session));
+    OK(uhmm_adopt_all(other.session, NULL));
+    /* It names itself when it runs. */
+    while ((tid = thread_named(name)) == 0)
+        TRUE_THAT(now() - begun < 2);
+    /* To that thread: it stays pending there, over a look. */
+    OK(syscall(SYS_tgkill, getpid(), tid, SIGUSR1));
+    wait_until_managed(&other, map(MIB, PROT_READ | PROT_WRITE, 0), MIB);
     SAME(atomic_load(&handled), 0);
     OK(raise(SIGUSR1));
+    SAME(atomic_load(&handled), 1);
+    OK(uhmm_disconnect(other.session));
+    SAME(thread_named(name), 0);
     SAME(atomic_load(&handled), 1);
 }
 

@@ -5,10 +5,7 @@
 //!                                                  \-> new --worth--> smaps, guards --decide--> runs --worth--> AdoptRegion
 //! ```
 //!
-//! smaps walks every page table up to the last new mapping, so it is read only when there is one that maps alone does not rule out, and what
-//! it has ruled out is remembered for a while. With 1000 mappings, none of them new, a look costs about 2.5 times as much as reading
-//! /proc/self/maps (the rest is one UFFDIO_MOVE of nothing a mapping, see `RegistrationProbe`); with a new one behind 1 GiB
-//! of touched 4 KiB pages, about as much again as a plain walk over these pages by PAGEMAP_SCAN.
+//! COST
 //!
 //! Nothing here is needed for a page to come home: the pager does that without the SDK, so that this may itself live in managed memory.
 
@@ -22,12 +19,12 @@ use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, RegistrationProbe, own_memory, page
 
 use super::maps::{self, Mapping};
 use super::policy::{LeftAlone, Surroundings, cut, decide, follows_guard, worth};
+use crate::Error;
 use crate::adopted::AdoptedRanges;
 use crate::agent::Peer;
 use crate::own::{self, Noted};
 use crate::pending::Pending;
 use crate::session::Inner;
-use crate::{Error, adopted};
 
 /// How long what smaps or the pager has ruled out is not asked about again, unless the mapping changes.
 const REMEMBERED: Duration = Duration::from_secs(5);
@@ -93,7 +90,8 @@ struct Look<'a> {
     probe: &'a RegistrationProbe,
     state: &'a mut State,
     left: BTreeMap<LeftAlone, u64>,
-    managed: AdoptedRanges,
+    /// In order, neighbours joined.
+    managed: Vec<AddrRange>,
     report: AdoptedAll,
 }
 
@@ -113,19 +111,21 @@ impl Looker {
         Look { session, stopped, probe: &self.probe, state: &mut state, left, managed, report }.run()
     }
 
-    /// Private memory that is under management now.
-    pub(super) fn managed(&self, session: &Arc<Inner>) -> Result<AdoptedRanges, Error> {
+    /// Private memory that is under management now, in order, neighbours joined.
+    pub(super) fn managed(&self, session: &Arc<Inner>) -> Result<Vec<AddrRange>, Error> {
         let maps = read_maps()?;
         let listed = session.adopted_list();
-        let mut found = AdoptedRanges::default();
+        let mut found = Vec::new();
         for mapping in maps.iter().filter(|mapping| mapping.is_private_anonymous()) {
             if !(mapping.read && mapping.write) {
-                listed.parts_in(mapping.range).into_iter().for_each(|part| found.insert(part));
+                joined(listed.parts_in(mapping.range)).into_iter().for_each(|part| push_joined(&mut found, part));
             } else if is_managed(&self.probe, session, mapping.range.start, &|| false)? == Some(true) {
-                found.insert(mapping.range);
+                push_joined(&mut found, mapping.range);
             }
         }
-        own::ranges().into_iter().for_each(|(own, _)| found.remove(own));
+        for (own, _) in own::ranges() {
+            found = found.into_iter().flat_map(|range| without(range, own)).collect();
+        }
         Ok(found)
     }
 }
@@ -160,6 +160,17 @@ impl Look<'_> {
         *self.left.entry(why).or_default() += bytes;
     }
 
+    fn count_managed(&mut self, piece: AddrRange) {
+        push_joined(&mut self.managed, piece);
+        self.report.already_bytes += piece.len;
+    }
+
+    /// How many bytes right before `addr` are managed.
+    fn managed_before(&self, addr: u64) -> u64 {
+        let found = self.managed.binary_search_by_key(&addr, AddrRange::end);
+        found.map_or(0, |index| self.managed[index].len)
+    }
+
     /// What may be adopted as far as maps tells, and what is managed though a thread lives there.
     fn survey<'m>(
         &mut self,
@@ -167,15 +178,16 @@ impl Look<'_> {
         released: &AdoptedRanges,
     ) -> Result<(Vec<Candidate<'m>>, Vec<AddrRange>), Error> {
         let heads = heads()?;
-        let listed = self.session.adopted_list();
+        let (listed, own) = (self.session.adopted_list(), own::ranges());
         let (mut candidates, mut threads) = (Vec::new(), Vec::new());
         let before = std::iter::once(None).chain(maps.iter().map(Some));
         for (before, mapping) in before.zip(maps) {
-            let inside: Vec<u64> = heads.iter().copied().filter(|head| mapping.range.contains(*head)).collect();
+            let first = heads.partition_point(|head| *head < mapping.range.start);
+            let inside = &heads[first..first + heads[first..].partition_point(|head| *head < mapping.range.end())];
             let guarded = follows_guard(before, mapping);
-            for (piece, thread) in cut(mapping.range, guarded, &inside) {
+            for (piece, thread) in cut(mapping.range, guarded, inside) {
                 let around = Surroundings {
-                    own: own::overlapping(piece).is_some(),
+                    own: own.iter().any(|(range, _)| range.overlaps(&piece)),
                     thread,
                     guarded: guarded && inside.is_empty(),
                     released: released.overlaps(piece),
@@ -189,20 +201,14 @@ impl Look<'_> {
                     (true, false) => Some(listed.overlaps(piece)),
                 };
                 match (verdict, managed) {
-                    (Ok(()), Some(true)) => {
-                        self.managed.insert(piece);
-                        self.report.already_bytes += piece.len;
-                    }
+                    (Ok(()), Some(true)) => self.count_managed(piece),
                     (Ok(()), Some(false)) => match self.state.ruled_out.get(&piece) {
                         Some((why, _)) => *self.left.entry(*why).or_default() += piece.len,
                         None => candidates.push(Candidate { piece, mapping, around }),
                     },
                     // Only where a thread lives now; a guard alone may have come there later.
                     (Err(LeftAlone::ThreadStack), Some(true)) if thread => threads.push(piece),
-                    (Err(LeftAlone::ThreadStack), Some(true)) => {
-                        self.managed.insert(piece);
-                        self.report.already_bytes += piece.len;
-                    }
+                    (Err(LeftAlone::ThreadStack), Some(true)) => self.count_managed(piece),
                     (Err(why), _) => self.leave(why, piece.len),
                     // An event is on its way: the next look sees what has become of it.
                     (Ok(()), None) => {}
@@ -217,7 +223,7 @@ impl Look<'_> {
         let mut kept = Vec::new();
         for run in runs {
             let heap = run.parts.first().is_some_and(|part| part.mapping.name == "[heap]");
-            match worth(run.range, heap, self.managed.bytes_before(run.range.start)) {
+            match worth(run.range, heap, self.managed_before(run.range.start)) {
                 Ok(()) => kept.push(run),
                 Err(why) => self.leave(why, run.range.len),
             }
@@ -394,18 +400,29 @@ fn merge(candidates: Vec<Candidate<'_>>) -> Vec<Run<'_>> {
     runs
 }
 
-/// The pieces of a list, joined where they touch and in order.
-pub(super) fn joined(list: &adopted::AdoptedRanges) -> Vec<AddrRange> {
-    let mut all = list.all();
-    all.sort_unstable();
-    let mut joined: Vec<AddrRange> = Vec::new();
-    for range in all {
-        match joined.last_mut().filter(|last| last.end() == range.start) {
-            Some(last) => last.len += range.len,
-            None => joined.push(range),
-        }
+/// Ranges in order, joined where they touch.
+pub(super) fn joined(mut ranges: Vec<AddrRange>) -> Vec<AddrRange> {
+    ranges.sort_unstable();
+    let mut all = Vec::new();
+    ranges.into_iter().for_each(|range| push_joined(&mut all, range));
+    all
+}
+
+fn push_joined(all: &mut Vec<AddrRange>, range: AddrRange) {
+    match all.last_mut().filter(|last| last.end() == range.start) {
+        Some(last) => last.len += range.len,
+        None => all.push(range),
     }
-    joined
+}
+
+/// What of `range` is not in `hole`.
+fn without(range: AddrRange, hole: AddrRange) -> impl Iterator<Item = AddrRange> {
+    let before = (range.start, range.end().min(hole.start));
+    let behind = (range.start.max(hole.end()), range.end());
+    [before, behind]
+        .into_iter()
+        .filter(|(start, end)| start < end)
+        .map(|(start, end)| AddrRange { start, len: end - start })
 }
 
 #[cfg(test)]
@@ -430,9 +447,12 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_joined_in_order() {
-        let mut list = AdoptedRanges::default();
-        [range(9, 1), range(1, 2), range(3, 2)].into_iter().for_each(|range| list.insert(range));
-        assert_eq!(joined(&list), [range(1, 4), range(9, 1)]);
+    fn ranges_are_joined_in_order_and_holes_are_cut_out() {
+        assert_eq!(joined(vec![range(9, 1), range(1, 2), range(3, 2)]), [range(1, 4), range(9, 1)]);
+        let cut = |hole| without(range(10, 10), hole).collect::<Vec<_>>();
+        assert_eq!(cut(range(12, 1)), [range(10, 2), range(13, 7)]);
+        assert_eq!(cut(range(20, 5)), [range(10, 10)]);
+        assert_eq!(cut(range(5, 6)), [range(11, 9)]);
+        assert!(cut(range(0, 100)).is_empty());
     }
 }
