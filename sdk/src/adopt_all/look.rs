@@ -5,7 +5,10 @@
 //!                                                  \-> new --worth--> smaps, guards --decide--> runs --worth--> AdoptRegion
 //! ```
 //!
-//! COST
+//! smaps walks every page table up to the last new mapping, so it is read only when there is one that maps alone does not rule out, and what
+//! it has ruled out is remembered for a while. Measured with 1000 mappings, none of them new: a look costs 6 times as much as reading
+//! /proc/self/maps, and half as much as reading smaps of memory that is hardly touched (the most of it is a UFFDIO_MOVE of nothing for each
+//! mapping, see `RegistrationProbe`). With a new one behind 512 MiB of touched 4 KiB pages: 10 times that, 1.5 times a reading of smaps.
 //!
 //! Nothing here is needed for a page to come home: the pager does that without the SDK, so that this may itself live in managed memory.
 
