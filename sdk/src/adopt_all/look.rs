@@ -21,7 +21,7 @@ use uhmm_ipc::message::{Call, ErrorCode, Reply, pager};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, RegistrationProbe, own_memory, pagemap, threads};
 
 use super::maps::{self, Mapping};
-use super::policy::{LeftAlone, Surroundings, cut, decide, follows_guard, worth};
+use super::policy::{LeftAlone, Surroundings, cut, decide, follows_guard, is_kept_stack, worth};
 use crate::Error;
 use crate::adopted::AdoptedRanges;
 use crate::agent::Peer;
@@ -101,7 +101,10 @@ struct Look<'a> {
 impl Looker {
     pub(super) fn new() -> Result<Self, Error> {
         let probe = RegistrationProbe::new().map_err(Error::kernel("Making pages to look for managed memory with"))?;
-        let _noted = probe.ranges().map(|range| own::note(range, "a page that uhmm looks for memory with")).collect();
+        let _noted = probe
+            .ranges()
+            .map(|range| own::note_not_inherited(range, "a page that uhmm looks for memory with"))
+            .collect();
         Ok(Self { state: Mutex::default(), probe, _noted })
     }
 
@@ -192,7 +195,7 @@ impl Look<'_> {
                 let around = Surroundings {
                     own: own.iter().any(|(range, _)| range.overlaps(&piece)),
                     thread,
-                    guarded: guarded && inside.is_empty(),
+                    guarded: guarded && inside.is_empty() && is_kept_stack(piece),
                     released: released.overlaps(piece),
                 };
                 let verdict = decide(mapping, &around);
@@ -245,7 +248,7 @@ impl Look<'_> {
             // Changed since maps was read: the next look sees what it is now.
             let Some(flags) = flags.get(&(whole.start, whole.end())) else { continue };
             let mapping = Mapping { flags: *flags, ..candidate.mapping.clone() };
-            let guarded = candidate.around.guarded || pagemap::is_guard(pagemap.as_fd(), whole.start);
+            let guarded = is_kept_stack(whole) && pagemap::is_guard(pagemap.as_fd(), whole.start);
             match decide(&mapping, &Surroundings { guarded, ..candidate.around }) {
                 Ok(()) => kept.push(candidate),
                 Err(why) => self.rule_out(&candidate, why),
@@ -299,7 +302,11 @@ impl Look<'_> {
                 self.report.bytes += range.len;
             }
             Err(error) if is_fatal(error) => {}
-            Err(_) => self.session.forget_adopted(range),
+            // Somebody else may have adopted it at the same moment.
+            Err(_) => match is_managed(self.probe, self.session, range.start, self.stopped) {
+                Ok(Some(true)) => {}
+                _ => self.session.forget_adopted(range),
+            },
         }
         done
     }

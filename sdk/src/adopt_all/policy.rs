@@ -11,6 +11,8 @@ pub const ADOPT_ALL_MIN_BYTES: u64 = 64 << 10;
 const HEAP_GROWTH_PART: u64 = 16;
 /// A guard in front of a stack is no longer than this; a longer mapping without rights is something that the program has reserved.
 const GUARD_MAX_BYTES: u64 = 1 << 20;
+/// The C library keeps 40 MiB of stacks for threads to come, so what is larger than this is none of them.
+const KEPT_STACK_MAX_BYTES: u64 = 64 << 20;
 /// How much of the memory before a thread's control block may be its thread-local storage, where it is not part of a stack.
 const TLS_BYTES: u64 = 64 << 10;
 /// How much from the page of a robust list's head on belongs to the thread: the rest of its control block, with which a stack ends.
@@ -156,6 +158,11 @@ pub(crate) fn worth(run: AddrRange, heap: bool, managed_before: u64) -> Result<(
     if run.len < least { Err(LeftAlone::Small) } else { Ok(()) }
 }
 
+/// Whether a mapping behind or with a guard can be a stack that is kept for a thread to come.
+pub(crate) fn is_kept_stack(mapping: AddrRange) -> bool {
+    mapping.len <= KEPT_STACK_MAX_BYTES
+}
+
 /// Whether `mapping` follows a guard as the C library puts in front of a thread's stack, also of one that is kept for the next thread.
 pub(crate) fn follows_guard(before: Option<&Mapping>, mapping: &Mapping) -> bool {
     before.is_some_and(|guard| {
@@ -284,6 +291,9 @@ mod tests {
         assert!(!follows("f000-10000 r--p 00000000 00:00 0 "));
         assert!(!follows("f000-10000 ---p 00000000 08:01 5 /lib/libc.so.6"));
         assert!(!follows_guard(None, &stack));
+        assert!(
+            is_kept_stack(AddrRange { start: 0, len: 8 << 20 }) && !is_kept_stack(AddrRange { start: 0, len: 1 << 30 })
+        );
         let far = mapping("10000000-10010000 rw-p 00000000 00:00 0 ");
         assert!(!follows_guard(Some(&mapping("f000000-10000000 ---p 00000000 00:00 0 ")), &far), "16 MiB are reserved");
     }
