@@ -25,7 +25,8 @@
 //! Services may die and come back at any time: memory accesses and calls wait for the next incarnation. What this costs
 //! is time, never bytes. Calls that cannot be repeated say so ([`ErrorCode::Stale`]).
 //!
-//! Memory that exists already (from any allocator, or mmap) can be managed too, in place: [`Session::adopt`]. What a device reads
+//! Memory that exists already (from any allocator, or mmap) can be managed too, in place: [`Session::adopt`], or all of it:
+//! [`Session::adopt_all`]. What a device reads
 //! and writes without a job goes through [`Device::read`] and its neighbours.
 //!
 //! Limits that Linux sets: without [`Session::fork_supported`] a child made by `fork` does not inherit managed ranges (touching one

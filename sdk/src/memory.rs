@@ -171,6 +171,7 @@ impl Session {
     }
 
     /// Gives adopted memory back to the kernel alone: its pages come home first. The range may be a part of what was adopted.
+    /// [`Session::adopt_all`] leaves it alone from then on, as long as it is mapped.
     ///
     /// # Errors
     /// The pager's own: nothing is managed there, or a device cannot give the pages back.

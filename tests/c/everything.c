@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 #include <sys/mount.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/capability.h>
@@ -491,6 +492,34 @@ static void signals(const struct bench *bench)
     SAME(atomic_load(&handled), 1);
 }
 
+/* A child keeps what its parent had adopted, and looks for more when it is told to. */
+static void children(const struct bench *bench)
+{
+    const char *name = "uhmm-adopt\n";
+    struct bench own = *bench;
+    uhmm_adopted_all report;
+    uint64_t *plain = begin_everything(bench, &report);
+    int status = 0;
+    pid_t child = fork();
+
+    TRUE_THAT(child >= 0);
+    if (child == 0) {
+        EXPECT(plain, 4 * MIB, 77);
+        OK(uhmm_in_child(bench->session, &own.session));
+        TRUE_THAT(is_managed(&own, plain, 4 * MIB) && is_managed(&own, page_of(chunks[100]), PAGE));
+        SAME(thread_named(name), 0);
+        OK(uhmm_adopt_all(own.session, &report));
+        wait_until_managed(&own, map(MIB, PROT_READ | PROT_WRITE, 0), MIB);
+        TRUE_THAT(thread_named(name) != 0);
+        fill(plain, 4 * MIB, 78);
+        fflush(NULL);
+        _exit(0);
+    }
+    SAME(waitpid(child, &status, 0), child);
+    SAME(status, 0);
+    end_everything(plain);
+}
+
 /* This process may from now on make userfaultfds for user mode only. */
 static bool give_up_privilege(void)
 {
@@ -542,6 +571,7 @@ int main(int argc, char **argv)
         {"becomes_a_stack", becomes_a_stack},
         {"signals", signals},
         {"quota", quota},
+        {"children", children},
         {"user_mode_only", user_mode_only},
     };
     if (argc != 3) {

@@ -80,6 +80,11 @@ fn integration_the_thread_that_looks_for_memory_takes_no_signal() {
 }
 
 #[test]
+fn integration_a_child_keeps_what_its_parent_adopted_and_adopts_more_when_told() {
+    passes("children");
+}
+
+#[test]
 fn integration_over_the_quota_memory_stays_unmanaged_and_that_is_no_error() {
     let manifest = format!("{}\n[quota]\nmax_regions_per_space = 2\n", uhmm_tests::manifest("64MiB", ""));
     passes_on(&TestBed::with_manifest(&manifest), "quota");
