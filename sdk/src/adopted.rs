@@ -29,6 +29,21 @@ impl AdoptedRanges {
     pub(crate) fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
+
+    /// All ranges, in no order.
+    pub(crate) fn all(&self) -> Vec<AddrRange> {
+        self.ranges.clone()
+    }
+
+    /// Whether any page of `range` is in here.
+    pub(crate) fn overlaps(&self, range: AddrRange) -> bool {
+        self.ranges.iter().any(|own| own.overlaps(&range))
+    }
+
+    /// What is in here of `range`.
+    pub(crate) fn parts_in(&self, range: AddrRange) -> Vec<AddrRange> {
+        self.ranges.iter().filter_map(|own| own.intersection(&range)).collect()
+    }
 }
 
 #[cfg(test)]
@@ -55,6 +70,14 @@ mod tests {
         assert_eq!((pages(&adopted), adopted.ranges.len()), (12, 3));
         adopted.remove(range(0, 100));
         assert!(adopted.is_empty());
+    }
+
+    #[test]
+    fn parts_of_a_range_are_found() {
+        let mut adopted = AdoptedRanges::default();
+        [range(10, 5), range(1, 2)].into_iter().for_each(|range| adopted.insert(range));
+        assert!(adopted.overlaps(range(14, 3)) && !adopted.overlaps(range(3, 7)));
+        assert_eq!(adopted.parts_in(range(2, 9)), [range(10, 1), range(2, 1)]);
     }
 
     #[test]

@@ -111,7 +111,7 @@ impl AgentHost {
         let done = EventFd::new().map_err(failed())?;
         let mut seat = AgentSeat::new(staging.as_fd(), orders.as_fd()).map_err(failed())?;
         let life_word = seat.life().hold().map_err(failed())?;
-        let noted = seat.ranges().map(|(range, what)| own::note(range, what)).into();
+        let noted = seat.ranges().map(|(range, what)| own::note_not_inherited(range, what)).into();
         let life = seat.life().watch();
         let (maps, pagemap) = (Arc::new(maps), Arc::new(pagemap));
         let (staging, orders, done) = (Arc::new(staging), Arc::new(orders), Arc::new(done.into_fd()));

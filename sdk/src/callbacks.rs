@@ -16,7 +16,7 @@ use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span;
 use tracing::{Event, Level, Metadata, Subscriber};
-use uhmm_kernel_hook::secluded;
+use uhmm_kernel_hook::signal;
 
 use crate::Error;
 
@@ -32,11 +32,9 @@ fn sender() -> Result<Sender<Work>, Error> {
         return Ok(sender.clone());
     }
     let (sender, work) = mpsc::channel::<Work>();
-    let _blocked = secluded::block_signals().map_err(Error::kernel("Blocking signals"))?;
-    std::thread::Builder::new()
-        .name("uhmm-callbacks".into())
-        .spawn(move || work.into_iter().for_each(|work| work()))
-        .map_err(Error::Thread)?;
+    let body = move || work.into_iter().for_each(|work| work());
+    let spawned = signal::with_all_blocked(|| std::thread::Builder::new().name("uhmm-callbacks".into()).spawn(body));
+    drop(spawned.map_err(Error::kernel("Blocking signals"))?.map_err(Error::Thread)?);
     if let Some(inherited) = running.replace((own, sender.clone())) {
         // The parent's: its channel's other end is in the parent's thread.
         std::mem::forget(inherited);

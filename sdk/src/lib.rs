@@ -26,13 +26,15 @@
 //! Services may die and come back at any time: memory accesses and calls wait for the next incarnation. What this costs
 //! is time, never bytes. Calls that cannot be repeated say so ([`ErrorCode::Stale`]).
 //!
-//! Memory that exists already (from any allocator, or mmap) can be managed too, in place: [`Session::adopt`]. What a device reads
+//! Memory that exists already (from any allocator, or mmap) can be managed too, in place: [`Session::adopt`], or all of it:
+//! [`Session::adopt_all`]. What a device reads
 //! and writes without a job goes through [`Device::read`] and its neighbours.
 //!
 //! Limits that Linux sets: without [`Session::fork_supported`] a child made by `fork` does not inherit managed ranges (touching one
 //! there is a SIGSEGV), with it the child goes on with [`Session::in_child`]; memory of a region (not adopted memory) that I/O
 //! refers to must be pinned ([`Session::pin`]); see [`Session::uffd_kind`] for system calls on migrated memory.
 
+mod adopt_all;
 mod adopted;
 mod agent;
 mod arena;
@@ -49,10 +51,12 @@ mod own;
 mod paths;
 mod pending;
 mod range;
+mod refused;
 mod region;
 mod residency;
 mod session;
 
+pub use adopt_all::{ADOPT_ALL_MIN_BYTES, AdoptedAll, LeftAlone};
 pub use agent::AgentKind;
 pub use arena::Arena;
 pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
@@ -72,4 +76,4 @@ pub use uhmm_ipc::message::pager::{
 };
 pub use uhmm_ipc::message::supervisor::ServiceStatus;
 pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};
-pub use uhmm_kernel_hook::UffdKind;
+pub use uhmm_kernel_hook::{AddrRange, UffdKind};

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
-use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, signal};
 
 use crate::Error;
 use crate::agent::{AgentHost, AgentKind};
@@ -145,23 +145,21 @@ impl Links {
         let (commands, inbox) = mpsc::channel();
         let (started, has_started) = mpsc::channel();
         let (opened, space) = pair(TraceId::fresh(), None);
-        // Inherited by the thread: no signal of the program's ever lands there.
-        let _blocked = secluded::block_signals().map_err(Error::kernel("Blocking signals"))?;
-        let thread = std::thread::Builder::new()
-            .name(LINK_THREAD.into())
-            .spawn(move || {
-                let _logs = callbacks::forward_logs();
-                match Loop::new(introduction, inbox, opened) {
-                    Ok((mut links, about)) => {
-                        if started.send(Ok(about)).is_ok() {
-                            links.run();
-                        }
-                        links.end();
+        let body = move || {
+            let _logs = callbacks::forward_logs();
+            match Loop::new(introduction, inbox, opened) {
+                Ok((mut links, about)) => {
+                    if started.send(Ok(about)).is_ok() {
+                        links.run();
                     }
-                    Err(error) => drop(started.send(Err(error))),
+                    links.end();
                 }
-            })
-            .map_err(Error::Thread)?;
+                Err(error) => drop(started.send(Err(error))),
+            }
+        };
+        // No signal of the program's ever lands there.
+        let spawned = signal::with_all_blocked(|| std::thread::Builder::new().name(LINK_THREAD.into()).spawn(body));
+        let thread = spawned.map_err(Error::kernel("Blocking signals"))?.map_err(Error::Thread)?;
         let Started { summons, life, kind } = has_started.recv().map_err(|_| Error::AgentGone)??;
         let space = space.watched(life.clone());
         Ok((Self { commands, summons, life, thread: Mutex::new(Some(thread)) }, space, kind))
@@ -386,6 +384,11 @@ impl Loop {
     pub(crate) fn uffd_state(&self) -> Result<UffdState, Error> {
         let state = self.uffd.as_ref().map(Userfaultfd::state);
         state.unwrap_or(Ok(UffdState::Quiet)).map_err(Error::kernel("Asking for unread events"))
+    }
+
+    /// This process's userfaultfd; a forked child has none before it is attached.
+    pub(crate) fn uffd(&self) -> Option<&Userfaultfd> {
+        self.uffd.as_ref()
     }
 
     /// What is allocated can be exchanged for frames from now on.

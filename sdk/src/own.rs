@@ -2,11 +2,11 @@
 //!
 //! It is a table of the process, of atomic words only: no lock that a fork could leave taken, and nothing that blocks in a signal handler.
 //! A forked child inherits the entries, and they stay right there: a mapping that children inherit is at the same place, and of one that they
-//! do not (MADV_DONTFORK) nothing is there that could be adopted (until the child maps something else at that place, which is then
-//! refused too: give what children do not inherit a place that they do not reuse, or connect anew).
+//! do not (MADV_DONTFORK) nothing is there that could be adopted. The child may map something else at that place later; so that this can
+//! be managed, such a mapping is better noted with [`note_not_inherited`].
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 
@@ -20,11 +20,14 @@ struct Slot {
     taken: AtomicBool,
     /// First page and count of pages, in one word so that both are of one mapping; 0: none.
     pages: AtomicU64,
+    /// The process that has the mapping, 0: its children too.
+    process: AtomicU32,
     what: OnceLock<&'static str>,
 }
 
-static TABLE: [Slot; SLOTS] =
-    [const { Slot { taken: AtomicBool::new(false), pages: AtomicU64::new(0), what: OnceLock::new() } }; SLOTS];
+static TABLE: [Slot; SLOTS] = [const {
+    Slot { taken: AtomicBool::new(false), pages: AtomicU64::new(0), process: AtomicU32::new(0), what: OnceLock::new() }
+}; SLOTS];
 
 /// Keeps a mapping in the registry; dropping it forgets the mapping. (In a forked child that only forgets the child's entry.)
 #[derive(Debug)]
@@ -45,8 +48,18 @@ impl Drop for Noted {
 /// Notes a mapping of the SDK's own; `what` it is goes into the text of refusals ("the stack of uhmm's agent"). When the table is full, which
 /// is a bug of the SDK, that is logged and the mapping is not noted.
 pub(crate) fn note(range: AddrRange, what: &'static str) -> Noted {
+    note_for(range, what, 0)
+}
+
+/// [`note`] for a mapping that children do not inherit (MADV_DONTFORK): the entry does not count in them.
+pub(crate) fn note_not_inherited(range: AddrRange, what: &'static str) -> Noted {
+    note_for(range, what, std::process::id())
+}
+
+fn note_for(range: AddrRange, what: &'static str, process: u32) -> Noted {
     let slot = word_of(range).and_then(|word| {
         let slot = TABLE.iter().position(|slot| take(slot, what))?;
+        TABLE[slot].process.store(process, Ordering::Relaxed);
         TABLE[slot].pages.store(word, Ordering::Release);
         Some(slot)
     });
@@ -80,8 +93,13 @@ pub(crate) fn ranges() -> Vec<(AddrRange, &'static str)> {
 }
 
 fn noted() -> impl Iterator<Item = (AddrRange, &'static str)> {
-    TABLE.iter().filter_map(|slot| {
+    let own = std::process::id();
+    TABLE.iter().filter_map(move |slot| {
         let range = range_of(slot.pages.load(Ordering::Acquire))?;
+        let process = slot.process.load(Ordering::Relaxed);
+        if process != 0 && process != own {
+            return None;
+        }
         slot.what.get().map(|what| (range, *what))
     })
 }
@@ -133,6 +151,17 @@ mod tests {
         assert_eq!(word_of(AddrRange { start: 1 << 50, len: PAGE_SIZE }), None);
         let largest = AddrRange { start: (1 << 47) - (1 << 39), len: 1 << 39 };
         assert_eq!(range_of(word_of(largest).unwrap()), Some(largest));
+    }
+
+    #[test]
+    fn what_children_do_not_inherit_does_not_count_in_them() {
+        let (here, everywhere) = (range(3, 1, 1), range(3, 2, 1));
+        let _here = note_not_inherited(here, "a mapping of one process");
+        let _everywhere = note(everywhere, "an inherited mapping");
+        assert!(overlapping(here).is_some() && overlapping(everywhere).is_some());
+        let found = || i32::from(overlapping(here).is_some()) * 2 + i32::from(overlapping(everywhere).is_some());
+        let child = uhmm_kernel_hook::fork::fork_child(found).unwrap();
+        assert_eq!(child.wait().unwrap(), uhmm_kernel_hook::fork::Ended::Code(1));
     }
 
     #[test]

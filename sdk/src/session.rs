@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState};
+use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, own_memory};
 
+use crate::adopt_all::Everything;
 use crate::adopted::AdoptedRanges;
 use crate::agent::AgentKind;
 use crate::child::Sentinel;
@@ -47,6 +48,8 @@ pub(crate) struct Inner {
 #[derive(Default)]
 struct Adopted {
     ranges: AdoptedRanges,
+    /// What the program has given back by itself: `adopt_all` leaves it alone as long as it is mapped.
+    released: AdoptedRanges,
     /// The session itself, while there is adopted memory: its agent is needed.
     keep: Option<Arc<Inner>>,
 }
@@ -57,6 +60,8 @@ struct Adopted {
 /// alive: its agent and its thread end when all of them are dropped or released. It survives restarts of every service: calls wait for the
 /// service to come back, unless they carry a deadline.
 pub struct Session {
+    /// Of `adopt_all`. Its thread ends before the rest goes.
+    pub(crate) everything: Mutex<Option<Everything>>,
     pub(crate) inner: Arc<Inner>,
 }
 
@@ -98,6 +103,7 @@ impl Session {
         let adopted = Mutex::default();
         let _sentinel_noted = own::note(sentinel.range(), "uhmm's sentinel page");
         Ok(Self {
+            everything: Mutex::default(),
             inner: Arc::new(Inner {
                 links,
                 space,
@@ -307,9 +313,17 @@ impl Inner {
     /// Waits until the pager has read all that other threads' munmap, mremap and fork have to tell it. New memory may lie where
     /// other memory was a moment ago, and its management must not be taken for the other's.
     pub(crate) fn settle(&self) -> Result<(), Error> {
+        self.settle_while(&|| true).map(drop)
+    }
+
+    /// [`Inner::settle`] while it is wanted; false when it is not any more.
+    pub(crate) fn settle_while(&self, wanted: &dyn Fn() -> bool) -> Result<bool, Error> {
         let mut tries = 0u32;
         while self.links.ask(|links| links.uffd_state())? == UffdState::EventUnread {
             tries += 1;
+            if !wanted() {
+                return Ok(false);
+            }
             if tries < SETTLE_YIELDS {
                 std::thread::yield_now();
             } else {
@@ -317,23 +331,55 @@ impl Inner {
                 std::thread::park_timeout(SETTLE_PAUSE);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Private memory needs the agent from now on.
     pub(crate) fn note_adopted(self: &Arc<Self>, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         adopted.ranges.insert(range);
+        adopted.released.remove(range);
         adopted.keep.get_or_insert_with(|| Arc::clone(self));
     }
 
-    /// And does not any more.
+    /// And does not any more, by the program's will.
     pub(crate) fn note_released(&self, range: AddrRange) {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.insert(range);
+        self.forget_adopted(range);
+    }
+
+    /// And does not any more.
+    pub(crate) fn forget_adopted(&self, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         adopted.ranges.remove(range);
         let kept = if adopted.ranges.is_empty() { adopted.keep.take() } else { None };
         // The caller has a handle of its own, so this is never the last one.
         drop((adopted, kept));
+    }
+
+    /// What this session has adopted, with what the program has unmapped since.
+    pub(crate) fn adopted_list(&self) -> AdoptedRanges {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).ranges.clone()
+    }
+
+    /// What the program has released, with what it has unmapped since.
+    pub(crate) fn released_list(&self) -> AdoptedRanges {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.clone()
+    }
+
+    /// Forgets what is not mapped any more of `released`, which was asked for before `mapped` was read, and of what is adopted. `mapped` is in
+    /// order.
+    pub(crate) fn forget_unmapped(&self, mapped: &[AddrRange], released: &AdoptedRanges) {
+        let gone = |range: &AddrRange| {
+            let next = mapped.partition_point(|mapped| mapped.end() <= range.start);
+            mapped.get(next).is_none_or(|mapped| !mapped.overlaps(range))
+        };
+        let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        released.all().into_iter().filter(gone).for_each(|range| adopted.released.remove(range));
+        // Whoever adopts adds to the list when the memory is mapped, so what is not mapped under the lock is not about to be needed.
+        let still_gone = |range: &AddrRange| own_memory::mappings(*range).is_ok_and(|found| found.is_empty());
+        let gone: Vec<AddrRange> = adopted.ranges.all().into_iter().filter(gone).filter(still_gone).collect();
+        gone.into_iter().for_each(|range| adopted.ranges.remove(range));
     }
 
     /// Forked children are managed too.

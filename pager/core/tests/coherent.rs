@@ -18,7 +18,7 @@ fn with(entry: impl Fn(u64) -> Entry, recover: bool, coherent: bool) -> Machine 
     let mut machine = entries(entry);
     let (region, space, page_count, backing) = (REGION, SpaceId(1), ALL.count, Backing::Shared);
     machine.send(if recover {
-        Event::RecoverRegion { region, space, page_count, backing }
+        Event::RecoverRegion { region, space, page_count, backing, strays: Vec::new() }
     } else {
         Event::RegionAdded { region, space, page_count, backing }
     });
@@ -174,7 +174,7 @@ fn lost_frames_are_taken_from_the_program_before_it_meets_the_poison() {
     // A pager that dies now leaves it to the next one.
     let mut next = entries(|page| machine.entry(REGION, page));
     let (region, space, page_count, backing) = (REGION, SpaceId(1), ALL.count, Backing::Shared);
-    let actions = next.send(Event::RecoverRegion { region, space, page_count, backing });
+    let actions = next.send(Event::RecoverRegion { region, space, page_count, backing, strays: Vec::new() });
     let [(ticket, ALL, CPU)] = revokes(&actions)[..] else { panic!("{actions:?}") };
     next.send(Event::RevokeDone { ticket, result: StepResult::Ok });
     assert!(matches!(fault(&mut next, 0)[..], [Action::Poison { .. }]));

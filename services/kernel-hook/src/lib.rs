@@ -22,6 +22,7 @@
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   agent            the SDK's agent: its memory and its process
 //!   secluded         a thread with descriptors of its own
+//!   threads          what the kernel writes when a thread of this process ends
 //!   stand_in         a mapping that takes the place of another one
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
@@ -58,6 +59,7 @@ pub mod signal;
 pub mod socket;
 pub mod stand_in;
 mod sys;
+pub mod threads;
 pub mod uffd;
 pub mod vfio;
 pub mod window;
@@ -73,6 +75,7 @@ pub use range::{AddrRange, PAGE_SIZE};
 pub use socket::stream::{Stream, StreamListener, StreamStatus};
 pub use socket::{RecvStatus, SendStatus, SeqListener, SeqPacket};
 pub use uffd::{
-    CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, UffdState, Userfaultfd, WpOutcome,
+    CopyMode, Features, FillOutcome, FillStop, RegisterMode, RegistrationProbe, UffdEvent, UffdKind, UffdState,
+    Userfaultfd, WpOutcome,
 };
 pub use window::{Prot, Window};

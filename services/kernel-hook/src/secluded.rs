@@ -5,7 +5,7 @@
 //! it opens get their numbers: a library that wrote its eight bytes to "its" eventfd would write them into somebody's file. So:
 //!
 //! ```text
-//!   block_signals -> spawn -> [thread] own_descriptors, own_folders, SummonsFd::new, LifeMark::hold
+//!   signal::with_all_blocked(spawn) -> [thread] own_descriptors, own_folders, SummonsFd::new, LifeMark::hold
 //!   program's threads: Summons::call --tgkill(SIGURG, blocked there)--> signalfd of the thread's own table --> its event loop
 //! ```
 
@@ -21,35 +21,6 @@ use crate::window::Window;
 const SIGNAL: libc::c_int = libc::SIGURG;
 /// The kernel's mark in the word of a robust futex whose holder has died.
 const FUTEX_OWNER_DIED: u32 = 1 << 30;
-
-/// All signals of the calling thread are blocked while this lives, and in threads that it makes meanwhile for good.
-#[derive(Debug)]
-pub struct SignalsBlocked {
-    before: libc::sigset_t,
-}
-
-/// Blocks every signal of the calling thread but those of the C library itself.
-///
-/// # Errors
-/// `Call`.
-pub fn block_signals() -> Result<SignalsBlocked, HookError> {
-    // SAFETY: two local sets, the first one filled before its use and the other one by the call.
-    unsafe {
-        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigfillset(&mut all);
-        match libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before) {
-            0 => Ok(SignalsBlocked { before }),
-            error => Err(HookError::failed("pthread_sigmask", io::Error::from_raw_os_error(error))),
-        }
-    }
-}
-
-impl Drop for SignalsBlocked {
-    fn drop(&mut self) {
-        // SAFETY: the set that the thread had before.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
-    }
-}
 
 /// From now on the calling thread (and threads that it makes) has a table of descriptors of its own, with `kept` and, as 0 to 2,
 /// /dev/null: copies of the program's would keep pipes open whose end somebody waits for.
@@ -254,6 +225,7 @@ impl LifeWatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::signal::with_all_blocked;
     use crate::{EventFd, memfd};
     use rustix::event::{PollFd, PollFlags, poll};
 
@@ -262,8 +234,7 @@ mod tests {
         let ours = Arc::new(EventFd::new().unwrap());
         let kept = ours.clone();
         let number = ours.as_fd().as_raw_fd();
-        let blocked = block_signals().unwrap();
-        let thread = std::thread::spawn(move || {
+        let body = move || {
             own_descriptors(&[kept.as_fd()]).unwrap();
             let (summons_fd, _) = SummonsFd::new().unwrap();
             let late = memfd::create_sealed("uhmm-secluded", 4096).unwrap();
@@ -271,8 +242,8 @@ mod tests {
             let own = std::fs::read_dir("/proc/thread-self/fd").unwrap().count();
             drop(summons_fd);
             (late.as_raw_fd(), own)
-        });
-        drop(blocked);
+        };
+        let thread = with_all_blocked(|| std::thread::spawn(body)).unwrap();
         let (late, own) = thread.join().unwrap();
         assert_eq!(ours.drain().unwrap(), 1, "the same file under the same number {number}");
         assert!(own <= 8, "{own} descriptors: 0 to 2, the kept one, two of its own, the folder that lists them");
@@ -285,14 +256,13 @@ mod tests {
     #[test]
     fn a_summons_wakes_the_thread_and_tells_when_it_has_ended() {
         let (sender, summons) = std::sync::mpsc::channel();
-        let blocked = block_signals().unwrap();
-        let thread = std::thread::spawn(move || {
+        let body = move || {
             let (fd, summons) = SummonsFd::new().unwrap();
             sender.send(summons).unwrap();
             poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
             fd.drain();
-        });
-        drop(blocked);
+        };
+        let thread = with_all_blocked(|| std::thread::spawn(body)).unwrap();
         let summons = summons.recv().unwrap();
         assert!(summons.call().unwrap());
         thread.join().unwrap();
