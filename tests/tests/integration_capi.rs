@@ -1,12 +1,10 @@
 //! The C interface as a C program sees it: `tests/c` is compiled with warnings as errors, linked with `libuhmm.so`, and run against
 //! a whole system.
-//!
-//! `libuhmm.so` lies beside the test: building the workspace's tests builds it too, because `uhmm-capi` has a test of its own.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::PathBuf;
+use std::process::Command;
 
-use uhmm_tests::TestBed;
+use uhmm_tests::{TestBed, c};
 
 /// Parts of the program, in order; each says "ok NAME".
 const PARTS: [&str; 16] = [
@@ -28,46 +26,15 @@ const PARTS: [&str; 16] = [
     "forks",
 ];
 
-fn top() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lie in the repository").to_owned()
-}
-
 fn sources() -> Vec<PathBuf> {
-    ["all.c", "ranges.c", "waits.c", "asked.c"].map(|name| top().join("tests/c").join(name)).to_vec()
-}
-
-/// Where cargo left `libuhmm.so`.
-fn library_dir() -> PathBuf {
-    let test = std::env::current_exe().expect("the test knows its own path");
-    let deps = test.parent().expect("tests lie in target/PROFILE/deps").to_owned();
-    assert!(deps.join("libuhmm.so").exists(), "{} has no libuhmm.so: run `cargo build -p uhmm-capi`", deps.display());
-    deps
-}
-
-fn run(command: &mut Command) -> Output {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?} ended with {}:\n{text}", output.status);
-    output
-}
-
-/// The program, compiled into `dir`.
-fn compile(dir: &Path) -> PathBuf {
-    let program = dir.join("all");
-    let library = library_dir();
-    let mut cc = Command::new("cc");
-    cc.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I"]);
-    cc.arg(top().join("sdk/capi/include")).args(sources()).arg("-o").arg(&program);
-    cc.arg("-L").arg(&library).arg("-luhmm").arg(format!("-Wl,-rpath,{}", library.display()));
-    run(&mut cc);
-    program
+    ["all.c", "ranges.c", "waits.c", "asked.c"].map(|name| c::top().join("tests/c").join(name)).to_vec()
 }
 
 #[test]
 fn integration_a_c_program_uses_the_whole_interface_and_every_byte_is_right() {
     let bed = TestBed::start("64MiB");
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let output = run(Command::new(compile(dir.path())).arg(bed.run_dir()));
+    let output = c::run(Command::new(c::compile(&sources(), &[], dir.path().join("all"))).arg(bed.run_dir()));
     let text = String::from_utf8_lossy(&output.stdout);
     let done: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("ok ")).collect();
     assert_eq!(done, PARTS);
@@ -78,7 +45,7 @@ fn integration_a_c_program_uses_the_whole_interface_and_every_byte_is_right() {
 
 #[test]
 fn the_c_program_calls_every_function_of_the_header() {
-    let header = std::fs::read_to_string(top().join("sdk/capi/include/uhmm.h")).expect("the header is committed");
+    let header = std::fs::read_to_string(c::top().join("sdk/capi/include/uhmm.h")).expect("the header is committed");
     let program: String =
         sources().iter().map(|path| std::fs::read_to_string(path).expect("the program is there")).collect();
     let functions: Vec<_> = header.lines().filter_map(declared).collect();
