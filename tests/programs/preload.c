@@ -1,0 +1,160 @@
+/*
+ * For tests, by LD_PRELOAD: puts all memory of a program under management and keeps migrating half of it to soft0, the other half in the
+ * next round, for as long as the program lives.
+ *
+ *   UHMM_RUN_DIR              where the system runs
+ *   UHMM_PRELOAD_REPORT       file that gets one line when the program exits: what was done
+ *   UHMM_PRELOAD_NO_MIGRATE   adopts, and moves nothing: to tell which of both a failure comes from
+ *
+ * Nothing is inherited by children: a forked one has no such thread, and programs that are executed run without this library.
+ */
+#define _GNU_SOURCE
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "uhmm.h"
+
+enum {
+    RANGES = 1 << 16,
+    ERRNOS = 134,
+};
+
+#define PIECE ((uint64_t)2 << 20)
+
+/* Counters of the moving thread; the thread that exits reads them while it still works. */
+static struct {
+    _Atomic uint64_t rounds, calls, moved_pages, adopted_bytes;
+    _Atomic uint64_t fates[UHMM_PAGE_FATES];
+    _Atomic uint64_t errors[ERRNOS];
+} done;
+
+static uhmm_session *session;
+static uhmm_device *device;
+static uhmm_range ranges[RANGES];
+static atomic_bool ending;
+static pid_t owner;
+static char report_path[4096];
+
+static void give_up(const char *what)
+{
+    char text[1024];
+    uhmm_last_error(text, sizeof text);
+    fprintf(stderr, "preload: %s: %s\n", what, text);
+    fflush(NULL);
+    _exit(98);
+}
+
+/* A range may be unmapped by now, and services die: errors are counted, never fatal. */
+static void count_error(int answer)
+{
+    int number = answer < 0 && -answer < ERRNOS ? -answer : 0;
+    done.errors[number]++;
+}
+
+static void move_out(uint64_t begin, uint64_t end)
+{
+    uhmm_migrate_report report = {0};
+    int answer = uhmm_migrate(session, (const void *)begin, end - begin, device, &report, NULL, 0);
+    done.calls++;
+    if (answer != 0) {
+        count_error(answer);
+        return;
+    }
+    done.moved_pages += report.moved_pages;
+    for (size_t fate = 0; fate < UHMM_PAGE_FATES; fate++)
+        done.fates[fate] += report.pages[fate];
+}
+
+/* Every second piece of 2 MiB, by its address: the others are for the next round. */
+static void move_half(const uhmm_range *range, uint64_t round)
+{
+    uint64_t last = (uint64_t)range->addr + range->len_bytes;
+    uint64_t end;
+    for (uint64_t begin = (uint64_t)range->addr; begin < last && !ending; begin = end) {
+        end = (begin / PIECE + 1) * PIECE;
+        if (end > last)
+            end = last;
+        if ((begin / PIECE + round) % 2 == 0)
+            move_out(begin, end);
+    }
+}
+
+static void *keep_moving(void *unused)
+{
+    (void)unused;
+    for (uint64_t round = 0; !ending; round++) {
+        uint64_t count = 0, bytes = 0;
+        int answer = uhmm_adopted_ranges(session, ranges, RANGES, &count);
+        if (answer != 0) {
+            count_error(answer);
+            continue;
+        }
+        if (count > RANGES)
+            give_up("more ranges than there is room for");
+        for (uint64_t index = 0; index < count; index++) {
+            bytes += ranges[index].len_bytes;
+            move_half(&ranges[index], round);
+        }
+        if (bytes > done.adopted_bytes)
+            done.adopted_bytes = bytes;
+        done.rounds++;
+    }
+    return NULL;
+}
+
+static void start_moving(void)
+{
+    /* The program's signals are for the program's threads. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, keep_moving, NULL) != 0)
+        give_up("pthread_create");
+    pthread_detach(thread);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+__attribute__((constructor)) static void begin(void)
+{
+    const char *path = getenv("UHMM_PRELOAD_REPORT");
+    if (path == NULL || strlen(path) >= sizeof report_path)
+        give_up("UHMM_PRELOAD_REPORT does not name a file");
+    strcpy(report_path, path);
+    unsetenv("LD_PRELOAD");
+    owner = getpid();
+    if (uhmm_connect(NULL, &session) != 0)
+        give_up("uhmm_connect");
+    if (uhmm_device_open(session, "soft0", &device) != 0)
+        give_up("uhmm_device_open");
+    if (uhmm_adopt_all(session) != 0)
+        give_up("uhmm_adopt_all");
+    if (getenv("UHMM_PRELOAD_NO_MIGRATE") == NULL)
+        start_moving();
+}
+
+/* The moving thread is not waited for: the program's exit finds it at work, as it would find a runtime's threads. */
+__attribute__((destructor)) static void end(void)
+{
+    if (getpid() != owner)
+        return;
+    ending = true;
+    FILE *file = fopen(report_path, "w");
+    if (file == NULL)
+        give_up("the report cannot be written");
+    fprintf(file, "rounds=%" PRIu64 " calls=%" PRIu64 " moved_pages=%" PRIu64 " adopted_bytes=%" PRIu64, done.rounds, done.calls,
+            done.moved_pages, done.adopted_bytes);
+    for (int fate = 0; fate < UHMM_PAGE_FATES; fate++)
+        fprintf(file, " fate%d=%" PRIu64, fate, done.fates[fate]);
+    for (int number = 0; number < ERRNOS; number++)
+        if (done.errors[number] != 0)
+            fprintf(file, " errno%d=%" PRIu64, number, done.errors[number]);
+    fprintf(file, "\n");
+    fclose(file);
+}
