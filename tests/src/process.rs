@@ -44,6 +44,11 @@ impl Process {
         Self { name: name.to_owned(), stdin: child.stdin.take(), child, lines, last, errors }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Says something to it, then waits for the lines that it answers, up to one that `is_last`. `Err`: it has ended, or it hangs.
     pub fn ask(&mut self, text: &str, is_last: impl Fn(&str) -> bool) -> Result<String, String> {
         if self.stdin.as_mut().expect("it is not told to end yet").write_all(text.as_bytes()).is_err() {
