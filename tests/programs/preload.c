@@ -4,11 +4,12 @@
  *
  *   UHMM_RUN_DIR              where the system runs
  *   UHMM_PRELOAD_REPORT       file that gets one line when the program exits: what was done
- *   UHMM_PRELOAD_NO_MIGRATE   adopts, and moves nothing: to tell which of both a failure comes from
+ *   UHMM_PRELOAD_NO_MIGRATE   adopts, but moves nothing: to tell which of both a failure comes from
  *
  * Nothing is inherited by children: a forked one has no such thread, and programs that are executed run without this library.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
@@ -23,13 +24,16 @@
 enum {
     RANGES = 1 << 16,
     ERRNOS = 134,
+    MISSING = 32,
 };
 
 #define PIECE ((uint64_t)2 << 20)
 
 /* Counters of the moving thread; the thread that exits reads them while it still works. */
 static struct {
-    _Atomic uint64_t rounds, calls, moved_pages, adopted_bytes;
+    _Atomic uint64_t rounds, calls, moved_pages;
+    /* Sums over all rounds: of what the program may write, and of what is under management of that. */
+    _Atomic uint64_t writable_bytes, adopted_bytes;
     _Atomic uint64_t fates[UHMM_PAGE_FATES];
     _Atomic uint64_t errors[ERRNOS];
 } done;
@@ -37,6 +41,11 @@ static struct {
 static uhmm_session *session;
 static uhmm_device *device;
 static uhmm_range ranges[RANGES];
+static char maps[1 << 20];
+/* Private mappings of the last round that were not, or not as a whole, under management. */
+static struct {
+    uint64_t begin, end;
+} missing[MISSING];
 static atomic_bool ending;
 static pid_t owner;
 static char report_path[4096];
@@ -85,11 +94,58 @@ static void move_half(const uhmm_range *range, uint64_t round)
     }
 }
 
+static uint64_t adopted_between(uint64_t begin, uint64_t end, uint64_t count)
+{
+    uint64_t bytes = 0;
+    for (uint64_t index = 0; index < count; index++) {
+        uint64_t first = (uint64_t)ranges[index].addr, last = first + ranges[index].len_bytes;
+        first = first > begin ? first : begin;
+        last = last < end ? last : end;
+        bytes += last > first ? last - first : 0;
+    }
+    return bytes;
+}
+
+static void read_maps(void)
+{
+    int file = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    size_t length = 0;
+    ssize_t got = 0;
+    while (file >= 0 && (got = read(file, maps + length, sizeof maps - 1 - length)) > 0)
+        length += (size_t)got;
+    if (file < 0 || got < 0 || length == 0 || maps[length - 1] != '\n')
+        give_up("/proc/self/maps cannot be read");
+    close(file);
+    maps[length] = 0;
+}
+
+/* How much of the program's private memory is under management: all of it should be. */
+static void compare_with_mappings(uint64_t count)
+{
+    read_maps();
+    int missed = 0;
+    memset(missing, 0, sizeof missing);
+    for (char *line = maps; *line != 0; line = strchr(line, '\n') + 1) {
+        uint64_t begin = strtoull(line, &line, 16);
+        uint64_t end = strtoull(line + 1, &line, 16);
+        if (strncmp(line, " rw-p", 5) != 0)
+            continue;
+        uint64_t adopted = adopted_between(begin, end, count);
+        done.writable_bytes += end - begin;
+        done.adopted_bytes += adopted;
+        if (adopted < end - begin && missed < MISSING) {
+            missing[missed].begin = begin;
+            missing[missed].end = end;
+            missed++;
+        }
+    }
+}
+
 static void *keep_moving(void *unused)
 {
     (void)unused;
     for (uint64_t round = 0; !ending; round++) {
-        uint64_t count = 0, bytes = 0;
+        uint64_t count = 0;
         int answer = uhmm_adopted_ranges(session, ranges, RANGES, &count);
         if (answer != 0) {
             count_error(answer);
@@ -97,12 +153,9 @@ static void *keep_moving(void *unused)
         }
         if (count > RANGES)
             give_up("more ranges than there is room for");
-        for (uint64_t index = 0; index < count; index++) {
-            bytes += ranges[index].len_bytes;
+        compare_with_mappings(count);
+        for (uint64_t index = 0; index < count; index++)
             move_half(&ranges[index], round);
-        }
-        if (bytes > done.adopted_bytes)
-            done.adopted_bytes = bytes;
         done.rounds++;
     }
     return NULL;
@@ -148,13 +201,15 @@ __attribute__((destructor)) static void end(void)
     FILE *file = fopen(report_path, "w");
     if (file == NULL)
         give_up("the report cannot be written");
-    fprintf(file, "rounds=%" PRIu64 " calls=%" PRIu64 " moved_pages=%" PRIu64 " adopted_bytes=%" PRIu64, done.rounds, done.calls,
-            done.moved_pages, done.adopted_bytes);
+    fprintf(file, "rounds=%" PRIu64 " calls=%" PRIu64 " moved_pages=%" PRIu64, done.rounds, done.calls, done.moved_pages);
+    fprintf(file, " adopted_bytes=%" PRIu64 " writable_bytes=%" PRIu64, done.adopted_bytes, done.writable_bytes);
     for (int fate = 0; fate < UHMM_PAGE_FATES; fate++)
         fprintf(file, " fate%d=%" PRIu64, fate, done.fates[fate]);
     for (int number = 0; number < ERRNOS; number++)
         if (done.errors[number] != 0)
             fprintf(file, " errno%d=%" PRIu64, number, done.errors[number]);
+    for (int index = 0; index < MISSING && missing[index].end != 0; index++)
+        fprintf(file, " missing=%" PRIx64 "-%" PRIx64, missing[index].begin, missing[index].end);
     fprintf(file, "\n");
     fclose(file);
 }
