@@ -24,16 +24,17 @@
 enum {
     RANGES = 1 << 16,
     ERRNOS = 134,
-    MISSING = 32,
+    LEFT = 64,
 };
 
 #define PIECE ((uint64_t)2 << 20)
+#define PAGE ((uint64_t)UHMM_PAGE_BYTES)
 
 /* Counters of the moving thread; the thread that exits reads them while it still works. */
 static struct {
     _Atomic uint64_t rounds, calls, moved_pages;
-    /* Sums over all rounds: of what the program may write, and of what is under management of that. */
-    _Atomic uint64_t writable_bytes, adopted_bytes;
+    /* Sums over all rounds: what is under management, and what is resident beside it. */
+    _Atomic uint64_t adopted_bytes, left_bytes;
     _Atomic uint64_t fates[UHMM_PAGE_FATES];
     _Atomic uint64_t errors[ERRNOS];
 } done;
@@ -41,11 +42,11 @@ static struct {
 static uhmm_session *session;
 static uhmm_device *device;
 static uhmm_range ranges[RANGES];
-static char maps[1 << 20];
-/* Private mappings of the last round that were not, or not as a whole, under management. */
+static char smaps[4 << 20];
+/* Private memory of the last round that was resident and not under management. */
 static struct {
-    uint64_t begin, end;
-} missing[MISSING];
+    uint64_t begin, bytes;
+} left[LEFT];
 static atomic_bool ending;
 static pid_t owner;
 static char report_path[4096];
@@ -106,37 +107,50 @@ static uint64_t adopted_between(uint64_t begin, uint64_t end, uint64_t count)
     return bytes;
 }
 
-static void read_maps(void)
+static void read_smaps(void)
 {
-    int file = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    int file = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC);
     size_t length = 0;
     ssize_t got = 0;
-    while (file >= 0 && (got = read(file, maps + length, sizeof maps - 1 - length)) > 0)
+    while (file >= 0 && (got = read(file, smaps + length, sizeof smaps - 1 - length)) > 0)
         length += (size_t)got;
-    if (file < 0 || got < 0 || length == 0 || maps[length - 1] != '\n')
-        give_up("/proc/self/maps cannot be read");
+    if (file < 0 || got < 0 || length == 0 || smaps[length - 1] != '\n')
+        give_up("/proc/self/smaps cannot be read");
     close(file);
-    maps[length] = 0;
+    smaps[length] = 0;
 }
 
-/* How much of the program's private memory is under management: all of it should be. */
+static void count_mapping(uint64_t begin, uint64_t end, uint64_t resident, uint64_t count, int *listed)
+{
+    uint64_t adopted = adopted_between(begin, end, count);
+    uint64_t bytes = end - begin - adopted < resident ? end - begin - adopted : resident;
+    done.adopted_bytes += adopted;
+    done.left_bytes += bytes;
+    if (bytes > 16 * PAGE && *listed < LEFT) {
+        left[*listed].begin = begin;
+        left[*listed].bytes = bytes;
+        ++*listed;
+    }
+}
+
+/*
+ * How much of the program's private memory is under management. What is left alone counts as far as it is resident: a thread's stack
+ * is a mapping of 8 MiB with a few pages in it.
+ */
 static void compare_with_mappings(uint64_t count)
 {
-    read_maps();
-    int missed = 0;
-    memset(missing, 0, sizeof missing);
-    for (char *line = maps; *line != 0; line = strchr(line, '\n') + 1) {
-        uint64_t begin = strtoull(line, &line, 16);
-        uint64_t end = strtoull(line + 1, &line, 16);
-        if (strncmp(line, " rw-p", 5) != 0)
-            continue;
-        uint64_t adopted = adopted_between(begin, end, count);
-        done.writable_bytes += end - begin;
-        done.adopted_bytes += adopted;
-        if (adopted < end - begin && missed < MISSING) {
-            missing[missed].begin = begin;
-            missing[missed].end = end;
-            missed++;
+    read_smaps();
+    uint64_t begin = 0, end = 0;
+    int listed = 0;
+    memset(left, 0, sizeof left);
+    for (char *line = smaps; *line != 0; line = strchr(line, '\n') + 1) {
+        char rights[5] = "";
+        uint64_t first, last, resident_kib;
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s", &first, &last, rights) == 3) {
+            begin = first;
+            end = strcmp(rights, "rw-p") == 0 ? last : first;
+        } else if (sscanf(line, "Rss: %" SCNu64 " kB", &resident_kib) == 1 && begin < end) {
+            count_mapping(begin, end, resident_kib << 10, count, &listed);
         }
     }
 }
@@ -186,7 +200,7 @@ __attribute__((constructor)) static void begin(void)
         give_up("uhmm_connect");
     if (uhmm_device_open(session, "soft0", &device) != 0)
         give_up("uhmm_device_open");
-    if (uhmm_adopt_all(session) != 0)
+    if (uhmm_adopt_all(session, NULL) != 0)
         give_up("uhmm_adopt_all");
     if (getenv("UHMM_PRELOAD_NO_MIGRATE") == NULL)
         start_moving();
@@ -202,14 +216,14 @@ __attribute__((destructor)) static void end(void)
     if (file == NULL)
         give_up("the report cannot be written");
     fprintf(file, "rounds=%" PRIu64 " calls=%" PRIu64 " moved_pages=%" PRIu64, done.rounds, done.calls, done.moved_pages);
-    fprintf(file, " adopted_bytes=%" PRIu64 " writable_bytes=%" PRIu64, done.adopted_bytes, done.writable_bytes);
+    fprintf(file, " adopted_bytes=%" PRIu64 " left_bytes=%" PRIu64, done.adopted_bytes, done.left_bytes);
     for (int fate = 0; fate < UHMM_PAGE_FATES; fate++)
         fprintf(file, " fate%d=%" PRIu64, fate, done.fates[fate]);
     for (int number = 0; number < ERRNOS; number++)
         if (done.errors[number] != 0)
             fprintf(file, " errno%d=%" PRIu64, number, done.errors[number]);
-    for (int index = 0; index < MISSING && missing[index].end != 0; index++)
-        fprintf(file, " missing=%" PRIx64 "-%" PRIx64, missing[index].begin, missing[index].end);
+    for (int index = 0; index < LEFT && left[index].bytes != 0; index++)
+        fprintf(file, " left=%" PRIx64 "+%" PRIx64, left[index].begin, left[index].bytes);
     fprintf(file, "\n");
     fclose(file);
 }
