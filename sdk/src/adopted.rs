@@ -29,6 +29,30 @@ impl AdoptedRanges {
     pub(crate) fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
+
+    /// All ranges, in no order.
+    pub(crate) fn all(&self) -> Vec<AddrRange> {
+        self.ranges.clone()
+    }
+
+    /// Whether any page of `range` is in here.
+    pub(crate) fn overlaps(&self, range: AddrRange) -> bool {
+        self.ranges.iter().any(|own| own.overlaps(&range))
+    }
+
+    /// What is in here of `range`.
+    pub(crate) fn parts_in(&self, range: AddrRange) -> Vec<AddrRange> {
+        self.ranges.iter().filter_map(|own| own.intersection(&range)).collect()
+    }
+
+    /// How many bytes right before `addr` are in here, without a gap.
+    pub(crate) fn bytes_before(&self, addr: u64) -> u64 {
+        let mut start = addr;
+        while let Some(before) = self.ranges.iter().find(|own| own.end() == start) {
+            start = before.start;
+        }
+        addr - start
+    }
 }
 
 #[cfg(test)]
@@ -55,6 +79,15 @@ mod tests {
         assert_eq!((pages(&adopted), adopted.ranges.len()), (12, 3));
         adopted.remove(range(0, 100));
         assert!(adopted.is_empty());
+    }
+
+    #[test]
+    fn what_lies_before_an_address_counts_up_to_the_first_gap() {
+        let mut adopted = AdoptedRanges::default();
+        [range(10, 5), range(15, 5), range(1, 2)].into_iter().for_each(|range| adopted.insert(range));
+        assert_eq!((adopted.bytes_before(20 << 12), adopted.bytes_before(21 << 12)), (10 << 12, 0));
+        assert!(adopted.overlaps(range(19, 3)) && !adopted.overlaps(range(3, 7)));
+        assert_eq!(adopted.parts_in(range(2, 9)), [range(10, 1), range(2, 1)]);
     }
 
     #[test]

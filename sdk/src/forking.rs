@@ -45,7 +45,7 @@ fn bring_home() {
     let own = std::process::id();
     let sessions = SESSIONS.lock().unwrap_or_else(PoisonError::into_inner).clone();
     for inner in sessions.into_iter().filter(|(pid, _)| *pid == own).filter_map(|(_, known)| known.upgrade()) {
-        if let Err(error) = bring_session_home(&Session { inner }) {
+        if let Err(error) = bring_session_home(&Session { everything: Mutex::default(), inner }) {
             tracing::warn!(%error, "Before a fork: pages stay on a coherent device, and children will not have them");
         }
     }

@@ -32,6 +32,7 @@
 //! there is a SIGSEGV), with it the child goes on with [`Session::in_child`]; memory of a region (not adopted memory) that I/O
 //! refers to must be pinned ([`Session::pin`]); see [`Session::uffd_kind`] for system calls on migrated memory.
 
+mod adopt_all;
 mod adopted;
 mod agent;
 mod arena;
@@ -42,13 +43,16 @@ mod executor;
 mod forking;
 mod memory;
 pub mod operator;
+mod own;
 mod paths;
 mod pending;
 mod range;
+mod refused;
 mod region;
 mod residency;
 mod session;
 
+pub use adopt_all::{ADOPT_ALL_MIN_BYTES, AdoptedAll, LeftAlone};
 pub use arena::Arena;
 pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;
@@ -67,4 +71,4 @@ pub use uhmm_ipc::message::pager::{
 };
 pub use uhmm_ipc::message::supervisor::ServiceStatus;
 pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};
-pub use uhmm_kernel_hook::UffdKind;
+pub use uhmm_kernel_hook::{AddrRange, UffdKind};

@@ -16,6 +16,7 @@ use crate::agent::Peer;
 use crate::device::Device;
 use crate::executor::rights_stay;
 use crate::range::{PAGE_BYTES, check_range};
+use crate::refused::{Facts, asks_kernel, check_kinds};
 use crate::{Error, Session};
 
 /// What adopting has made of a range.
@@ -119,16 +120,26 @@ impl Session {
     /// any part of whole 4 KiB pages can be adopted. Private hugetlb memory cannot.
     ///
     /// # Errors
-    /// `Fault` for a hole, `Invalid` for memory of a kind that cannot be managed or a range that is managed already. The text says
-    /// what else to do. After an error nothing is managed that was not before.
+    /// `Fault` for a hole; `Invalid` for memory of a kind that cannot be managed: private memory of a file or of huge pages, executable or
+    /// growing downwards, the kernel's; `Permission` for what must not be: uhmm's own mappings, what the kernel writes when a thread ends,
+    /// and with a userfaultfd for user mode only the caller's alternate signal stack and uhmm's own objects. The text says
+    /// which part it is and what else to do. After an error nothing is managed that was not before.
     pub fn adopt(&self, addr: u64, len_bytes: u64) -> Result<Adopted, Error> {
         check_range(addr, len_bytes).map_err(round_inwards)?;
         let range = AddrRange { start: addr, len: len_bytes };
-        let vmas = own_memory::mappings(range).map_err(Error::kernel("Looking at the mappings of a range"))?;
+        Facts::about(range, self.object_addr(), self.uffd_kind())?.check(range)?;
+        let named = own_memory::named_mappings(range).map_err(Error::kernel("Looking at the mappings of a range"))?;
+        check_kinds(range, &named, asks_kernel)?;
+        let vmas: Vec<Vma> = named.into_iter().map(|(vma, _)| vma).collect();
         match adoptable(range, &vmas)? {
             Some(vma) => self.attach_file(range, vma),
             None => self.adopt_private(range),
         }
+    }
+
+    /// Where this session's own state lies in the program's heap.
+    fn object_addr(&self) -> u64 {
+        Arc::as_ptr(&self.inner).addr() as u64
     }
 
     fn adopt_private(&self, range: AddrRange) -> Result<Adopted, Error> {
@@ -282,7 +293,7 @@ impl Session {
         let page_count = check_range(addr, len_bytes)?;
         let whole = AddrRange { start: addr, len: len_bytes };
         let failed = || Error::kernel("Looking at the mappings of a range");
-        let pagemap = pagemap::open_pagemap(std::process::id()).map_err(failed())?;
+        let pagemap = pagemap::open_own_pagemap().map_err(failed())?;
         let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
         let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
         let mut start = addr;

@@ -7,13 +7,15 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
-use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, Userfaultfd};
+use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, Userfaultfd, own_memory};
 
+use crate::adopt_all::Everything;
 use crate::adopted::AdoptedRanges;
 use crate::agent::{Agent, Identification, Introduction, Peer, Space};
 use crate::child::{Sentinel, agent_memory};
 use crate::device::{Device, DeviceInfo, ask_info};
 use crate::executor::Allocations;
+use crate::own::{self, Noted};
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::region::Region;
@@ -36,6 +38,8 @@ pub(crate) struct Inner {
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
+    /// The sentinel's entry in the registry of what is never managed for the program.
+    _sentinel_noted: Noted,
     adopted: Mutex<Adopted>,
     pub(crate) allocations: Arc<Allocations>,
     // Never closed before the last region is gone either: without any reference left the kernel would turn
@@ -46,7 +50,7 @@ pub(crate) struct Inner {
 impl Drop for Inner {
     /// The kernel holds whoever unmaps managed memory until the pager has read of it, and there may be none any more.
     fn drop(&mut self) {
-        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return };
+        let Some(uffd) = self.uffd() else { return };
         if let Err(error) = uffd.unregister(self.sentinel.range()) {
             tracing::debug!(%error, "The sentinel page stays registered");
         }
@@ -56,6 +60,8 @@ impl Drop for Inner {
 #[derive(Default)]
 struct Adopted {
     ranges: AdoptedRanges,
+    /// What the program has given back by itself: `adopt_all` leaves it alone as long as it is mapped.
+    released: AdoptedRanges,
     /// The session itself, while there is adopted memory: its agent is needed.
     keep: Option<Arc<Inner>>,
 }
@@ -66,6 +72,8 @@ struct Adopted {
 /// alive: its agent thread ends when all of them are dropped or released. It survives restarts of every service: calls wait for the
 /// service to come back, unless they carry a deadline.
 pub struct Session {
+    /// Of `adopt_all`. Its thread ends before the rest goes.
+    pub(crate) everything: Mutex<Option<Everything>>,
     pub(crate) inner: Arc<Inner>,
 }
 
@@ -112,8 +120,21 @@ impl Session {
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
+        let _sentinel_noted = own::note(sentinel.range(), "uhmm's sentinel page");
         Ok(Self {
-            inner: Arc::new(Inner { agent, space, run_dir, devices, kind, sentinel, adopted, allocations, uffd }),
+            everything: Mutex::default(),
+            inner: Arc::new(Inner {
+                agent,
+                space,
+                run_dir,
+                devices,
+                kind,
+                sentinel,
+                _sentinel_noted,
+                adopted,
+                allocations,
+                uffd,
+            }),
         })
     }
 
@@ -304,10 +325,18 @@ impl Inner {
     /// Waits until the pager has read all that other threads' munmap, mremap and fork have to tell it. New memory may lie where
     /// other memory was a moment ago, and its management must not be taken for the other's.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        let Some(uffd) = self.uffd.as_ref().or(self.space.uffd.as_deref()) else { return Ok(()) };
+        self.settle_while(&|| true).map(drop)
+    }
+
+    /// [`Inner::settle`] while it is wanted; false when it is not any more.
+    pub(crate) fn settle_while(&self, wanted: &dyn Fn() -> bool) -> Result<bool, Error> {
+        let Some(uffd) = self.uffd() else { return Ok(true) };
         let mut tries = 0u32;
         while uffd.state().map_err(Error::kernel("Asking for unread events"))? == UffdState::EventUnread {
             tries += 1;
+            if !wanted() {
+                return Ok(false);
+            }
             if tries < SETTLE_YIELDS {
                 std::thread::yield_now();
             } else {
@@ -315,23 +344,56 @@ impl Inner {
                 std::thread::park_timeout(SETTLE_PAUSE);
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// This process's userfaultfd.
+    pub(crate) fn uffd(&self) -> Option<&Userfaultfd> {
+        self.uffd.as_ref().or(self.space.uffd.as_deref())
     }
 
     /// Private memory needs the agent from now on.
     pub(crate) fn note_adopted(self: &Arc<Self>, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         adopted.ranges.insert(range);
+        adopted.released.remove(range);
         adopted.keep.get_or_insert_with(|| Arc::clone(self));
     }
 
-    /// And does not any more.
+    /// And does not any more, by the program's will.
     pub(crate) fn note_released(&self, range: AddrRange) {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.insert(range);
+        self.forget_adopted(range);
+    }
+
+    /// And does not any more.
+    pub(crate) fn forget_adopted(&self, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         adopted.ranges.remove(range);
         let kept = if adopted.ranges.is_empty() { adopted.keep.take() } else { None };
         // The caller has a handle of its own, so this is never the last one.
         drop((adopted, kept));
+    }
+
+    /// What this session has adopted, with what the program has unmapped since.
+    pub(crate) fn adopted_list(&self) -> AdoptedRanges {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).ranges.clone()
+    }
+
+    /// What the program has released, with what it has unmapped since.
+    pub(crate) fn released_list(&self) -> AdoptedRanges {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.clone()
+    }
+
+    /// Forgets what is not mapped any more of `released`, which was asked for before `mapped` was read, and of what is adopted.
+    pub(crate) fn forget_unmapped(&self, mapped: &[AddrRange], released: &AdoptedRanges) {
+        let gone = |range: &AddrRange| !mapped.iter().any(|mapped| mapped.overlaps(range));
+        let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        released.all().into_iter().filter(gone).for_each(|range| adopted.released.remove(range));
+        // Whoever adopts adds to the list when the memory is mapped, so what is not mapped under the lock is not about to be needed.
+        let still_gone = |range: &AddrRange| own_memory::mappings(*range).is_ok_and(|found| found.is_empty());
+        let gone: Vec<AddrRange> = adopted.ranges.all().into_iter().filter(gone).filter(still_gone).collect();
+        gone.into_iter().for_each(|range| adopted.ranges.remove(range));
     }
 
     /// Forked children are managed too.

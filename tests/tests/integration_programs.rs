@@ -38,7 +38,7 @@ impl<'a> Stage<'a> {
         let duration = if bed.is_some() { Duration::from_secs(seconds()) } else { Duration::ZERO };
         if bed.is_some() {
             let options = ["-shared", "-fPIC"];
-            c::compile(&[source("preload.c")], &options, folder.path().join("preload.so"));
+            c::compile_to(folder.path().join("preload.so"), &[source("preload.c")], &options);
         }
         Self { folder, bed, duration }
     }
@@ -161,7 +161,7 @@ fn programs_are_installed() {
 }
 
 fn threads(stage: &Stage<'_>, options: &[(&str, &str)]) -> Outcome {
-    let program = c::compile(&[source("threads.c")], &[], stage.path("threads"));
+    let program = c::compile_to(stage.path("threads"), &[source("threads.c")], &[]);
     let mut command = stage.tested(program);
     let mut program = stage.start("threads", command.envs(options.iter().copied()));
     stage.play_to_the_end(&mut program, "", "round\n")

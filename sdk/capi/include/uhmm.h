@@ -48,6 +48,96 @@
 #define UHMM_PROTECT_WRITE 2
 
 /**
+ * Left alone: libuhmm's own.
+ */
+#define UHMM_LEFT_OWN 0
+
+/**
+ * Left alone: shared mappings; adopt them one by one.
+ */
+#define UHMM_LEFT_SHARED 1
+
+/**
+ * Left alone: private mappings of files.
+ */
+#define UHMM_LEFT_FILE 2
+
+/**
+ * Left alone: private MAP_HUGETLB memory.
+ */
+#define UHMM_LEFT_HUGE_PAGES 3
+
+/**
+ * Left alone: the kernel's mappings, and devices' memory.
+ */
+#define UHMM_LEFT_KERNEL 4
+
+/**
+ * Left alone: executable.
+ */
+#define UHMM_LEFT_EXECUTABLE 5
+
+/**
+ * Left alone: stacks that grow by themselves.
+ */
+#define UHMM_LEFT_GROWS_DOWN 6
+
+/**
+ * Left alone: PROT_NONE, reserved addresses.
+ */
+#define UHMM_LEFT_NO_ACCESS 7
+
+/**
+ * Left alone: stacks and control blocks of threads.
+ */
+#define UHMM_LEFT_THREAD_STACK 8
+
+/**
+ * Left alone: given back by uhmm_release().
+ */
+#define UHMM_LEFT_RELEASED 9
+
+/**
+ * Left alone: mlock().
+ */
+#define UHMM_LEFT_LOCKED 10
+
+/**
+ * Left alone: MADV_DONTFORK.
+ */
+#define UHMM_LEFT_NOT_INHERITED 11
+
+/**
+ * Left alone: MADV_WIPEONFORK.
+ */
+#define UHMM_LEFT_WIPED_IN_CHILDREN 12
+
+/**
+ * Left alone: mseal().
+ */
+#define UHMM_LEFT_SEALED 13
+
+/**
+ * Left alone: less than 64 KiB together with its neighbours, or a small growth of the heap.
+ */
+#define UHMM_LEFT_SMALL 14
+
+/**
+ * Left alone: the manifest's quota is reached.
+ */
+#define UHMM_LEFT_QUOTA 15
+
+/**
+ * Left alone: refused by the pager or the kernel, for example because another userfaultfd has it.
+ */
+#define UHMM_LEFT_REFUSED 16
+
+/**
+ * How many reasons there are.
+ */
+#define UHMM_LEFT_REASONS 17
+
+/**
  * Longest name of a device or driver, with its final zero.
  */
 #define UHMM_NAME_BYTES 65
@@ -432,6 +522,46 @@ typedef struct {
 } uhmm_region_info;
 
 /**
+ * What uhmm_adopt_all() did.
+ */
+typedef struct {
+  /**
+   * Regions that this call made.
+   */
+  uint64_t region_count;
+  /**
+   * Bytes that this call put under management.
+   */
+  uint64_t bytes;
+  /**
+   * Bytes of private memory that were under management before.
+   */
+  uint64_t already_bytes;
+  /**
+   * Bytes that this call gave back, because a thread lives there now.
+   */
+  uint64_t given_back_bytes;
+  /**
+   * Bytes that were left alone, by UHMM_LEFT_*.
+   */
+  uint64_t left_alone_bytes[UHMM_LEFT_REASONS];
+} uhmm_adopted_all;
+
+/**
+ * A range of addresses of this process.
+ */
+typedef struct {
+  /**
+   * First address, a multiple of the page size.
+   */
+  uint64_t addr;
+  /**
+   * Length, a multiple of the page size.
+   */
+  uint64_t len_bytes;
+} uhmm_range;
+
+/**
  * What a device is.
  */
 typedef struct {
@@ -751,8 +881,11 @@ int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info)
  * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
  * used by devices in place. Private MAP_HUGETLB memory is refused.
  *
- * Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
- * managed (the text says what can be done).
+ * Errors: -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
+ * files or of huge pages, executable, growing downwards, the kernel's); -EFAULT a hole; -EPERM memory that must not be managed: libuhmm's own,
+ * stacks and control blocks of threads (the kernel writes there when a thread ends and cannot wait for a page), and where
+ * uhmm_system_calls_wait() is 0, the calling thread's alternate signal stack and the heap that holds libuhmm's own objects. The text says
+ * which part of the range it is, why, and what can be done.
  */
 int uhmm_adopt(uhmm_session *session,
                void *addr,
@@ -801,6 +934,30 @@ int uhmm_pin(uhmm_session *session,
  * Ends uhmm_pin(), with the same errors.
  */
 int uhmm_unpin(uhmm_session *session, const void *addr, uint64_t len_bytes);
+
+/**
+ * Puts all private anonymous memory of this process under management (heap, arenas, mmapped memory), but what must not be, and what
+ * appears later too: a thread of libuhmm's looks for it until uhmm_disconnect(), twenty times a second while the address space changes. All of
+ * that thread's signals are blocked. What is adopted stays so; what uhmm_release() gives back is left alone from then on. May be called
+ * again, to have new memory adopted at once. A forked child keeps what was adopted, and looks for more when it calls this with its own session.
+ * `report` may be NULL.
+ *
+ * Errors: -EPERM uhmm_system_calls_wait() or uhmm_fork_supported() is 0, so the program would break (the text says what to change); -EIO
+ * /proc cannot be read. A mapping that cannot be adopted is no error: see left_alone_bytes.
+ */
+int uhmm_adopt_all(uhmm_session *session,
+                   uhmm_adopted_all *report);
+
+/**
+ * The private memory of this process that is under management now, in order of address, neighbours joined. At most `capacity` ranges are copied
+ * to `ranges`; `range_count` gets how many there are, which may be more. With a capacity of 0, `ranges` may be NULL.
+ *
+ * Errors: -EINVAL a wrong pointer.
+ */
+int uhmm_adopted_ranges(uhmm_session *session,
+                        uhmm_range *ranges,
+                        uint64_t capacity,
+                        uint64_t *range_count);
 
 /**
  * Opens a queue on a device by its name in the manifest. It survives restarts of its driver.

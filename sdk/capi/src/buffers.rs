@@ -115,7 +115,7 @@ fn checked<T>(first: *mut T, count: usize, name: &'static str) -> Result<NonNull
     }
 }
 
-fn host_len(len_bytes: u64, name: &'static str) -> Result<usize, Failure> {
+pub(crate) fn host_len(len_bytes: u64, name: &'static str) -> Result<usize, Failure> {
     usize::try_from(len_bytes).map_err(|_| Failure::TooLong { name, count: usize::MAX })
 }
 

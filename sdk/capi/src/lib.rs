@@ -20,6 +20,7 @@ mod buffers;
 pub mod device;
 pub mod device_async;
 pub mod error;
+pub mod everything;
 mod handles;
 pub mod jobs;
 pub mod memory;

@@ -83,8 +83,11 @@ pub unsafe extern "C" fn uhmm_region(
 /// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
 /// used by devices in place. Private MAP_HUGETLB memory is refused.
 ///
-/// Errors: -EINVAL not whole pages, or several mappings of which some are shared; -EFAULT a hole, or a kind of mapping that cannot be
-/// managed (the text says what can be done).
+/// Errors: -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
+/// files or of huge pages, executable, growing downwards, the kernel's); -EFAULT a hole; -EPERM memory that must not be managed: libuhmm's own,
+/// stacks and control blocks of threads (the kernel writes there when a thread ends and cannot wait for a page), and where
+/// uhmm_system_calls_wait() is 0, the calling thread's alternate signal stack and the heap that holds libuhmm's own objects. The text says
+/// which part of the range it is, why, and what can be done.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_adopt(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| {

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use cbindgen::{Builder, Config, DocumentationStyle, Language, Style};
 
 /// In the order of the header.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "error.rs",
     "session.rs",
     "memory.rs",
+    "everything.rs",
     "device.rs",
     "device_async.rs",
     "migrate.rs",

@@ -20,6 +20,7 @@
 //!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
+//!   threads          what the kernel writes when a thread of this process ends
 //!   stand_in         a mapping that takes the place of another one
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
@@ -54,6 +55,7 @@ pub mod signal;
 pub mod socket;
 pub mod stand_in;
 mod sys;
+pub mod threads;
 pub mod uffd;
 pub mod vfio;
 pub mod window;
@@ -69,6 +71,7 @@ pub use range::{AddrRange, PAGE_SIZE};
 pub use socket::stream::{Stream, StreamListener, StreamStatus};
 pub use socket::{RecvStatus, SendStatus, SeqListener, SeqPacket};
 pub use uffd::{
-    CopyMode, Features, FillOutcome, FillStop, RegisterMode, UffdEvent, UffdKind, UffdState, Userfaultfd, WpOutcome,
+    CopyMode, Features, FillOutcome, FillStop, RegisterMode, RegistrationProbe, UffdEvent, UffdKind, UffdState,
+    Userfaultfd, WpOutcome,
 };
 pub use window::{Prot, Window};

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::error::HookError;
 use crate::procmap::{self, Vma};
-use crate::range::AddrRange;
+use crate::range::{AddrRange, PAGE_SIZE};
 use crate::window::{Placement, map_raw};
 
 /// What to tell the kernel about a range of our own.
@@ -93,7 +93,7 @@ pub fn lock(range: AddrRange, on: bool) -> Result<(), HookError> {
 /// # Errors
 /// `Call` on kernels before 6.11.
 pub fn mappings(range: AddrRange) -> Result<Vec<Vma>, HookError> {
-    let maps = procmap::open_maps(std::process::id())?;
+    let maps = procmap::open_own_maps()?;
     let mut found = Vec::new();
     let mut addr = range.start;
     while addr < range.end() {
@@ -102,6 +102,42 @@ pub fn mappings(range: AddrRange) -> Result<Vec<Vma>, HookError> {
         found.push(vma);
     }
     Ok(found)
+}
+
+/// [`mappings`], with what the kernel calls each.
+///
+/// # Errors
+/// As [`mappings`].
+pub fn named_mappings(range: AddrRange) -> Result<Vec<(Vma, String)>, HookError> {
+    let maps = procmap::open_own_maps()?;
+    let mut found = Vec::new();
+    let mut addr = range.start;
+    while addr < range.end() {
+        let Some(named) = procmap::query_named(maps.as_fd(), addr)? else { break };
+        addr = named.0.end;
+        found.push(named);
+    }
+    Ok(found)
+}
+
+/// Whether a mapping of this process grows downwards by itself when it is touched below its start (MAP_GROWSDOWN, the main thread's stack).
+/// One call of about a microsecond; the kernel says it elsewhere only in smaps, which walks every page table before the mapping.
+///
+/// # Errors
+/// `Call`: EACCES, ENOMEM when the mapping has changed meanwhile.
+pub fn grows_down(vma: &Vma) -> Result<bool, HookError> {
+    let prot = [(vma.read, libc::PROT_READ), (vma.write, libc::PROT_WRITE), (vma.exec, libc::PROT_EXEC)];
+    let prot = prot.iter().filter(|(has, _)| *has).fold(0, |all, (_, bit)| all | bit);
+    let first = AddrRange { start: vma.start, len: PAGE_SIZE };
+    // SAFETY: mprotect with this flag answers EINVAL and changes nothing for a mapping that does not grow; one that does gets the protection
+    // that it has. No byte changes.
+    if unsafe { libc::mprotect(place(first), first.len as usize, prot | libc::PROT_GROWSDOWN) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        error => Err(HookError::on("mprotect(PROT_GROWSDOWN)", first, error, "")),
+    }
 }
 
 /// Opens the file behind a shared mapping of this process, for what the mapping may do. Works for shared anonymous memory too when
@@ -138,7 +174,7 @@ pub fn open_mapped_file(vma: &Vma) -> Result<OwnedFd, HookError> {
 /// # Errors
 /// `Call` when the file cannot be mapped.
 pub fn identity_of(file: impl AsFd, offset: u64, page_bytes: u64) -> Result<((u32, u32), u64), HookError> {
-    let maps = procmap::open_maps(std::process::id())?;
+    let maps = procmap::open_own_maps()?;
     // NORESERVE: of huge pages a mapping otherwise sets some aside, and there may be none.
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let probe = map_raw(Placement::Anywhere, page_bytes, libc::PROT_NONE, flags, Some((file.as_fd(), offset)))?;
@@ -165,6 +201,22 @@ mod tests {
         assert!(mappings(middle).unwrap().iter().all(|vma| !vma.read));
         protect(window.range(), true, true).unwrap();
         assert!(mappings(AddrRange { start: 4096, len: 4096 }).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_grows_downwards_is_told_and_stays_as_it_is() {
+        let window = Window::anonymous(4 * 4096).unwrap();
+        let middle = window.range().sub_pages(1, 1).unwrap();
+        protect(middle, true, false).unwrap();
+        let vma = mappings(middle).unwrap()[0];
+        assert!(!grows_down(&vma).unwrap());
+        assert_eq!(mappings(middle).unwrap()[0], vma);
+        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line = text.lines().find(|line| line.ends_with("[stack]")).unwrap();
+        let start = u64::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap();
+        let (stack, name) = named_mappings(AddrRange { start, len: PAGE_SIZE }).unwrap().remove(0);
+        assert_eq!(name, "[stack]");
+        assert!(grows_down(&stack).unwrap() && stack.write);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::abi;
 use crate::error::HookError;
-use crate::range::AddrRange;
+use crate::range::{AddrRange, PAGE_SIZE};
 
 bitflags::bitflags! {
     /// Kinds of a page; the names are the kernel's (`PAGE_IS_*`).
@@ -27,6 +27,8 @@ bitflags::bitflags! {
         const HUGE = 1 << 6;
         /// Marked by the soft-dirty mechanism.
         const SOFT_DIRTY = 1 << 7;
+        /// A guard (MADV_GUARD_INSTALL): a touch is a SIGSEGV. Kernels before 6.15 do not know the kind (EINVAL).
+        const GUARD = 1 << 8;
     }
 }
 
@@ -53,6 +55,21 @@ pub fn open_pagemap(pid: u32) -> Result<OwnedFd, HookError> {
     let file = File::open(format!("/proc/{pid}/pagemap"))
         .map_err(|error| HookError::hinted("open(/proc/PID/pagemap)", error, hint))?;
     Ok(file.into())
+}
+
+/// This process's own, for [`scan`]. See [`open_own_maps`](crate::procmap::open_own_maps) for the path.
+///
+/// # Errors
+/// `Call`: ENOENT without /proc.
+pub fn open_own_pagemap() -> Result<OwnedFd, HookError> {
+    let file = File::open("/proc/thread-self/pagemap")
+        .map_err(|error| HookError::hinted("open(/proc/thread-self/pagemap)", error, "Mount /proc"))?;
+    Ok(file.into())
+}
+
+/// Whether the page at `addr` is a guard (MADV_GUARD_INSTALL). No, where the kernel cannot say so.
+pub fn is_guard(pagemap: BorrowedFd<'_>, addr: u64) -> bool {
+    scan(pagemap, AddrRange { start: addr, len: PAGE_SIZE }, Categories::GUARD).is_ok_and(|runs| !runs.is_empty())
 }
 
 /// The pages of `range` that have any of the kinds `any_of`, as runs in order; each run tells all kinds asked for.
@@ -104,6 +121,18 @@ mod tests {
 
     use super::*;
     use crate::window::Window;
+
+    #[test]
+    fn a_guard_is_told_where_the_kernel_has_them() {
+        const MADV_GUARD_INSTALL: libc::c_int = 102;
+        let pagemap = open_own_pagemap().unwrap();
+        let window = Window::anonymous(2 * 4096).unwrap();
+        let place = std::ptr::with_exposed_provenance_mut(window.addr() as usize);
+        // SAFETY: the first page of a mapping of our own that nobody refers into.
+        let installed = unsafe { libc::madvise(place, 4096, MADV_GUARD_INSTALL) } == 0;
+        assert_eq!(is_guard(pagemap.as_fd(), window.addr()), installed);
+        assert!(!is_guard(pagemap.as_fd(), window.addr() + 4096));
+    }
 
     #[test]
     fn scan_finds_touched_pages_only_and_joins_batches() {

@@ -58,6 +58,17 @@ pub fn open_maps(pid: u32) -> Result<OwnedFd, HookError> {
     Ok(file.into())
 }
 
+/// Opens this process's own maps for [`query`]. Through /proc/thread-self, never by number: in another PID namespace than /proc's the
+/// number is somebody else's, and when the first thread has ended /proc/self shows no memory.
+///
+/// # Errors
+/// `Call`: ENOENT without /proc.
+pub fn open_own_maps() -> Result<OwnedFd, HookError> {
+    let file = File::open("/proc/thread-self/maps")
+        .map_err(|error| HookError::hinted("open(/proc/thread-self/maps)", error, "Mount /proc"))?;
+    Ok(file.into())
+}
+
 /// The mapping that covers `addr`, or None.
 ///
 /// # Errors
@@ -68,6 +79,31 @@ pub fn query(maps: BorrowedFd<'_>, addr: u64) -> Result<Option<Vma>, HookError> 
     // SAFETY: name and build id are not asked for (sizes are 0), so the kernel writes to the request only.
     match unsafe { abi::PROCMAP_QUERY.call(maps, &mut request) } {
         Ok(_) => Ok(Some(vma_of(&request))),
+        Err(error) if errno_of(&error) == libc::ENOENT => Ok(None),
+        Err(error) => Err(HookError::hinted("PROCMAP_QUERY", error, "")),
+    }
+}
+
+/// [`query`], with what the kernel calls the mapping: `[stack]`, `[vvar]`, a path, or nothing.
+///
+/// # Errors
+/// As [`query`]; ENAMETOOLONG for a path of more than 4095 bytes.
+pub fn query_named(maps: BorrowedFd<'_>, addr: u64) -> Result<Option<(Vma, String)>, HookError> {
+    let mut name = [0u8; 4096];
+    let mut request = abi::ProcmapQuery {
+        size: size_of::<abi::ProcmapQuery>() as u64,
+        query_addr: addr,
+        vma_name_size: name.len() as u32,
+        vma_name_addr: name.as_mut_ptr().expose_provenance() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the kernel writes to the request, and at most `vma_name_size` bytes to `name`, which lives through the call.
+    match unsafe { abi::PROCMAP_QUERY.call(maps, &mut request) } {
+        Ok(_) => {
+            // The size that comes back counts the final zero, and is 0 without a name.
+            let len = (request.vma_name_size as usize).saturating_sub(1).min(name.len());
+            Ok(Some((vma_of(&request), String::from_utf8_lossy(&name[..len]).into_owned())))
+        }
         Err(error) if errno_of(&error) == libc::ENOENT => Ok(None),
         Err(error) => Err(HookError::hinted("PROCMAP_QUERY", error, "")),
     }
@@ -106,5 +142,18 @@ mod tests {
         assert_eq!(vma.inode, crate::memfd::inode(file.as_fd()).unwrap());
         assert!(vma.range().contains_range(&shared.range()));
         assert_eq!(query(maps.as_fd(), 0).unwrap(), None);
+    }
+
+    #[test]
+    fn names_are_the_kernels() {
+        let maps = open_own_maps().unwrap();
+        let window = Window::anonymous(4096).unwrap();
+        let (vma, name) = query_named(maps.as_fd(), window.addr()).unwrap().unwrap();
+        assert!(vma.range().contains_range(&window.range()) && name.is_empty(), "{name:?}");
+        let text = std::fs::read_to_string("/proc/thread-self/maps").unwrap();
+        let vdso = text.lines().find(|line| line.ends_with("[vdso]")).unwrap();
+        let addr = u64::from_str_radix(vdso.split_once('-').unwrap().0, 16).unwrap();
+        assert_eq!(query_named(maps.as_fd(), addr).unwrap().unwrap().1, "[vdso]");
+        assert_eq!(query_named(maps.as_fd(), 0).unwrap(), None);
     }
 }

@@ -33,6 +33,33 @@ impl StopSignals {
     }
 }
 
+/// Runs `act` with every signal blocked in the calling thread, then puts the mask back. A thread that `act` starts inherits the blocked
+/// mask and so never runs a handler of the program. (The C library keeps the two signals that it needs itself.)
+///
+/// # Errors
+/// `Call`; `act` has not run then.
+pub fn with_all_blocked<T>(act: impl FnOnce() -> T) -> Result<T, HookError> {
+    /// Puts the mask back, also when `act` panics.
+    struct Before(libc::sigset_t);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            // SAFETY: a mask that the kernel gave; no other memory is touched.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+        }
+    }
+    // SAFETY: both sets are locals; sigfillset initialises the first, the kernel writes the second, which all zeros is valid for.
+    let (rc, before) = unsafe {
+        let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        (libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before), before)
+    };
+    if rc != 0 {
+        return Err(HookError::call("pthread_sigmask", None, std::io::Error::from_raw_os_error(rc)));
+    }
+    let _before = Before(before);
+    Ok(act())
+}
+
 /// Ends this process when nobody reads its output any more (`uhmm status | head`), as other tools do: Rust's runtime ignores SIGPIPE.
 /// For programs that only print; sockets are not concerned, their sends ask for no signal.
 pub fn end_when_output_is_closed() {
@@ -43,5 +70,26 @@ pub fn end_when_output_is_closed() {
 impl AsFd for StopSignals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocked() -> u64 {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn a_thread_that_is_started_inside_has_all_signals_blocked_and_the_caller_its_own_mask_again() {
+        let before = blocked();
+        let inside = with_all_blocked(|| std::thread::spawn(blocked)).unwrap().join().unwrap();
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGUSR1, libc::SIGALRM, libc::SIGTERM, libc::SIGCHLD, 64] {
+            assert!(inside >> (signal - 1) & 1 == 1, "signal {signal} is not in {inside:x}");
+        }
+        assert_eq!(blocked(), before);
     }
 }

@@ -13,6 +13,7 @@
 pub(crate) mod create;
 mod journal;
 mod outcome;
+mod registered;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -21,6 +22,7 @@ use rustix::io::{Errno, FdFlags};
 pub use self::create::UffdKind;
 pub use self::journal::{Change, EventJournal, KeptEvent, KeptFork};
 pub use self::outcome::{FillOutcome, FillStop, WpOutcome};
+pub use self::registered::RegistrationProbe;
 
 use crate::abi;
 use crate::bytes::MappedBytes;
