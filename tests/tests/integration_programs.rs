@@ -4,6 +4,7 @@
 //! `tests/programs/preload.c` adopts and migrates; the programs answer rounds (see there). `UHMM_PROGRAM_SECONDS=60` makes the runs
 //! longer than these few seconds.
 
+use std::cell::RefCell;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,6 +29,8 @@ struct Stage<'a> {
     bed: Option<&'a TestBed>,
     /// Rounds go on for so long; there are two in any case.
     duration: Duration,
+    /// Where the tested program's threads were before its end: the program may go on while those of uhmm hang.
+    before_end: RefCell<String>,
 }
 
 type Outcome = Result<Vec<String>, String>;
@@ -40,7 +43,7 @@ impl<'a> Stage<'a> {
             let options = ["-shared", "-fPIC"];
             c::compile_to(folder.path().join("preload.so"), &[source("preload.c")], &options);
         }
-        Self { folder, bed, duration }
+        Self { folder, bed, duration, before_end: RefCell::default() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -82,6 +85,7 @@ impl<'a> Stage<'a> {
     /// The same, then the program's end.
     fn play_to_the_end(&self, program: &mut Process, begin: &str, round: &str) -> Outcome {
         let answers = self.play(program, begin, round)?;
+        self.before_end.replace(program.describe("before its end"));
         program.end()?;
         Ok(answers)
     }
@@ -122,7 +126,11 @@ fn same_as_plain(run: fn(&Stage<'_>) -> Outcome) {
     let report = stage.report();
     println!("{} rounds, {kills} kills; {report}", answers.len());
     assert!(kills >= seconds() / 2, "only {kills} services were killed");
-    assert!(counter(&report, "moved_pages") >= MOVED_PAGES_MIN, "too few pages moved: {report}");
+    assert!(
+        counter(&report, "moved_pages") >= MOVED_PAGES_MIN,
+        "too few pages moved: {report}\n{}",
+        stage.before_end.borrow()
+    );
     let (adopted, left) = (counter(&report, "adopted_bytes"), counter(&report, "left_bytes"));
     assert!(adopted * 100 >= (adopted + left) * ADOPTED_PERCENT_MIN, "not all memory was adopted: {report}");
 }
@@ -209,6 +217,7 @@ fn redis_client(stage: &Stage<'_>, server: &mut Process, name: &str, options: &[
     let mut client = stage.start(&format!("{name}-client"), &mut command);
     let answers = stage.play(&mut client, "", "round\n");
     let answers = answers.map_err(|text| text + &server.describe("is the server"))?;
+    stage.before_end.replace(server.describe("before its end"));
     client.end().map_err(|text| text + &server.describe("is the server"))?;
     server.end()?;
     Ok(answers)
