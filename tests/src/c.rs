@@ -1,4 +1,4 @@
-//! C programs of `tests/c`, compiled with warnings as errors and linked with `libuhmm.so`.
+//! C sources of the tests, compiled with warnings as errors and linked with `libuhmm.so`.
 //!
 //! `libuhmm.so` lies beside the test: building the workspace's tests builds it too, because `uhmm-capi` has a test of its own.
 
@@ -31,14 +31,19 @@ pub fn run(command: &mut Command) -> Output {
     output
 }
 
-/// The program of these files, compiled into `dir`.
+/// The program of these files of `tests/c`, compiled into `dir`.
 pub fn compile(sources: &[&str], dir: &Path) -> PathBuf {
-    let program = dir.join("program");
-    let (library, folder) = (library_dir(), top().join("tests/c"));
+    let sources: Vec<_> = sources.iter().map(|name| top().join("tests/c").join(name)).collect();
+    compile_to(dir.join("program"), &sources, &[])
+}
+
+/// Compiles any sources. `options` go to the compiler, in front of them.
+pub fn compile_to(into: PathBuf, sources: &[PathBuf], options: &[&str]) -> PathBuf {
+    let library = library_dir();
     let mut cc = Command::new("cc");
-    cc.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-I"]);
-    cc.arg(top().join("sdk/capi/include")).args(sources.iter().map(|name| folder.join(name))).arg("-o").arg(&program);
+    cc.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]).args(options);
+    cc.arg("-I").arg(top().join("sdk/capi/include")).args(sources).arg("-o").arg(&into);
     cc.arg("-L").arg(&library).arg("-luhmm").arg(format!("-Wl,-rpath,{}", library.display()));
     run(&mut cc);
-    program
+    into
 }

@@ -19,6 +19,7 @@ use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 pub mod c;
 pub mod model;
 pub mod pattern;
+pub mod process;
 
 /// Longest wait for anything in a test; only ever reached by a failure.
 pub const PATIENCE: Duration = Duration::from_secs(30);
