@@ -206,11 +206,18 @@ impl AgentHost {
         self.short_lives = if self.started.elapsed() < SHORT_LIFE { self.short_lives + 1 } else { 0 };
         if self.short_lives >= SHORT_LIVES_MAX {
             let detail = format!("{SHORT_LIVES_MAX} agents in a row ended at once");
-            return Err(Error::kernel("Starting another agent")(HookError::Strange { call: "clone(CLONE_VM)", detail }));
+            return Err(Error::kernel("Starting another agent")(HookError::Strange {
+                call: "clone(CLONE_VM)",
+                detail,
+            }));
         }
         if filter_count() != self.filters {
-            let detail = "a seccomp filter was installed since the first one began, and it may kill who calls clone".into();
-            return Err(Error::kernel("Starting another agent")(HookError::Strange { call: "clone(CLONE_VM)", detail }));
+            let detail =
+                "a seccomp filter was installed since the first one began, and it may kill who calls clone".into();
+            return Err(Error::kernel("Starting another agent")(HookError::Strange {
+                call: "clone(CLONE_VM)",
+                detail,
+            }));
         }
         self.start_process().map_err(Error::kernel("Starting another agent"))?;
         tracing::warn!(dead = pid, kind = ?self.kind(), "The agent was killed: another one goes on with its orders");

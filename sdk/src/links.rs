@@ -247,7 +247,8 @@ impl Drop for Links {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         // The last handle may be dropped by something that runs on the link thread itself, which cannot wait for its own end; and one that was
         // killed does not end.
-        let waits = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id() && !self.life.is_orphaned();
+        let waits =
+            |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id() && !self.life.is_orphaned();
         if let Some(thread) = thread.filter(waits)
             && thread.join().is_err()
         {
@@ -315,8 +316,7 @@ impl Loop {
                 let sent = clone_of(&uffd)?.into_fd();
                 let frames = Frames::new(Some(clone_of(&uffd)?), allocations);
                 let (full, sentinel_addr, memory) = (kind == UffdKind::Full, sentinel.start, agent.memory()?);
-                let open =
-                    pager::Call::OpenSpace { nonce, uffd: Arc::new(sent), full, sentinel_addr, agent: memory };
+                let open = pager::Call::OpenSpace { nonce, uffd: Arc::new(sent), full, sentinel_addr, agent: memory };
                 (links(Some(uffd), None, frames, agent), open, kind)
             }
             Identification::Child { space, token } => {

@@ -158,16 +158,14 @@ impl Session {
         let offset_bytes = vma.offset + (range.start - vma.start);
         let (addr, len_bytes) = (range.start, range.len);
         let attach = move |_: &mut Loop| {
-            let file = own_memory::open_mapped_file(&vma).map_err(Error::kernel("Opening the file behind a mapping"))?;
+            let file =
+                own_memory::open_mapped_file(&vma).map_err(Error::kernel("Opening the file behind a mapping"))?;
             Ok(Call::Pager(pager::Call::AttachFile { addr, len_bytes, file: Arc::new(file), offset_bytes }))
         };
         self.region_made(attach).map(|region| Adopted { region, kind: AdoptedKind::Shared })
     }
 
-    fn region_made(
-        &self,
-        make: impl FnOnce(&mut Loop) -> Result<Call, Error> + Send + 'static,
-    ) -> Result<u64, Error> {
+    fn region_made(&self, make: impl FnOnce(&mut Loop) -> Result<Call, Error> + Send + 'static) -> Result<u64, Error> {
         self.inner.settle()?;
         let answer = self.inner.links.call_made(Peer::Pager, make, None, |reply| match reply {
             Reply::Pager(pager::Reply::RegionCreated { region }) => Ok(region),

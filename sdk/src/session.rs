@@ -81,12 +81,7 @@ impl Session {
     }
 
     /// `kind`: of the userfaultfd, where it is not made here.
-    fn begin(
-        run_dir: PathBuf,
-        who: Identification,
-        sentinel: Sentinel,
-        kind: Option<UffdKind>,
-    ) -> Result<Self, Error> {
+    fn begin(run_dir: PathBuf, who: Identification, sentinel: Sentinel, kind: Option<UffdKind>) -> Result<Self, Error> {
         // The program may go elsewhere.
         let run_dir = std::path::absolute(&run_dir).unwrap_or(run_dir);
         let allocations = Arc::<Allocations>::default();

@@ -99,8 +99,12 @@ fn good_client_works(bed: &TestBed) {
 /// The first call of a client, with agent memory that is in order.
 fn open_space(uffd: Fd, sentinel_addr: u64) -> pager::Call {
     let maps = uhmm_kernel_hook::procmap::open_own_maps().expect("maps");
-    let staging = memfd::create_sealed("uhmm-test-staging", (2 << 20) + pager::DIARY_BYTES).expect("memfd");
-    let agent = pager::AgentMemory { maps: Arc::new(maps), staging: Arc::new(staging) };
+    let memory = |name: &str, len_bytes| -> Fd { Arc::new(memfd::create_sealed(name, len_bytes).expect("memfd")) };
+    let (maps, pagemap) = (Arc::new(maps), Arc::new(uhmm_kernel_hook::pagemap::open_own_pagemap().expect("pagemap")));
+    let staging = memory("uhmm-test-staging", uhmm_kernel_hook::agent::STAGING_BYTES);
+    let orders = memory("uhmm-test-orders", uhmm_kernel_hook::agent::ORDERS_BYTES);
+    let done: Fd = Arc::new(uhmm_kernel_hook::EventFd::new().expect("eventfd").into_fd());
+    let agent = pager::AgentMemory { maps, pagemap, staging, orders, done, agent: None };
     pager::Call::OpenSpace { nonce: 1, uffd, full: true, sentinel_addr, agent }
 }
 

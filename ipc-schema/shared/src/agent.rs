@@ -276,9 +276,17 @@ mod tests {
     #[test]
     fn what_no_honest_pager_writes_is_no_order() {
         let good = order(Op::MoveOut { slot: 1 }).encode();
-        for (word, value) in
-            [(3, 0x7001), (3, u64::MAX - 4095), (4, 0), (4, 513), (4, u64::MAX), (5, 0), (5, 6), (5, 1 | 16 << 32), (2, u64::MAX)]
-        {
+        for (word, value) in [
+            (3, 0x7001),
+            (3, u64::MAX - 4095),
+            (4, 0),
+            (4, 513),
+            (4, u64::MAX),
+            (5, 0),
+            (5, 6),
+            (5, 1 | 16 << 32),
+            (2, u64::MAX),
+        ] {
             let mut bad = good;
             bad[word] = value;
             assert_eq!(Order::decode(&bad), None, "word {word} is {value:#x}");

@@ -46,9 +46,13 @@ fn what_is_discarded_while_a_driver_fetches_it_is_not_put_in_place() {
     let mut machine = all(|page| Entry::on_device(DeviceId(0), page as u32));
     let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
     let backing = Backing::Private;
-    for (ticket, _) in
-        punched(&machine.send(Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: vec![Pages { first: 0, count: 4 }] }))
-    {
+    for (ticket, _) in punched(&machine.send(Event::RecoverRegion {
+        region: REGION,
+        space: SpaceId(1),
+        page_count: 4,
+        backing,
+        strays: vec![Pages { first: 0, count: 4 }],
+    })) {
         machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
     }
     machine.send(Event::DeviceUp {
@@ -106,7 +110,13 @@ fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
     let on_device = |page: u64| Entry::on_device(DeviceId(0), 4 + page as u32);
     let mut machine = all(on_device);
     let backing = Backing::Private;
-    let recover = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: vec![Pages { first: 0, count: 4 }] };
+    let recover = Event::RecoverRegion {
+        region: REGION,
+        space: SpaceId(1),
+        page_count: 4,
+        backing,
+        strays: vec![Pages { first: 0, count: 4 }],
+    };
     let punches = punched(&machine.send(recover));
     machine.send(Event::Recovered);
     machine.send(Event::Removed { region: REGION, pages: Pages { first: 2, count: 2 } });
@@ -139,7 +149,13 @@ fn a_discard_after_a_restart_frees_the_frames_of_its_own_pages() {
 fn what_is_discarded_twice_while_it_is_punched_is_dropped_once() {
     let mut machine = all(|page| Entry::on_device(DeviceId(0), 4 + page as u32));
     let backing = Backing::Private;
-    let recover = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: vec![Pages { first: 0, count: 4 }] };
+    let recover = Event::RecoverRegion {
+        region: REGION,
+        space: SpaceId(1),
+        page_count: 4,
+        backing,
+        strays: vec![Pages { first: 0, count: 4 }],
+    };
     let punches = punched(&machine.send(recover));
     machine.send(Event::Recovered);
     for pages in [Pages { first: 1, count: 2 }, Pages { first: 0, count: 4 }, Pages { first: 2, count: 2 }] {

@@ -13,7 +13,13 @@ const ALL: Pages = Pages { first: 0, count: PAGES };
 
 fn recover(machine: &mut Machine, region: RegionId) -> Vec<Action> {
     let space = SpaceId(region.0);
-    machine.send(Event::RecoverRegion { region, space, page_count: PAGES, backing: Backing::Private })
+    machine.send(Event::RecoverRegion {
+        region,
+        space,
+        page_count: PAGES,
+        backing: Backing::Private,
+        strays: Vec::new(),
+    })
 }
 
 fn ready(actions: &[Action]) -> bool {

@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::Fd;
@@ -283,8 +284,8 @@ impl Agent {
         let done_event = EventFd::from_fd(own(&memory.done)?).map_err(text)?;
         let pidfd = memory.agent.as_ref().map(own).transpose()?.map(PidFd::from_fd);
         let gate = FillGate::at(words.clone(), GATE);
-        words.store(DEAD_PAGERS, first_id - 1, std::sync::atomic::Ordering::Release);
-        words.fence(std::sync::atomic::Ordering::SeqCst);
+        words.store(DEAD_PAGERS, first_id - 1, Release);
+        words.fence(SeqCst);
         gate.end_reading(first_id - 1);
         Ok(Self {
             conn,
@@ -318,21 +319,26 @@ impl Agent {
     /// What lies in scratch blocks, by their records: for a new pager. Their slots are in use until those pages are given back or put
     /// back; so is the slot of the order that may have been begun.
     pub fn find_taken(&mut self, begun: Option<Begun>) -> Vec<Taken> {
-        if let Some(Begun { region, pages, op: Op::MoveOut { slot } | Op::CopyOut { slot } | Op::FillHuge { slot } }) = begun {
+        if let Some(Begun { region, pages, op: Op::MoveOut { slot } | Op::CopyOut { slot } | Op::FillHuge { slot } }) =
+            begun
+        {
             self.take(Taken { region, pages, slot });
         }
         for slot in 0..SLOTS as u32 {
-            let word = |field: usize| {
-                self.words.load(BLOCKS + slot as usize * BLOCK_WORDS + field, std::sync::atomic::Ordering::Acquire)
-            };
-            let (region, first, count) = (RegionId(word(1)), word(2), word(4));
-            // The program can write there.
             let known = self.taken.iter().any(|taken| taken.slot == slot);
-            if (1..=ORDER_PAGES).contains(&count) && first.checked_add(count).is_some() && !known {
-                self.take(Taken { region, pages: Pages { first, count }, slot });
+            if let Some(taken) = self.record(slot).filter(|_| !known) {
+                self.take(taken);
             }
         }
         self.taken.clone()
+    }
+
+    /// What a scratch block's record says. The program can write there.
+    fn record(&self, slot: u32) -> Option<Taken> {
+        let word = |field: usize| self.words.load(BLOCKS + slot as usize * BLOCK_WORDS + field, Acquire);
+        let (region, first, count) = (RegionId(word(1)), word(2), word(4));
+        let legal = (1..=ORDER_PAGES).contains(&count) && first.checked_add(count).is_some();
+        legal.then_some(Taken { region, pages: Pages { first, count }, slot })
     }
 
     /// Queues a job.
@@ -387,7 +393,6 @@ impl Agent {
     }
 
     fn ring_bell(&self) {
-        use std::sync::atomic::Ordering::{Relaxed, Release};
         self.words.store(BELL, self.words.load(BELL, Relaxed).wrapping_add(1), Release);
         self.words.wake(BELL);
     }
@@ -528,7 +533,7 @@ impl Agent {
 
     /// The agent's diary has these addresses among those dropped last.
     fn has_announced(&self, addrs: AddrRange) -> bool {
-        let word = |index: usize| self.words.load(DIARY + index, std::sync::atomic::Ordering::Acquire);
+        let word = |index: usize| self.words.load(DIARY + index, Acquire);
         (0..DIARY_ENTRIES as usize).any(|entry| word(2 * entry) <= addrs.start && addrs.end() <= word(2 * entry + 1))
     }
 
@@ -563,16 +568,9 @@ impl Agent {
 
     /// Whether a scratch block's record claims a page. Whoever carried out orders is gone, so nothing changes it.
     pub fn claims(&self, region: RegionId, page: u64) -> bool {
-        self.taken.iter().any(|taken| taken.region == region && taken.pages.contains(page)) || {
-            let word = |slot: usize, field: usize| {
-                self.words.load(BLOCKS + slot * BLOCK_WORDS + field, std::sync::atomic::Ordering::Acquire)
-            };
-            let claims = |slot: usize| {
-                word(slot, 1) == region.0
-                    && page.checked_sub(word(slot, 2)).is_some_and(|into| into < word(slot, 4).min(ORDER_PAGES))
-            };
-            (0..SLOTS as usize).any(claims)
-        }
+        let claims = |taken: &Taken| taken.region == region && taken.pages.contains(page);
+        self.taken.iter().any(claims)
+            || (0..SLOTS as u32).filter_map(|slot| self.record(slot)).any(|found| claims(&found))
     }
 
     /// Jobs that wait or are under way.
@@ -582,119 +580,4 @@ impl Agent {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsFd;
-    
-    use uhmm_ipc::shared::fill_gate::Fill;
-    use uhmm_kernel_hook::memfd;
-    use uhmm_kernel_hook::window::Prot;
-
-    use super::*;
-
-    fn agent(slots: u64) -> Agent {
-        let len = slots * SLOT_PAGES * 4096 + DIARY_BYTES;
-        let memory = memfd::create_sealed("uhmm-test-staging", len).unwrap();
-        let staging = Window::map(memory.as_fd(), 0, len, Prot::ReadWrite).unwrap();
-        let memory = Arc::new(memory);
-        Agent::new(None, memory.clone(), staging, memory, 1 << 32).unwrap()
-    }
-
-    fn job(order: Order, first: u64) -> Job {
-        let purpose = Purpose::Out { ticket: Ticket(first), device: 0, frame: 0 };
-        Job::new(RegionId(1), Pages { first, count: 8 }, order, purpose)
-    }
-
-    #[test]
-    fn jobs_without_a_slot_wait_and_others_pass_them() {
-        let mut agent = agent(1);
-        for order in [Order::MoveOut, Order::MoveOut, Order::Drop { in_place: false }] {
-            agent.ask(job(order, 0));
-        }
-        let ready = agent.ready();
-        assert_eq!(
-            ready.iter().map(|(_, job)| job.order).collect::<Vec<_>>(),
-            [Order::MoveOut, Order::Drop { in_place: false }]
-        );
-        assert!(agent.ready().is_empty());
-        let done = agent.answered(ready[0].0).unwrap();
-        agent.free_slot(done.slot.unwrap());
-        assert_eq!(agent.ready().len(), 1);
-    }
-
-    #[test]
-    fn a_new_connection_is_asked_what_was_not_answered_in_order() {
-        let mut agent = agent(4);
-        (0..3).for_each(|first| agent.ask(job(Order::MoveOut, first * 8)));
-        let sent = agent.ready();
-        assert!(agent.answered(sent[1].0).is_some() && agent.answered(sent[1].0).is_none());
-        assert_eq!(agent.unanswered(), [sent[0], sent[2]]);
-        assert_eq!(agent.give_up().len(), 2);
-    }
-
-    #[test]
-    fn what_the_program_drops_is_not_put_back_and_other_orders_are_not_concerned() {
-        let mut agent = agent(4);
-        let agents_side = FillGate::open(&*agent.staging_fd).unwrap();
-        agent.ask(job(Order::MoveBack, 0));
-        agent.ask(job(Order::MoveOut, 0));
-        let sent = agent.ready();
-        agent.ask(job(Order::FillHuge { slot: 3 }, 0));
-        assert!(agent.begin_reading());
-        agent.dropped(RegionId(2), Pages { first: 0, count: 9 });
-        agent.dropped(RegionId(1), Pages { first: 8, count: 9 });
-        agent.end_reading();
-        assert_eq!(agents_side.fill(sent[0].0, || ()), Fill::Done(()));
-        assert!(agent.begin_reading());
-        agent.dropped(RegionId(1), Pages { first: 7, count: 9 });
-        agent.end_reading();
-        assert_eq!(agents_side.fill(sent[1].0, || ()), Fill::Refused, "all that were sent by then");
-        let overtaken: Vec<bool> = sent.iter().map(|(id, _)| agent.answered(*id).unwrap().overtaken).collect();
-        assert_eq!(overtaken, [true, false], "what was taken out is dropped where it arrives");
-        let waiting = agent.ready();
-        assert!(waiting[0].1.overtaken, "never sent");
-    }
-
-    #[test]
-    fn no_order_of_a_dead_pager_fills_anything() {
-        let agent = agent(1);
-        let agents_side = FillGate::open(&*agent.staging_fd).unwrap();
-        assert_eq!(agents_side.fill((1 << 32) - 1, || ()), Fill::Refused);
-        assert_eq!(agents_side.fill(1 << 32, || ()), Fill::Done(()));
-    }
-
-    #[test]
-    fn allocated_memory_does_not_move_so_orders_about_its_frames_stay_good() {
-        let mut agent = agent(1);
-        agent.ask(job(Order::MapDevice { device: 0, frame: 3, generation: 1 }, 8));
-        agent.ask(job(Order::UnmapDevice, 8));
-        agent.moved(RegionId(1), Pages { first: 0, count: 100 });
-        let ready = agent.ready();
-        assert!(ready[0].0 < ready[1].0 && ready.iter().all(|(_, job)| !job.overtaken && job.is_about_frames()));
-    }
-
-    #[test]
-    fn only_an_own_drop_of_exactly_these_pages_is_recognised() {
-        let mut agent = agent(1);
-        agent.ask(job(Order::Drop { in_place: true }, 8));
-        let is_dropping = |agent: &Agent, region: u64, first: u64, count: u64| {
-            let addrs = AddrRange { start: first * 4096, len: count * 4096 };
-            agent.is_dropping(RegionId(region), Pages { first, count }, addrs)
-        };
-        assert!(!is_dropping(&agent, 1, 8, 8), "the agent has not begun: this is the program's");
-        let diary = agent.staging.len() - DIARY_BYTES;
-        // The agent may have gone on to the next one when the event is dealt with.
-        for (word, page) in [8, 16, 32, 40].into_iter().enumerate() {
-            agent.staging.store_u64(diary + 8 * word as u64, page * 4096).unwrap();
-        }
-        for sent in [false, true] {
-            if sent {
-                agent.ready();
-            }
-            assert!(is_dropping(&agent, 1, 8, 8) && is_dropping(&agent, 1, 9, 2), "sent {sent}");
-            assert!(!is_dropping(&agent, 1, 7, 9) && !is_dropping(&agent, 2, 8, 8), "sent {sent}");
-        }
-        let id = *agent.outstanding.keys().next().unwrap();
-        agent.answered(id);
-        assert!(!is_dropping(&agent, 1, 8, 8), "done: this is the program's");
-    }
-}
+mod tests;

@@ -93,7 +93,11 @@ impl Pager {
     fn lose_agent(&mut self, space_id: u64, why: &str) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
         let pid = space.state.pid;
-        tracing::error!(space = space_id, pid, "The agent of process {pid} {why}: its private memory moves to no device any more, what is on one comes home");
+        tracing::error!(
+            space = space_id,
+            pid,
+            "The agent of process {pid} {why}: its private memory moves to no device any more, what is on one comes home"
+        );
         let Some(agent) = space.agent.as_mut() else { return };
         let jobs = agent.lose();
         jobs.into_iter().for_each(|job| self.answer_lost(space_id, job));
@@ -187,8 +191,9 @@ impl Pager {
     fn missing(&self, region: RegionId, pages: Pages) -> Vec<Pages> {
         let present = self.in_place(region, pages).unwrap_or_default();
         let agent = self.regions.get(region.0).and_then(|region| self.spaces.get(&region.space)?.agent.as_ref());
-        let is_missing =
-            |page: &u64| !present.iter().any(|run| run.contains(*page)) && agent.is_some_and(|a| a.claims(region, *page));
+        let is_missing = |page: &u64| {
+            !present.iter().any(|run| run.contains(*page)) && agent.is_some_and(|a| a.claims(region, *page))
+        };
         pages.iter().filter(is_missing).map(Pages::one).collect()
     }
 
@@ -205,7 +210,8 @@ impl Pager {
         }
         let mut strays: Vec<Pages> = Vec::new();
         let begun = self.spaces.get(&region.space).and_then(|space| space.begun);
-        let begun = begun.filter(|begun| begun.region.0 == region_id && matches!(begun.op, Op::Drop { in_place: true }));
+        let begun =
+            begun.filter(|begun| begun.region.0 == region_id && matches!(begun.op, Op::Drop { in_place: true }));
         let begun = begun.and_then(|begun: Begun| begun.pages.overlap(all));
         let present = self.in_place(RegionId(region_id), all).unwrap_or_default();
         for page in present.into_iter().chain(begun).flat_map(Pages::iter).filter(|page| on_device(*page)) {

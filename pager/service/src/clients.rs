@@ -168,7 +168,8 @@ impl Pager {
         }
         if let Some(agent) = &space.agent {
             let AgentMemory { maps, pagemap, staging, orders, done, agent } = agent.memory.clone();
-            let named = [("maps", maps), ("pagemap", pagemap), ("staging", staging), ("orders", orders), ("done", done)];
+            let named =
+                [("maps", maps), ("pagemap", pagemap), ("staging", staging), ("orders", orders), ("done", done)];
             entries.extend(named);
             entries.extend(agent.map(|agent| ("agent", agent)));
         }

@@ -329,7 +329,9 @@ impl Pager {
             Wake::Timer(TIMER_GATE) => self.check_gates(),
             Wake::Timer(TIMER_CHILDREN) => self.check_children(),
             Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_HEAT => self.sweep(token & !KIND_MASK),
-            Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_AGENT => self.agent_is_late(token & !KIND_MASK),
+            Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_AGENT => {
+                self.agent_is_late(token & !KIND_MASK)
+            }
             _ => {}
         }
     }

@@ -106,5 +106,7 @@ pub(crate) fn block_addr(scratch: u64, block: u64) -> u64 {
 /// Where a page of a staging slot lies.
 pub(crate) fn staging_addr(staging: u64, slot: u32, page: u64) -> u64 {
     let slot = u64::from(slot).min(SLOTS - 1);
-    staging.wrapping_add(slot.wrapping_mul(BLOCK_BYTES)).wrapping_add(page.min(ORDER_PAGES - 1).wrapping_mul(PAGE_BYTES))
+    staging
+        .wrapping_add(slot.wrapping_mul(BLOCK_BYTES))
+        .wrapping_add(page.min(ORDER_PAGES - 1).wrapping_mul(PAGE_BYTES))
 }

@@ -451,7 +451,11 @@ impl<'a> Agent<'a> {
         match tries.matched {
             1 => {
                 tries.lock_refused = sys::lock(to, len_bytes).is_err();
-                if tries.lock_refused { sys::unlock(to, len_bytes).map(drop).map_err(|_| Status::Failed) } else { Ok(()) }
+                if tries.lock_refused {
+                    sys::unlock(to, len_bytes).map(drop).map_err(|_| Status::Failed)
+                } else {
+                    Ok(())
+                }
             }
             2 if !tries.lock_refused => sys::unlock(to, len_bytes).map(drop).map_err(|_| Status::Failed),
             _ if tries.lock_refused => Err(Status::LockLimit),
@@ -476,8 +480,7 @@ impl<'a> Agent<'a> {
                 end = end.wrapping_add(1);
             }
             if end > page {
-                let from =
-                    self.block(u64::from(slot)).wrapping_add(into.wrapping_add(page).wrapping_mul(PAGE_BYTES));
+                let from = self.block(u64::from(slot)).wrapping_add(into.wrapping_add(page).wrapping_mul(PAGE_BYTES));
                 let to = staging_addr(self.config.staging, slot, page);
                 sys::copy(from, to, end.wrapping_sub(page).wrapping_mul(PAGE_BYTES));
             }

@@ -123,7 +123,13 @@ impl AgentSeat {
         ]
     }
 
-    fn configure(&mut self, files: &AgentFiles, life: u64, only_one: bool, is_process: bool) -> Result<*const Config, HookError> {
+    fn configure(
+        &mut self,
+        files: &AgentFiles,
+        life: u64,
+        only_one: bool,
+        is_process: bool,
+    ) -> Result<*const Config, HookError> {
         self.last_number += 1;
         let scratch = self.scratch.addr().next_multiple_of(BLOCK_BYTES);
         let config = Config {

@@ -176,7 +176,8 @@ impl LifeMark {
     /// `Call`; `Strange` when the C library keeps no such word.
     pub fn hold(&mut self) -> Result<u64, HookError> {
         // SAFETY: the mutex was initialised in `new`, and nobody else locks it.
-        let (error, thread) = unsafe { (libc::pthread_mutex_lock(self.mutex()), libc::syscall(libc::SYS_gettid) as u32) };
+        let (error, thread) =
+            unsafe { (libc::pthread_mutex_lock(self.mutex()), libc::syscall(libc::SYS_gettid) as u32) };
         if error != 0 {
             return Err(HookError::failed("pthread_mutex_lock", io::Error::from_raw_os_error(error)));
         }
@@ -250,7 +251,10 @@ mod tests {
         // SAFETY: only asks whether the number names something here.
         let flags = unsafe { libc::fcntl(late, libc::F_GETFD) };
         let here = std::fs::read_link(format!("/proc/self/fd/{late}")).unwrap_or_default();
-        assert!(flags < 0 || !here.to_string_lossy().contains("uhmm-secluded"), "its memfd is not in the program's table");
+        assert!(
+            flags < 0 || !here.to_string_lossy().contains("uhmm-secluded"),
+            "its memfd is not in the program's table"
+        );
     }
 
     #[test]

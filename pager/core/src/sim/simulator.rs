@@ -399,7 +399,13 @@ impl Simulator {
             self.world.regions.iter().map(|(id, r)| (*id, r.space, r.directory.len() as u64)).collect();
         for (region, space, page_count) in &regions {
             let (region, space, page_count) = (*region, *space, *page_count);
-            self.world.events.push_back(Event::RecoverRegion { region, space, page_count, backing: Backing::Shared, strays: Vec::new() });
+            self.world.events.push_back(Event::RecoverRegion {
+                region,
+                space,
+                page_count,
+                backing: Backing::Shared,
+                strays: Vec::new(),
+            });
         }
         self.world.events.push_back(Event::Recovered);
         for (region, ..) in &regions {
