@@ -17,6 +17,9 @@ void without_waiting(const struct bench *bench)
     OK(uhmm_adopt(bench->session, memory, len));
 
     /* While the agent stands still nothing is answered, and waiting can end before the answer comes. */
+    int64_t agent = 0;
+    OK(uhmm_agent(bench->session, &agent));
+    TRUE_THAT(agent > 0);
     OK(uhmm_pause_agent(bench->session, 1000));
     OK(uhmm_migrate_async(bench->session, memory, len, bench->device, &pending));
     SAME(uhmm_pending_poll(pending), 0);

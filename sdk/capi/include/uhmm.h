@@ -813,7 +813,7 @@ int uhmm_connect(const char *run_dir,
 
 /**
  * Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
- * and pending calls of the session stay usable until they are closed and freed, and the agent thread lives as long as they do.
+ * and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
  * A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
  */
 int uhmm_disconnect(uhmm_session *session);
@@ -847,7 +847,18 @@ int uhmm_system_calls_wait(uhmm_session *session);
 int uhmm_space(uhmm_session *session, uint64_t *space);
 
 /**
- * Test hook: the session's agent thread stands still for this long. Returns at once.
+ * Who takes private pages out of this process's address space and puts them back. `pid`: the number of the agent, a process that shares this
+ * one's memory and nothing else; 0 when the agent is a thread of this process, because making a process is forbidden here (a
+ * seccomp filter); -1 when it was killed and no other one can be started: then private memory moves to no device any more, and
+ * what is on one comes home when it is touched.
+ *
+ * Errors: -ESTALE the session's own thread was killed.
+ */
+int uhmm_agent(uhmm_session *session,
+               int64_t *pid);
+
+/**
+ * Test hook: the session's agent stands still for this long. Returns at once.
  */
 int uhmm_pause_agent(uhmm_session *session, uint32_t duration_ms);
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use uhmm_sdk::{Region, UffdKind};
+use uhmm_sdk::{AgentKind, Region, UffdKind};
 
 use crate::buffers::{self, Out};
 use crate::error::guard;
@@ -59,7 +59,7 @@ pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut
 }
 
 /// Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
-/// and pending calls of the session stay usable until they are closed and freed, and the agent thread lives as long as they do.
+/// and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
 /// A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_disconnect(session: *mut uhmm_session) -> c_int {
@@ -114,7 +114,27 @@ pub unsafe extern "C" fn uhmm_space(session: *mut uhmm_session, space: *mut u64)
     })
 }
 
-/// Test hook: the session's agent thread stands still for this long. Returns at once.
+/// Who takes private pages out of this process's address space and puts them back. `pid`: the number of the agent, a process that shares this
+/// one's memory and nothing else; 0 when the agent is a thread of this process, because making a process is forbidden here (a
+/// seccomp filter); -1 when it was killed and no other one can be started: then private memory moves to no device any more, and
+/// what is on one comes home when it is touched.
+///
+/// Errors: -ESTALE the session's own thread was killed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn uhmm_agent(session: *mut uhmm_session, pid: *mut i64) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable.
+        let pid = unsafe { Out::new(pid, "pid") }?;
+        pid.set(match handles::get(session)?.sdk.agent()? {
+            AgentKind::Process { pid } => i64::from(pid),
+            AgentKind::Thread => 0,
+            AgentKind::None => -1,
+        });
+        Ok(())
+    })
+}
+
+/// Test hook: the session's agent stands still for this long. Returns at once.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pause_agent(session: *mut uhmm_session, duration_ms: u32) -> c_int {
     guard(|| {

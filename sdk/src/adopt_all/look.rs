@@ -246,8 +246,8 @@ impl Look<'_> {
         for candidate in runs.into_iter().flat_map(|run| run.parts) {
             let whole = candidate.mapping.range;
             // Changed since maps was read: the next look sees what it is now.
-            let Some(flags) = flags.get(&(whole.start, whole.end())) else { continue };
-            let mapping = Mapping { flags: *flags, ..candidate.mapping.clone() };
+            let Some(flags) = flags.around(&candidate.piece) else { continue };
+            let mapping = Mapping { flags, ..candidate.mapping.clone() };
             let guarded = is_kept_stack(whole) && pagemap::is_guard(pagemap.as_fd(), whole.start);
             match decide(&mapping, &Surroundings { guarded, ..candidate.around }) {
                 Ok(()) => kept.push(candidate),

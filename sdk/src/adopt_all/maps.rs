@@ -1,7 +1,6 @@
 //! /proc/self/maps and smaps as plain data. Read through /proc/thread-self: by number it would be somebody else's under another PID
 //! namespace's /proc.
 
-use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader};
 
 use uhmm_kernel_hook::AddrRange;
@@ -93,29 +92,41 @@ pub(crate) fn read_maps() -> io::Result<Vec<Mapping>> {
     Ok(std::fs::read_to_string("/proc/thread-self/maps")?.lines().filter_map(Mapping::parse).collect())
 }
 
-/// The flags of the mappings up to `end`, by (first byte, byte after the last). The kernel makes smaps while it is read, and walks the page
+/// The flags of mappings, in the order of their addresses.
+pub(crate) struct FlagsOf(Vec<(AddrRange, VmFlags)>);
+
+impl FlagsOf {
+    /// Those of the mapping that a range lies in now. It may have grown since the range was seen, as a heap does all the time.
+    pub(crate) fn around(&self, range: &AddrRange) -> Option<VmFlags> {
+        let next = self.0.partition_point(|(mapping, _)| mapping.start <= range.start);
+        let (mapping, flags) = self.0.get(next.checked_sub(1)?)?;
+        mapping.contains_range(range).then_some(*flags)
+    }
+}
+
+/// The flags of the mappings up to `end`. The kernel makes smaps while it is read, and walks the page
 /// tables of every mapping that it tells of: what lies behind `end` costs nothing.
-pub(crate) fn read_flags(end: u64) -> io::Result<HashMap<(u64, u64), VmFlags>> {
+pub(crate) fn read_flags(end: u64) -> io::Result<FlagsOf> {
     flags_of(BufReader::new(std::fs::File::open("/proc/thread-self/smaps")?), end)
 }
 
-fn flags_of(smaps: impl BufRead, end: u64) -> io::Result<HashMap<(u64, u64), VmFlags>> {
-    let mut found = HashMap::new();
+fn flags_of(smaps: impl BufRead, end: u64) -> io::Result<FlagsOf> {
+    let mut found = Vec::new();
     let mut current = None;
     for line in smaps.lines() {
         let line = line?;
         if let Some(words) = line.strip_prefix("VmFlags:") {
-            found.extend(current.map(|bounds| (bounds, VmFlags::parse(words))));
+            found.extend(current.map(|range| (range, VmFlags::parse(words))));
         } else if !line.starts_with(|first: char| first.is_ascii_uppercase())
             && let Some(mapping) = Mapping::parse(&line)
         {
             if mapping.range.start >= end {
                 break;
             }
-            current = Some((mapping.range.start, mapping.range.end()));
+            current = Some(mapping.range);
         }
     }
-    Ok(found)
+    Ok(FlagsOf(found))
 }
 
 #[cfg(test)]
@@ -143,8 +154,10 @@ mod tests {
                      2000-3000 rw-p 00000000 00:00 0 [heap]\nVmFlags: rd wr lo dc wf gd ht sl pf um \n\
                      3000-4000 rw-p 00000000 00:00 0 \nVmFlags: rd lo \n";
         let flags = flags_of(smaps.as_bytes(), 0x3000).unwrap();
-        assert_eq!(flags.len(), 2);
-        assert_eq!(flags[&(0x1000, 0x2000)], VmFlags::default());
+        let range = |start, len| AddrRange { start, len };
+        assert_eq!(flags.around(&range(0x1000, 0x1000)), Some(VmFlags::default()));
+        assert!(flags.around(&range(0, 0x1000)).is_none() && flags.around(&range(0x3000, 0x1000)).is_none());
+        assert!(flags.around(&range(0x1000, 0x2000)).is_none(), "of no single mapping");
         let all = VmFlags {
             locked: true,
             not_inherited: true,
@@ -155,7 +168,7 @@ mod tests {
             device: true,
             registered: true,
         };
-        assert_eq!(flags[&(0x2000, 0x3000)], all);
+        assert_eq!(flags.around(&range(0x2000, 0x800)), Some(all), "it has grown");
     }
 
     #[test]
@@ -163,7 +176,7 @@ mod tests {
         let maps = read_maps().unwrap();
         let stack = maps.iter().find(|mapping| mapping.name == "[stack]").unwrap();
         let flags = read_flags(stack.range.end()).unwrap();
-        assert!(flags[&(stack.range.start, stack.range.end())].grows_down);
+        assert!(flags.around(&stack.range).unwrap().grows_down);
         assert!(maps.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start));
     }
 }

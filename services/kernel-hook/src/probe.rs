@@ -113,6 +113,7 @@ impl Probe {
             huge_pages(),
             shmem_huge_pages(),
             cgroup(),
+            agent(),
         ];
         let kernel_release = setting("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self { kernel_release, uid: rustix::process::geteuid().as_raw(), uffd_features, items }
@@ -273,6 +274,27 @@ fn peer_pidfd() -> Item {
 
 /// Below this, the pager cannot lock its code, directories and staging memory.
 const WANTED_MEMLOCK_BYTES: u64 = 64 << 20;
+
+fn agent() -> Item {
+    let tried = (|| {
+        let staging = memfd::create_sealed("uhmm-probe", crate::agent::STAGING_BYTES)?;
+        let orders = memfd::create_sealed("uhmm-probe", crate::agent::ORDERS_BYTES)?;
+        let mut seat = crate::agent::AgentSeat::new(staging.as_fd(), orders.as_fd())?;
+        let files = crate::agent::AgentFiles {
+            uffd: memfd::try_clone(staging.as_fd())?,
+            pagemap: pagemap::open_own_pagemap()?,
+            maps: procmap::open_own_maps()?,
+            mem: None,
+            done: crate::EventFd::new()?.into_fd(),
+        };
+        let agent = seat.start(&files, 0, false)?;
+        seat.close(Some(&agent), None);
+        agent.reap();
+        Ok::<_, crate::HookError>("a process of its own".to_string())
+    })();
+    let consequence = "The agent is a thread of its program: it shares the program's filters and its death";
+    Item::tried("agent", tried, consequence, "Allow clone(CLONE_VM) in the container's seccomp profile")
+}
 
 fn memlock() -> Item {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
