@@ -92,11 +92,11 @@ pub enum Error {
     /// The event loop failed.
     #[error("The connection to the services failed")]
     Ipc(#[from] IpcError),
-    /// The agent thread could not be started.
-    #[error("The agent thread could not be started")]
+    /// A thread of the SDK could not be started.
+    #[error("A thread of uhmm could not be started")]
     Thread(#[source] std::io::Error),
-    /// The agent thread has ended.
-    #[error("The session has ended and its agent with it: connect again")]
+    /// The link thread has ended, or was killed alone (a seccomp filter of the program's).
+    #[error("The session has ended, or its thread was killed: connect again")]
     AgentGone,
     /// The answer of a pending call was taken before.
     #[error("The result of this call was taken before: keep it when you take it")]

@@ -19,7 +19,7 @@
 //!   /proc/self/mem, which answers with an error where a touch would wait.
 //!
 //! `unsafe` is opened here as in the kernel hook, because the kernel hook needs the standard library: all of it is in `sys.rs` (system
-//! calls and the few raw accesses), `memory.rs` (words at a fixed address) and `spawn.rs` (clone).
+//! calls and the few raw accesses), `memory.rs` and `life.rs` (words at a fixed address) and `spawn.rs` (clone).
 #![cfg_attr(not(test), no_std)]
 #![allow(unsafe_code)] // Reason: see the last paragraph of the head.
 

@@ -255,7 +255,7 @@ mod tests {
     fn causes_are_part_of_the_text() {
         let source = std::io::Error::other("no threads left");
         let failure = Failure::from(uhmm_sdk::Error::Thread(source));
-        assert_eq!(failure.full_text(), "The agent thread could not be started: no threads left");
+        assert_eq!(failure.full_text(), "A thread of uhmm could not be started: no threads left");
         assert_eq!(failure.keep().full_text(), failure.full_text());
         assert_eq!(failure.keep().errno(), libc::EIO);
     }

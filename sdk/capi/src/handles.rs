@@ -11,7 +11,7 @@
 //! thread is inside a call is safe: that call holds the object until it returns.
 //!
 //! A forked child finds its parent's handles in the table. They stay there for good: dropping a parent's session in the child
-//! would talk to the parent's agent thread, which the child does not have. The lock may be held by another thread at the moment of a
+//! would talk to the parent's link thread, which the child does not have. The lock may be held by another thread at the moment of a
 //! fork, so `pthread_atfork` takes it first: the child always finds it free and the table whole. It is held for a lookup, never
 //! for a call.
 

@@ -1,7 +1,7 @@
 //! Answers that are on their way.
 //!
 //! ```text
-//!   uhmm_x_async / uhmm_submit --> uhmm_pending: Slot <---- agent thread: the SDK's Pending completes
+//!   uhmm_x_async / uhmm_submit --> uhmm_pending: Slot <---- link thread: the SDK's Pending completes
 //!   poll, wait (any thread, any number of times) --------> | condvar
 //!   uhmm_pending_migrated / _finished / _accessed  <------ | a copy of the answer, as often as it is asked for
 //!   uhmm_pending_free: the call itself goes on
@@ -36,7 +36,7 @@ pub(crate) enum Answer {
     Accessed((Vec<u8>, AccessReport)),
 }
 
-/// Where the agent thread leaves an answer.
+/// Where the link thread leaves an answer.
 pub(crate) struct Slot {
     answer: Mutex<Option<Result<Answer, Failure>>>,
     ready: Condvar,

@@ -24,7 +24,7 @@ pub struct ConformanceArgs {
     /// Kill -9 services at random moments during every case
     #[arg(long, value_name = "SEED")]
     chaos: Option<u64>,
-    /// Stop the cases' agent threads for a while at random moments
+    /// Stop the cases' agents for a while at random moments
     #[arg(long)]
     pause_agent: bool,
     /// Cases may take so many times longer: for emulated, slow or busy machines and devices
@@ -49,7 +49,7 @@ pub struct ConformanceCaseArgs {
     /// Services are being killed meanwhile
     #[arg(long)]
     chaos: bool,
-    /// Stop this process's agent thread for a while at random moments
+    /// Stop this process's agent for a while at random moments
     #[arg(long)]
     pause_agent: bool,
     /// For everything random
