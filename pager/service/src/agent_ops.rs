@@ -326,9 +326,37 @@ impl Pager {
         self.send_to_agent(space_id);
     }
 
+    /// Limits of the client's that keep pages where they are, by name: the fate of a page says no more than that.
+    fn tell_limits(&self, space_id: u64, runs: &[AgentRun]) {
+        let pid = self.spaces.get(&space_id).map_or(0, |space| space.state.pid);
+        let met = |status| runs.iter().any(|run| run.status == status);
+        if met(Status::LockLimit) {
+            tracing::warn!(
+                space = space_id,
+                pid,
+                "Locked memory stays: RLIMIT_MEMLOCK has no room for it a second time while it moves (ulimit -l)"
+            );
+        }
+        if met(Status::MapLimit) {
+            tracing::warn!(
+                space = space_id,
+                pid,
+                "Memory stays: the process has as many mappings as vm.max_map_count allows"
+            );
+        }
+        if met(Status::NoMemory) {
+            tracing::warn!(
+                space = space_id,
+                pid,
+                "Memory stays: the system, or the process's control group, has no memory for the way out"
+            );
+        }
+    }
+
     /// The agent has put what it could into the slot.
     fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], device: u8, frame: u32) {
         let Purpose::Out { ticket, .. } = job.purpose else { return };
+        self.tell_limits(space_id, runs);
         let slot = job.slot.unwrap_or(0);
         let mut at = 0;
         let mut copies = Vec::new();

@@ -158,12 +158,14 @@
 #define UHMM_PAGE_BUSY 2
 
 /**
- * Fate of a page: pinned, stays.
+ * Fate of a page: pinned, stays. Or locked (mlock, mlockall), and RLIMIT_MEMLOCK has no room for it a second time while it moves: raise it
+ * (ulimit -l).
  */
 #define UHMM_PAGE_PINNED 3
 
 /**
- * Fate of a page: the device is full and nothing could be evicted.
+ * Fate of a page: the device is full and nothing could be evicted. Or the way out of the address space needs more than the process may have:
+ * vm.max_map_count, its control group's memory.
  */
 #define UHMM_PAGE_NO_MEMORY 4
 

@@ -18,9 +18,11 @@ pub const UHMM_PAGE_MOVED: u8 = 0;
 pub const UHMM_PAGE_ALREADY_THERE: u8 = 1;
 /// Fate of a page: it lost a race; try again.
 pub const UHMM_PAGE_BUSY: u8 = 2;
-/// Fate of a page: pinned, stays.
+/// Fate of a page: pinned, stays. Or locked (mlock, mlockall), and RLIMIT_MEMLOCK has no room for it a second time while it moves: raise it
+/// (ulimit -l).
 pub const UHMM_PAGE_PINNED: u8 = 3;
-/// Fate of a page: the device is full and nothing could be evicted.
+/// Fate of a page: the device is full and nothing could be evicted. Or the way out of the address space needs more than the process may have:
+/// vm.max_map_count, its control group's memory.
 pub const UHMM_PAGE_NO_MEMORY: u8 = 4;
 /// Fate of a page: the copy failed; it is valid where it was.
 pub const UHMM_PAGE_IO: u8 = 5;

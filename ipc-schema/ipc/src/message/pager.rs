@@ -23,7 +23,7 @@ pub enum PageStatus {
     AlreadyThere,
     /// Lost a race; try again.
     Busy,
-    /// Pinned: stays.
+    /// Pinned: stays. Or locked, and RLIMIT_MEMLOCK has no room for it a second time while it moves.
     Pinned,
     /// Device full and nothing could be evicted.
     NoMemory,

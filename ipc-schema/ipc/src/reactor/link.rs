@@ -8,7 +8,8 @@
 //! ```
 //! On loss a sent call goes back into the queue if it is idempotent and ends with Stale if not: it may or may not have happened.
 //! A refusal (version, interface, key) is an answer too: after [`REFUSALS`] in a row the queued calls end with it, while the
-//! link goes on trying.
+//! link goes on trying. So is the kernel's word that this account may not reach the socket (a program has given its user up since, or a
+//! filter forbids connect).
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -31,6 +32,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// Refusals in a row before queued calls learn of them: a restarting system may know the new keys a moment later.
 const REFUSALS: u32 = 3;
+
+/// Errors of the kernel without a libc dependency in this crate.
+const EPERM: i32 = 1;
+const EACCES: i32 = 13;
 
 /// Where a link stands.
 pub(super) enum Phase {
@@ -164,7 +169,16 @@ impl Reactor {
             return;
         }
         let limits = self.shared.identity.limits;
-        let connected = SeqPacket::connect(&link.endpoint.path).map_err(|error| chain(&error)).and_then(|socket| {
+        let socket = SeqPacket::connect(&link.endpoint.path);
+        if let Some(error) = socket.as_ref().err().filter(|error| matches!(error.errno(), Some(EPERM | EACCES))) {
+            let (path, why) = (link.endpoint.path.display(), chain(error));
+            let text = format!(
+                "This process may not connect to {path} any more ({why}): connect before giving rights up, or keep access to it"
+            );
+            self.refused(id, WireError::new(ErrorCode::Permission, text));
+            return self.lose_link(id, &why);
+        }
+        let connected = socket.map_err(|error| chain(&error)).and_then(|socket| {
             let token = Source::Link(id).token();
             let (bytes, fds) = (limits.max_message_bytes as usize, usize::from(limits.max_fds));
             Channel::new(socket, &self.shared.registry, token, bytes, fds).map_err(|error| error.to_string())
