@@ -19,7 +19,7 @@ use uhmm_shared::agent::{
     BELL, BLOCK_WORDS, BLOCKS, Done, ENTRIES, GATE, Op, Order, SLOTS, Status, WORDS, status_byte,
 };
 use uhmm_shared::fill_gate::FillGate;
-use uhmm_shared::ring::{Consumer, Descriptor, Producer};
+use uhmm_shared::ring::{Consumer, Descriptor, HEAD, LANE, Producer};
 use uhmm_shared::words::Words;
 
 use crate::common::wait_readable;
@@ -105,6 +105,11 @@ impl Desk {
     /// Orders given and answers got, ever.
     pub fn counts(&self) -> (u64, u64) {
         (self.orders.index(), self.answers.index())
+    }
+
+    /// Whether an answer lies there that was not taken. Asks for no signal.
+    pub fn is_answered(&self) -> bool {
+        self.words.load(LANE[1] + HEAD, Ordering::Acquire) > self.answers.index()
     }
 
     /// Puts words into the ring as an order.

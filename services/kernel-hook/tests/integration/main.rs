@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // Reason: fork, waitpid and setuid have no safe wrapper, and a test of two processes needs them.
 
 mod agent_bed;
+mod agent_killed;
 mod agent_orders;
 mod common;
 mod forks;
