@@ -198,7 +198,7 @@ impl Order {
         };
         let len_bytes = page_count.checked_mul(4096)?;
         let fits = addr.checked_add(len_bytes).is_some() && first_page.checked_add(page_count).is_some();
-        let legal = page_count >= 1 && page_count <= ORDER_PAGES && addr & 4095 == 0 && fits;
+        let legal = (1..=ORDER_PAGES).contains(&page_count) && addr & 4095 == 0 && fits;
         legal.then_some(Self { id, region, first_page, addr, page_count, op })
     }
 }

@@ -82,8 +82,18 @@ pub struct Desk {
 
 impl Desk {
     pub fn new() -> Self {
-        let orders_fd = memfd::create_sealed("uhmm-test-orders", ORDERS_BYTES).unwrap();
-        let staging_fd = memfd::create_sealed("uhmm-test-staging", STAGING_BYTES).unwrap();
+        let orders = memfd::create_sealed("uhmm-test-orders", ORDERS_BYTES).unwrap();
+        let staging = memfd::create_sealed("uhmm-test-staging", STAGING_BYTES).unwrap();
+        Self::open(orders, staging, EventFd::new().unwrap())
+    }
+
+    /// Another one of the same memory, for another process.
+    pub fn reopen(&self) -> Self {
+        let again = |fd: &OwnedFd| memfd::try_clone(fd.as_fd()).unwrap();
+        Self::open(again(&self.orders_fd), again(&self.staging_fd), self.done.try_clone().unwrap())
+    }
+
+    fn open(orders_fd: OwnedFd, staging_fd: OwnedFd, done: EventFd) -> Self {
         let window = Window::map(orders_fd.as_fd(), 0, ORDERS_BYTES, Prot::ReadWrite).unwrap();
         let words = OrderWords(Arc::new(window));
         Self {
@@ -91,7 +101,7 @@ impl Desk {
             next_id: 1,
             orders: Producer::open(words.clone(), 0, ENTRIES),
             answers: Consumer::open(words.clone(), 1, ENTRIES),
-            done: EventFd::new().unwrap(),
+            done,
             words,
             orders_fd,
             staging_fd,
@@ -107,16 +117,21 @@ impl Desk {
         (self.orders.index(), self.answers.index())
     }
 
-    /// Whether an answer lies there that was not taken. Asks for no signal.
-    pub fn is_answered(&self) -> bool {
-        self.words.load(LANE[1] + HEAD, Ordering::Acquire) > self.answers.index()
+    /// Writes an index that no pager writes.
+    pub fn corrupt(&self) {
+        self.words.store(LANE[0] + HEAD, 1 << 40, Ordering::Release);
+        self.ring_bell();
+    }
+
+    fn ring_bell(&self) {
+        self.words.word(BELL).fetch_add(1, Ordering::Release);
+        self.words.0.wake_futex(BELL as u64 * 8).unwrap();
     }
 
     /// Puts words into the ring as an order.
     pub fn give_raw(&mut self, descriptor: &Descriptor) {
         if self.orders.push(descriptor).unwrap() {
-            self.words.word(BELL).fetch_add(1, Ordering::Release);
-            self.words.0.wake_futex(BELL as u64 * 8).unwrap();
+            self.ring_bell();
         }
     }
 

@@ -4,6 +4,7 @@
 
 mod agent_bed;
 mod agent_killed;
+mod agent_life;
 mod agent_orders;
 mod common;
 mod forks;
