@@ -227,6 +227,12 @@ impl Done {
     }
 }
 
+/// Whether the last answer is the one to this order: the agent that gave it was killed before it took the order out of the ring.
+#[inline]
+pub fn was_answered<W: Words>(answers: &ring::Producer<W>, done: &Done) -> bool {
+    answers.last().is_some_and(|last| Done::decode(&last) == Some(*done))
+}
+
 /// First word of an area.
 #[inline]
 pub fn area_word(area: u64) -> usize {
