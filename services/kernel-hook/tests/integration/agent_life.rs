@@ -44,8 +44,11 @@ impl Program {
                 let sent = told.send(b"agent", &[bed.agent().pidfd().as_fd()]).unwrap();
                 assert_eq!(sent, SendStatus::Sent);
                 ready.send(()).unwrap();
-                while stays {
-                    std::thread::park();
+                if stays {
+                    // Until the process ends.
+                    loop {
+                        std::thread::park();
+                    }
                 }
                 std::mem::forget(bed);
             });

@@ -198,7 +198,7 @@ fn integration_agent_orders_that_no_living_pager_gave_are_refused() {
     assert_eq!(bed.run(&memory, 0, 4, OUT), [(4, Status::Failed)], "a dead one's");
     bed.desk.next_id = 6;
     let good = Order { id: 6, region: 1, first_page: 0, addr: memory.addr(), page_count: 4, op: OUT }.encode();
-    for (word, value) in [(3, memory.addr() + 1), (3, u64::MAX & !4095), (4, 513), (4, 0), (5, 9), (5, 1 | 16 << 32)] {
+    for (word, value) in [(3, memory.addr() + 1), (3, !4095), (4, 513), (4, 0), (5, 9), (5, 1 | 16 << 32)] {
         let mut bad = good;
         bad[word] = value;
         bed.desk.give_raw(&bad);
