@@ -303,6 +303,11 @@ impl Bed {
         self.desk.ask(first, memory.addr() + first * PAGE_SIZE, count, op)
     }
 
+    /// From now on nothing may happen that sends one.
+    pub fn read_no_events(&mut self) {
+        self.reader = None;
+    }
+
     /// The events read so far.
     pub fn take_events(&self) -> Vec<UffdEvent> {
         std::mem::take(&mut *self.reader.as_ref().unwrap().events.lock().unwrap())

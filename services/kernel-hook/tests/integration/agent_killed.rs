@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::agent_bed::{Bed, HUGE_BYTES, HUGE_PAGES, Runs, check, filled, huge, present, range_of};
-use crate::common::wait_readable;
+use crate::agent_bed::{
+    Bed, Desk, HUGE_BYTES, HUGE_PAGES, Runs, check, filled, huge, locked_bytes, pages_of, present, range_of,
+};
+use crate::common::{Child, wait_readable};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
+use uhmm_kernel_hook::pagemap::Categories;
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_kernel_hook::{CopyMode, PAGE_SIZE};
+use uhmm_kernel_hook::{CopyMode, PAGE_SIZE, Userfaultfd};
 use uhmm_shared::agent::{Op, Status};
 
 const OUT: Op = Op::MoveOut { slot: 3 };
@@ -204,6 +207,37 @@ fn integration_agent_killed_while_locked_pages_are_out_leaves_nothing_locked() {
         let back = run_killed(&mut bed, &mut moments, &memory, Op::MoveBack);
         assert_eq!(back, [(HUGE_PAGES, Status::Moved)], "round {round}");
         check(&memory);
-        assert_eq!(crate::agent_bed::locked_bytes(bed.block(3)), 0, "round {round}");
+        assert_eq!(locked_bytes(bed.block(3)), 0, "round {round}");
     }
+}
+
+#[test]
+fn integration_agent_killed_when_mlockall_has_filled_scratch_takes_nothing_for_the_programs() {
+    // In a child: the call concerns a whole process.
+    let mut child = Child::fork(|| {
+        let mut moments = Moments::new(0x5eed_0007);
+        let memory = cut();
+        let mut bed = Bed::start(Desk::new(), Userfaultfd::create(None).unwrap().0, true);
+        bed.adopt(&memory);
+        for round in 0..30 {
+            // SAFETY: no byte changes.
+            assert_eq!(unsafe { libc::mlockall(libc::MCL_CURRENT) }, 0);
+            let out = run_killed(&mut bed, &mut moments, &memory, OUT);
+            let mut page = 0;
+            for (count, status) in out {
+                assert!(matches!(status, Status::Moved | Status::Busy), "round {round}: {status:?}");
+                for page in (page..page + count).filter(|_| status == Status::Moved) {
+                    assert_eq!(bed.desk.staging.load_u64(SLOT_3 + page * PAGE_SIZE).unwrap(), page + 1);
+                }
+                page += count;
+            }
+            let back = run_killed(&mut bed, &mut moments, &memory, Op::MoveBack);
+            assert_eq!(back, [(HUGE_PAGES, Status::Moved)], "round {round}");
+            check(&memory);
+            assert_eq!(pages_of(bed.block(3), Categories::PRESENT), 0, "round {round}");
+            assert_eq!(locked_bytes(bed.block(3)), 0, "round {round}");
+        }
+        7
+    });
+    assert_eq!(child.wait().code(), Some(7));
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
-use crate::agent_bed::{Bed, Desk};
-use crate::common::{Child, hear, tell, wait_readable};
+use crate::agent_bed::{Bed, Desk, filled};
+use crate::common::{Child, hear, is_root, tell, wait_readable};
 use uhmm_kernel_hook::{PAGE_SIZE, PidFd, SendStatus, SeqPacket, Userfaultfd};
 use uhmm_shared::agent::{Op, Status};
 
@@ -161,6 +161,76 @@ fn integration_agent_serves_a_process_that_shares_the_memory_and_outlives_the_pr
     program.agent_ends();
 }
 
+/// Every thread of this process is killed when it calls ioctl.
+fn forbid_ioctl() {
+    let step = |code: u32, jt: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf: 0, k };
+    let load_number = step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0);
+    let is_ioctl =
+        libc::sock_filter { jf: 1, ..step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, libc::SYS_ioctl as u32) };
+    let answer = |what: u32| step(libc::BPF_RET | libc::BPF_K, 0, what);
+    let mut steps = [load_number, is_ioctl, answer(libc::SECCOMP_RET_KILL_PROCESS), answer(libc::SECCOMP_RET_ALLOW)];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: a program that lives through the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
+        assert_eq!(libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program), 0);
+    }
+}
+
+/// Closes every descriptor but one and gives up root folder, account and what debuggers and ioctls are for.
+fn give_everything_up(kept: u32) {
+    // SAFETY: nobody in this process uses the other descriptors any more; no memory is concerned.
+    unsafe {
+        assert_eq!(libc::chroot(c"/sys".as_ptr()), 0);
+        assert_eq!(libc::setresuid(65534, 65534, 65534), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_DUMPABLE, 0), 0);
+        libc::syscall(libc::SYS_close_range, 0, kept - 1, 0);
+        libc::syscall(libc::SYS_close_range, kept + 1, u32::MAX, 0);
+    }
+    forbid_ioctl();
+}
+
+#[test]
+fn integration_agent_goes_on_when_its_program_has_closed_and_given_up_everything() {
+    if !is_root() {
+        eprintln!("skipped: chroot and setresuid need root");
+        return;
+    }
+    let (socket, peer) = SeqPacket::pair().unwrap();
+    let mut desk = Desk::new();
+    let theirs = desk.reopen();
+    let mut child = Child::fork(move || {
+        let mut bed = Bed::start(theirs, Userfaultfd::create(None).unwrap().0, true);
+        let memory = filled(8);
+        bed.adopt(&memory);
+        // A program that has closed its descriptors has a pager still.
+        bed.read_no_events();
+        let sent = peer.send(&memory.addr().to_ne_bytes(), &[bed.agent().pidfd().as_fd()]).unwrap();
+        assert_eq!(sent, SendStatus::Sent);
+        hear(&peer);
+        give_everything_up(peer.as_fd().as_raw_fd() as u32);
+        tell(&peer, b"ready");
+        hear(&peer);
+        // Ends without the bed's ioctls.
+        let bytes = (0..8).all(|page| memory.load_u64(page * PAGE_SIZE).ok() == Some(page + 1));
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(if bytes { 7 } else { 8 }) };
+    });
+    let (addr, mut fds) = hear(&socket);
+    let addr = u64::from_ne_bytes(addr.try_into().unwrap());
+    let agent = PidFd::from_fd(fds.remove(0));
+    tell(&socket, b"go on");
+    hear(&socket);
+    assert_eq!(desk.ask(0, addr, 8, Op::MoveOut { slot: 0 }), [(8, Status::Moved)]);
+    assert_eq!(desk.staging.load_u64(7 * PAGE_SIZE).unwrap(), 8);
+    assert_eq!(desk.ask(0, addr, 8, Op::MoveBack), [(8, Status::Moved)]);
+    assert_eq!(desk.ask(0, addr, 8, Op::CopyOut { slot: 1 }), [(8, Status::Moved)], "/proc/self/mem is open still");
+    tell(&socket, b"end");
+    assert_eq!(child.wait().code(), Some(7));
+    wait_readable(agent.as_fd());
+}
+
 #[test]
 fn integration_agent_ends_at_once_when_it_is_told() {
     let mut bed = Bed::new();
@@ -288,7 +358,7 @@ fn work_done(pid: u32) -> (u64, u64, u64) {
 #[test]
 fn integration_agent_that_has_nothing_to_do_does_nothing() {
     let mut bed = Bed::new();
-    let memory = crate::agent_bed::filled(8);
+    let memory = filled(8);
     bed.adopt(&memory);
     assert_eq!(bed.run(&memory, 0, 8, Op::MoveOut { slot: 1 }), [(8, Status::Moved)]);
     assert_eq!(bed.run(&memory, 0, 8, Op::MoveBack), [(8, Status::Moved)]);
