@@ -13,8 +13,8 @@ use crate::common::{Child, wait_readable};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::Categories;
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_kernel_hook::{CopyMode, PAGE_SIZE, Userfaultfd};
-use uhmm_shared::agent::{Op, Status};
+use uhmm_kernel_hook::{AddrRange, CopyMode, PAGE_SIZE, Userfaultfd};
+use uhmm_shared::agent::{HUGE_BLOCKS, Op, SLOTS, Status};
 
 const OUT: Op = Op::MoveOut { slot: 3 };
 const SLOT_3: u64 = 3 * HUGE_BYTES;
@@ -240,4 +240,34 @@ fn integration_agent_killed_when_mlockall_has_filled_scratch_takes_nothing_for_t
         7
     });
     assert_eq!(child.wait().code(), Some(7));
+}
+
+#[test]
+fn integration_agent_killed_while_it_brings_huge_pages_home_leaves_none_behind() {
+    let Some(memory) = huge() else { return };
+    let mut moments = Moments::new(0x5eed_0008);
+    let mut bed = Bed::new();
+    bed.adopt(&memory);
+    (0..HUGE_PAGES).for_each(|page| bed.desk.staging.store_u64(SLOT_3 + page * PAGE_SIZE, page + 1).unwrap());
+    let in_place = Op::Drop { in_place: true };
+    for round in 0..60 {
+        assert_eq!(bed.run(&memory, 0, HUGE_PAGES, in_place), [(HUGE_PAGES, Status::Moved)]);
+        let home = run_killed(&mut bed, &mut moments, &memory, Op::FillHuge { slot: 3 });
+        match (&home[..], present(&memory)) {
+            ([(HUGE_PAGES, Status::MovedHuge)], HUGE_PAGES) => {}
+            // Brought home by the one that was killed, or by nobody: then the pager does it.
+            ([(HUGE_PAGES, Status::Failed)], HUGE_PAGES) => {}
+            ([(HUGE_PAGES, Status::Failed)], 0) => {
+                let copied = bed.uffd.copy(memory.addr(), &bed.desk.staging, SLOT_3, HUGE_BYTES, CopyMode::default());
+                assert!(copied.unwrap().is_complete());
+            }
+            other => panic!("round {round}: {other:?}"),
+        }
+        check(&memory);
+        settle(&mut bed);
+        kill(&mut bed, Duration::from_micros(moments.below(LATEST_US)));
+        settle(&mut bed);
+        let kept = AddrRange { start: bed.block(SLOTS).start, len: HUGE_BLOCKS * HUGE_BYTES };
+        assert_eq!(pages_of(kept, Categories::PRESENT), 0, "round {round}: what the dead one had made ahead of need");
+    }
 }
