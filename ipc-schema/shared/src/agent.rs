@@ -198,7 +198,7 @@ impl Order {
         };
         let len_bytes = page_count.checked_mul(4096)?;
         let fits = addr.checked_add(len_bytes).is_some() && first_page.checked_add(page_count).is_some();
-        let legal = page_count >= 1 && page_count <= ORDER_PAGES && addr & 4095 == 0 && fits;
+        let legal = (1..=ORDER_PAGES).contains(&page_count) && addr & 4095 == 0 && fits;
         legal.then_some(Self { id, region, first_page, addr, page_count, op })
     }
 }
@@ -225,6 +225,12 @@ impl Done {
         let [id, area, ..] = *from;
         (area < ENTRIES).then_some(Self { id, area })
     }
+}
+
+/// Whether the last answer is the one to this order: the agent that gave it was killed before it took the order out of the ring.
+#[inline]
+pub fn was_answered<W: Words>(answers: &ring::Producer<W>, done: &Done) -> bool {
+    answers.last().is_some_and(|last| Done::decode(&last) == Some(*done))
 }
 
 /// First word of an area.

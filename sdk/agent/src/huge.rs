@@ -20,8 +20,13 @@ pub(crate) struct HugeBlocks {
 }
 
 impl HugeBlocks {
+    /// An agent that was killed may have left some, which nobody would give back.
     pub(crate) fn new(scratch: u64, pagemap: i32) -> Self {
-        Self { scratch, pagemap, ready: [false; HUGE_BLOCKS as usize], wanted_until_ns: 0 }
+        let blocks = Self { scratch, pagemap, ready: [false; HUGE_BLOCKS as usize], wanted_until_ns: 0 };
+        for index in 0..blocks.ready.len() {
+            blocks.empty(blocks.addr(index));
+        }
+        blocks
     }
 
     fn addr(&self, index: usize) -> u64 {

@@ -13,7 +13,7 @@
 //!
 //! * **no allocation, no thread-local memory, no panic, no lock, no libc.** `fs` is the register of the thread that cloned us, so a
 //!   single access through it (errno, a stack protector, `thread_local!`) would be an access to somebody else's variable. The
-//!   test `integration_the_agents_object_code_is_free_of_...` in `sdk/tests` looks at the machine code.
+//!   test `integration_the_agents_object_code_is_free_of_tls_allocation_and_panics` in `tests/object_code.rs` looks at the machine code.
 //! * **no managed memory.** Who brings a page home may have to wait for the agent. Its stack, its records, scratch and staging lie in
 //!   mappings of the SDK that are refused for adoption; what it moves it names by number only, and it reads pages in place through
 //!   /proc/self/mem, which answers with an error where a touch would wait.

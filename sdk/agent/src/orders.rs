@@ -18,7 +18,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use uhmm_shared::agent::{
     BELL, DEAD_PAGERS, DIARY, DIARY_ENTRIES, DROPS, Done, ENTRIES, GATE, ORDER_PAGES, Op, Order, SLOTS, Status,
-    set_status,
+    set_status, was_answered,
 };
 use uhmm_shared::fill_gate::{Fill, FillGate};
 use uhmm_shared::ring::{Consumer, Descriptor, Producer, RingFault};
@@ -122,8 +122,7 @@ impl<'a> Agent<'a> {
         let [id, ..] = *descriptor;
         let area = self.orders.index() & (ENTRIES - 1);
         let done = Done { id, area };
-        let answered = self.answers.last().is_some_and(|last| Done::decode(&last) == Some(done));
-        if !answered {
+        if !was_answered(&self.answers, &done) {
             let order = Order::decode(descriptor);
             let count = order.map_or(ORDER_PAGES, |order| order.page_count);
             match order.filter(|order| order.id > self.words.load(DEAD_PAGERS, Acquire)) {

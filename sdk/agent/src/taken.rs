@@ -51,8 +51,7 @@ pub(crate) fn record(words: &Orders, block: u64) -> Option<Record> {
     let record =
         Record { id: field(ID), region: field(REGION), first_page: field(FIRST), into: field(INTO), page_count };
     // The program can write here.
-    let legal = page_count >= 1
-        && page_count <= ORDER_PAGES
+    let legal = (1..=ORDER_PAGES).contains(&page_count)
         && record.into <= ORDER_PAGES - page_count
         && record.first_page.checked_add(page_count).is_some();
     legal.then_some(record)

@@ -1,6 +1,10 @@
+use std::cell::Cell;
 use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::sync::atomic::Ordering::SeqCst;
 
+use uhmm_shared::agent::{Done, was_answered};
 use uhmm_shared::ring::{HEAD, LANE, TAIL};
 
 use super::*;
@@ -151,4 +155,150 @@ fn a_file_that_could_shrink_under_us_is_refused() {
     let file = tempfile::tempfile().expect("a file");
     file.set_len(1 << 16).expect("a size");
     assert!(matches!(Ring::open(file.as_fd()), Err(RingError::Words(WordsError::Hook(_)))));
+}
+
+/// Words of a process that is killed after so many writes: those behind that never happen, whatever its code goes on to do.
+#[derive(Clone)]
+struct Mortal {
+    words: Arc<ModelWords>,
+    writes_left: Rc<Cell<u32>>,
+}
+
+impl Mortal {
+    fn new(words: &Arc<ModelWords>, writes: u32) -> Self {
+        Self { words: words.clone(), writes_left: Rc::new(Cell::new(writes)) }
+    }
+
+    fn is_dead(&self) -> bool {
+        self.writes_left.get() == 0
+    }
+
+    fn writes(&self) -> bool {
+        let left = self.writes_left.get();
+        self.writes_left.set(left.saturating_sub(1));
+        left > 0
+    }
+}
+
+impl Words for Mortal {
+    fn word_count(&self) -> usize {
+        self.words.word_count()
+    }
+    fn load(&self, index: usize, order: Ordering) -> u64 {
+        self.words.load(index, order)
+    }
+    fn store(&self, index: usize, value: u64, order: Ordering) {
+        if self.writes() {
+            self.words.store(index, value, order);
+        }
+    }
+    fn swap(&self, index: usize, value: u64, order: Ordering) -> u64 {
+        if self.writes() { self.words.swap(index, value, order) } else { 0 }
+    }
+    fn compare_exchange(&self, _: usize, _: u64, _: u64, _: Ordering, _: Ordering) -> Result<u64, u64> {
+        unreachable!("rings need none")
+    }
+    fn fence(&self, order: Ordering) {
+        self.words.fence(order);
+    }
+}
+
+/// More than a ring of two holds.
+const ORDERS: u64 = 3;
+
+fn model(run: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    // Every place for two changes from one process to the other, beside those where one waits.
+    builder.preemption_bound = Some(2);
+    builder.check(run);
+}
+
+/// The agent's way with an order (`sdk/agent/src/orders.rs`): answer, and only then take it out.
+fn serve(words: &Mortal) {
+    let mut orders = ring::Consumer::open(words.clone(), 0, 2);
+    let mut answers = ring::Producer::open(words.clone(), 1, 2);
+    while orders.index() < ORDERS && !words.is_dead() {
+        let Some([id, ..]) = orders.peek().expect("an honest pager") else {
+            loom::thread::yield_now();
+            continue;
+        };
+        let done = Done { id, area: orders.index() };
+        if !was_answered(&answers, &done) {
+            answers.push(&done.encode()).expect("there is room for all that were given");
+        }
+        orders.advance();
+    }
+}
+
+#[test]
+fn each_order_is_answered_once_whenever_agents_are_killed() {
+    // Twelve writes an order at most; beyond, nobody is killed.
+    for writes in 1..12 * ORDERS as u32 {
+        model(move || {
+            let words = Arc::new(ModelWords::new(word_count(2)));
+            ring::format(&*words, 2);
+            let theirs = words.clone();
+            let agents = loom::thread::spawn(move || {
+                for writes in [writes, writes * 5 % 13 + 1, u32::MAX] {
+                    serve(&Mortal::new(&theirs, writes));
+                }
+            });
+            let mut orders = ring::Producer::open(words.clone(), 0, 2);
+            let mut answers = ring::Consumer::open(words.clone(), 1, 2);
+            let (mut given, mut got) = (0, Vec::new());
+            while got.len() < ORDERS as usize {
+                // One fewer than there are entries: an order that is answered may not be taken out yet.
+                if given < ORDERS && given == got.len() as u64 {
+                    given += 1;
+                    orders.push(&[given; 8]).expect("room");
+                }
+                match answers.pop().expect("an honest agent") {
+                    Some([id, ..]) => got.push(id),
+                    None => loom::thread::yield_now(),
+                }
+            }
+            agents.join().expect("the agents");
+            assert_eq!(got, [1, 2, 3]);
+            assert_eq!(answers.pop().expect("an honest agent"), None, "answered twice");
+        });
+    }
+}
+
+#[test]
+fn a_producer_that_is_opened_after_a_crash_overwrites_nothing_that_was_not_taken() {
+    const NEW: u64 = 1000;
+    for writes in 1..10 * ORDERS as u32 {
+        model(move || {
+            let words = Arc::new(ModelWords::new(word_count(2)));
+            ring::format(&*words, 2);
+            let theirs = words.clone();
+            let pagers = loom::thread::spawn(move || {
+                for (writes, mark) in [(writes, 0), (u32::MAX, NEW)] {
+                    let words = Mortal::new(&theirs, writes);
+                    let mut producer = ring::Producer::open(words.clone(), 0, 2);
+                    while producer.index() < ORDERS && !words.is_dead() {
+                        match producer.push(&[mark + producer.index(); 8]) {
+                            Ok(_) => {}
+                            Err(RingFault::Full) => loom::thread::yield_now(),
+                            Err(fault) => panic!("{fault:?}"),
+                        }
+                    }
+                }
+            });
+            let mut consumer = ring::Consumer::open(words, 0, 2);
+            let mut is_new = false;
+            for index in 0..ORDERS {
+                let found = loop {
+                    match consumer.pop().expect("an honest producer") {
+                        Some(found) => break found,
+                        None => loom::thread::yield_now(),
+                    }
+                };
+                is_new |= found[0] >= NEW;
+                assert_eq!(found, [if is_new { NEW + index } else { index }; 8]);
+            }
+            pagers.join().expect("the pagers");
+            assert_eq!(consumer.pop().expect("an honest producer"), None);
+        });
+    }
 }

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use proptest::prelude::*;
 use uhmm_ipc::shared::fill_gate::Fill;
 use uhmm_shared::agent::set_status;
 use uhmm_shared::ring::{self, HEAD, LANE};
@@ -272,4 +273,126 @@ fn memory_of_another_size_is_refused_in_words() {
     assert!(staging.contains("Staging memory has 4096 bytes"), "{staging}");
     let orders = refused(AgentMemory { orders: small, ..program.memory.clone() });
     assert!(orders.contains("512 words where"), "{orders}");
+}
+
+/// What the program may have written: noise, or what looks like something where it counts.
+#[derive(Clone, Debug)]
+struct Nonsense {
+    seed: u64,
+    /// One word in so many is noise; the others are zero.
+    one_in: u64,
+    words: Vec<(usize, u64)>,
+}
+
+impl Nonsense {
+    fn write(&self, words: &SharedWords) {
+        let mut state = self.seed | 1;
+        for index in 0..WORDS {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if state.is_multiple_of(self.one_in) {
+                words.store(index, state.rotate_left(32), Relaxed);
+            }
+        }
+        self.words.iter().for_each(|(index, value)| words.store(*index, *value, Relaxed));
+    }
+}
+
+fn nonsense() -> impl Strategy<Value = Nonsense> {
+    let value = prop_oneof![
+        0u64..70,
+        Just(ORDER_PAGES),
+        Just(u64::MAX),
+        (0u64..600).prop_map(|below| u64::MAX - below),
+        any::<u64>(),
+        (0u64..8, 0u64..20).prop_map(|(op, argument)| op | argument << 32),
+    ];
+    let lanes = (0usize..2, prop_oneof![Just(HEAD), Just(ring::TAIL), Just(ring::ARMED)]);
+    let index = prop_oneof![
+        lanes.prop_map(|(lane, word)| LANE[lane] + word),
+        ring::SLOTS..GATE,
+        GATE..BLOCKS,
+        BLOCKS..BLOCKS + SLOTS as usize * BLOCK_WORDS,
+        0..WORDS,
+    ];
+    let words = prop::collection::vec((index, value), 0..60);
+    // Indices that agree with each other, at the end of all numbers or anywhere.
+    let ends = prop_oneof![Just(0u64), 0u64..200, any::<u64>()].prop_map(|below| u64::MAX - below);
+    let indices = (ends, prop::array::uniform4(0u64..3)).prop_map(|(end, below)| {
+        let place = |n: usize| LANE[n / 2] + if n.is_multiple_of(2) { HEAD } else { ring::TAIL };
+        (0..4).map(|n| (place(n), end.saturating_sub(below[n]))).collect::<Vec<_>>()
+    });
+    let words = (words, prop::option::of(indices))
+        .prop_map(|(words, indices)| words.into_iter().chain(indices.unwrap_or_default()).collect());
+    let one_in = prop_oneof![Just(1u64), Just(2), Just(50), Just(1 << 60)];
+    (any::<u64>(), one_in, words).prop_map(|(seed, one_in, words)| Nonsense { seed, one_in, words })
+}
+
+/// All that the agent's side reads without doing it.
+fn read_as_agent(words: &SharedWords) {
+    let (mut orders, mut answers) =
+        (Consumer::open(words.clone(), 0, ENTRIES), Producer::open(words.clone(), 1, ENTRIES));
+    for _ in 0..2 * ENTRIES {
+        let Ok(Some(descriptor)) = orders.peek() else { break };
+        if let Some(order) = uhmm_shared::agent::Order::decode(&descriptor) {
+            assert!((1..=ORDER_PAGES).contains(&order.page_count));
+            assert!(order.addr.checked_add(order.page_count * PAGE_SIZE).is_some());
+        }
+        let done = Done { id: descriptor[0], area: orders.index() & (ENTRIES - 1) };
+        if !uhmm_shared::agent::was_answered(&answers, &done) {
+            set_status(words, done.area, ORDER_PAGES - 1, Status::Moved);
+            if answers.push(&done.encode()).is_err() {
+                break;
+            }
+        }
+        orders.advance();
+    }
+}
+
+/// All that a pager reads, with orders of its own under way.
+fn read_as_pager(agent: &mut Agent) {
+    let begun = agent.begun();
+    if let Some(begun) = begun {
+        assert!(
+            (1..=ORDER_PAGES).contains(&begun.pages.count)
+                && begun.pages.first.checked_add(begun.pages.count).is_some()
+        );
+    }
+    for taken in agent.find_taken(begun) {
+        assert!(u64::from(taken.slot) < SLOTS && (1..=ORDER_PAGES).contains(&taken.pages.count), "{taken:?}");
+        assert!(agent.claims(taken.region, taken.pages.end() - 1));
+    }
+    agent.claims(RegionId(1), u64::MAX);
+    for first in 0..4 {
+        agent.ask(job(Order::MoveBack, first * 8));
+    }
+    for (id, job) in agent.ready() {
+        let (region, first_page, op) = (job.region.0, job.pages.first, job.op().expect("for the ring"));
+        agent.send(&uhmm_shared::agent::Order { id, region, first_page, addr: 0x7000, page_count: 8, op });
+    }
+    // No more than a ring's worth can lie there, however often it is asked.
+    for _ in 0..4 {
+        let Ok(Some((job, runs))) = agent.next_answer() else { break };
+        assert_eq!(runs.iter().map(|run| run.page_count).sum::<u64>(), job.pages.count);
+    }
+    agent.is_dropping(RegionId(1), Pages { first: 0, count: 8 }, AddrRange { start: 0x7000, len: 8 * PAGE_SIZE });
+    agent.lose();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_a_program_writes_into_its_orders_neither_side_trips_over_it(before in nonsense(), while_it_works in nonsense()) {
+        let program = Program::new();
+        before.write(&program.words);
+        read_as_agent(&program.words);
+        let mut agent = program.pager(1);
+        while_it_works.words.iter().for_each(|(index, value)| program.words.store(*index, *value, Relaxed));
+        read_as_pager(&mut agent);
+        while_it_works.write(&program.words);
+        read_as_pager(&mut agent);
+        read_as_agent(&program.words);
+    }
 }
