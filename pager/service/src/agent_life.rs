@@ -80,6 +80,8 @@ impl Pager {
 
     /// No other agent has come.
     pub(crate) fn agent_is_late(&mut self, space_id: u64) {
+        // One that was killed just before it could tell of its last answer.
+        self.take_answers(space_id);
         let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
         if agent.is_some_and(|agent| agent.life == Life::Ended) {
             self.lose_agent(space_id, "was killed, and the program has started no other one");
