@@ -463,10 +463,10 @@ impl Loop {
             }
             Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.on_order(event),
             Wake::Preamble { link, result, .. } if link == self.pager => self.on_introduced(result),
-            Wake::Preamble { result: Ok(Reply::Driver(driver::Reply::QueueOpened { coherent })), .. } => {
-                if let Some(memory) = coherent {
-                    self.frames.know_aperture(memory);
-                }
+            Wake::Preamble {
+                result: Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: Some(memory) })), ..
+            } => {
+                self.frames.know_aperture(memory);
             }
             Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
             Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
