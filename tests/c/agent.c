@@ -183,8 +183,8 @@ int main(int argc, char **argv)
         ENTRY(killed_on_ioctl), ENTRY(killed_on_madvise), ENTRY(descriptors_closed), ENTRY(descriptors_reused),
         ENTRY(descriptors_limit), ENTRY(sdk_killed_in_send), ENTRY(sdk_killed_in_receive), ENTRY(sdk_killed_in_wait),
         ENTRY(agent_killed), ENTRY(agent_killed_for_good), ENTRY(clone_forbidden), ENTRY(clone_forbidden_exec),
-        ENTRY(fork_inside), ENTRY(exec_inside), ENTRY(after_exec), ENTRY(stays), ENTRY(stays_paused),
-        ENTRY(memory_outlives),
+        ENTRY(fork_inside), ENTRY(exec_inside), ENTRY(after_exec), ENTRY(stays), ENTRY(stays_moving),
+        ENTRY(stays_paused), ENTRY(memory_outlives),
     };
     if (argc < 3) {
         fprintf(stderr, "usage: %s RUN_DIR PART\n", argv[0]);

@@ -90,6 +90,7 @@ PART(fork_inside);
 PART(exec_inside);
 PART(after_exec);
 PART(stays);
+PART(stays_moving);
 PART(stays_paused);
 PART(memory_outlives);
 

@@ -62,6 +62,8 @@ int main(int argc, char **argv)
 {
     void *memory[4];
     TRUE_THAT(argc == 2);
+    /* Else nothing would be unloaded. */
+    TRUE_THAT(dlopen("libuhmm.so", RTLD_NOW | RTLD_NOLOAD) == NULL);
     for (uint64_t i = 0; i < 4; i++) {
         memory[i] = load_use_unload(argv[1], MIB, i);
         /* What the plugin before has left is half home by now. */

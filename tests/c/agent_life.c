@@ -240,22 +240,37 @@ void after_exec(struct bench *bench)
     moves(bench, put_out(bench, 8 * MIB, 2), 8 * MIB, 2);
 }
 
-static void stay(struct bench *bench, uint32_t pause_ms)
+static void say_who_is_the_agent(void)
 {
     char text[64];
+    snprintf(text, sizeof text, "agent %d", agent_pid());
+    ask(text);
+}
+
+static void stay(struct bench *bench, uint32_t pause_ms)
+{
     begin(bench);
     void *memory = put_out(bench, 16 * MIB, 1);
     moves(bench, memory, 4 * MIB, 1);
     if (pause_ms > 0)
         OK(uhmm_pause_agent(bench->session, pause_ms));
-    snprintf(text, sizeof text, "agent %d", agent_pid());
-    ask(text);
+    say_who_is_the_agent();
 }
 
 /* A program that the test ends, one way or the other. Expected: its agent is gone within a second. */
 void stays(struct bench *bench)
 {
     stay(bench, 0);
+}
+
+/* The same in the middle of migrations. */
+void stays_moving(struct bench *bench)
+{
+    static struct mover movers[4];
+    begin(bench);
+    begin_movers(bench, movers, 4);
+    goes_on(4);
+    say_who_is_the_agent();
 }
 
 /* The same while the agent does nothing. */

@@ -317,6 +317,8 @@ fn integration_the_agent_ends_with_a_program_that_exits() {
     ends("stays", End::Exit, false);
     ends("stays_paused", End::Exit, false);
     ends("stays", End::Exit, true);
+    ends("stays_moving", End::Exit, false);
+    ends("stays_moving", End::Exit, true);
 }
 
 #[test]
@@ -324,6 +326,8 @@ fn integration_the_agent_ends_with_a_program_that_is_killed() {
     ends("stays", End::Kill, false);
     ends("stays_paused", End::Kill, false);
     ends("stays", End::Kill, true);
+    ends("stays_moving", End::Kill, false);
+    ends("stays_moving", End::Kill, true);
 }
 
 #[test]
