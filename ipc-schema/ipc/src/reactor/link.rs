@@ -7,8 +7,8 @@
 //!    +---- 5, 10 .. 200 ms <----+----------- connection lost -------------------------+
 //! ```
 //! On loss a sent call goes back into the queue if it is idempotent and ends with Stale if not: it may or may not have happened.
-//! A refusal (version, interface, key; by the kernel or a filter of the process's own, which waiting does not change) is an answer too: after [`REFUSALS`] in a row the queued calls end with it, while the
-//! link goes on trying.
+//! A refusal is an answer too (version, interface, key; or the kernel or a filter forbids this process to connect, which waiting does
+//! not change): after [`REFUSALS`] in a row the queued calls end with it, while the link goes on trying.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
