@@ -87,6 +87,13 @@ impl<T> Pending<T> {
         self.life.as_ref().is_some_and(LifeWatch::is_orphaned)
     }
 
+    /// Tells whether the thread that would answer was killed: nobody answers then.
+    #[doc(hidden)]
+    pub fn lifeline(&self) -> impl Fn() -> bool + Send + Sync + use<T> {
+        let life = self.life.clone();
+        move || life.as_ref().is_some_and(LifeWatch::is_orphaned)
+    }
+
     /// The same, watching the thread that will answer.
     pub(crate) fn watched(self, life: LifeWatch) -> Self {
         Self { life: Some(life), ..self }

@@ -28,6 +28,7 @@ pub struct Process {
     lines: Receiver<String>,
     last: Arc<Mutex<VecDeque<String>>>,
     errors: PathBuf,
+    patience: Duration,
 }
 
 impl Process {
@@ -41,7 +42,14 @@ impl Process {
         let last = Arc::new(Mutex::new(VecDeque::new()));
         let (stdout, kept) = (child.stdout.take().expect("stdout is piped"), Arc::clone(&last));
         std::thread::spawn(move || read_lines(stdout, &sender, &kept));
-        Self { name: name.to_owned(), stdin: child.stdin.take(), child, lines, last, errors }
+        Self { name: name.to_owned(), stdin: child.stdin.take(), child, lines, last, errors, patience: HANGS }
+    }
+
+    /// It hangs when it does not answer for so long.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Its process id.
@@ -54,7 +62,7 @@ impl Process {
         if self.stdin.as_mut().expect("it is not told to end yet").write_all(text.as_bytes()).is_err() {
             return Err(self.describe("does not listen"));
         }
-        let (mut answer, deadline) = (String::new(), Instant::now() + HANGS);
+        let (mut answer, deadline) = (String::new(), Instant::now() + self.patience);
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
@@ -80,7 +88,7 @@ impl Process {
     /// Whether it ended with success; `None` while it has not ended in time.
     fn wait_end(&mut self) -> Option<bool> {
         let pidfd = PidFd::open(self.child.id()).expect("a child that was not reaped");
-        let timeout = Timespec { tv_sec: HANGS.as_secs().cast_signed(), tv_nsec: 0 };
+        let timeout = Timespec { tv_sec: self.patience.as_secs().cast_signed(), tv_nsec: 0 };
         let count = rustix::event::poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)).expect("poll");
         (count > 0).then(|| self.child.wait().expect("reap it").success())
     }

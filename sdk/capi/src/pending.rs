@@ -11,7 +11,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use uhmm_sdk::{AccessReport, JobResult, MigrateReport, Pending};
+use uhmm_sdk::{AccessReport, Error, JobResult, MigrateReport, Pending};
 
 use crate::buffers::{Out, bytes_mut, items_mut};
 use crate::device::uhmm_access_report;
@@ -40,11 +40,16 @@ pub(crate) enum Answer {
 pub(crate) struct Slot {
     answer: Mutex<Option<Result<Answer, Failure>>>,
     ready: Condvar,
+    /// Says when that thread was killed, as a filter of the program's may do.
+    is_orphaned: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
+/// How often who waits looks whether the thread lives.
+const LIFE_CHECK: Duration = Duration::from_millis(500);
+
 impl Slot {
-    fn new() -> Self {
-        Self { answer: Mutex::new(None), ready: Condvar::new() }
+    fn new(is_orphaned: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self { answer: Mutex::new(None), ready: Condvar::new(), is_orphaned: Box::new(is_orphaned) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Result<Answer, Failure>>> {
@@ -61,11 +66,16 @@ impl Slot {
         let end = limit.and_then(|limit| Instant::now().checked_add(limit));
         let mut answer = self.lock();
         while answer.is_none() {
-            answer = match end.map(|end| end.checked_duration_since(Instant::now())) {
-                None => self.ready.wait(answer).unwrap_or_else(PoisonError::into_inner),
+            if (self.is_orphaned)() {
+                *answer = Some(Err(Error::AgentGone.into()));
+                break;
+            }
+            let left = match end.map(|end| end.checked_duration_since(Instant::now())) {
+                None => LIFE_CHECK,
                 Some(None) => return false,
-                Some(Some(left)) => self.ready.wait_timeout(answer, left).unwrap_or_else(PoisonError::into_inner).0,
+                Some(Some(left)) => left.min(LIFE_CHECK),
             };
+            answer = self.ready.wait_timeout(answer, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }
@@ -96,7 +106,7 @@ pub(crate) fn open<T: Send + 'static>(
     call: Pending<T>,
     kind: impl FnOnce(T) -> Answer + Send + 'static,
 ) -> *mut uhmm_pending {
-    let slot = Arc::new(Slot::new());
+    let slot = Arc::new(Slot::new(call.lifeline()));
     let completed = Arc::clone(&slot);
     call.on_answer(move |result| completed.complete(result.map(kind).map_err(Failure::from)));
     handles::open(slot)
@@ -213,7 +223,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_waited_for_and_can_be_read_twice() {
-        let slot = Arc::new(Slot::new());
+        let slot = Arc::new(Slot::new(|| false));
         assert!(!slot.wait(Some(Duration::ZERO)) && !slot.wait(Some(Duration::from_millis(1))));
         assert!(matches!(slot.read(|_| Ok(())), Err(Failure::NotReady)));
         let waiting = [None, Some(Duration::MAX)].map(|limit| {
@@ -228,6 +238,13 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_learns_that_nobody_answers_any_more() {
+        let slot = Slot::new(|| true);
+        assert!(slot.wait(Some(Duration::ZERO)) && slot.wait(None));
+        assert!(!matches!(slot.read(|_| Ok(())), Err(Failure::NotReady) | Ok(())));
+    }
+
+    #[test]
     fn an_answer_of_another_kind_names_the_right_function() {
         let error = finished().other::<()>().unwrap_err();
         assert!(error.to_string().contains("uhmm_pending_finished()"), "{error}");
@@ -235,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_failed_calls_error_can_be_asked_twice() {
-        let slot = Slot::new();
+        let slot = Slot::new(|| false);
         slot.complete(Err(Failure::from(uhmm_sdk::Error::EmptyRange)));
         for _ in 0..2 {
             let error = slot.read(|_| Ok(())).unwrap_err();

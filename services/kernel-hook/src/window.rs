@@ -149,7 +149,12 @@ pub(crate) fn map_raw(
     let base = unsafe { libc::mmap(hint, len as usize, prot, flags | extra, raw_fd, off) };
     if base == libc::MAP_FAILED {
         let range = AddrRange { start: hint.addr() as u64, len };
-        return Err(HookError::on("mmap", range, io::Error::last_os_error(), "Check free memory and vm.max_map_count"));
+        return Err(HookError::on(
+            "mmap",
+            range,
+            io::Error::last_os_error(),
+            "Check free memory, RLIMIT_AS (ulimit -v) and vm.max_map_count",
+        ));
     }
     NonNull::new(base.cast()).ok_or(HookError::Strange { call: "mmap", detail: "address zero".into() })
 }

@@ -7,9 +7,8 @@
 //!    +---- 5, 10 .. 200 ms <----+----------- connection lost -------------------------+
 //! ```
 //! On loss a sent call goes back into the queue if it is idempotent and ends with Stale if not: it may or may not have happened.
-//! A refusal (version, interface, key) is an answer too: after [`REFUSALS`] in a row the queued calls end with it, while the
-//! link goes on trying. So is the kernel's word that this account may not reach the socket (a program has given its user up since, or a
-//! filter forbids connect).
+//! A refusal is an answer too (version, interface, key; or the kernel or a filter forbids this process to connect, which waiting does
+//! not change): after [`REFUSALS`] in a row the queued calls end with it, while the link goes on trying.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -33,9 +32,12 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// Refusals in a row before queued calls learn of them: a restarting system may know the new keys a moment later.
 const REFUSALS: u32 = 3;
 
-/// Errors of the kernel without a libc dependency in this crate.
+/// Connecting is forbidden: another user, a filter, an address family that is not allowed.
+const FORBIDDEN: [i32; 4] = [EPERM, EACCES, ENOSYS, EAFNOSUPPORT];
 const EPERM: i32 = 1;
 const EACCES: i32 = 13;
+const ENOSYS: i32 = 38;
+const EAFNOSUPPORT: i32 = 97;
 
 /// Where a link stands.
 pub(super) enum Phase {
@@ -169,23 +171,29 @@ impl Reactor {
             return;
         }
         let limits = self.shared.identity.limits;
-        let socket = SeqPacket::connect(&link.endpoint.path);
-        if let Some(error) = socket.as_ref().err().filter(|error| matches!(error.errno(), Some(EPERM | EACCES))) {
-            let (path, why) = (link.endpoint.path.display(), chain(error));
-            let text = format!(
-                "This process may not connect to {path} any more ({why}): connect before giving rights up, or keep access to it"
-            );
-            self.refused(id, WireError::new(ErrorCode::Permission, text));
-            return self.lose_link(id, &why);
-        }
-        let connected = socket.map_err(|error| chain(&error)).and_then(|socket| {
+        let mut forbidden = None;
+        let connected = SeqPacket::connect(&link.endpoint.path).map_err(|error| {
+            let why = chain(&error);
+            forbidden = error.errno().filter(|errno| FORBIDDEN.contains(errno)).map(|_| why.clone());
+            why
+        });
+        let connected = connected.and_then(|socket| {
             let token = Source::Link(id).token();
             let (bytes, fds) = (limits.max_message_bytes as usize, usize::from(limits.max_fds));
             Channel::new(socket, &self.shared.registry, token, bytes, fds).map_err(|error| error.to_string())
         });
         match connected {
             Ok(channel) => link.channel = Some(channel),
-            Err(why) => return self.lose_link(id, &why),
+            Err(why) => {
+                self.lose_link(id, &why);
+                if let Some(why) = forbidden {
+                    self.refused(
+                        id,
+                        WireError::new(ErrorCode::Permission, format!("This process may not connect any more: {why}")),
+                    );
+                }
+                return;
+            }
         }
         link.phase = Phase::Greeting;
         let hello = hello(&self.shared.identity, &link.endpoint);
