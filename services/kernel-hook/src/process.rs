@@ -251,6 +251,21 @@ pub fn lock_memory_best_effort() -> Result<(), HookError> {
     })
 }
 
+/// Lets this process have as many descriptors as it may give itself. A client takes about a dozen in the pager and nine in the vault, and the
+/// usual soft limit of 1024 is for programs that call select.
+///
+/// # Errors
+/// `Call`. Callers log it and go on.
+pub fn raise_descriptor_limit() -> Result<(), HookError> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current == maximum {
+        return Ok(());
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+        .map_err(|error| HookError::failed("setrlimit", error))
+}
+
 /// Fills a buffer with random bytes for keys and tokens that a peer must not guess.
 ///
 /// # Errors
@@ -317,6 +332,18 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_soft_limit_of_descriptors_becomes_the_hard_one() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let child = crate::fork::fork_child(|| {
+            let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+            let lowered = setrlimit(Resource::Nofile, Rlimit { current: Some(64), maximum }).is_ok();
+            let raised = raise_descriptor_limit().is_ok() && getrlimit(Resource::Nofile).current == maximum;
+            i32::from(!(lowered && raised))
+        });
+        assert_eq!(child.unwrap().wait().unwrap(), crate::fork::Ended::Code(0));
+    }
 
     #[test]
     fn rss_lines_are_kibibytes() {

@@ -130,6 +130,9 @@ impl Service {
         log::init(args.log, &args.name, args.incarnation);
         // Nothing that a service executes can gain what the service does not have.
         rustix::thread::set_no_new_privs(true).map_err(|errno| KitError::NoNewPrivs { source: errno.into() })?;
+        if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
+            tracing::warn!(%error, "The descriptor limit stays what it is: it also limits the number of clients");
+        }
         let key = supervisor_key()?;
         let mut reactor = Reactor::new(Identity {
             name: args.name.clone(),

@@ -104,6 +104,9 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     let plan = manifest.resolve()?;
     let signals = StopSignals::block()?;
     uhmm_kit::init_log(options.log, "supervisor", 1);
+    if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
+        tracing::warn!(%error, "The descriptor limit stays what it is: it also limits the number of clients");
+    }
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
     let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
