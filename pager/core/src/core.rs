@@ -63,6 +63,8 @@ pub struct Core<P> {
     pub(crate) doomed: Vec<Ticket>,
     /// Transfers whose pages look settled and are not ([`Transfer::holds`]).
     pub(crate) holding: u32,
+    /// Transfers that have ended: a step of a request that ends one has got somewhere.
+    pub(crate) ended: u64,
     /// Content that was given up while its pages were on the way, by transfer.
     pub(crate) discards: BTreeMap<Ticket, Vec<Pages>>,
     /// CPU faults that wait for the end of a device's timeslice: when, where.
@@ -99,6 +101,7 @@ impl<P: Policy> Core<P> {
             again: Vec::new(),
             doomed: Vec::new(),
             holding: 0,
+            ended: 0,
             discards: BTreeMap::new(),
             fork_waits: Vec::new(),
             late_notes: Vec::new(),

@@ -193,7 +193,17 @@ impl<P: Policy> Core<P> {
         self.clear_mapped_of(dir, region, pages, devices, out);
         out.push(Action::Wake { region, pages });
         self.note(owner, pages, PageStatus::Ok);
+        self.end_and_discard(dir, ticket, out);
+    }
+
+    /// Ends a transfer that has moved nothing: what was discarded meanwhile is dropped where it is.
+    pub(crate) fn end_and_discard(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(region) = self.transfers.get(&ticket).map(|transfer| transfer.region) else { return };
+        let discarded = self.discards.remove(&ticket).unwrap_or_default();
         self.end(ticket);
+        for part in discarded {
+            self.discard_now(dir, region, part, out);
+        }
     }
 
     /// Takes devices out of the entries of pages that they do not map any more. A page that loses its only device is not exclusive.

@@ -179,9 +179,11 @@ impl<P: Policy> Core<P> {
     pub(crate) fn finish_fork(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, .. } = transfer;
+        let Kind::Fork { child } = transfer.kind else { return };
         self.clear_mapped_of(dir, region, pages, u16::from(u8::MAX), out);
         out.push(Action::Wake { region, pages });
-        self.fork_is_done(ticket, out);
+        self.end_and_discard(dir, ticket, out);
+        out.push(Action::ForkReady { region: child });
     }
 
     /// Pages that were on their way out when the process forked have arrived: children that wait get a share. Whether they need

@@ -237,7 +237,7 @@ impl<P: Policy> Core<P> {
     pub(crate) fn step(&mut self, dir: &impl Directory, order: u64, out: &mut Vec<Action>) {
         let Some(mut request) = self.requests.remove(&order) else { return };
         // The request is put back before transfers of this step report to it.
-        let kind = request.kind;
+        let (kind, ended) = (request.kind, self.ended);
         let next = match kind {
             Kind::Migrate { target } => self.step_migrate(dir, order, &mut request, target, out),
             Kind::Resolve(wish) => self.step_resolve(dir, order, &mut request, wish, out),
@@ -252,6 +252,8 @@ impl<P: Policy> Core<P> {
         for (_, pages, status) in std::mem::take(&mut self.late_notes).into_iter().filter(|note| note.0 == order) {
             request.note(pages, status);
         }
+        // What it would wait for has ended within this very step (nothing had to be revoked): nobody would wake it.
+        let next = if matches!(next, Next::Wait) && ended != self.ended { Next::Again } else { next };
         match next {
             Next::Reply(outcome) => self.reply(request.id, outcome, out),
             Next::Again => {

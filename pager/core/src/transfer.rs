@@ -169,6 +169,7 @@ impl<P: Policy> Core<P> {
 
     pub(crate) fn end(&mut self, ticket: Ticket) {
         let Some(transfer) = self.transfers.remove(&ticket) else { return };
+        self.ended += 1;
         self.discards.remove(&ticket);
         self.holding -= u32::from(transfer.holds());
         if let Some(info) = self.regions.get_mut(&transfer.region) {

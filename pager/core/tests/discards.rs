@@ -4,8 +4,8 @@ mod machine;
 
 use machine::{Machine, PAGES};
 use uhmm_pager_core::{
-    Action, Backing, CopyRun, CopyStatus, DeviceId, Entry, Event, Pages, RegionId, ReqId, SpaceId, StepResult, Target,
-    Ticket,
+    Action, Backing, CopyRun, CopyStatus, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId,
+    StepResult, Target, Ticket,
 };
 
 const REGION: RegionId = RegionId(1);
@@ -173,4 +173,80 @@ fn what_is_discarded_twice_while_it_is_punched_is_dropped_once() {
         machine.send(Event::PunchDone { ticket, result: StepResult::Ok });
     }
     assert_eq!([0, 1, 2, 3].map(|page| machine.entry(REGION, page)), [Entry::ABSENT; 4]);
+}
+
+/// Pages on a device that devices map, while these mappings are taken away by message.
+fn while_revoking(begin: impl FnOnce(&mut Machine) -> Vec<Action>) -> (Machine, Ticket) {
+    let mut machine = all(|page| Entry::on_device(DeviceId(0), 4 + page as u32).with_mapped_mask(1));
+    let backing = Backing::Private;
+    let recover =
+        Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: Vec::new() };
+    assert!(punched(&machine.send(recover)).is_empty(), "nothing of them is in the address space");
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 8,
+        fresh_mappings: false,
+        memory_known: true,
+        memory_lost: false,
+        coherent: false,
+    });
+    machine.send(Event::Recovered);
+    let mut actions = begin(&mut machine);
+    actions.extend(machine.send(Event::Tick));
+    let ticket = revoked(&actions).expect("the device is asked");
+    (machine, ticket)
+}
+
+fn revoked(actions: &[Action]) -> Option<Ticket> {
+    actions.iter().find_map(|a| if let Action::Revoke { ticket, .. } = a { Some(*ticket) } else { None })
+}
+
+#[test]
+fn what_is_discarded_while_a_device_lets_go_of_it_stays_dropped() {
+    let pages = Pages { first: 0, count: 4 };
+    let advice = |machine: &mut Machine| {
+        machine.send(Event::RevokeMappings { req: ReqId(1), region: REGION, pages, devices: 1 })
+    };
+    let child = RegionId(2);
+    let fork = move |machine: &mut Machine| {
+        let (space, page_count, backing) = (SpaceId(2), 4, Backing::Private);
+        machine.send(Event::RegionAdded { region: child, space, page_count, backing });
+        machine.send(Event::Forked { parent: REGION, child, space })
+    };
+    let begins: [Box<dyn FnOnce(&mut Machine) -> Vec<Action>>; 2] = [Box::new(advice), Box::new(fork)];
+    for begin in begins {
+        let (mut machine, ticket) = while_revoking(begin);
+        machine.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
+        let mut actions = machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
+        while let Some(ticket) = revoked(&actions) {
+            actions = machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
+        }
+        assert_eq!([1, 2].map(|page| machine.entry(REGION, page)), [Entry::ABSENT; 2]);
+        assert!([0, 3].iter().all(|page| machine.entry(REGION, *page).lives_on_device()), "its neighbours stay");
+    }
+}
+
+/// Copies on a device that nobody maps end within the step of the request that wants them gone.
+#[test]
+fn a_request_goes_on_when_what_it_waits_for_ends_at_once() {
+    let copy = |page: u64| Entry::on_device(DeviceId(0), 4 + page as u32).with_state(PageState::Duplicated);
+    let mut machine = all(copy);
+    let (backing, pages) = (Backing::Private, Pages { first: 0, count: 4 });
+    machine.send(Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: Vec::new() });
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 16,
+        fresh_mappings: false,
+        memory_known: true,
+        memory_lost: false,
+        coherent: false,
+    });
+    machine.send(Event::Recovered);
+    let target = Target::Device(DeviceId(0));
+    let mut actions = machine.send(Event::Migrate { req: ReqId(1), region: REGION, pages, target });
+    for _ in 0..8 {
+        actions.extend(machine.send(Event::Tick));
+    }
+    let copies = |action: &Action| matches!(action, Action::CopyOut { .. });
+    assert!(actions.iter().any(copies), "the way out begins: {actions:?}");
 }
