@@ -29,6 +29,7 @@ impl<P: Policy> Core<P> {
         let owner = Some(owner);
         let transfer = Transfer { owner, cause, ..Transfer::of(region, pages, moving, mask, kind) };
         let ticket = self.begin(transfer, out);
+        self.discard_as_marked(ticket, first);
         self.revoke_or(ticket, out, Self::copy);
     }
 

@@ -103,6 +103,12 @@ impl<P: Policy> Core<P> {
     /// The page's frame is lost. A program that still has it mapped loses that first, and meets the poison at its next access.
     pub(crate) fn poison_page(&mut self, region: RegionId, page: u64, entry: Entry, out: &mut Vec<Action>) {
         let pages = Pages::one(page);
+        if entry.discarded() {
+            // Nothing that anybody wanted is lost.
+            Self::publish_same(region, pages, Entry::ABSENT, out);
+            out.push(Action::Wake { region, pages });
+            return;
+        }
         if !entry.cpu_mapped() {
             return self.poison(region, pages, out);
         }

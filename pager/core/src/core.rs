@@ -257,6 +257,7 @@ impl<P: Policy> Core<P> {
                 && entry.state() == first.state()
                 && entry.device() == first.device()
                 && (entry.shared(), entry.pinned(), entry.huge()) == (first.shared(), first.pinned(), first.huge())
+                && entry.discarded() == first.discarded()
                 && u64::from(entry.frame()) == u64::from(first.frame()) + offset
                 && !self.busy(region, pages.first + offset, entry);
             if follows {

@@ -10,6 +10,8 @@
 //!   Device        drop at once; faults are parked until it is done      Drop
 //!   on the way    noted with its transfer: dropped where it arrives     `discards`
 //! ```
+//!
+//! Until it is done the entries say so ([`Entry::discarded`]): the event was told once, and a pager that dies meanwhile leaves it to the next.
 
 use crate::core::{Core, KEEPER};
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState};
@@ -27,6 +29,7 @@ impl<P: Policy> Core<P> {
         for (ticket, of) in moving {
             if let Some(overlap) = of.overlap(left) {
                 self.note_discard(ticket, overlap);
+                Self::mark_discarded(dir, region, overlap, out);
             }
         }
         while left.count > 0 {
@@ -40,6 +43,23 @@ impl<P: Policy> Core<P> {
             } else {
                 left = left.after(1);
             }
+        }
+    }
+
+    /// For the next pager. What is in system memory the kernel has dropped by then.
+    fn mark_discarded(dir: &impl Directory, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        for page in pages.iter() {
+            let entry = Self::entry(dir, region, page);
+            if !entry.discarded() && (entry.is_moving() || entry.owns_frame()) {
+                Self::publish_same(region, Pages::one(page), entry.with_discarded(true), out);
+            }
+        }
+    }
+
+    /// Pages that a dead pager had not dropped yet are dropped where this transfer, which has just begun, brings them.
+    pub(crate) fn discard_as_marked(&mut self, ticket: Ticket, first: Entry) {
+        if let Some(transfer) = self.transfers.get(&ticket).filter(|_| first.discarded()) {
+            self.discards.insert(ticket, vec![transfer.pages]);
         }
     }
 
@@ -136,6 +156,7 @@ impl<P: Policy> Core<P> {
         let frames = first.owns_frame();
         if frames {
             let moving = first.with_state(PageState::MovingHome).with_huge(false).with_mapped_mask(mask);
+            let moving = moving.with_discarded(self.is_private(region));
             Self::publish_frames(region, pages, moving, out);
         } else {
             Self::publish_same(region, pages, first.with_state(PageState::MovingOut).with_mapped_mask(mask), out);

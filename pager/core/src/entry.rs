@@ -1,14 +1,16 @@
 //! One directory entry: 8 bytes that say where the only valid copy of a page is.
 //!
 //! ```text
-//!  63      56 55   54     53     52     51      44 43            12 11     4 3     0
-//! | poison   |huge|  cpu |shared|pinned| mapped   | frame          | device | state |
+//!  63      56 55   54     53     52     51      44 43            12 11        10     4 3     0
+//! | poison   |huge|  cpu |shared|pinned| mapped   | frame          | discarded | device | state |
 //! ```
 //!
 //! `mapped` has one bit a device: it holds a device mapping of this page (of its own frame, or of the system page in place).
 //! `cpu`: the program's page table may have the frame (coherent device memory, `coherent.rs`); in masks it is [`CPU`], a mapping like
 //! that of a device, so that whoever takes the frame away revokes it first. `shared`: other entries may name the same frame (a fork); devices may then only read it. `huge`: one of 512 aligned pages in
-//! 512 aligned frames; cleared in all of them when one goes its own way.
+//! 512 aligned frames; cleared in all of them when one goes its own way. `discarded`: the program gave the content up while the page was
+//! on the way or in a frame. It stays set until nothing is left of the content ([`Entry::followed_by`]), so that a pager that finds it after
+//! a crash brings nothing back.
 //! The shell keeps entries in a memfd of the vault as atomic words; nothing else about a page survives a crash.
 
 use crate::event::DeviceId;
@@ -20,6 +22,7 @@ pub const DEVICE_COUNT_MAX: u8 = 8;
 pub const CPU: u16 = 1 << 8;
 
 const DEVICE_SHIFT: u32 = 4;
+const DISCARDED: u64 = 1 << 11;
 const FRAME_SHIFT: u32 = 12;
 const MAPPED_SHIFT: u32 = 44;
 const PINNED: u64 = 1 << 52;
@@ -142,7 +145,7 @@ impl Entry {
 
     /// Which device, when a frame is named.
     pub fn device(self) -> DeviceId {
-        DeviceId((self.0 >> DEVICE_SHIFT) as u8)
+        DeviceId((self.0 >> DEVICE_SHIFT) as u8 & 0x7f)
     }
 
     /// Which frame, when one is named.
@@ -222,6 +225,25 @@ impl Entry {
         Self(if on { self.0 | HUGE } else { self.0 & !HUGE })
     }
 
+    /// The program gave the content up.
+    pub fn discarded(self) -> bool {
+        self.0 & DISCARDED != 0
+    }
+
+    /// With or without.
+    #[must_use]
+    pub fn with_discarded(self, on: bool) -> Self {
+        Self(if on { self.0 | DISCARDED } else { self.0 & !DISCARDED })
+    }
+
+    /// What the directory has to say when `next` is published for a page that is this: content that was given up stays so as long as
+    /// there is any.
+    #[must_use]
+    pub fn followed_by(self, next: Self) -> Self {
+        let any_left = next.is_moving() || next.owns_frame();
+        next.with_discarded(next.discarded() || self.discarded() && any_left)
+    }
+
     /// On its way home, and the frame is lost.
     #[must_use]
     pub(crate) fn without_frame(self) -> Self {
@@ -250,7 +272,13 @@ impl std::fmt::Debug for Entry {
         if self.mapped_mask() != 0 {
             write!(f, " mapped {:#b}", self.mapped_mask())?;
         }
-        for (on, name) in [(self.pinned(), "pinned"), (self.shared(), "shared"), (self.huge(), "huge")] {
+        let marks = [
+            (self.pinned(), "pinned"),
+            (self.shared(), "shared"),
+            (self.huge(), "huge"),
+            (self.discarded(), "discarded"),
+        ];
+        for (on, name) in marks {
             if on {
                 write!(f, " {name}")?;
             }
@@ -284,6 +312,22 @@ mod tests {
         assert_eq!(mapped.with_mapped_mask(0), entry);
         assert_eq!(Entry::decode(mapped.bits()), Ok(mapped));
         assert!(!mapped.back_to_system().cpu_mapped());
+    }
+
+    #[test]
+    fn what_was_given_up_stays_so_until_nothing_is_left_of_it() {
+        let on_device = Entry::on_device(DeviceId(7), u32::MAX);
+        let moving = Entry::SYSTEM.with_state(PageState::MovingOut).with_discarded(true);
+        let arrived = moving.followed_by(on_device);
+        assert_eq!(arrived.bits() ^ on_device.bits(), 1 << 11);
+        assert_eq!((arrived.device(), arrived.frame()), (DeviceId(7), u32::MAX));
+        assert_eq!(Entry::decode(arrived.bits()), Ok(arrived));
+        assert!(arrived.followed_by(on_device.with_state(PageState::MovingHome)).discarded());
+        for end in [Entry::ABSENT, Entry::SYSTEM, Entry::poisoned(PoisonReason::DeviceLost)] {
+            assert_eq!(arrived.followed_by(end), end);
+        }
+        assert_eq!(Entry::SYSTEM.followed_by(on_device), on_device);
+        assert!(!arrived.back_to_system().discarded());
     }
 
     #[test]

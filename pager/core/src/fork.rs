@@ -156,6 +156,7 @@ impl<P: Policy> Core<P> {
 
     fn fate_at_fork(&self, region: RegionId, page: u64, entry: Entry) -> Fate {
         match entry.state() {
+            PageState::Device | PageState::Exclusive | PageState::MovingHome if entry.discarded() => Fate::Nothing,
             PageState::Absent => Fate::Nothing,
             PageState::System | PageState::Duplicated => Fate::Present,
             PageState::Poisoned => Fate::Lost,

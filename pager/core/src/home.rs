@@ -40,6 +40,7 @@ impl<P: Policy> Core<P> {
         let kind = Kind::Home { recovering: false };
         let transfer = Transfer { owner, cause, huge, ..Transfer::of(region, pages, moving, mask, kind) };
         let ticket = self.begin(transfer, out);
+        self.discard_as_marked(ticket, first);
         self.revoke_or(ticket, out, Self::fill);
         ticket
     }
@@ -56,6 +57,7 @@ impl<P: Policy> Core<P> {
         let kind = Kind::Home { recovering: true };
         let transfer = Transfer { lost, ..Transfer::of(region, pages, moving, moving.mapped_mask(), kind) };
         let ticket = self.begin(transfer, out);
+        self.discard_as_marked(ticket, moving);
         self.revoke_or(ticket, out, Self::fill);
     }
 

@@ -3,6 +3,8 @@
 //! ```text
 //!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first; a forked child's that
 //!                                                 waited for its parent's: poison, where no page is
+//!   discarded     nobody wants the content        MovingOut: what was taken out is freed instead of moved back;
+//!                                                 with a frame: dropped as soon as the frame is claimed
 //!   Device        the system pages must be gone   punch (again), claim the frame; private: only what is known to be there still, so
 //!                                                 that faults on all others are answered at once
 //!   MovingHome    the fill may have happened      claim the frame, revoke, fill; Exists: the system page is newer;
@@ -59,6 +61,7 @@ impl<P: Policy> Core<P> {
             let first = Self::entry(dir, region, left.first);
             let run = Self::run_while(dir, region, left, |_, entry| {
                 let alike = entry.state() == first.state() && (!entry.is_moving() || entry.shared() == first.shared());
+                let alike = alike && entry.discarded() == first.discarded();
                 alike && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
             });
             match first.state() {
@@ -108,6 +111,7 @@ impl<P: Policy> Core<P> {
         // `lost`: frames that no entry names are free already.
         let transfer = Transfer { phase, lost: true, ..Transfer::of(region, pages, first, first.mapped_mask(), kind) };
         let ticket = self.begin(transfer, &mut Vec::new());
+        self.discard_as_marked(ticket, first);
         self.stats.recovered_transfers += 1;
         out.push(Action::MoveBack { ticket, region, pages });
     }
@@ -184,6 +188,7 @@ impl<P: Policy> Core<P> {
         let bit = 1u16 << device.0;
         let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.space, info.page_count)).collect();
         let mut homecomings = Vec::new();
+        let mut given_up: Vec<(RegionId, Pages)> = Vec::new();
         for (region, space, page_count) in regions {
             for page in 0..page_count {
                 let entry = Self::entry(dir, region, page);
@@ -198,6 +203,11 @@ impl<P: Policy> Core<P> {
                     }
                     if !leaving.iter().any(|(of, pages)| *of == region && pages.contains(page)) {
                         homecomings.push(Homecoming { region, page, entry, lost });
+                    }
+                } else if mine && entry.discarded() && !lost {
+                    match given_up.last_mut() {
+                        Some((of, run)) if *of == region && run.end() == page => run.count += 1,
+                        _ => given_up.push((region, Pages::one(page))),
                     }
                 } else if lost && entry.state() == PageState::Duplicated {
                     Self::publish_same(
@@ -218,6 +228,9 @@ impl<P: Policy> Core<P> {
         }
         self.frames[usize::from(device.0)] = Some(table);
         self.finish_homecomings(&homecomings, out);
+        for (region, pages) in given_up.into_iter().filter(|(region, _)| !self.is_dying(*region)).collect::<Vec<_>>() {
+            self.discard_now(dir, region, pages, out);
+        }
     }
 
     /// Transfers that a dead pager had begun: consecutive pages in consecutive frames go on together.

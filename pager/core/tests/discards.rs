@@ -213,9 +213,7 @@ fn what_is_discarded_while_a_device_lets_go_of_it_stays_dropped() {
         machine.send(Event::RegionAdded { region: child, space, page_count, backing });
         machine.send(Event::Forked { parent: REGION, child, space })
     };
-    let begins: [Box<dyn FnOnce(&mut Machine) -> Vec<Action>>; 2] = [Box::new(advice), Box::new(fork)];
-    for begin in begins {
-        let (mut machine, ticket) = while_revoking(begin);
+    for (mut machine, ticket) in [while_revoking(advice), while_revoking(fork)] {
         machine.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
         let mut actions = machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
         while let Some(ticket) = revoked(&actions) {
@@ -232,7 +230,13 @@ fn a_request_goes_on_when_what_it_waits_for_ends_at_once() {
     let copy = |page: u64| Entry::on_device(DeviceId(0), 4 + page as u32).with_state(PageState::Duplicated);
     let mut machine = all(copy);
     let (backing, pages) = (Backing::Private, Pages { first: 0, count: 4 });
-    machine.send(Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: 4, backing, strays: Vec::new() });
+    machine.send(Event::RecoverRegion {
+        region: REGION,
+        space: SpaceId(1),
+        page_count: 4,
+        backing,
+        strays: Vec::new(),
+    });
     machine.send(Event::DeviceUp {
         device: DeviceId(0),
         frame_count: 16,
@@ -249,4 +253,96 @@ fn a_request_goes_on_when_what_it_waits_for_ends_at_once() {
     }
     let copies = |action: &Action| matches!(action, Action::CopyOut { .. });
     assert!(actions.iter().any(copies), "the way out begins: {actions:?}");
+}
+
+fn recover(machine: &mut Machine) -> Vec<Action> {
+    let backing = Backing::Private;
+    let region = Event::RecoverRegion { region: REGION, space: SpaceId(1), page_count: PAGES, backing, strays: vec![] };
+    let mut actions = machine.send(region);
+    actions.extend(machine.send(Event::Recovered));
+    actions
+}
+
+fn device_returns(machine: &mut Machine, memory_lost: bool) -> Vec<Action> {
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 8,
+        fresh_mappings: true,
+        memory_known: true,
+        memory_lost,
+        coherent: false,
+    })
+}
+
+/// The event was told once; a pager that dies before it is done leaves it in the entries.
+#[test]
+fn what_is_discarded_on_the_way_out_stays_dropped_when_the_pager_dies() {
+    let (machine, _) = failed_copy_with_a_discard();
+    let left: Vec<_> = (0..PAGES).map(|page| (REGION, page, machine.entry(REGION, page))).collect();
+    assert!(left.iter().all(|(_, page, entry)| entry.is_moving() && entry.discarded() == (*page == 1)), "{left:?}");
+    let mut next = Machine::with(&left);
+    let backs: Vec<_> = recover(&mut next)
+        .iter()
+        .filter_map(|a| if let Action::MoveBack { ticket, pages, .. } = a { Some((*ticket, *pages)) } else { None })
+        .collect();
+    let wanted = |(ticket, pages): &(Ticket, Pages)| (*pages, next.core.alike_in_front(*ticket, *pages));
+    let expected =
+        [(Pages::one(0), (1, false)), (Pages::one(1), (1, true)), (Pages { first: 2, count: 2 }, (2, false))];
+    assert_eq!(backs.iter().map(wanted).collect::<Vec<_>>(), expected);
+    for (ticket, _) in backs {
+        next.send(Event::MoveBackDone { ticket, result: StepResult::Ok });
+    }
+    assert!((0..PAGES).all(|page| next.entry(REGION, page) == Entry::SYSTEM));
+}
+
+#[test]
+fn what_is_discarded_on_a_device_stays_dropped_when_the_pager_dies() {
+    for memory_lost in [false, true] {
+        let mut machine = all(|page| Entry::on_device(DeviceId(0), page as u32).with_mapped_mask(1));
+        recover(&mut machine);
+        machine.send(Event::DeviceUp {
+            device: DeviceId(0),
+            frame_count: 8,
+            fresh_mappings: false,
+            memory_known: true,
+            memory_lost: false,
+            coherent: false,
+        });
+        let actions = machine.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
+        assert!(actions.iter().any(|action| matches!(action, Action::Revoke { .. })), "{actions:?}");
+        let left: Vec<_> = (0..PAGES).map(|page| (REGION, page, machine.entry(REGION, page))).collect();
+        let mut next = Machine::with(&left);
+        let mut actions = recover(&mut next);
+        actions.extend(device_returns(&mut next, memory_lost));
+        if let Some(ticket) = revoked(&actions) {
+            actions.extend(next.send(Event::RevokeDone { ticket, result: StepResult::Ok }));
+        }
+        assert_eq!([1, 2].map(|page| next.entry(REGION, page)), [Entry::ABSENT; 2], "{actions:?}");
+        assert!(!actions.iter().any(|a| matches!(a, Action::Fill { .. } | Action::Continue { .. })), "{actions:?}");
+        let neighbours = [0, 3].map(|page| next.entry(REGION, page).state());
+        let expected = if memory_lost { PageState::Poisoned } else { PageState::Device };
+        assert_eq!(neighbours, [expected; 2]);
+    }
+}
+
+/// It had just arrived: its system pages were punched when it was discarded, and then the pager died.
+#[test]
+fn what_is_discarded_when_it_has_just_arrived_stays_dropped_when_the_pager_dies() {
+    for (memory_lost, touched) in [(false, false), (true, false), (false, true)] {
+        let entry = |page: u64| Entry::on_device(DeviceId(0), page as u32).with_discarded(page == 1);
+        let mut next = all(entry);
+        let mut actions = recover(&mut next);
+        if touched {
+            // The program touches it before the device is there.
+            let page = 1;
+            actions.extend(next.send(Event::CpuFault { region: REGION, page, write: true, wp: false, minor: false }));
+        }
+        actions.extend(device_returns(&mut next, memory_lost));
+        assert_eq!(next.entry(REGION, 1), Entry::ABSENT, "{actions:?}");
+        let fills = |a: &Action| matches!(a, Action::Fill { pages, .. } if pages.contains(1));
+        assert!(!actions.iter().any(fills), "{actions:?}");
+        assert!(actions.iter().any(|a| matches!(a, Action::Wake { pages, .. } if pages.contains(1))), "{actions:?}");
+        let expected = if memory_lost { PageState::Poisoned } else { PageState::Device };
+        assert_eq!([0, 2, 3].map(|page| next.entry(REGION, page).state()), [expected; 3]);
+    }
 }

@@ -476,7 +476,10 @@ impl Pager {
     }
 
     pub(crate) fn private_move_back(&mut self, ticket: Ticket, region: RegionId, pages: Pages) {
-        self.ask_agent(region, pages, Order::MoveBack, Purpose::MoveBack { ticket });
+        // What a dead pager left behind that the program gave up: only what was taken out is freed, the place has been empty since.
+        let discarded = self.core.alike_in_front(ticket, pages) == (pages.count, true);
+        let order = if discarded { Order::Drop { in_place: false } } else { Order::MoveBack };
+        self.ask_agent(region, pages, order, Purpose::MoveBack { ticket });
     }
 
     /// Whether the first page is in the address space: the kernel is asked, and nobody else is needed for that.

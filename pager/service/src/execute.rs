@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use uhmm_kernel_hook::uffd::{FillOutcome, FillStop as HookStop, Userfaultfd, WpOutcome};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Action, DeviceId, EntryRun, Event, FillStop, Pages, RegionId, ReqId, StepResult, Ticket};
+use uhmm_pager_core::{Action, DeviceId, Entry, EntryRun, Event, FillStop, Pages, RegionId, ReqId, StepResult, Ticket};
 
 use crate::copies::{Copy, Deferred};
 use crate::service::Pager;
@@ -104,7 +104,9 @@ impl Pager {
     fn publish(&mut self, region: RegionId, first: u64, entries: EntryRun) {
         let Some(region) = self.regions.get(region.0) else { return };
         for (offset, entry) in entries.iter().enumerate() {
-            region.directory.store(first + offset as u64, entry.bits());
+            let page = first + offset as u64;
+            let before = Entry::decode(region.directory.load(page)).unwrap_or(entry);
+            region.directory.store(page, before.followed_by(entry).bits());
         }
     }
 

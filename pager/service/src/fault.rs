@@ -59,15 +59,17 @@ impl Pager {
             // Changes first: the program goes on with them already, and an older fault must not be answered with what it has dropped.
             let is_fault = |event: &UffdEvent| matches!(event, UffdEvent::Fault { .. });
             for faults in [false, true] {
-                for (slot, event) in events.iter().enumerate().filter(|(_, event)| is_fault(event) == faults) {
+                let now = || events.iter().enumerate().filter(|(_, event)| is_fault(event) == faults);
+                for (slot, event) in now() {
                     let child = children.remove(&slot);
                     self.on_uffd_event(space_id, event, child);
-                    self.event_handled(slot);
                 }
+                self.drain();
+                // Not before the directory says what has changed: the next pager has only that and the journal.
+                now().for_each(|(slot, _)| self.event_handled(slot));
             }
             events.clear();
             self.uffd_events = events;
-            self.drain();
             if !full_read {
                 return;
             }
@@ -85,7 +87,8 @@ impl Pager {
     pub(crate) fn repeat_kept_events(&mut self) -> Result<(), HookError> {
         let (space_id, kept) = self.journal.kept()?;
         let mut children = self.recover_children(space_id, &kept)?;
-        for KeptEvent { slot, id, event } in kept {
+        let slots: Vec<usize> = kept.iter().map(|event| event.slot).collect();
+        for KeptEvent { id, event, .. } in kept {
             tracing::info!(space = space_id, ?event, "Event of an address space, read by the pager before");
             match event {
                 Change::Unmap { start, end } => self.on_unmapped(space_id, start, end),
@@ -97,8 +100,9 @@ impl Pager {
                 Change::Remap { .. } => {}
                 Change::Fork { .. } => children.remove(&id).into_iter().for_each(|child| self.on_fork(space_id, child)),
             }
-            self.event_handled(slot);
         }
+        self.drain();
+        slots.into_iter().for_each(|slot| self.event_handled(slot));
         // No order of this pager's is out yet, and those of the dead one are refused anyway.
         self.overtaken.clear();
         Ok(())

@@ -107,7 +107,7 @@ impl World {
                 format!("{region:?} page {page} is poisoned but was not lost: {old:?}"),
             ));
         }
-        target.directory[page as usize] = entry.bits();
+        target.directory[page as usize] = old.followed_by(entry).bits();
         Ok(())
     }
 

@@ -47,8 +47,11 @@ impl Machine {
         self.core.handle(&self.tables, 0, event, &mut out);
         for action in &out {
             if let Action::Publish { region, first, entries } = action {
-                let words = entries.iter().enumerate().map(|(at, entry)| ((*region, first + at as u64), entry.bits()));
-                self.tables.0.extend(words);
+                for (at, entry) in entries.iter().enumerate() {
+                    let page = first + at as u64;
+                    let before = Entry::decode(self.tables.load(*region, page)).unwrap_or(entry);
+                    self.tables.0.insert((*region, page), before.followed_by(entry).bits());
+                }
             }
         }
         out
