@@ -9,6 +9,7 @@
 //!   System        a hole reads as zero already                          -
 //!   Device        drop at once; faults are parked until it is done      Drop
 //!   on the way    noted with its transfer: dropped where it arrives     `discards`
+//!   waits for a forking parent's: it waits no more, a hole is right     -
 //! ```
 //!
 //! Until it is done the entries say so ([`Entry::discarded`]): the event was told once, and a pager that dies meanwhile leaves it to the next.
@@ -29,30 +30,29 @@ impl<P: Policy> Core<P> {
         for (ticket, of) in moving {
             if let Some(overlap) = of.overlap(left) {
                 self.note_discard(ticket, overlap);
-                Self::mark_discarded(dir, region, overlap, out);
             }
+        }
+        for waiting in self.take_waits(left, |wait| wait.child == region) {
+            Self::publish_same(region, waiting.pages, Entry::SYSTEM, out);
+            out.push(Action::Wake { region, pages: waiting.pages });
         }
         while left.count > 0 {
             let first = Self::entry(dir, region, left.first);
-            let has_frame = first.owns_frame() && !self.busy(region, left.first, first);
-            if has_frame {
+            let busy = self.busy(region, left.first, first);
+            if first.owns_frame() && !busy {
                 let (run, first, mask) = self.frame_run(dir, region, left);
                 self.split_huge(dir, region, run, out);
                 self.start_drop(region, run, first, mask, None, out);
                 left = left.after(run.count);
-            } else {
-                left = left.after(1);
+                continue;
             }
-        }
-    }
-
-    /// For the next pager. What is in system memory the kernel has dropped by then.
-    fn mark_discarded(dir: &impl Directory, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        for page in pages.iter() {
-            let entry = Self::entry(dir, region, page);
-            if !entry.discarded() && (entry.is_moving() || entry.owns_frame()) {
-                Self::publish_same(region, Pages::one(page), entry.with_discarded(true), out);
+            // For the next pager, and for what a dead one has begun and nobody goes on with until its device is there. What is in
+            // system memory the kernel has dropped by then.
+            let is_waiting = first.state() == PageState::MovingOut && first.shared();
+            if busy && !is_waiting && !first.discarded() && (first.is_moving() || first.owns_frame()) {
+                Self::publish_same(region, Pages::one(left.first), first.with_discarded(true), out);
             }
+            left = left.after(1);
         }
     }
 

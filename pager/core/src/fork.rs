@@ -197,7 +197,7 @@ impl<P: Policy> Core<P> {
         frame: u32,
         out: &mut Vec<Action>,
     ) {
-        for (child, part) in self.take_waits(parent, pages) {
+        for ForkWait { child, pages: part, .. } in self.take_waits(pages, |wait| wait.parent == parent) {
             let frame = frame + (part.first - pages.first) as u32;
             self.share_frames(child, part, device, frame);
             let shared = Entry::on_device(device, frame).with_shared(true);
@@ -212,7 +212,7 @@ impl<P: Policy> Core<P> {
     /// Pages on their way out have gone back to the parent. Those that were taken out before the fork are lost to the child. `zero`:
     /// there was nothing to take.
     pub(crate) fn fail_children(&mut self, parent: RegionId, pages: Pages, zero: bool, out: &mut Vec<Action>) {
-        for (child, part) in self.take_waits(parent, pages) {
+        for ForkWait { child, pages: part, .. } in self.take_waits(pages, |wait| wait.parent == parent) {
             if zero {
                 Self::publish_same(child, part, Entry::SYSTEM, out);
                 out.push(Action::Wake { region: child, pages: part });
@@ -229,15 +229,16 @@ impl<P: Policy> Core<P> {
         out.push(Action::Wake { region: child, pages });
     }
 
-    fn take_waits(&mut self, parent: RegionId, pages: Pages) -> Vec<(RegionId, Pages)> {
+    /// Those of `mine` that wait for some of these pages, cut to them: they wait no more.
+    pub(crate) fn take_waits(&mut self, pages: Pages, mine: impl Fn(&ForkWait) -> bool) -> Vec<ForkWait> {
         let mut taken = Vec::new();
         let mut kept = Vec::new();
         for wait in std::mem::take(&mut self.fork_waits) {
-            let Some(part) = wait.pages.overlap(pages).filter(|_| wait.parent == parent) else {
+            let Some(part) = wait.pages.overlap(pages).filter(|_| mine(&wait)) else {
                 kept.push(wait);
                 continue;
             };
-            taken.push((wait.child, part));
+            taken.push(ForkWait { pages: part, ..wait });
             let before = Pages { first: wait.pages.first, count: part.first - wait.pages.first };
             let after = Pages { first: part.end(), count: wait.pages.end() - part.end() };
             let rest = [before, after].into_iter().filter(|rest| rest.count > 0);

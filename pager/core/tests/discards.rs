@@ -15,8 +15,8 @@ fn all(entry: impl Fn(u64) -> Entry) -> Machine {
     Machine::with(&(0..PAGES).map(|page| (REGION, page, entry(page))).collect::<Vec<_>>())
 }
 
-/// Four system pages are being taken out; page 1 is discarded meanwhile, and the copy fails.
-fn failed_copy_with_a_discard() -> (Machine, Vec<Action>) {
+/// Four system pages are being taken out.
+fn copying() -> (Machine, Ticket) {
     let mut machine = all(|_| Entry::SYSTEM);
     machine.send(Event::RegionAdded { region: REGION, space: SpaceId(1), page_count: 4, backing: Backing::Private });
     let (device, pages) = (DeviceId(0), Pages { first: 0, count: 4 });
@@ -35,9 +35,15 @@ fn failed_copy_with_a_discard() -> (Machine, Vec<Action>) {
         Action::CopyOut { ticket, .. } => Some(*ticket),
         _ => None,
     });
+    (machine, copy.expect("the copy begins"))
+}
+
+/// Page 1 is discarded meanwhile, and the copy fails.
+fn failed_copy_with_a_discard() -> (Machine, Vec<Action>) {
+    let (mut machine, ticket) = copying();
     machine.send(Event::Removed { region: REGION, pages: Pages::one(1) });
     let runs = vec![CopyRun { count: 4, status: CopyStatus::Io }];
-    let actions = machine.send(Event::CopiedRuns { ticket: copy.expect("the copy begins"), runs });
+    let actions = machine.send(Event::CopiedRuns { ticket, runs });
     (machine, actions)
 }
 
@@ -345,4 +351,32 @@ fn what_is_discarded_when_it_has_just_arrived_stays_dropped_when_the_pager_dies(
         let expected = if memory_lost { PageState::Poisoned } else { PageState::Device };
         assert_eq!([0, 2, 3].map(|page| next.entry(REGION, page).state()), [expected; 3]);
     }
+}
+
+/// The program goes on as soon as the next pager runs; its device comes later.
+#[test]
+fn what_a_dead_pager_was_bringing_home_and_is_discarded_before_its_device_is_there_stays_dropped() {
+    for memory_lost in [false, true] {
+        let moving = |page: u64| Entry::on_device(DeviceId(0), page as u32).with_state(PageState::MovingHome);
+        let mut next = all(moving);
+        recover(&mut next);
+        next.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
+        let actions = device_returns(&mut next, memory_lost);
+        assert_eq!([1, 2].map(|page| next.entry(REGION, page)), [Entry::ABSENT; 2], "{actions:?}");
+        let touches = |a: &Action| matches!(a, Action::Fill { pages, .. } | Action::Continue { pages, .. } if pages.contains(1) || pages.contains(2));
+        assert!(!actions.iter().any(touches), "{actions:?}");
+        assert!([0, 3].iter().all(|page| next.entry(REGION, *page).state() == PageState::MovingHome), "{actions:?}");
+    }
+}
+
+#[test]
+fn a_child_that_discards_what_waits_for_its_parents_way_out_finds_a_hole() {
+    let (mut machine, _) = copying();
+    let child = RegionId(2);
+    machine.send(Event::Forked { parent: REGION, child, space: SpaceId(2) });
+    assert_eq!(machine.entry(child, 1), Entry::WAITS_FOR_PARENT);
+    let actions = machine.send(Event::Removed { region: child, pages: Pages::one(1) });
+    assert!(actions.iter().any(|a| matches!(a, Action::Wake { region, .. } if *region == child)), "{actions:?}");
+    assert_eq!(machine.entry(child, 1), Entry::SYSTEM);
+    assert_eq!([0, 2].map(|page| machine.entry(child, page)), [Entry::WAITS_FOR_PARENT; 2]);
 }
