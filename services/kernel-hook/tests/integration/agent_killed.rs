@@ -44,23 +44,42 @@ impl Moments {
     }
 }
 
-/// Kills the agent some time from now, and starts the next one.
-fn kill(bed: &mut Bed, after: Duration) {
+/// Kills the agent some time from now.
+fn end(bed: &Bed, after: Duration) {
     let end = Instant::now() + after;
     while Instant::now() < end {
         spin_loop();
     }
     assert!(bed.agent().pidfd().signal(Signal::KILL).unwrap(), "it has ended by itself");
     wait_readable(bed.agent().pidfd().as_fd());
+}
+
+/// Kills the agent some time from now, and starts the next one.
+fn kill(bed: &mut Bed, after: Duration) {
+    end(bed, after);
     bed.start_agent();
+}
+
+/// Waits until the agent is seen at work, or long enough: on a busy machine it may begin late, or be done already.
+fn seen_at_work(memory: &ProgramMemory, before: u64) {
+    let late = Instant::now() + Duration::from_micros(4 * LATEST_US);
+    while present(memory) == before && Instant::now() < late {
+        std::thread::yield_now();
+    }
 }
 
 /// Gives an order, kills up to three agents that are at it, and returns what becomes of it.
 fn run_killed(bed: &mut Bed, moments: &mut Moments, memory: &ProgramMemory, op: Op) -> Runs {
+    let before = present(memory);
     let id = bed.desk.give(0, memory.addr(), HUGE_PAGES, op);
     for _ in 0..1 + moments.below(3) {
-        kill(bed, Duration::from_micros(moments.below(LATEST_US)));
+        let waits = moments.below(2) == 0;
+        if waits {
+            seen_at_work(memory, before);
+        }
+        end(bed, Duration::from_micros(moments.below(if waits { LATEST_US / 4 } else { LATEST_US })));
         moments.partly_out += u64::from((1..HUGE_PAGES).contains(&bed.in_scratch()));
+        bed.start_agent();
     }
     // The one before may have answered and been killed before it told of that: a pager looks when an agent begins.
     let done = bed.desk.answer();
@@ -131,8 +150,15 @@ fn integration_agent_killed_in_the_middle_of_small_pages_loses_nothing_and_answe
 
 #[test]
 fn integration_agent_killed_between_mappings_loses_nothing_and_answers_once() {
-    let halfway = rounds(&cut(), 0x5eed_0006, 200);
-    assert!(halfway >= 20, "only {halfway} agents were killed when some pages were out and some were not");
+    let mut halfway = 0;
+    // Once is enough on an idle machine.
+    for seed in 0x5eed_0006..0x5eed_0026 {
+        halfway += rounds(&cut(), seed, 200);
+        if halfway >= 20 {
+            return;
+        }
+    }
+    panic!("only {halfway} agents were killed when some pages were out and some were not");
 }
 
 #[test]
