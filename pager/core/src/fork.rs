@@ -9,7 +9,7 @@
 //!   Duplicated             System
 //!   Device, Exclusive      Device shared, and the parent's becomes Device shared
 //!   MovingHome             Device shared: nothing of it was filled before the event (fills fail while it is unread)
-//!   MovingHome, dropped    Absent
+//!   discarded              Absent
 //!   MovingOut              waits for the parent's transfer: taken out before the fork, or after it? Then home, where a page that
 //!                          is there already wins
 //!   Poisoned               Poisoned
@@ -163,16 +163,8 @@ impl<P: Policy> Core<P> {
             PageState::MovingOut => Fate::Waits,
             PageState::Device | PageState::Exclusive => Fate::Shared,
             PageState::MovingHome => {
-                let mover = self.transfers.iter().find(|(_, t)| t.region == region && t.pages.contains(page));
-                let discarded = |ticket| {
-                    self.discards.get(ticket).is_some_and(|parts| parts.iter().any(|part| part.contains(page)))
-                };
-                match mover {
-                    Some((_, Transfer { kind: Kind::Drop { .. }, .. })) => Fate::Nothing,
-                    Some((ticket, _)) if discarded(ticket) => Fate::Nothing,
-                    Some((_, Transfer { kind: Kind::Collapse, .. })) => Fate::Present,
-                    _ => Fate::Shared,
-                }
+                let collapses = |t: &Transfer| t.kind == Kind::Collapse && t.region == region && t.pages.contains(page);
+                if self.transfers.values().any(collapses) { Fate::Present } else { Fate::Shared }
             }
         }
     }

@@ -269,11 +269,11 @@ fn recover(machine: &mut Machine) -> Vec<Action> {
     actions
 }
 
-fn device_returns(machine: &mut Machine, memory_lost: bool) -> Vec<Action> {
+fn device_returns(machine: &mut Machine, fresh_mappings: bool, memory_lost: bool) -> Vec<Action> {
     machine.send(Event::DeviceUp {
         device: DeviceId(0),
         frame_count: 8,
-        fresh_mappings: true,
+        fresh_mappings,
         memory_known: true,
         memory_lost,
         coherent: false,
@@ -306,20 +306,13 @@ fn what_is_discarded_on_a_device_stays_dropped_when_the_pager_dies() {
     for memory_lost in [false, true] {
         let mut machine = all(|page| Entry::on_device(DeviceId(0), page as u32).with_mapped_mask(1));
         recover(&mut machine);
-        machine.send(Event::DeviceUp {
-            device: DeviceId(0),
-            frame_count: 8,
-            fresh_mappings: false,
-            memory_known: true,
-            memory_lost: false,
-            coherent: false,
-        });
+        device_returns(&mut machine, false, false);
         let actions = machine.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
         assert!(actions.iter().any(|action| matches!(action, Action::Revoke { .. })), "{actions:?}");
         let left: Vec<_> = (0..PAGES).map(|page| (REGION, page, machine.entry(REGION, page))).collect();
         let mut next = Machine::with(&left);
         let mut actions = recover(&mut next);
-        actions.extend(device_returns(&mut next, memory_lost));
+        actions.extend(device_returns(&mut next, true, memory_lost));
         if let Some(ticket) = revoked(&actions) {
             actions.extend(next.send(Event::RevokeDone { ticket, result: StepResult::Ok }));
         }
@@ -343,7 +336,7 @@ fn what_is_discarded_when_it_has_just_arrived_stays_dropped_when_the_pager_dies(
             let page = 1;
             actions.extend(next.send(Event::CpuFault { region: REGION, page, write: true, wp: false, minor: false }));
         }
-        actions.extend(device_returns(&mut next, memory_lost));
+        actions.extend(device_returns(&mut next, true, memory_lost));
         assert_eq!(next.entry(REGION, 1), Entry::ABSENT, "{actions:?}");
         let fills = |a: &Action| matches!(a, Action::Fill { pages, .. } if pages.contains(1));
         assert!(!actions.iter().any(fills), "{actions:?}");
@@ -361,7 +354,7 @@ fn what_a_dead_pager_was_bringing_home_and_is_discarded_before_its_device_is_the
         let mut next = all(moving);
         recover(&mut next);
         next.send(Event::Removed { region: REGION, pages: Pages { first: 1, count: 2 } });
-        let actions = device_returns(&mut next, memory_lost);
+        let actions = device_returns(&mut next, true, memory_lost);
         assert_eq!([1, 2].map(|page| next.entry(REGION, page)), [Entry::ABSENT; 2], "{actions:?}");
         let touches = |a: &Action| matches!(a, Action::Fill { pages, .. } | Action::Continue { pages, .. } if pages.contains(1) || pages.contains(2));
         assert!(!actions.iter().any(touches), "{actions:?}");
