@@ -38,6 +38,7 @@ struct Call {
     hotRanges @27 :HotRanges;           # client; idempotent
     deviceLost @28 :UInt8;              # driver; idempotent
     agentStarted @29 :AgentStarted;     # client; idempotent
+    revalidate @30 :Range;              # client; idempotent
   }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use uhmm_ipc::message::driver::AccessOp;
 use uhmm_ipc::message::pager::Target;
 use uhmm_ipc::message::{Call, Reply, driver};
-use uhmm_kernel_hook::{Prot, Window, memfd};
+use uhmm_kernel_hook::{AddrRange, Prot, Window, memfd};
 
 use crate::Error;
 use crate::links::{Held, Links, Loop, Peer};
@@ -107,7 +107,8 @@ impl Device {
     pub fn submit(&self, job: Job) -> Pending<JobResult> {
         let Job { kernel, args, idempotent, deadline } = job;
         let call = driver::Call::Submit { space: self.session.space.id, kernel, args, idempotent };
-        self.session.links.call(Peer::Driver(self.name.clone()), Call::Driver(call), deadline, |reply| match reply {
+        let make = |_: &mut Loop| Ok(Call::Driver(call));
+        self.session.links.call_validated(&self.name, None, make, deadline, |reply| match reply {
             Reply::Driver(driver::Reply::Finished { results, fault_count, run_time_ns }) => {
                 Ok(JobResult { results, fault_count, run_time_ns })
             }
@@ -222,12 +223,12 @@ impl Device {
     ) -> Result<Pending<T>, Error> {
         check_range(addr, len_bytes)?;
         let (space, key) = (self.session.space.id, buffer.as_ref().map(|buffer| buffer.memory.key()));
-        let peer = Peer::Driver(self.name.clone());
+        let range = AddrRange { start: addr, len: len_bytes };
         let access = move |links: &mut Loop| {
             let buffer = key.map(|key| links.fd(key)).transpose()?;
             Ok(Call::Driver(driver::Call::Access { space, addr, len_bytes, op, buffer }))
         };
-        Ok(self.session.links.call_made(peer, access, deadline, move |reply| match reply {
+        Ok(self.session.links.call_validated(&self.name, Some(range), access, deadline, move |reply| match reply {
             Reply::Driver(driver::Reply::Accessed { page_count, fault_count }) => {
                 finish(buffer, AccessReport { page_count, fault_count })
             }

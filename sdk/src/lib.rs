@@ -55,6 +55,7 @@ mod refused;
 mod region;
 mod residency;
 mod session;
+mod validation;
 
 pub use adopt_all::{ADOPT_ALL_MIN_BYTES, AdoptedAll, LeftAlone};
 pub use agent::AgentKind;

@@ -37,6 +37,7 @@ use crate::agent::{AgentHost, AgentKind};
 use crate::callbacks;
 use crate::frames::{Allocations, Frames, Order};
 use crate::pending::{Completer, Pending, pair};
+use crate::validation::{Validated, Validations};
 
 /// Name of the thread.
 pub(crate) const LINK_THREAD: &str = "uhmm-links";
@@ -44,9 +45,9 @@ const SUMMONS: FdToken = FdToken(1);
 const AGENT: FdToken = FdToken(2);
 
 /// Turns an answer into what the app asked for and delivers it.
-type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
+pub(crate) type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
 /// Makes a call from what lives on the link thread.
-type Make = Box<dyn FnOnce(&mut Loop) -> Result<Call, Error> + Send>;
+pub(crate) type Make = Box<dyn FnOnce(&mut Loop) -> Result<Call, Error> + Send>;
 
 /// Which service a call is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +72,16 @@ enum Command {
     },
     Call {
         peer: Peer,
+        make: Make,
+        trace: TraceId,
+        deadline: Option<Duration>,
+        deliver: Deliver,
+    },
+    /// A call to a driver for which the pager first takes back what devices may not do any more.
+    Validated {
+        driver: String,
+        /// What the device will use; nothing: anything.
+        range: Option<AddrRange>,
         make: Make,
         trace: TraceId,
         deadline: Option<Duration>,
@@ -189,6 +200,31 @@ impl Links {
         deadline: Option<Duration>,
         convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
     ) -> Pending<T> {
+        let (pending, trace, deliver) = self.answer_to(convert);
+        self.send(Command::Call { peer, make: Box::new(make), trace, deadline, deliver });
+        pending
+    }
+
+    /// [`Links::call_made`] to a driver, which uses `range` (nothing: any of the process's memory). The pager is asked first, so that the
+    /// device does nothing there that the program may not do by now itself. Calls to one driver keep their order.
+    pub(crate) fn call_validated<T: Send + 'static>(
+        &self,
+        driver: &str,
+        range: Option<AddrRange>,
+        make: impl FnOnce(&mut Loop) -> Result<Call, Error> + Send + 'static,
+        deadline: Option<Duration>,
+        convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
+    ) -> Pending<T> {
+        let (pending, trace, deliver) = self.answer_to(convert);
+        let driver = driver.to_owned();
+        self.send(Command::Validated { driver, range, make: Box::new(make), trace, deadline, deliver });
+        pending
+    }
+
+    fn answer_to<T: Send + 'static>(
+        &self,
+        convert: impl FnOnce(Reply) -> Result<T, Error> + Send + 'static,
+    ) -> (Pending<T>, TraceId, Deliver) {
         let trace = TraceId::fresh();
         let (completer, pending): (Completer<T>, _) = pair(trace, Some(self.life.clone()));
         let sent = Instant::now();
@@ -202,8 +238,7 @@ impl Links {
             }
             completer.complete(result.and_then(convert));
         });
-        self.send(Command::Call { peer, make: Box::new(make), trace, deadline, deliver });
-        pending
+        (pending, trace, deliver)
     }
 
     /// Does something on the link thread and waits for it.
@@ -266,6 +301,7 @@ pub(crate) struct Loop {
     pager: LinkId,
     drivers: HashMap<String, LinkId>,
     waiting: HashMap<(LinkId, CallId), Deliver>,
+    validations: Validations,
     opening: Option<Completer<Space>>,
     /// Who we are, for a forked child.
     child: Option<(u64, Vec<u8>)>,
@@ -300,6 +336,7 @@ impl Loop {
             pager,
             drivers: HashMap::new(),
             waiting: HashMap::new(),
+            validations: Validations::default(),
             opening: Some(opened),
             child,
             uffd,
@@ -356,6 +393,13 @@ impl Loop {
                     Ok(call) => self.send(peer, call, trace, deadline, deliver),
                     Err(error) => deliver(Err(error)),
                 },
+                Ok(Command::Validated { driver, range, make, trace, deadline, deliver }) => {
+                    let (addr, len_bytes) = range.map_or((0, 0), |range| (range.start, range.len));
+                    let revalidate = Call::Pager(pager::Call::Revalidate { addr, len_bytes });
+                    let id = self.reactor.call(self.pager, revalidate, trace, deadline);
+                    let until = deadline.map(|deadline| Instant::now() + deadline);
+                    self.validations.asked(id, Validated { driver, make, trace, until, deliver });
+                }
                 Ok(Command::Do(what)) => what(self),
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
@@ -456,6 +500,9 @@ impl Loop {
                     tracing::error!(%error, "The agent has ended and no other one can be started: private memory moves to no device any more");
                 }
             }
+            Wake::Done { link, call, result } if link == self.pager && self.validations.answered(call, &result) => {
+                self.send_validated();
+            }
             Wake::Done { link, call, result } => {
                 if let Some(deliver) = self.waiting.remove(&(link, call)) {
                     deliver(result.map_err(Error::from));
@@ -472,6 +519,16 @@ impl Loop {
             Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
             Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
             _ => {}
+        }
+    }
+
+    fn send_validated(&mut self) {
+        while let Some((Validated { driver, make, trace, until, deliver }, refused)) = self.validations.next() {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            match refused.map_or_else(|| make(self), |error| Err(error.into())) {
+                Ok(call) => self.send(Peer::Driver(driver), call, trace, left, deliver),
+                Err(error) => deliver(Err(error)),
+            }
         }
     }
 

@@ -134,6 +134,8 @@ pub enum Status {
     MapLimit = 9,
     /// The kernel has no memory (or the control group). Stays where it is.
     NoMemory = 10,
+    /// A guard (MADV_GUARD_INSTALL): there is no content, and nothing may take its place.
+    Guard = 11,
 }
 
 impl Status {
@@ -157,6 +159,7 @@ impl Status {
             8 => Self::LockLimit,
             9 => Self::MapLimit,
             10 => Self::NoMemory,
+            11 => Self::Guard,
             _ => return None,
         })
     }

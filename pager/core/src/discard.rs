@@ -64,7 +64,7 @@ impl<P: Policy> Core<P> {
     }
 
     /// Each page once, however often it was dropped: its frame is given back once.
-    fn note_discard(&mut self, ticket: Ticket, mut pages: Pages) {
+    pub(crate) fn note_discard(&mut self, ticket: Ticket, mut pages: Pages) {
         while pages.count > 0 {
             let (count, known) = self.alike_in_front(ticket, pages);
             if !known {

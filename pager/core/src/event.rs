@@ -127,6 +127,12 @@ pub enum FillStop {
     NoProcess,
     /// The range is not registered any more.
     Gone,
+    /// The content of the next pages is not wanted any more, and no event has said so: the program has put guards there, or
+    /// something else.
+    Dropped {
+        /// How many.
+        page_count: u64,
+    },
     /// `Continue` met a hole.
     NoPage,
     /// The copy failed.

@@ -5,6 +5,7 @@
 //!   Fill -- done -------------------------------> System, frames free
 //!    |-- Again --------------------------------> Fill at the next tick
 //!    |-- Exists, after a restart --------------> System: it came home before the crash and is newer
+//!    |-- Dropped ------------------------------> Absent, and Fill of what comes behind
 //!    |-- Exists otherwise ---------------------> a stray page: PunchStray, Fill, three times
 //!    |-- failed -------------------------------> Device again; poisoned when the device is given up
 //!    `-- failed after a restart, or memory lost: Probe (Continue of one page)
@@ -105,12 +106,20 @@ impl<P: Policy> Core<P> {
                 self.fill(ticket, out);
             }
             Some(FillStop::Exists) => self.fill_met_a_page(ticket, out),
+            Some(FillStop::Dropped { page_count }) => self.drop_in_front(ticket, page_count, out),
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             Some(FillStop::Io | FillStop::NoPage) => {
                 self.stats.copy_failures += 1;
                 self.fill_failed(ticket, out);
             }
         }
+    }
+
+    /// As if the program had dropped them: what comes next is filled.
+    fn drop_in_front(&mut self, ticket: Ticket, page_count: u64, out: &mut Vec<Action>) {
+        let Some(pages) = self.transfers.get(&ticket).map(|transfer| transfer.pages) else { return };
+        self.note_discard(ticket, Pages { count: page_count.clamp(1, pages.count), ..pages });
+        self.fill(ticket, out);
     }
 
     /// A failed copy says nothing about the system page, and after a restart that may be the newer one.
@@ -143,6 +152,7 @@ impl<P: Policy> Core<P> {
                 self.fill_or_end(ticket, out);
             }
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
+            Some(FillStop::Dropped { page_count }) => self.drop_in_front(ticket, page_count, out),
             // Without an answer nothing can be decided.
             None | Some(FillStop::Again | FillStop::Io | FillStop::NotHuge) => self.again.push(ticket),
         }

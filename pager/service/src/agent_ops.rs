@@ -369,7 +369,7 @@ impl Pager {
                 Status::Busy | Status::ReadOnly => CopyStatus::Busy,
                 // Moved to other addresses meanwhile (mremap), or its unmapping has not been read yet: to be looked at again.
                 Status::Gone if self.is_shown(job.region, job.pages.first + at) => CopyStatus::Busy,
-                Status::Gone => CopyStatus::Gone,
+                Status::Gone | Status::Guard => CopyStatus::Gone,
                 Status::LockLimit => CopyStatus::Locked,
                 Status::MapLimit | Status::NoMemory => CopyStatus::NoMemory,
                 Status::Failed => CopyStatus::Io,

@@ -53,6 +53,7 @@ impl Pager {
             | pager::Call::ReleaseRange { .. }
             | pager::Call::Discard { .. }
             | pager::Call::ProtectionChanged { .. }
+            | pager::Call::Revalidate { .. }
             | pager::Call::Evict { .. }
             | pager::Call::QueryAttributes { .. }
             | pager::Call::HotRanges { .. }
@@ -102,6 +103,7 @@ impl Pager {
             pager::Call::QueryAttributes { addr, len_bytes } => Some(self.query_attributes(conn, addr, len_bytes)),
             pager::Call::Discard { addr, len_bytes } => self.discard(conn, call, addr, len_bytes),
             pager::Call::ProtectionChanged { addr, len_bytes } => self.protection_changed(conn, call, addr, len_bytes),
+            pager::Call::Revalidate { addr, len_bytes } => self.revalidate(conn, call, addr, len_bytes),
             pager::Call::Evict { device, page_count } => self.evict(conn, call, device, page_count),
             pager::Call::HotRanges { device } => self.hot_ranges(conn, call, device),
             pager::Call::ReadTrace { since } => Some(self.read_trace(conn, since)),

@@ -10,12 +10,12 @@ use std::os::fd::AsFd;
 
 use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::shared::copy_ring::CopyOp;
-use uhmm_kernel_hook::uffd::CopyMode;
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{CopyRun, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 
 use crate::devices::EngineJob;
+use crate::fill::FillFrom;
 use crate::service::Pager;
 
 /// A copy that cannot start yet: the ring or the staging area is full, or the driver is away.
@@ -138,9 +138,7 @@ impl Pager {
             return (0, Some(FillStop::Io));
         };
         let from = u64::from(frame) * PAGE_SIZE;
-        let filled = self.fill(region, pages, false, |uffd, range, offset| {
-            uffd.copy(range.start, &aperture, from + offset, range.len, CopyMode::default())
-        });
+        let filled = self.fill(region, pages, FillFrom::Bytes(&aperture, from));
         if let Some(device) = self.devices[usize::from(device)].as_mut() {
             device.aperture = Some(aperture);
         }
@@ -339,9 +337,7 @@ impl Pager {
     fn fetched(&mut self, ticket: Ticket, region: RegionId, pages: Pages, staging: &Window, staging_page: u32) {
         let from = u64::from(staging_page) * PAGE_SIZE;
         let pages = Pages { count: pages.count.min(self.core.fill_limit(ticket)), ..pages };
-        let (done_pages, stop) = self.fill(region, pages, false, |uffd, range, offset| {
-            uffd.copy(range.start, staging, from + offset, range.len, CopyMode::default())
-        });
+        let (done_pages, stop) = self.fill(region, pages, FillFrom::Bytes(staging, from));
         self.push(Event::FillDone { ticket, done_pages, stop });
     }
 

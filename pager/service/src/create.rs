@@ -5,13 +5,13 @@ use std::os::fd::AsFd;
 
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
-use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
 use uhmm_pager_core::{Backing, Entry, Pages, RegionId};
 
 use crate::calls::Answer;
 use crate::clients::io_error;
 use crate::directory::{DirectoryFile, Header};
+use crate::kernel_view::Ended;
 use crate::registered::Registered;
 use crate::service::{Pager, VaultWait};
 use crate::space::{Memory, Phase, Region, Segment, Space};
@@ -43,7 +43,12 @@ impl Pager {
             Ok(id) => id,
             Err(error) => return Some(Err(error)),
         };
-        self.forget_replaced_files(space_id, wanted.addr, wanted.len_bytes);
+        let range = AddrRange { start: wanted.addr, len: wanted.len_bytes };
+        if range.start.checked_add(range.len).is_some() && self.end_what_is_gone(space_id, range, true) == Ended::NotYet
+        {
+            self.waiting_makes.push((conn, call, wanted));
+            return None;
+        }
         if let Some(region) = self.same_region(space_id, &wanted) {
             return Some(Ok(pager::Reply::RegionCreated { region }));
         }
@@ -202,7 +207,7 @@ impl Pager {
                 memfd::check_sealed(memory.as_fd(), len_bytes)
                     .map_err(|error| invalid(format!("The memfd is refused: {error}")))?;
                 self.check_mapping(space_id, range, memory, 0, true)?;
-                Ok((range, Some(Memory { fd: memory.clone(), offset_bytes: 0, sealed: true })))
+                Ok((range, Some(Memory::new(memory.clone(), 0, true))))
             }
             (Backing::File, Some(file)) => {
                 if !offset_bytes.is_multiple_of(PAGE_SIZE) {
@@ -212,7 +217,7 @@ impl Pager {
                 let whole = offset_bytes.saturating_add(len_bytes);
                 let file_len = memfd::len(file.as_fd()).unwrap_or(0);
                 let sealed = file_len >= whole && memfd::check_sealed(file.as_fd(), file_len).is_ok();
-                Ok((range, Some(Memory { fd: file.clone(), offset_bytes, sealed })))
+                Ok((range, Some(Memory::new(file.clone(), offset_bytes, sealed))))
             }
             (Backing::Private, _) => self.check_private(space_id, range).map(|()| (range, None)),
             _ => Err(invalid("A region of a file needs the file")),
@@ -269,27 +274,5 @@ impl Pager {
             return Err(fault(format!("{range} has a hole at {next:#x}: give a range that is mapped as a whole")));
         }
         Ok(())
-    }
-
-    /// Mappings of a client that touch a range, in order; `None` where the kernel cannot be asked (before 6.11).
-    pub(crate) fn vmas(&self, space_id: u64, range: AddrRange) -> Option<Vec<Vma>> {
-        let maps = &self.spaces.get(&space_id)?.agent.as_ref()?.memory.maps;
-        let mut vmas = Vec::new();
-        let mut addr = range.start;
-        while addr < range.end() {
-            match uhmm_kernel_hook::procmap::query(maps.as_fd(), addr) {
-                Ok(Some(vma)) => {
-                    addr = vma.end;
-                    vmas.push(vma);
-                }
-                // A hole: whoever asked stops there.
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::debug!(%error, "Mappings of a client cannot be asked for");
-                    return None;
-                }
-            }
-        }
-        Some(vmas)
     }
 }

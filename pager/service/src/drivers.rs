@@ -273,7 +273,7 @@ impl Pager {
         segment.granted_mask |= granted;
         let memory = match memory {
             None => pager::Memory::Private,
-            Some(Memory { fd, offset_bytes, sealed }) => {
+            Some(Memory { fd, offset_bytes, sealed, .. }) => {
                 let offset_bytes = offset_bytes + segment.first_page * PAGE_SIZE;
                 match sealed {
                     true => pager::Memory::Sealed { memory: fd, offset_bytes },

@@ -5,11 +5,12 @@
 
 use std::os::fd::AsFd;
 
-use uhmm_kernel_hook::uffd::{FillOutcome, FillStop as HookStop, Userfaultfd, WpOutcome};
+use uhmm_kernel_hook::uffd::{Userfaultfd, WpOutcome};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Action, DeviceId, Entry, EntryRun, Event, FillStop, Pages, RegionId, ReqId, StepResult, Ticket};
+use uhmm_pager_core::{Action, DeviceId, Entry, EntryRun, Event, Pages, RegionId, ReqId, StepResult, Ticket};
 
 use crate::copies::{Copy, Deferred};
+use crate::fill::FillFrom;
 use crate::service::Pager;
 use crate::space::Segment;
 
@@ -74,15 +75,14 @@ impl Pager {
             }
             Action::Scrub { ticket, device, runs } => self.scrub(ticket, device, &runs),
             Action::ZeroFill { ticket, region, pages } => {
-                let (done_pages, stop) = self.fill(region, pages, true, |uffd, range, _| uffd.zeropage(range, false));
+                let (done_pages, stop) = self.fill(region, pages, FillFrom::Zeros);
                 self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Continue { ticket, region, pages } if self.is_private(region) => {
                 self.private_probe(ticket, region, pages);
             }
             Action::Continue { ticket, region, pages } => {
-                let (done_pages, stop) =
-                    self.fill(region, pages, true, |uffd, range, _| uffd.cont(range, false, false));
+                let (done_pages, stop) = self.fill(region, pages, FillFrom::PageCache);
                 self.push(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer_request(req, outcome),
@@ -122,61 +122,6 @@ impl Pager {
             Some(call(&space.uffd, AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE }))
         };
         self.regions.showing(region.0, pages).filter_map(on).collect()
-    }
-
-    /// Fills pages in order through a mapping that shows them; `call` gets the addresses and the offset from the first page. Stops
-    /// at the first page that cannot be filled. Other mappings of the same memory are served with what is there then: whose fault
-    /// it was is not known any more.
-    pub(crate) fn fill(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        serves_others: bool,
-        call: impl Fn(&Userfaultfd, AddrRange, u64) -> Result<FillOutcome, HookError>,
-    ) -> (u64, Option<FillStop>) {
-        let mut done = 0;
-        // Segments whose process is gone, or that were unmapped and nobody has read it yet: after a fork another may show the pages.
-        let mut gone: Vec<u64> = Vec::new();
-        while done < pages.count {
-            let left = pages.after(done);
-            let fits = |(segment, part): &(&Segment, Pages)| part.first == left.first && !gone.contains(&segment.id);
-            let shown = self.regions.showing(region.0, left).find(fits);
-            let Some((segment, part)) = shown else { return (done, Some(self.nothing_shows(region))) };
-            let segment_id = segment.id;
-            let Some(space) = self.spaces.get(&segment.space) else { return (done, Some(FillStop::NoProcess)) };
-            let range = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
-            let others: Vec<_> = self.regions.showing(region.0, part).filter(|(s, _)| s.id != segment.id).collect();
-            let outcome = call(&space.uffd, range, done * PAGE_SIZE);
-            let mut served = 0;
-            for (other, shown) in others.iter().filter(|(_, shown)| shown.first == part.first) {
-                let Some(space) = self.spaces.get(&other.space) else { continue };
-                let range = AddrRange { start: other.addr_of(shown.first), len: shown.count * PAGE_SIZE };
-                if let Ok(outcome) = space.uffd.cont(range, false, false) {
-                    served = served.max(outcome.done_bytes / PAGE_SIZE);
-                }
-            }
-            let (mut filled, mut stop) = self.interpret(region, part, outcome);
-            if filled == 0 && stop == Some(FillStop::Exists) && served > 0 && serves_others {
-                (filled, stop) = (served, None);
-            }
-            done += filled;
-            if filled == 0 && matches!(stop, Some(FillStop::Gone | FillStop::NoProcess)) {
-                gone.push(segment_id);
-                let another =
-                    |(segment, part): (&Segment, Pages)| part.contains(left.first) && !gone.contains(&segment.id);
-                if self.regions.showing(region.0, left).any(another) {
-                    continue;
-                }
-            }
-            if filled < part.count {
-                return (done, stop);
-            }
-        }
-        (done, None)
-    }
-
-    fn nothing_shows(&self, region: RegionId) -> FillStop {
-        if self.regions.get(region.0).is_some() { FillStop::Gone } else { FillStop::NoProcess }
     }
 
     pub(crate) fn write_protect(&mut self, region: RegionId, pages: Pages, on: bool) -> StepResult {
@@ -220,52 +165,11 @@ impl Pager {
         }
     }
 
-    pub(crate) fn poison(&mut self, region: RegionId, pages: Pages) {
-        tracing::error!(region = region.0, first_page = pages.first, page_count = pages.count, "Pages are poisoned");
-        for error in
-            self.everywhere(region, pages, |uffd, range| uffd.poison(range)).into_iter().filter_map(Result::err)
-        {
-            tracing::warn!(%error, region = region.0, "Poisoning failed");
-        }
-    }
-
     /// An answer of EAGAIN means that an event of the space is unread: read on before anything is tried again.
     pub(crate) fn note_again(&mut self, region: RegionId) {
         let all = self.all_pages(region.0);
         let spaces: Vec<u64> = self.regions.showing(region.0, all).map(|(segment, _)| segment.space).collect();
         self.reread.extend(spaces);
-    }
-
-    fn interpret(
-        &mut self,
-        region: RegionId,
-        pages: Pages,
-        outcome: Result<FillOutcome, HookError>,
-    ) -> (u64, Option<FillStop>) {
-        let outcome = match outcome {
-            Err(error) => {
-                tracing::warn!(%error, region = region.0, first_page = pages.first, "Filling pages failed");
-                return (0, Some(FillStop::Io));
-            }
-            Ok(outcome) => outcome,
-        };
-        let stop = outcome.stop.map(|stop| match stop {
-            HookStop::Again => {
-                self.note_again(region);
-                FillStop::Again
-            }
-            HookStop::Exists => FillStop::Exists,
-            HookStop::NoProcess => FillStop::NoProcess,
-            HookStop::Gone => FillStop::Gone,
-            HookStop::NoPage => FillStop::NoPage,
-            // The client's memory limit is reached: the pages stay where they are and the fault is raised again.
-            HookStop::NoMemory | HookStop::Busy => FillStop::Again,
-            HookStop::Other(errno) => {
-                tracing::warn!(errno, region = region.0, first_page = pages.first, "Filling pages failed");
-                FillStop::Io
-            }
-        });
-        (outcome.done_bytes / PAGE_SIZE, stop)
     }
 
     fn scrub(&mut self, ticket: Ticket, device: DeviceId, runs: &[(u32, u32)]) {

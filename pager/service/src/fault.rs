@@ -65,6 +65,8 @@ impl Pager {
                     self.on_uffd_event(space_id, event, child);
                 }
                 self.drain();
+                self.faulted.clear();
+                self.poison_what_is_due();
                 // Not before the directory says what has changed: the next pager has only that and the journal.
                 now().for_each(|(slot, _)| self.event_handled(slot));
             }
@@ -128,6 +130,7 @@ impl Pager {
         };
         let page = segment.first_page + (addr - segment.addr) / PAGE_SIZE;
         let region = RegionId(segment.region);
+        self.faulted.push((region, page));
         self.push(Event::CpuFault { region, page, write, wp, minor });
     }
 

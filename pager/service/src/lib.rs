@@ -6,13 +6,15 @@
 //! | --- | --- |
 //! | `service` | the loop, life and death of spaces and regions |
 //! | `fault` | userfaultfd events |
-//! | `execute`, `copies` | the core's actions: every system call of the data path |
+//! | `execute`, `fill`, `copies` | the core's actions: every system call of the data path |
+//! | `kernel_view` | what is at a client's addresses now: the kernel is asked, nothing is remembered |
 //! | `revoke`, `revoking` | revocation, direct and by message |
 //! | `agent`, `agent_ops`, `agent_life` | private memory: what only the client itself can do |
 //! | `coherent` | frames that the program maps itself, and who may use such a device |
 //! | `bounce` | device to device without two apertures |
 //! | `calls`, `requests` | messages in, answers out |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
+//! | `granted`, `revalidate` | what devices were allowed, and taking back what the program itself may not do any more |
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
 //! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
@@ -35,13 +37,17 @@ mod directory;
 mod drivers;
 mod execute;
 mod fault;
+mod fill;
 mod fork;
+mod granted;
 mod heat;
+mod kernel_view;
 mod moved;
 mod protection;
 mod recover;
 mod registered;
 mod requests;
+mod revalidate;
 mod revoke;
 mod revoking;
 mod segments;

@@ -10,7 +10,7 @@
 //! a file has no userfaultfd, so nobody tells when it moves: it is looked for when a device asks for an address that shows nothing.
 
 use uhmm_kernel_hook::procmap::Vma;
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, own_memory};
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, Pages, RegionId};
 
 use crate::service::Pager;
@@ -120,8 +120,7 @@ impl Pager {
             if !ours || behind >= region.page_count {
                 return None;
             }
-            let identity = own_memory::identity_of(&*memory.fd, vma.offset, vma.page_size_bytes).ok()?;
-            (identity == (vma.device, vma.inode)).then_some((region.id, behind, region.page_count))
+            memory.is_in(&vma)?.then_some((region.id, behind, region.page_count))
         });
         let Some((region, page_index, page_count)) = found else { return false };
         let first = page_index - page_index.min((page.start - vma.start) / PAGE_SIZE);
@@ -131,31 +130,6 @@ impl Pager {
         self.show(space_id, region, page.start - (page_index - first) * PAGE_SIZE, pages);
         self.keep_segments(region);
         true
-    }
-
-    /// Files in a range that the program has unmapped or mapped something else over: nobody told, and now something is made there.
-    pub(crate) fn forget_replaced_files(&mut self, space_id: u64, addr: u64, len_bytes: u64) {
-        let touched = self.touched(space_id, addr, addr.saturating_add(len_bytes));
-        let stale = |id: &u64| {
-            let segment = self.regions.segment(*id)?;
-            let region = self.regions.get(segment.region).filter(|region| region.backing == Backing::File)?;
-            let (range, memory) = (segment.range(), region.memory.as_ref()?);
-            let vmas = self.vmas(space_id, range)?;
-            let shown = memory.offset_bytes + segment.first_page * PAGE_SIZE;
-            let still = |vma: &&Vma| {
-                let same_place = vma.start <= range.start && vma.end >= range.end();
-                let identity = own_memory::identity_of(&*memory.fd, vma.offset, vma.page_size_bytes).ok();
-                let same_file = vma.shared && identity == Some((vma.device, vma.inode));
-                same_place && same_file && vma.offset + (range.start - vma.start) == shown
-            };
-            vmas.first().filter(still).is_none().then_some(range)
-        };
-        let ranges: Vec<AddrRange> = touched.iter().filter_map(stale).collect();
-        for range in ranges {
-            for cut in self.cut(space_id, range.start, range.end()) {
-                self.settle_cut(cut);
-            }
-        }
     }
 
     /// Ends segments of a moved file whose addresses show something else, or nothing.

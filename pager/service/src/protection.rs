@@ -8,6 +8,7 @@ use uhmm_pager_core::{Entry, Event, PageState, Target};
 
 use crate::advise::revoke_all;
 use crate::calls::Answer;
+use crate::kernel_view::{Ended, Part, Shown};
 use crate::requests::{Piece, Then};
 use crate::service::Pager;
 
@@ -23,41 +24,44 @@ pub(crate) struct Allowed {
 }
 
 impl Pager {
-    /// Cuts a device's window to the one mapping that the faulting address lies in.
+    /// Cuts a device's window to the neighbouring pages that the client may use as it may use the faulting one: neither another
+    /// protection, nor a guard, nor what is not the segment's memory any more.
     pub(crate) fn allowed(
-        &self,
-        space_id: u64,
-        addr: u64,
-        page_count: u64,
+        &mut self,
+        segment_id: u64,
+        window: AddrRange,
         fault_addr: u64,
         write: bool,
     ) -> Result<Allowed, WireError> {
-        let range = AddrRange { start: addr, len: page_count * PAGE_SIZE };
-        let from_fault = AddrRange { start: fault_addr, len: range.end() - fault_addr };
-        let Some(vmas) = self.vmas(space_id, from_fault) else {
-            return Ok(Allowed { skip: 0, count: page_count, writable: true });
-        };
-        let Some(vma) = vmas.first().filter(|vma| vma.read && vma.start <= fault_addr) else {
-            let text = format!("Address {fault_addr:#x} is not mapped, or may not be read");
-            return Err(WireError::new(ErrorCode::Fault, text));
-        };
-        if write && !vma.write {
-            let text = format!("Address {fault_addr:#x} may not be written: its mapping is read-only");
-            return Err(WireError::new(ErrorCode::Permission, text));
-        }
-        // Neighbouring mappings of the same protection were one before they were split, by advice for example.
-        let same = vmas.iter().take_while(|other| (other.read, other.write) == (vma.read, vma.write));
-        let mut end = vma.end;
-        for next in same.skip(1) {
-            if next.start != end {
-                break;
+        let all = Allowed { skip: 0, count: window.len / PAGE_SIZE, writable: true };
+        let Some(segment) = self.regions.segment(segment_id) else { return Ok(all) };
+        let space = segment.space;
+        let Some(parts) = self.view(segment, window) else { return Ok(all) };
+        let part = parts.into_iter().find(|part| part.range.contains(fault_addr));
+        let fault = |text: &str| Err(WireError::new(ErrorCode::Fault, format!("Address {fault_addr:#x} {text}")));
+        let Some(Part { range, shown }) = part else { return fault("is outside the window that was asked for") };
+        match shown {
+            Shown::Guard => {
+                self.drop_guarded(space, &[range]);
+                fault("is a guard page (MADV_GUARD_INSTALL)")
             }
-            end = next.end;
+            Shown::Other => match self.end_what_is_gone(space, range, false) {
+                Ended::Yes => fault("is not mapped any more, or something else is mapped there"),
+                Ended::NotYet => {
+                    let text = format!("The mapping of address {fault_addr:#x} is changing: ask again");
+                    Err(WireError::new(ErrorCode::Busy, text))
+                }
+            },
+            Shown::Ours { read: false, .. } => fault("is not mapped, or may not be read"),
+            Shown::Ours { write: false, .. } if write => {
+                let text = format!("Address {fault_addr:#x} may not be written: its mapping is read-only");
+                Err(WireError::new(ErrorCode::Permission, text))
+            }
+            Shown::Ours { write: writable, .. } => {
+                let skip = (range.start - window.start) / PAGE_SIZE;
+                Ok(Allowed { skip, count: range.len / PAGE_SIZE, writable })
+            }
         }
-        let start = vma.start.max(addr);
-        let end = end.min(range.end());
-        let skip = (start - addr) / PAGE_SIZE;
-        Ok(Allowed { skip, count: (end - start) / PAGE_SIZE, writable: vma.write })
     }
 
     /// A migration needs memory that can be read, without holes.
@@ -148,6 +152,7 @@ impl Pager {
         for cut in self.cut(space_id, addr, addr + len_bytes) {
             self.settle_cut(cut);
         }
-        answer(self, Ok(pager::Reply::Done));
+        // No device reads there any more when the caller goes on.
+        self.revalidated(conn, call, addr, len_bytes);
     }
 }

@@ -15,6 +15,7 @@ use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::agent::Agent;
 use crate::directory::{DirectoryFile, SegmentRecord};
+use crate::granted::Granted;
 use crate::revoke::Purpose;
 use crate::segments::hidden;
 use crate::service::{Pager, PagerError};
@@ -180,7 +181,7 @@ impl Pager {
         };
         let memory = memory.map(|fd| {
             let sealed = memfd::len(fd.as_fd()).is_ok_and(|len| memfd::check_sealed(fd.as_fd(), len).is_ok());
-            Memory { fd, offset_bytes: header.offset_bytes, sealed }
+            Memory::new(fd, header.offset_bytes, sealed)
         });
         let range = |record: &SegmentRecord| AddrRange { start: record.addr, len: record.page_count * PAGE_SIZE };
         let registered = records.iter().filter(|r| !r.retired).map(|record| (record.space, range(record))).collect();
@@ -245,7 +246,9 @@ impl Pager {
             self.next_segment = self.next_segment.max(id + 1);
             if retired {
                 let tables = Default::default();
-                let segment = Segment { id, space, region, addr, first_page, page_count, tables, granted_mask };
+                let granted = Granted::default();
+                let segment =
+                    Segment { id, space, region, addr, first_page, page_count, tables, granted_mask, granted };
                 if let Some(region) = self.regions.get_mut(region) {
                     region.retired.push(segment);
                 }
@@ -256,7 +259,19 @@ impl Pager {
             let Some(owner) = self.spaces.get_mut(&space).filter(|owner| !owner.is_half_made()) else { continue };
             owner.segments.insert(addr, id);
             let tables = Default::default();
-            self.regions.show(Segment { id, space, region, addr, first_page, page_count, tables, granted_mask });
+            // And nobody knows what the dead pager has answered them.
+            let granted = Granted::all(page_count);
+            self.regions.show(Segment {
+                id,
+                space,
+                region,
+                addr,
+                first_page,
+                page_count,
+                tables,
+                granted_mask,
+                granted,
+            });
         }
     }
 

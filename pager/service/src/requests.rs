@@ -3,7 +3,7 @@
 use uhmm_ipc::message::pager::{MapKind, MapRun, PageStatus, Residency, ResidencyRun, StatusRun, Target};
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
-use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{
     CoreError, DeviceId, Entry, Event, MapKind as CoreMapKind, Outcome, PageState, PageStatus as CoreStatus, Pages,
     RegionId, ReqId, Target as CoreTarget,
@@ -62,6 +62,13 @@ pub(crate) enum Then {
     },
     /// Evicted pages are counted.
     CountEvicted,
+    /// Devices have lost what they may not do any more: answered when they have let go of what ended there, too.
+    LetGo {
+        /// First address.
+        addr: u64,
+        /// Bytes; 0: nothing ended.
+        len_bytes: u64,
+    },
     /// The range is at home: it is not managed any more.
     Release {
         /// First address.
@@ -199,6 +206,9 @@ impl Pager {
         if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
             return self.released(conn, call, addr, len_bytes);
         }
+        if let Then::LetGo { addr, len_bytes } = then {
+            return self.revalidated(conn, call, addr, len_bytes);
+        }
         runs.sort_unstable_by_key(|run| run.first_page);
         let answer = match error {
             Some(error) => Err(error),
@@ -310,8 +320,8 @@ impl Pager {
         }
         let (region, first_page, fault_addr) =
             (segment.region, segment.first_page, segment.addr + fault_page * PAGE_SIZE);
-        let window_addr = segment.addr + window.first * PAGE_SIZE;
-        let allowed = match self.allowed(space, window_addr, window.count, fault_addr, kind.write || kind.exclusive) {
+        let addrs = AddrRange { start: segment.addr + window.first * PAGE_SIZE, len: window.count * PAGE_SIZE };
+        let allowed = match self.allowed(segment_id, addrs, fault_addr, kind.write || kind.exclusive) {
             Ok(allowed) => allowed,
             Err(error) => return Some(Err(error)),
         };
@@ -321,7 +331,12 @@ impl Pager {
             let text = format!("Address {fault_addr:#x} is read-only for devices by advice");
             return refuse(ErrorCode::Permission, text);
         }
-        let then = Then::Map { read_only: advised || !allowed.writable };
+        let read_only = advised || !allowed.writable;
+        if let Some(segment) = self.regions.segment_mut(segment_id) {
+            let first = pages.first - first_page;
+            segment.granted.add(first..first + pages.count, !read_only);
+        }
+        let then = Then::Map { read_only };
         let pending = PendingRequest { conn, call, trace, first_page, then, group: 0 };
         let req = self.ask_core(pending);
         let FaultKind { write, whole, exclusive } = kind;

@@ -44,8 +44,8 @@ impl Pager {
         let id = self.next_segment;
         self.next_segment += 1;
         let (first_page, page_count) = (pages.first, pages.count);
-        let tables = Default::default();
-        let segment = Segment { id, space, region, addr, first_page, page_count, tables, granted_mask: 0 };
+        let (tables, granted) = Default::default();
+        let segment = Segment { id, space, region, addr, first_page, page_count, tables, granted_mask: 0, granted };
         if let Some(space) = self.spaces.get_mut(&space) {
             space.segments.insert(addr, id);
         }
@@ -108,6 +108,7 @@ impl Pager {
             self.push(Event::RegionFree { req: None, region: RegionId(region_id) });
         }
         self.make_waiting_regions();
+        self.answer_who_waited();
     }
 
     /// First step of freeing a region: nothing new is mapped, devices drop their tables.

@@ -32,6 +32,7 @@ use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::requests::{Group, PendingRequest};
+use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
 use crate::space::{Regions, Space};
@@ -123,6 +124,10 @@ pub struct Pager {
     pub(crate) open_mirrors: BTreeSet<(u64, u8)>,
     /// Spaces with an unread event.
     pub(crate) reread: BTreeSet<u64>,
+    /// Pages to be poisoned once events have been read.
+    pub(crate) poisons_due: Vec<(RegionId, Pages)>,
+    /// Pages of the faults that are being served: no guards.
+    pub(crate) faulted: Vec<(RegionId, u64)>,
     /// Pages that the program has dropped, in the events that are being read.
     pub(crate) overtaken: Vec<(RegionId, Pages)>,
     pub(crate) next_space: u64,
@@ -132,6 +137,10 @@ pub struct Pager {
     pub(crate) makings: HashMap<(ConnId, CallId), u32>,
     /// Calls that make a region where devices may still see an earlier one.
     pub(crate) waiting_makes: Vec<(ConnId, CallId, Wanted)>,
+    /// Revalidations that wait for unread events: caller and range.
+    pub(crate) waiting_revalidations: Vec<(ConnId, CallId, u64, u64)>,
+    /// Callers who wait until devices have let go of addresses.
+    pub(crate) letting_go: Vec<LettingGo>,
     /// Segments of the vault, until all spaces are there.
     pub(crate) recovered_segments: Vec<(u64, SegmentRecord)>,
     /// Parts of revocations by ticket.
@@ -264,6 +273,8 @@ impl Pager {
             freeing: HashMap::new(),
             open_mirrors: BTreeSet::new(),
             reread: BTreeSet::new(),
+            poisons_due: Vec::new(),
+            faulted: Vec::new(),
             overtaken: Vec::new(),
             // Ids are not given again: mirror and drivers may know those of a dead pager that the vault does not.
             next_space: first_id,
@@ -271,6 +282,8 @@ impl Pager {
             next_segment: first_id,
             makings: HashMap::new(),
             waiting_makes: Vec::new(),
+            waiting_revalidations: Vec::new(),
+            letting_go: Vec::new(),
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),
@@ -390,6 +403,9 @@ impl Pager {
         for space in std::mem::take(&mut self.reread) {
             self.read_uffd(space);
         }
+        self.drain();
+        self.make_waiting_regions();
+        self.revalidate_what_waits();
         self.drain();
         if !self.again_armed {
             self.again_armed = true;

@@ -11,7 +11,7 @@
 //!
 //! A space or region with a name missing was never reported to its client: recovery drops it and the client asks again.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,15 +19,16 @@ use std::sync::Arc;
 
 use uhmm_ipc::message::Fd;
 use uhmm_ipc::shared::table::Table;
-use uhmm_kernel_hook::memfd;
 use uhmm_kernel_hook::process::PidFd;
+use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::uffd::Userfaultfd;
 use uhmm_kernel_hook::window::{Prot, Window};
-use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd, own_memory};
 use uhmm_pager_core::{Attr, Backing, DeviceId, Directory, Pages, RegionId};
 
 use crate::agent::{Agent, Begun};
 use crate::directory::{DirectoryFile, SegmentRecord};
+use crate::granted::Granted;
 use crate::heat::{Heat, add_page};
 use crate::moved::Vacated;
 use crate::registered::Registered;
@@ -170,6 +171,27 @@ pub struct Memory {
     pub offset_bytes: u64,
     /// It can neither shrink nor grow.
     pub sealed: bool,
+    /// What the kernel shows for mappings of it, once asked.
+    identity: OnceCell<((u32, u32), u64)>,
+}
+
+impl Memory {
+    /// A file.
+    pub fn new(fd: Fd, offset_bytes: u64, sealed: bool) -> Self {
+        Self { fd, offset_bytes, sealed, identity: OnceCell::new() }
+    }
+
+    /// Whether a mapping shows this file; not known where the file cannot be mapped here.
+    pub fn is_in(&self, vma: &Vma) -> Option<bool> {
+        let identity = match self.identity.get() {
+            Some(known) => *known,
+            None => {
+                let asked = own_memory::identity_of(&*self.fd, vma.offset, vma.page_size_bytes).ok()?;
+                *self.identity.get_or_init(|| asked)
+            }
+        };
+        Some(identity == (vma.device, vma.inode))
+    }
 }
 
 /// An object of pages under management; [`Segment`]s show it at addresses.
@@ -216,6 +238,8 @@ pub struct Segment {
     pub tables: [Option<Table>; DEVICE_SLOTS],
     /// Bit d: device d has been told about the segment.
     pub granted_mask: u8,
+    /// What devices may do with its pages by what they were answered.
+    pub granted: Granted,
 }
 
 impl Segment {

@@ -28,7 +28,7 @@ use uhmm_shared::words::Words;
 
 use crate::huge::HugeBlocks;
 use crate::life::Life;
-use crate::look::{HOLE, PAGE, look, mapping_at};
+use crate::look::{GUARD, HOLE, PAGE, look, look_for_writable, mapping_at};
 use crate::memory::{Orders, Work, block_addr};
 use crate::sys::{EAGAIN, EINVAL};
 use crate::{Config, End, PAGE_BYTES, sys};
@@ -171,6 +171,12 @@ impl<'a> Agent<'a> {
         look(self.config.pagemap, regions, scratch_kinds, addr, count)
     }
 
+    /// Which pages at an address have lost their write protection.
+    fn look_for_writable(&mut self, addr: u64, count: u64) -> bool {
+        let Work { regions, scratch_kinds, .. } = &mut *self.work;
+        look_for_writable(self.config.pagemap, regions, scratch_kinds, addr, count)
+    }
+
     fn kind(&self, page: u64) -> u8 {
         self.work.kinds.get(page as usize).copied().unwrap_or(HOLE)
     }
@@ -284,4 +290,4 @@ fn outcome(answer: Result<u64, i64>, counted: u64, len_bytes: u64) -> Outcome {
     }
 }
 
-const _: () = assert!(PAGE != HOLE);
+const _: () = assert!(PAGE != HOLE && GUARD != HOLE);

@@ -14,6 +14,7 @@ pub(crate) const ESRCH: i64 = 3;
 pub(crate) const MADV_DONTNEED_LOCKED: u64 = 24;
 pub(crate) const MADV_HUGEPAGE: u64 = 14;
 pub(crate) const MADV_POPULATE_WRITE: u64 = 23;
+pub(crate) const MADV_UNMERGEABLE: u64 = 13;
 
 const WRITE: u64 = 1;
 const RT_SIGACTION: u64 = 13;

@@ -1,7 +1,8 @@
 //! What the pages of a process are, without touching them: present, zero page, huge, written, swapped, of a file.
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use crate::abi;
 use crate::error::HookError;
@@ -67,6 +68,17 @@ pub fn open_own_pagemap() -> Result<OwnedFd, HookError> {
     Ok(file.into())
 }
 
+/// Whether this kernel tells of guards (6.15 and newer). 6.13 and 6.14 have them and do not tell.
+#[must_use]
+pub fn tells_guards() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    let ask = || {
+        let pagemap = open_own_pagemap()?;
+        scan(pagemap.as_fd(), AddrRange { start: PAGE_SIZE, len: PAGE_SIZE }, Categories::GUARD)
+    };
+    *TELLS.get_or_init(|| ask().is_ok())
+}
+
 /// Whether the page at `addr` is a guard (MADV_GUARD_INSTALL). No, where the kernel cannot say so.
 pub fn is_guard(pagemap: BorrowedFd<'_>, addr: u64) -> bool {
     scan(pagemap, AddrRange { start: addr, len: PAGE_SIZE }, Categories::GUARD).is_ok_and(|runs| !runs.is_empty())
@@ -117,8 +129,6 @@ fn push_run(runs: &mut Vec<PageRun>, run: PageRun) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
     use crate::window::Window;
 
@@ -132,6 +142,7 @@ mod tests {
         let installed = unsafe { libc::madvise(place, 4096, MADV_GUARD_INSTALL) } == 0;
         assert_eq!(is_guard(pagemap.as_fd(), window.addr()), installed);
         assert!(!is_guard(pagemap.as_fd(), window.addr() + 4096));
+        assert!(installed || !tells_guards());
     }
 
     #[test]

@@ -13,6 +13,7 @@ const VMA_READABLE: u64 = 1;
 const VMA_WRITABLE: u64 = 2;
 const VMA_EXECUTABLE: u64 = 4;
 const VMA_SHARED: u64 = 8;
+const COVERING_OR_NEXT: u64 = 16;
 
 /// One mapping of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +85,31 @@ pub fn query(maps: BorrowedFd<'_>, addr: u64) -> Result<Option<Vma>, HookError> 
     }
 }
 
+/// The mappings that touch `range`, in order, holes left out.
+///
+/// # Errors
+/// As [`query`].
+pub fn query_range(maps: BorrowedFd<'_>, range: AddrRange) -> Result<Vec<Vma>, HookError> {
+    let mut vmas = Vec::new();
+    let mut addr = range.start;
+    while addr < range.end() {
+        let size = size_of::<abi::ProcmapQuery>() as u64;
+        let mut request =
+            abi::ProcmapQuery { size, query_flags: COVERING_OR_NEXT, query_addr: addr, ..Default::default() };
+        // SAFETY: as in `query`.
+        match unsafe { abi::PROCMAP_QUERY.call(maps, &mut request) } {
+            Ok(_) if request.vma_start >= range.end() => break,
+            Ok(_) => {
+                vmas.push(vma_of(&request));
+                addr = request.vma_end.max(addr + 1);
+            }
+            Err(error) if errno_of(&error) == libc::ENOENT => break,
+            Err(error) => return Err(HookError::on("PROCMAP_QUERY", range, error, "")),
+        }
+    }
+    Ok(vmas)
+}
+
 /// [`query`], with what the kernel calls the mapping: `[stack]`, `[vvar]`, a path, or nothing.
 ///
 /// # Errors
@@ -142,6 +168,20 @@ mod tests {
         assert_eq!(vma.inode, crate::memfd::inode(file.as_fd()).unwrap());
         assert!(vma.range().contains_range(&shared.range()));
         assert_eq!(query(maps.as_fd(), 0).unwrap(), None);
+    }
+
+    #[test]
+    fn a_range_is_told_with_its_holes_left_out() {
+        let maps = open_own_maps().unwrap();
+        let window = Window::anonymous(6 * 4096).unwrap();
+        let parts = |page: u64, count: u64| window.range().sub_pages(page, count).unwrap();
+        crate::own_memory::protect(parts(1, 1), true, false).unwrap();
+        crate::own_memory::protect(parts(3, 1), false, false).unwrap();
+        let found = query_range(maps.as_fd(), parts(0, 4)).unwrap();
+        let rights: Vec<_> = found.iter().map(|vma| (vma.read, vma.write)).collect();
+        assert_eq!(rights, [(true, true), (true, false), (true, true), (false, false)]);
+        assert!(found[0].start <= window.addr() && found[3].range() == parts(3, 1));
+        assert_eq!(query_range(maps.as_fd(), AddrRange { start: 0, len: 4096 }).unwrap(), []);
     }
 
     #[test]

@@ -378,6 +378,21 @@ impl Userfaultfd {
         })
     }
 
+    /// Whether the private memory at `addr` is registered here: the place is still the one that was put under management. UFFDIO_CONTINUE
+    /// is not for private memory, so it changes nothing, but the kernel looks for the registration first. `None`: an event is unread, or
+    /// the process is gone.
+    ///
+    /// # Errors
+    /// `Misaligned`.
+    pub fn has_private(&self, addr: u64) -> Result<Option<bool>, HookError> {
+        let page = AddrRange { start: addr, len: PAGE_SIZE };
+        Ok(match self.cont(page, false, true)?.stop {
+            Some(FillStop::Again | FillStop::NoProcess) => None,
+            Some(FillStop::Gone) => Some(false),
+            _ => Some(true),
+        })
+    }
+
     /// Wakes every thread that waits in a range; those whose page still is not there fault anew.
     ///
     /// # Errors

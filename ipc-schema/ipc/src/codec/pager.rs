@@ -56,6 +56,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
         Call::ReleaseRange { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_release_range()),
         Call::Discard { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_discard()),
         Call::ProtectionChanged { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_protection_changed()),
+        Call::Revalidate { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_revalidate()),
         Call::QueryAttributes { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_query_attributes()),
         Call::AttachFile { addr, len_bytes, file, offset_bytes } => {
             let mut to = to.init_attach_file();
@@ -205,6 +206,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         | call::ReleaseRange(_)
         | call::Discard(_)
         | call::ProtectionChanged(_)
+        | call::Revalidate(_)
         | call::QueryAttributes(_) => read_ranged_call(from)?,
         call::AttachFile(from) => {
             let from = from?;
@@ -277,6 +279,10 @@ fn read_ranged_call(from: call::Reader<'_>) -> Result<Call, DecodeError> {
         call::ProtectionChanged(from) => {
             let (addr, len_bytes) = read_range(from?);
             Call::ProtectionChanged { addr, len_bytes }
+        }
+        call::Revalidate(from) => {
+            let (addr, len_bytes) = read_range(from?);
+            Call::Revalidate { addr, len_bytes }
         }
         call::QueryAttributes(from) => {
             let (addr, len_bytes) = read_range(from?);

@@ -237,6 +237,14 @@ pub enum Call {
         /// Bytes.
         len_bytes: u64,
     },
+    /// Client: a device is about to be given work on the range (no length: anywhere). Answers when no device uses any of it in a way that
+    /// the kernel does not allow the program itself now: after mprotect, shmdt and whatever else no event tells of.
+    Revalidate {
+        /// First address, page aligned.
+        addr: u64,
+        /// Bytes; 0: the whole space.
+        len_bytes: u64,
+    },
     /// Client: bring pages of the caller's space home from a device, coldest first.
     Evict {
         /// Device.

@@ -7,7 +7,7 @@ use uhmm_shared::fill_gate::Fill;
 use uhmm_shared::words::Words;
 
 use super::{Agent, MOVE_ALLOW_SRC_HOLES, Outcome, outcome};
-use crate::look::HOLE;
+use crate::look::{HOLE, is_empty};
 use crate::memory::staging_addr;
 use crate::sys::{EAGAIN, EEXIST, ENOENT, ENOMEM, ESRCH};
 use crate::taken::{self, Part};
@@ -42,7 +42,7 @@ impl Agent<'_> {
         let mut page = 0;
         while page < count {
             let mut end = page;
-            while end < count && self.kind(end) != HOLE {
+            while end < count && !is_empty(self.kind(end)) {
                 end = end.wrapping_add(1);
             }
             if end > page {

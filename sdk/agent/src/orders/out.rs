@@ -3,7 +3,7 @@
 use uhmm_shared::agent::{ORDER_PAGES, Order, SLOTS, Status};
 
 use super::{Agent, MOVE_ALLOW_SRC_HOLES};
-use crate::look::{HOLE, ZERO_PAGE, status_of};
+use crate::look::{GUARD, HOLE, WRITABLE, ZERO_PAGE, is_empty, status_of};
 use crate::memory::staging_addr;
 use crate::sys::{EAGAIN, EBUSY, EEXIST, EINVAL, ENOENT, ENOMEM, ESRCH};
 use crate::taken::{self, Record};
@@ -52,7 +52,7 @@ impl Agent<'_> {
     fn note_taken_before(&mut self, block: u64, into: u64, page_count: u64) {
         self.look_at_scratch(self.block(block), ORDER_PAGES);
         for page in 0..page_count {
-            if self.kind(page) == HOLE && self.scratch_kind(into.wrapping_add(page)) != HOLE {
+            if is_empty(self.kind(page)) && self.scratch_kind(into.wrapping_add(page)) != HOLE {
                 self.set(page, Status::Moved);
             }
         }
@@ -121,15 +121,15 @@ impl Agent<'_> {
         let mut page = first;
         let mut separated = false;
         while page < end {
-            if self.kind(page) == HOLE {
+            if is_empty(self.kind(page)) {
                 if self.status(page) != Some(Status::Moved) {
-                    self.set(page, Status::Zero);
+                    self.set(page, self.status_of_nothing(page));
                 }
                 page = page.wrapping_add(1);
                 continue;
             }
             let offset = page.wrapping_mul(PAGE_BYTES);
-            let last = if tries.resumed { self.end_of_run(page, end) } else { end };
+            let last = self.end_of_run(page, end, tries.resumed);
             let left = last.wrapping_sub(page);
             let (to, from) = (to.wrapping_add(offset), order.addr.wrapping_add(offset));
             let moved = self.again(
@@ -166,10 +166,15 @@ impl Agent<'_> {
         }
     }
 
-    /// The first page after `page` that is not there, at most `end`.
-    fn end_of_run(&self, page: u64, end: u64) -> u64 {
+    /// What is told of a page that is not there.
+    fn status_of_nothing(&self, page: u64) -> Status {
+        if self.kind(page) == GUARD { Status::Guard } else { Status::Zero }
+    }
+
+    /// The first page after `page` that cannot be moved along, at most `end`: a guard, and where scratch has pages already a hole too.
+    fn end_of_run(&self, page: u64, end: u64, resumed: bool) -> u64 {
         let mut last = page;
-        while last < end && self.kind(last) != HOLE {
+        while last < end && self.kind(last) != GUARD && !(resumed && self.kind(last) == HOLE) {
             last = last.wrapping_add(1);
         }
         last
@@ -229,17 +234,19 @@ impl Agent<'_> {
     pub(super) fn copy_out(&mut self, order: &Order, slot: u32) {
         self.all(Status::Gone);
         let (count, _) = self.mapped(order);
+        // When KSM merges pages their protection is lost: it may not look at these any more. Kernels without it say EINVAL.
+        let _ = sys::madvise(order.addr, count.wrapping_mul(PAGE_BYTES), sys::MADV_UNMERGEABLE);
         if !self.look(order.addr, order.page_count) || self.config.mem < 0 {
             return self.all(Status::Failed);
         }
         let mut page = 0;
         while page < count {
             let mut end = page;
-            while end < count && !matches!(self.kind(end), HOLE | ZERO_PAGE) {
+            while end < count && !is_empty(self.kind(end)) && self.kind(end) != ZERO_PAGE {
                 end = end.wrapping_add(1);
             }
             if end == page {
-                self.set(page, Status::Zero);
+                self.set(page, self.status_of_nothing(page));
                 page = page.wrapping_add(1);
                 continue;
             }
@@ -253,7 +260,20 @@ impl Agent<'_> {
             }
             page = end;
         }
+        self.refuse_unprotected(order, count);
         self.settle();
+    }
+
+    /// Pages that lost their protection before they were copied may have been written since.
+    fn refuse_unprotected(&mut self, order: &Order, count: u64) {
+        if !self.look_for_writable(order.addr, count) {
+            return;
+        }
+        for page in 0..count {
+            if self.status(page) == Some(Status::Moved) && self.scratch_kind(page) == WRITABLE {
+                self.set(page, Status::Busy);
+            }
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Common", common::Call: Stats),
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
-            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
+            AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
@@ -109,6 +109,7 @@ fn client_calls() -> Vec<Call> {
         ReleaseRange { addr, len_bytes },
         Discard { addr, len_bytes },
         ProtectionChanged { addr, len_bytes },
+        Revalidate { addr, len_bytes },
         QueryAttributes { addr, len_bytes },
         Evict { device: 7, page_count: u64::MAX },
         HotRanges { device: 7 },

@@ -1,0 +1,167 @@
+//! Taking back what devices may do and the program itself may not any more. mprotect, guards, shmdt and the like are silent, so the question
+//! is asked when it matters: before a device is given work (`Revalidate`, sent by the SDK ahead of every access and every kernel).
+//!
+//! ```text
+//!   for every segment that devices were told about, where it was granted anything:
+//!     kernel: not its memory --> the segment ends                         (kernel_view)
+//!     kernel: a guard        --> private content is dropped, mappings go
+//!     kernel: fewer rights   --> mappings go; the next fault is answered by the new rights
+//!   all revocations done, and what ended is let go of --> Done
+//! ```
+//! What runs on a device already is not stopped: it may go on under the old rights until it meets a fault, or until `session.protect` says
+//! that they have changed.
+
+use uhmm_ipc::message::{ErrorCode, Reply, TraceId, pager};
+use uhmm_ipc::{CallId, ConnId};
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_pager_core::Pages;
+
+use crate::advise::revoke_all;
+use crate::calls::{Answer, refuse};
+use crate::kernel_view::{Ended, Part, Shown};
+use crate::requests::{Located, Piece, Then};
+use crate::service::Pager;
+use crate::space::Segment;
+
+/// Guards are looked for in at most so many granted pages of the whole space (100 us); a range of its own is always looked at.
+const GUARD_PAGES_MAX: u64 = 1 << 14;
+
+/// A caller who waits until devices have let go of addresses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LettingGo {
+    conn: ConnId,
+    call: CallId,
+    space: u64,
+    range: AddrRange,
+}
+
+/// What has to be taken back.
+#[derive(Debug, Default)]
+struct TakeBack {
+    /// Not the segments' memory any more.
+    gone: Vec<AddrRange>,
+    guards: Vec<AddrRange>,
+    pieces: Vec<Piece>,
+}
+
+impl Pager {
+    pub(crate) fn revalidate(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
+        let space_id = match self.space_of(conn) {
+            Ok(space) => space,
+            Err(error) => return Some(Err(error)),
+        };
+        let whole = len_bytes == 0;
+        let range = if whole {
+            Some(AddrRange { start: 0, len: u64::MAX & !(PAGE_SIZE - 1) })
+        } else {
+            AddrRange::new(addr, len_bytes).ok()
+        };
+        let Some(range) = range else {
+            return refuse(ErrorCode::Invalid, format!("[{addr:#x}, +{len_bytes:#x}) is not a range of whole pages"));
+        };
+        let back = self.to_take_back(space_id, range, whole);
+        self.drop_guarded(space_id, &back.guards);
+        let mut over = AddrRange { start: range.start, len: 0 };
+        for gone in &back.gone {
+            if self.end_what_is_gone(space_id, *gone, false) == Ended::NotYet {
+                self.waiting_revalidations.push((conn, call, addr, len_bytes));
+                return None;
+            }
+            over = if over.len == 0 { *gone } else { AddrRange { start: over.start, len: gone.end() - over.start } };
+        }
+        let waiting = LettingGo { conn, call, space: space_id, range: over };
+        if back.pieces.is_empty() {
+            self.answer_when_let_go(waiting);
+        } else {
+            let then = Then::LetGo { addr: over.start, len_bytes: over.len };
+            self.ask_pieces((conn, call, TraceId::default()), &back.pieces, then, revoke_all);
+        }
+        None
+    }
+
+    /// Events have been read.
+    pub(crate) fn revalidate_what_waits(&mut self) {
+        for (conn, call, addr, len_bytes) in std::mem::take(&mut self.waiting_revalidations) {
+            if let Some(answer) = self.revalidate(conn, call, addr, len_bytes) {
+                self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
+            }
+        }
+    }
+
+    fn to_take_back(&mut self, space_id: u64, range: AddrRange, whole: bool) -> TakeBack {
+        let mut back = TakeBack::default();
+        let mut guard_pages_left = GUARD_PAGES_MAX;
+        for id in self.touched(space_id, range.start, range.end()) {
+            let Some(segment) = self.regions.segment(id).filter(|segment| segment.granted_mask != 0) else { continue };
+            let Some(inside) = segment.range().intersection(&range) else { continue };
+            let mut taken = Vec::new();
+            for pages in segment.granted.readable.within(pages_of(segment, inside)) {
+                let addrs = AddrRange {
+                    start: segment.addr + pages.start * PAGE_SIZE,
+                    len: (pages.end - pages.start) * PAGE_SIZE,
+                };
+                let looks_for_guards = !whole || guard_pages_left >= pages.end - pages.start;
+                guard_pages_left = guard_pages_left.saturating_sub(pages.end - pages.start);
+                let parts =
+                    if looks_for_guards { self.view(segment, addrs) } else { self.view_mappings(segment, addrs) };
+                for Part { range, shown } in parts.unwrap_or_default() {
+                    let part = pages_of(segment, range);
+                    match shown {
+                        Shown::Other => back.gone.push(range),
+                        Shown::Guard => {
+                            back.guards.push(range);
+                            taken.push(part);
+                        }
+                        Shown::Ours { read: false, .. } => taken.push(part),
+                        Shown::Ours { write: false, .. } => taken.extend(segment.granted.writable.within(part)),
+                        Shown::Ours { .. } => {}
+                    }
+                }
+            }
+            let (region, first_page) = (segment.region, segment.first_page);
+            for part in taken {
+                let pages = Pages { first: first_page + part.start, count: part.end - part.start };
+                back.pieces.push(Piece { located: Located { region, pages }, offset: 0 });
+                if let Some(segment) = self.regions.segment_mut(id) {
+                    segment.granted.remove(part);
+                }
+            }
+        }
+        back
+    }
+
+    /// The revocations are done.
+    pub(crate) fn revalidated(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) {
+        let space = self.space_of(conn).unwrap_or(0);
+        self.answer_when_let_go(LettingGo { conn, call, space, range: AddrRange { start: addr, len: len_bytes } });
+    }
+
+    pub(crate) fn answer_when_let_go(&mut self, waiting: LettingGo) {
+        if self.is_held(&waiting) {
+            self.letting_go.push(waiting);
+        } else {
+            self.let_go(&waiting);
+        }
+    }
+
+    /// A device has dropped a segment.
+    pub(crate) fn answer_who_waited(&mut self) {
+        for waiting in std::mem::take(&mut self.letting_go) {
+            self.answer_when_let_go(waiting);
+        }
+    }
+
+    fn let_go(&mut self, waiting: &LettingGo) {
+        self.service.reactor.reply(waiting.conn, waiting.call, Ok(Reply::Pager(pager::Reply::Done)));
+    }
+
+    fn is_held(&self, waiting: &LettingGo) -> bool {
+        let held = |segment: &Segment| segment.space == waiting.space && segment.range().overlaps(&waiting.range);
+        waiting.range.len > 0 && self.regions.iter().any(|region| region.retired.iter().any(held))
+    }
+}
+
+/// Pages of a segment, from its first one on.
+fn pages_of(segment: &Segment, range: AddrRange) -> std::ops::Range<u64> {
+    (range.start - segment.addr) / PAGE_SIZE..(range.end() - segment.addr) / PAGE_SIZE
+}
