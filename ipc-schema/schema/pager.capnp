@@ -50,6 +50,7 @@ struct AgentMemory {
   ordersFd @3 :UInt16;        # sealed memfd, see uhmm_shared::agent
   doneFd @4 :UInt16;          # eventfd: there are answers
   agentFd @5 :UInt16;         # pidfd of the agent, or noFd: it is a thread of the client
+  smapsFd @6 :UInt16;         # /proc/self/smaps
 }
 
 # Another agent carries out the client's orders from now on.

@@ -18,7 +18,7 @@ use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_kernel_hook::agent::{AgentFiles, AgentProcess, AgentSeat, ORDERS_BYTES, STAGING_BYTES};
 use uhmm_kernel_hook::secluded::LifeWatch;
-use uhmm_kernel_hook::{EventFd, HookError, PidFd, Userfaultfd, memfd, pagemap, procmap};
+use uhmm_kernel_hook::{EventFd, HookError, PidFd, Userfaultfd, memfd, pagemap, procmap, smaps};
 
 use crate::Error;
 use crate::own::{self, Noted};
@@ -76,6 +76,7 @@ pub(crate) struct AgentHost {
     /// For the pager.
     maps: Fd,
     pagemap: Fd,
+    smaps: Fd,
     staging: Fd,
     orders: Fd,
     done: Fd,
@@ -106,6 +107,7 @@ impl AgentHost {
         let failed = || Error::kernel("Preparing the agent's memory");
         let maps = procmap::open_own_maps().map_err(failed())?;
         let pagemap = pagemap::open_own_pagemap().map_err(failed())?;
+        let smaps = smaps::open_own_smaps().map_err(failed())?;
         let staging = memfd::create_sealed("uhmm-staging", STAGING_BYTES).map_err(failed())?;
         let orders = memfd::create_sealed("uhmm-orders", ORDERS_BYTES).map_err(failed())?;
         let done = EventFd::new().map_err(failed())?;
@@ -113,7 +115,7 @@ impl AgentHost {
         let life_word = seat.life().hold().map_err(failed())?;
         let noted = seat.ranges().map(|(range, what)| own::note_not_inherited(range, what)).into();
         let life = seat.life().watch();
-        let (maps, pagemap) = (Arc::new(maps), Arc::new(pagemap));
+        let (maps, pagemap, smaps) = (Arc::new(maps), Arc::new(pagemap), Arc::new(smaps));
         let (staging, orders, done) = (Arc::new(staging), Arc::new(orders), Arc::new(done.into_fd()));
         Ok(Self {
             seat: Some(seat),
@@ -122,6 +124,7 @@ impl AgentHost {
             life_word,
             maps,
             pagemap,
+            smaps,
             staging,
             orders,
             done,
@@ -143,8 +146,9 @@ impl AgentHost {
     /// What the pager gets.
     pub(crate) fn memory(&self) -> Result<AgentMemory, Error> {
         let agent = self.process.as_ref().map(|process| duplicate(process.pidfd()).map(Arc::new)).transpose()?;
-        let (maps, pagemap, staging) = (self.maps.clone(), self.pagemap.clone(), self.staging.clone());
-        Ok(AgentMemory { maps, pagemap, staging, orders: self.orders.clone(), done: self.done.clone(), agent })
+        let (maps, pagemap, smaps) = (self.maps.clone(), self.pagemap.clone(), self.smaps.clone());
+        let (staging, orders, done) = (self.staging.clone(), self.orders.clone(), self.done.clone());
+        Ok(AgentMemory { maps, pagemap, smaps, staging, orders, done, agent })
     }
 
     /// Its pidfd, while it is a process.

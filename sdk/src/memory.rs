@@ -299,7 +299,8 @@ impl Session {
         let whole = AddrRange { start: addr, len: len_bytes };
         let failed = || Error::kernel("Looking at the mappings of a range");
         let pagemap = pagemap::open_own_pagemap().map_err(failed())?;
-        let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE;
+        let guards = if pagemap::tells_guards() { Categories::GUARD } else { Categories::empty() };
+        let any = Categories::PRESENT | Categories::PFNZERO | Categories::HUGE | Categories::FILE | guards;
         let mut pages = vec![SnapshotPage::ERROR; page_count as usize];
         let mut start = addr;
         while start < whole.end() {
@@ -308,13 +309,16 @@ impl Session {
                 let (from, end) = (vma.start.max(start), vma.end.min(whole.end()));
                 let piece = AddrRange { start: from, len: end - from };
                 let kinds = pagemap::scan(pagemap.as_fd(), piece, any).map_err(failed())?;
+                let alone = pagemap::mapped_alone(pagemap.as_fd(), piece).map_err(failed())?;
                 let runs = self.managed_runs(piece)?;
                 let first = ((from - addr) / PAGE_SIZE) as usize;
                 for (at, page) in (0..piece.len / PAGE_SIZE).zip(&mut pages[first..]) {
                     let place = from + at * PAGE_SIZE;
                     let kind = kinds.iter().find(|run| run.start <= place && place < run.end).map(|run| run.categories);
+                    let kind = kind.filter(|kind| *kind != Categories::FILE);
+                    let alone = alone.get(at as usize).copied().unwrap_or(false);
                     let run = runs.iter().find(|run| run.first_page <= at && at < run.first_page + run.page_count);
-                    *page = shown(device.id(), vma, kind, run);
+                    *page = shown(device.id(), vma, kind, alone, run);
                 }
             }
             // Behind the hole that ended the list, page by page.
@@ -396,7 +400,16 @@ fn adoptable(range: AddrRange, vmas: &[Vma]) -> Result<Option<&Vma>, Error> {
 }
 
 /// One page of a snapshot from what the pager and the kernel say.
-fn shown(device_id: u8, vma: &Vma, kind: Option<Categories>, run: Option<&ResidencyRun>) -> SnapshotPage {
+fn shown(
+    device_id: u8,
+    vma: &Vma,
+    kind: Option<Categories>,
+    alone: bool,
+    run: Option<&ResidencyRun>,
+) -> SnapshotPage {
+    if kind.is_some_and(|kind| kind.contains(Categories::GUARD)) {
+        return SnapshotPage::ERROR;
+    }
     let right = if vma.write { SnapshotPage::WRITE } else { SnapshotPage::READ };
     let huge = |page: SnapshotPage, huge: bool| if huge { page.with(SnapshotPage::PMD) } else { page };
     match run.map(|run| run.residency) {
@@ -415,6 +428,9 @@ fn shown(device_id: u8, vma: &Vma, kind: Option<Categories>, run: Option<&Reside
             None => SnapshotPage::NONE,
             Some(kind) if kind.contains(Categories::PFNZERO) => SnapshotPage::ZERO.with(SnapshotPage::READ),
             Some(kind) => {
+                // A private page that is a file's, or shared with a forked child, is copied by the first write.
+                let copied = !vma.shared && (kind.contains(Categories::FILE) || !alone);
+                let right = if copied { SnapshotPage::READ } else { right };
                 let large = kind.contains(Categories::HUGE) || vma.page_size_bytes > PAGE_SIZE;
                 huge(right, large)
             }
@@ -476,7 +492,12 @@ mod tests {
         let (rw, ro) = (vma(0, 0x1000), Vma { write: false, ..vma(0, 0x1000) });
         let present = Some(Categories::PRESENT);
         let zero = Some(Categories::PRESENT | Categories::PFNZERO);
-        let page = |vma: &Vma, kind, run: Option<ResidencyRun>| shown(1, vma, kind, run.as_ref()).bits();
+        let page = |vma: &Vma, kind, run: Option<ResidencyRun>| shown(1, vma, kind, true, run.as_ref()).bits();
+        assert_eq!(shown(1, &rw, present, false, None).bits(), 1, "a forked child has it too");
+        assert_eq!(page(&rw, present.map(|kind| kind | Categories::FILE), None), 1, "not copied yet");
+        let shared = Vma { shared: true, ..rw };
+        assert_eq!(page(&shared, present.map(|kind| kind | Categories::FILE), None), 2);
+        assert_eq!(page(&rw, Some(Categories::GUARD), None), 0xff);
         assert_eq!(page(&rw, present, None), 2);
         assert_eq!(page(&ro, present, Some(run(Residency::System, false))), 1);
         assert_eq!(page(&ro, zero, Some(run(Residency::System, false))), 0x11);

@@ -167,10 +167,9 @@ impl Pager {
             entries.push(("pidfd", duplicate(pidfd.as_fd())?));
         }
         if let Some(agent) = &space.agent {
-            let AgentMemory { maps, pagemap, staging, orders, done, agent } = agent.memory.clone();
-            let named =
-                [("maps", maps), ("pagemap", pagemap), ("staging", staging), ("orders", orders), ("done", done)];
-            entries.extend(named);
+            let AgentMemory { maps, pagemap, smaps, staging, orders, done, agent } = agent.memory.clone();
+            entries.extend([("maps", maps), ("pagemap", pagemap), ("smaps", smaps)]);
+            entries.extend([("staging", staging), ("orders", orders), ("done", done)]);
             entries.extend(agent.map(|agent| ("agent", agent)));
         }
         // Last, because it names the process: a child that has just attached is forgotten by nobody who finds only a part.

@@ -20,16 +20,28 @@ use std::time::Duration;
 use uhmm_ipc::TimerToken;
 use uhmm_kernel_hook::fd_keeper::FdKeeper;
 use uhmm_kernel_hook::uffd::{Change, KeptEvent, KeptFork, UffdEvent, Userfaultfd};
-use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes, smaps};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, Header};
+use crate::segments::hidden;
 use crate::service::Pager;
-use crate::space::{Birth, Phase, Region, Space, SpaceState, TOKEN_BYTES};
+use crate::space::{Birth, Phase, Region, Segment, Space, SpaceState, TOKEN_BYTES};
 
 pub(crate) const TIMER_CHILDREN: TimerToken = TimerToken(3);
 /// How often forked children that nobody can watch are asked whether they live.
 const CHILD_CHECK: Duration = Duration::from_millis(100);
+
+/// Where a child's private memory differs from its parent's.
+#[derive(Debug, Default)]
+struct Inherited {
+    /// MADV_DONTFORK: not mapped.
+    absent: Vec<AddrRange>,
+    /// MADV_WIPEONFORK: empty.
+    wiped: Vec<AddrRange>,
+    /// Guards of both.
+    guards: Vec<AddrRange>,
+}
 
 impl Pager {
     /// The children that a batch of events brings, by the event's slot: into the vault at once, before anything else of the batch is
@@ -49,13 +61,20 @@ impl Pager {
     /// A process forked.
     pub(crate) fn on_fork(&mut self, parent_id: u64, child_id: u64) {
         tracing::info!(parent = parent_id, space = child_id, "A process forked");
-        let (clones, lost) = self.clone_regions(parent_id, child_id);
+        let inherited = self.inherited(parent_id, child_id);
+        // Before the child gets its entries: it has the parent's guards too, and nothing below them.
+        self.drop_guarded(parent_id, &inherited.guards);
+        self.drain();
+        let (clones, lost) = self.clone_regions(parent_id, child_id, &inherited.absent);
         if let Some(child) = self.spaces.get_mut(&child_id) {
             child.unready_regions = clones.len();
         }
         for (parent, child) in &clones {
             let space = SpaceId(child_id);
             self.push(Event::Forked { parent: RegionId(*parent), child: RegionId(*child), space });
+        }
+        for child in clones.values() {
+            self.drop_what_is_not_inherited(child_id, *child, &inherited.wiped);
         }
         // Their entries are complete after this, whether they are ready or not.
         self.drain();
@@ -67,9 +86,60 @@ impl Pager {
         self.check_children_soon();
     }
 
-    /// Shows the child what its parent is shown; returns the clones of private regions by their originals. `true`: some could not be
-    /// made.
-    fn clone_regions(&mut self, parent_id: u64, child_id: u64) -> (BTreeMap<u64, u64>, bool) {
+    /// What the kernel has given a child of the private memory that is managed. Only the flags of the parent's mappings tell what it finds
+    /// empty; they are read at once, since the parent runs on.
+    fn inherited(&self, parent_id: u64, child_id: u64) -> Inherited {
+        let mut inherited = Inherited::default();
+        let (Some(parent), Some(child)) = (self.spaces.get(&parent_id), self.spaces.get(&child_id)) else {
+            return inherited;
+        };
+        let private = |id: &u64| self.regions.segment(*id).filter(|segment| self.is_private(RegionId(segment.region)));
+        let segments: Vec<&Segment> = parent.segments.values().filter_map(private).collect();
+        // What is in system memory the kernel has treated as it should.
+        let elsewhere = segments.iter().any(|segment| self.is_anywhere(segment.region, segment.pages()));
+        if let Some(agent) = parent.agent.as_ref().filter(|_| elsewhere) {
+            inherited.wiped = smaps::wiped_on_fork(agent.memory.smaps.as_fd()).unwrap_or_else(|error| {
+                tracing::warn!(%error, parent = parent_id, "What a forked child shall find empty is not known");
+                Vec::new()
+            });
+        }
+        for range in segments.iter().map(|segment| segment.range()) {
+            inherited.guards.extend(self.guards(parent_id, range));
+            let mappings = self.vmas(parent_id, range).unwrap_or_default();
+            for mapping in mappings.iter().filter_map(|vma| vma.range().intersection(&range)) {
+                // MADV_DONTFORK: the child has nothing there, or something of its own.
+                if child.uffd.has_private(mapping.start).is_ok_and(|has| has == Some(false)) {
+                    inherited.absent.push(mapping);
+                }
+            }
+        }
+        inherited
+    }
+
+    /// MADV_WIPEONFORK, and what the child has no mapping of.
+    fn drop_what_is_not_inherited(&mut self, child_id: u64, region_id: u64, wiped: &[AddrRange]) {
+        let all = self.all_pages(region_id);
+        let shown: Vec<_> = self.regions.showing(region_id, all).map(|(s, pages)| (s.range(), pages)).collect();
+        let mut pages: Vec<Pages> = shown.iter().map(|(_, pages)| *pages).collect();
+        for pages in hidden(all, &mut pages) {
+            self.push(Event::Unmapped { region: RegionId(region_id), pages });
+        }
+        if shown.is_empty() {
+            return self.begin_free(region_id);
+        }
+        for (range, of) in shown {
+            for part in wiped.iter().filter_map(|wiped| wiped.intersection(&range)) {
+                tracing::debug!(space = child_id, %part, "A forked child finds this empty");
+                let first = of.first + (part.start - range.start) / PAGE_SIZE;
+                let pages = Pages { first, count: part.len / PAGE_SIZE };
+                self.push(Event::Removed { region: RegionId(region_id), pages });
+            }
+        }
+    }
+
+    /// Shows the child what its parent is shown, without what it has no mapping of; returns the clones of private regions by their
+    /// originals. `true`: some could not be made.
+    fn clone_regions(&mut self, parent_id: u64, child_id: u64, absent: &[AddrRange]) -> (BTreeMap<u64, u64>, bool) {
         let mut clones: BTreeMap<u64, u64> = BTreeMap::new();
         let Some(parent) = self.spaces.get(&parent_id) else { return (clones, true) };
         let segments: Vec<_> = parent.segments.values().copied().collect();
@@ -91,7 +161,14 @@ impl Pager {
             if target != region_id {
                 clones.insert(region_id, target);
             }
-            self.show(child_id, target, addr, pages);
+            let mut not_there: Vec<Pages> = absent
+                .iter()
+                .filter_map(|range| range.intersection(&AddrRange { start: addr, len: pages.count * PAGE_SIZE }))
+                .map(|r| Pages { first: pages.first + (r.start - addr) / PAGE_SIZE, count: r.len / PAGE_SIZE })
+                .collect();
+            for part in hidden(pages, &mut not_there) {
+                self.show(child_id, target, addr + (part.first - pages.first) * PAGE_SIZE, part);
+            }
             self.keep_segments(target);
         }
         (clones, lost)

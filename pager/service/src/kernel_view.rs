@@ -207,7 +207,7 @@ impl Pager {
     }
 
     /// Whether any of the pages is more than what the address space has anyway.
-    fn is_anywhere(&self, region: u64, pages: Pages) -> bool {
+    pub(crate) fn is_anywhere(&self, region: u64, pages: Pages) -> bool {
         let Some(region) = self.regions.get(region) else { return false };
         pages.iter().any(|page| {
             Entry::decode(region.directory.load(page)).is_ok_and(|e| e != Entry::ABSENT && !e.is_settled_system())

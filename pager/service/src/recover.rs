@@ -41,8 +41,9 @@ fn regions_of(entries: Entries) -> BTreeMap<u64, Entries> {
 fn agent_memory(entries: &mut Entries) -> Option<AgentMemory> {
     let agent = entries.remove("agent");
     let mut take = |name| entries.remove(name);
-    let (maps, pagemap, staging) = (take("maps")?, take("pagemap")?, take("staging")?);
-    Some(AgentMemory { maps, pagemap, staging, orders: take("orders")?, done: take("done")?, agent })
+    let (maps, pagemap, smaps) = (take("maps")?, take("pagemap")?, take("smaps")?);
+    let (staging, orders, done) = (take("staging")?, take("orders")?, take("done")?);
+    Some(AgentMemory { maps, pagemap, smaps, staging, orders, done, agent })
 }
 
 impl Pager {

@@ -4,7 +4,7 @@
 //!  space/ID/state            memfd: id, nonce, token, kind, features, pid
 //!  space/ID/uffd             the process's userfaultfd (closing the last one would turn missing pages into zeros)
 //!  space/ID/pidfd            readable when the process has exited: the one truth about its death
-//!  space/ID/maps, pagemap, staging, orders, done, agent    for the agent (a forked child has none until it attaches)
+//!  space/ID/maps, pagemap, smaps, staging, orders, done, agent    for the agent (a forked child has none until it attaches)
 //!  space/ID/region/ID/dir    directory (see `directory.rs`), `live` is stored last
 //!  space/ID/region/ID/mem    the client's memfd or file; none for private memory
 //! ```

@@ -16,7 +16,7 @@
 //!   abi, sys         kernel structs and ioctl numbers (the build machine's headers are older than the kernel)
 //!   guarded          bulk copies of memory that may vanish
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
-//!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap: files and /proc
+//!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap, smaps: files and /proc
 //!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
@@ -56,6 +56,7 @@ pub mod program;
 pub mod range;
 pub mod secluded;
 pub mod signal;
+pub mod smaps;
 pub mod socket;
 pub mod stand_in;
 mod sys;

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
 use crate::abi;
 use crate::error::HookError;
+use crate::memfd;
 use crate::range::{AddrRange, PAGE_SIZE};
 
 bitflags::bitflags! {
@@ -66,6 +68,22 @@ pub fn open_own_pagemap() -> Result<OwnedFd, HookError> {
     let file = File::open("/proc/thread-self/pagemap")
         .map_err(|error| HookError::hinted("open(/proc/thread-self/pagemap)", error, "Mount /proc"))?;
     Ok(file.into())
+}
+
+/// Which pages of a range are in memory and mapped by this process alone: private ones among them are written without a copy.
+///
+/// # Errors
+/// `Call`: ESRCH when the process is gone.
+pub fn mapped_alone(pagemap: BorrowedFd<'_>, range: AddrRange) -> Result<Vec<bool>, HookError> {
+    const ALONE: u64 = 1 << 56;
+    const ENTRY_BYTES: u64 = 8;
+    let range = AddrRange::new(range.start, range.len)?;
+    let mut bytes = vec![0u8; (range.len / PAGE_SIZE * ENTRY_BYTES) as usize];
+    let file = memfd::to_file(pagemap)?;
+    file.read_exact_at(&mut bytes, range.start / PAGE_SIZE * ENTRY_BYTES)
+        .map_err(|error| HookError::on("read(pagemap)", range, error, ""))?;
+    let entry = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |entry, byte| entry << 8 | u64::from(*byte));
+    Ok(bytes.chunks_exact(ENTRY_BYTES as usize).map(|bytes| entry(bytes) & ALONE != 0).collect())
 }
 
 /// Whether this kernel tells of guards (6.15 and newer). 6.13 and 6.14 have them and do not tell.
@@ -143,6 +161,15 @@ mod tests {
         assert_eq!(is_guard(pagemap.as_fd(), window.addr()), installed);
         assert!(!is_guard(pagemap.as_fd(), window.addr() + 4096));
         assert!(installed || !tells_guards());
+    }
+
+    #[test]
+    fn a_private_page_that_was_written_is_mapped_alone_and_a_file_page_is_not() {
+        let pagemap = open_own_pagemap().unwrap();
+        let window = Window::anonymous(3 * 4096).unwrap();
+        window.advise(0, window.len(), crate::bytes::Advice::NoHugePage).unwrap();
+        window.store_u8(4096, 1).unwrap();
+        assert_eq!(mapped_alone(pagemap.as_fd(), window.range()).unwrap(), [false, true, false]);
     }
 
     #[test]

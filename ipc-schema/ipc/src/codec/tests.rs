@@ -232,12 +232,13 @@ fn hostile_values_of_agents_attributes_and_accesses_are_refused() {
                 let mut agent = open.init_agent();
                 agent.set_maps_fd(maps);
                 agent.set_pagemap_fd(maps.wrapping_add(1));
+                agent.set_smaps_fd(maps.wrapping_add(2));
                 agent.set_staging_fd(staging);
             }
         })
     };
     refused(&open(None, 1), 1, "agent.mapsFd");
-    refused(&open(Some((1, 1)), 4), 4, "agent.stagingFd");
+    refused(&open(Some((1, 1)), 5), 5, "agent.stagingFd");
     refused(&open(Some((0xffff, 1)), 2), 2, "agent.mapsFd");
     for granularity in [64, 254] {
         let advice = forged(Kind::Call, Scope::Pager, 0, |body| {

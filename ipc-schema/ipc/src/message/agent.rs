@@ -28,6 +28,8 @@ pub struct AgentMemory {
     pub maps: Fd,
     /// /proc/self/pagemap, likewise: PAGEMAP_SCAN.
     pub pagemap: Fd,
+    /// /proc/self/smaps, likewise: what a forked child finds empty (MADV_WIPEONFORK).
+    pub smaps: Fd,
     /// Staging memory, sealed: [`SLOTS`](uhmm_shared::agent::SLOTS) slots of 2 MiB.
     pub staging: Fd,
     /// Orders and answers, sealed: [`WORDS`](uhmm_shared::agent::WORDS) words.

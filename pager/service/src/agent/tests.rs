@@ -23,8 +23,8 @@ impl Program {
         ring::format(&words, ENTRIES);
         let staging: Fd = Arc::new(memfd::create_sealed("uhmm-test-staging", SLOTS * SLOT_PAGES * PAGE_SIZE).unwrap());
         let done: Fd = Arc::new(EventFd::new().unwrap().into_fd());
-        let (maps, pagemap, orders) = (staging.clone(), staging.clone(), words.fd().clone());
-        let memory = AgentMemory { maps, pagemap, staging, orders, done, agent: None };
+        let (maps, pagemap, smaps) = (staging.clone(), staging.clone(), staging.clone());
+        let memory = AgentMemory { maps, pagemap, smaps, staging, orders: words.fd().clone(), done, agent: None };
         let (orders, answers) = (Consumer::open(words.clone(), 0, ENTRIES), Producer::open(words.clone(), 1, ENTRIES));
         Self { memory, words, orders, answers }
     }

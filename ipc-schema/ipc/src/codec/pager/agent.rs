@@ -10,6 +10,7 @@ use crate::message::pager::{AgentMemory, Call, Event, FramesOp, Memory};
 pub(super) fn write_agent_memory(from: &AgentMemory, mut to: agent_memory::Builder<'_>, fds: &mut FdSink) {
     to.set_maps_fd(fds.put(&from.maps));
     to.set_pagemap_fd(fds.put(&from.pagemap));
+    to.set_smaps_fd(fds.put(&from.smaps));
     to.set_staging_fd(fds.put(&from.staging));
     to.set_orders_fd(fds.put(&from.orders));
     to.set_done_fd(fds.put(&from.done));
@@ -23,6 +24,7 @@ pub(super) fn read_agent_memory(
     Ok(AgentMemory {
         maps: fds.take("agent.mapsFd", from.get_maps_fd())?,
         pagemap: fds.take("agent.pagemapFd", from.get_pagemap_fd())?,
+        smaps: fds.take("agent.smapsFd", from.get_smaps_fd())?,
         staging: fds.take("agent.stagingFd", from.get_staging_fd())?,
         orders: fds.take("agent.ordersFd", from.get_orders_fd())?,
         done: fds.take("agent.doneFd", from.get_done_fd())?,

@@ -84,6 +84,7 @@ fn agent() -> pager::AgentMemory {
     pager::AgentMemory {
         maps: fd(4096),
         pagemap: fd(4097),
+        smaps: fd(4098),
         staging: fd(8192),
         orders: fd(8193),
         done: fd(8194),
