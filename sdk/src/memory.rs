@@ -400,13 +400,7 @@ fn adoptable(range: AddrRange, vmas: &[Vma]) -> Result<Option<&Vma>, Error> {
 }
 
 /// One page of a snapshot from what the pager and the kernel say.
-fn shown(
-    device_id: u8,
-    vma: &Vma,
-    kind: Option<Categories>,
-    alone: bool,
-    run: Option<&ResidencyRun>,
-) -> SnapshotPage {
+fn shown(device_id: u8, vma: &Vma, kind: Option<Categories>, alone: bool, run: Option<&ResidencyRun>) -> SnapshotPage {
     if kind.is_some_and(|kind| kind.contains(Categories::GUARD)) {
         return SnapshotPage::ERROR;
     }

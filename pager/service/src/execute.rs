@@ -150,10 +150,34 @@ impl Pager {
         let Some(memory) = shared.and_then(|target| target.memory.as_ref()) else { return StepResult::Gone };
         let (offset, len) = (pages.first * PAGE_SIZE, pages.count * PAGE_SIZE);
         match memfd::punch_hole(memory.fd.as_fd(), offset, len) {
-            Ok(()) => StepResult::Ok,
+            Ok(()) => {
+                self.forget_protection(region, pages);
+                StepResult::Ok
+            }
             Err(error) => {
                 tracing::warn!(%error, region = region.0, "Punching system pages failed");
                 StepResult::Io
+            }
+        }
+    }
+
+    /// Where a protected page was, Linux keeps a mark in the page table, and MADV_GUARD_INSTALL tries for ever to get rid of it.
+    fn forget_protection(&mut self, region: RegionId, pages: Pages) {
+        let outcomes = self.everywhere(region, pages, |uffd, range| uffd.write_protect(range, false, true));
+        if outcomes.iter().any(|outcome| matches!(outcome, Ok(WpOutcome::Again))) {
+            self.note_again(region);
+            self.marks_due.push((region, pages));
+        }
+    }
+
+    /// Events have been read: marks of pages that are on a device still.
+    pub(crate) fn forget_protection_that_is_due(&mut self) {
+        for (region, pages) in std::mem::take(&mut self.marks_due) {
+            for page in pages.iter() {
+                let raw = self.regions.get(region.0).map_or(0, |region| region.directory.load(page));
+                if Entry::decode(raw).is_ok_and(Entry::lives_on_device) {
+                    self.forget_protection(region, Pages::one(page));
+                }
             }
         }
     }

@@ -67,6 +67,7 @@ impl Pager {
                 self.drain();
                 self.faulted.clear();
                 self.poison_what_is_due();
+                self.forget_protection_that_is_due();
                 // Not before the directory says what has changed: the next pager has only that and the journal.
                 now().for_each(|(slot, _)| self.event_handled(slot));
             }

@@ -98,10 +98,11 @@ impl Pager {
         // What is in system memory the kernel has treated as it should.
         let elsewhere = segments.iter().any(|segment| self.is_anywhere(segment.region, segment.pages()));
         if let Some(agent) = parent.agent.as_ref().filter(|_| elsewhere) {
-            inherited.wiped = smaps::wiped_on_fork(agent.memory.smaps.as_fd()).unwrap_or_else(|error| {
-                tracing::warn!(%error, parent = parent_id, "What a forked child shall find empty is not known");
-                Vec::new()
-            });
+            inherited.wiped =
+                smaps::with_flag(agent.memory.smaps.as_fd(), smaps::WIPED_ON_FORK).unwrap_or_else(|error| {
+                    tracing::warn!(%error, parent = parent_id, "What a forked child shall find empty is not known");
+                    Vec::new()
+                });
         }
         for range in segments.iter().map(|segment| segment.range()) {
             inherited.guards.extend(self.guards(parent_id, range));

@@ -124,6 +124,8 @@ pub struct Pager {
     pub(crate) open_mirrors: BTreeSet<(u64, u8)>,
     /// Spaces with an unread event.
     pub(crate) reread: BTreeSet<u64>,
+    /// Punched pages whose protection is to be forgotten once events have been read.
+    pub(crate) marks_due: Vec<(RegionId, Pages)>,
     /// Pages to be poisoned once events have been read.
     pub(crate) poisons_due: Vec<(RegionId, Pages)>,
     /// Pages of the faults that are being served: no guards.
@@ -273,6 +275,7 @@ impl Pager {
             freeing: HashMap::new(),
             open_mirrors: BTreeSet::new(),
             reread: BTreeSet::new(),
+            marks_due: Vec::new(),
             poisons_due: Vec::new(),
             faulted: Vec::new(),
             overtaken: Vec::new(),

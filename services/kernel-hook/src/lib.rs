@@ -60,6 +60,7 @@ pub mod smaps;
 pub mod socket;
 pub mod stand_in;
 mod sys;
+pub mod sysv;
 pub mod threads;
 pub mod uffd;
 pub mod vfio;

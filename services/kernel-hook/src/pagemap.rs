@@ -152,12 +152,11 @@ mod tests {
 
     #[test]
     fn a_guard_is_told_where_the_kernel_has_them() {
-        const MADV_GUARD_INSTALL: libc::c_int = 102;
         let pagemap = open_own_pagemap().unwrap();
         let window = Window::anonymous(2 * 4096).unwrap();
         let place = std::ptr::with_exposed_provenance_mut(window.addr() as usize);
         // SAFETY: the first page of a mapping of our own that nobody refers into.
-        let installed = unsafe { libc::madvise(place, 4096, MADV_GUARD_INSTALL) } == 0;
+        let installed = unsafe { libc::madvise(place, 4096, crate::own_memory::GUARD_INSTALL) } == 0;
         assert_eq!(is_guard(pagemap.as_fd(), window.addr()), installed);
         assert!(!is_guard(pagemap.as_fd(), window.addr() + 4096));
         assert!(installed || !tells_guards());

@@ -11,6 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::HookError;
+use crate::own_memory;
 use crate::range::{AddrRange, PAGE_SIZE, aligned};
 use crate::window::{Placement, map_raw};
 
@@ -38,6 +39,20 @@ pub enum ProgramAdvice {
     Collapse,
     /// Make every page writable now.
     PopulateWrite,
+    /// Whoever touches it gets SIGSEGV; content is dropped (kernel 6.13 and newer).
+    GuardInstall,
+    /// And not any more.
+    GuardRemove,
+    /// Leave it out of core dumps; like the next ones it splits a mapping and does nothing else to it.
+    DontDump,
+    /// Read ahead.
+    Sequential,
+    /// Let the kernel merge pages of equal content.
+    Mergeable,
+    /// Forked children do not have it.
+    DontFork,
+    /// Forked children find it empty.
+    WipeOnFork,
 }
 
 impl ProgramAdvice {
@@ -50,6 +65,13 @@ impl ProgramAdvice {
             Self::NoHugePage => ("madvise(NOHUGEPAGE)", libc::MADV_NOHUGEPAGE),
             Self::Collapse => ("madvise(COLLAPSE)", libc::MADV_COLLAPSE),
             Self::PopulateWrite => ("madvise(POPULATE_WRITE)", libc::MADV_POPULATE_WRITE),
+            Self::GuardInstall => ("madvise(GUARD_INSTALL)", own_memory::GUARD_INSTALL),
+            Self::GuardRemove => ("madvise(GUARD_REMOVE)", own_memory::GUARD_REMOVE),
+            Self::DontDump => ("madvise(DONTDUMP)", libc::MADV_DONTDUMP),
+            Self::Sequential => ("madvise(SEQUENTIAL)", libc::MADV_SEQUENTIAL),
+            Self::Mergeable => ("madvise(MERGEABLE)", libc::MADV_MERGEABLE),
+            Self::DontFork => ("madvise(DONTFORK)", libc::MADV_DONTFORK),
+            Self::WipeOnFork => ("madvise(WIPEONFORK)", 18),
         }
     }
 }
@@ -69,7 +91,7 @@ unsafe impl Send for ProgramMemory {}
 unsafe impl Sync for ProgramMemory {}
 
 impl ProgramMemory {
-    fn take(base: NonNull<u8>, len: u64) -> Self {
+    pub(crate) fn take(base: NonNull<u8>, len: u64) -> Self {
         let owned = (0..len.div_ceil(PAGE_SIZE)).map(|_| AtomicBool::new(true)).collect();
         Self { base, len, owned }
     }
@@ -297,28 +319,13 @@ impl ProgramMemory {
         Err(HookError::on(call, range, io::Error::last_os_error(), ""))
     }
 
-    /// Whether an access of the CPU to this byte would end in a signal, because it is forbidden, poisoned, or behind the end of a
-    /// file. Faults the page in as the access would, and changes nothing. Not for write-only memory (told as unreadable, though
-    /// x86 reads it), nor for pages that are missing under a userfaultfd for user mode only.
+    /// [`own_memory::access_faults`] for a byte.
     ///
     /// # Errors
-    /// As [`Self::load_u64`]; `Call` when it cannot be told (ENOMEM).
+    /// As [`Self::load_u64`], and its own.
     pub fn access_faults(&self, off: u64, write: bool) -> Result<bool, HookError> {
-        let (place, range) = self.part(off / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE)?;
-        let code = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
-        loop {
-            // SAFETY: faults one page of ours in; no byte changes.
-            if unsafe { libc::madvise(place, PAGE_SIZE as usize, code) } == 0 {
-                return Ok(false);
-            }
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                // Forbidden; SIGBUS; poisoned.
-                Some(libc::EINVAL | libc::EFAULT | libc::EHWPOISON) => return Ok(true),
-                Some(libc::EINTR | libc::EAGAIN) => {}
-                _ => return Err(HookError::on("madvise(POPULATE)", range, error, "")),
-            }
-        }
+        self.at(off, 1)?;
+        own_memory::access_faults(self.addr() + off, write)
     }
 
     /// mlock of a part.
@@ -389,6 +396,12 @@ impl ProgramMemory {
         }
         let addr = self.addr() + off;
         map_raw(Placement::FreeAt(addr), len, READ_WRITE, PRIVATE, None).map(|base| Self::take(base, len))
+    }
+
+    /// Ends the value and leaves the mapping as it is.
+    pub(crate) fn leave(self) -> NonNull<u8> {
+        self.disown(0, self.len);
+        self.base
     }
 
     /// Drops the value without the part in the middle, which is another value's now.

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 
+use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{Categories, open_own_pagemap, scan};
 use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_kernel_hook::{AddrRange, HookError};
@@ -222,7 +223,20 @@ impl Mem {
             // Says something about pages that allocated memory does not have.
             return Ok(());
         }
+        let guard = match advice {
+            MemAdvice::GuardInstall => Some(RangeAdvice::GuardInstall),
+            MemAdvice::GuardRemove => Some(RangeAdvice::GuardRemove),
+            _ => None,
+        };
+        if let (Memory::Allocated(_), Some(advice)) = (&self.memory, guard) {
+            let range = AddrRange { start: self.addr() + off, len };
+            return own_memory::advise(range, advice).during("madvise(guard)");
+        }
         self.own("madvise")?.advise(off, len, advice).during("madvise")
+    }
+
+    pub(crate) fn access_faults(&self, off: u64, write: bool) -> CaseResult<bool> {
+        own_memory::access_faults(self.addr() + off, write).during("Probe an access")
     }
 
     pub(crate) fn lock(&self, off: u64, len: u64) -> CaseResult {

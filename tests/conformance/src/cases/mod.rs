@@ -7,6 +7,7 @@ mod huge;
 mod hugetlb;
 mod igt_matrix;
 mod igt_special;
+mod kernel_truth;
 mod migrate;
 mod migrate_more;
 mod mirror;
@@ -46,6 +47,7 @@ pub(crate) fn all() -> Vec<Case> {
     policy::register(&mut list);
     policy_more::register(&mut list);
     races::register(&mut list);
+    kernel_truth::register(&mut list);
     residency::register(&mut list);
     igt_special::register(&mut list);
     igt_matrix::register(&mut list);
