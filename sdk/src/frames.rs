@@ -18,6 +18,7 @@ use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::driver::CoherentMemory;
 use uhmm_ipc::message::pager::FramesOp;
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
+use uhmm_kernel_hook::pagemap;
 use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::stand_in::StandIn;
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, RegisterMode, Userfaultfd};
@@ -242,6 +243,7 @@ impl Frames {
     }
 
     fn exchange(&self, order: &Order, wanted: &Wanted<'_>, others: &[Vma]) -> Result<(), HookError> {
+        let pagemap = pagemap::open_own_pagemap()?;
         for vma in others {
             let offset = wanted.offset_at(order, vma.start);
             let stand_in = StandIn::map(wanted.memory.as_fd(), offset, vma.end - vma.start, vma.read, vma.write)?;
@@ -255,6 +257,11 @@ impl Frames {
                     detail: "it came before the userfaultfd".into(),
                 })?;
                 uffd.register(stand_in.range(), modes)?;
+            }
+            // They are not the mapping's to lose.
+            for guard in pagemap::guards(pagemap.as_fd(), vma.range())? {
+                let start = stand_in.range().start + (guard.start - vma.start);
+                own_memory::advise(AddrRange { start, ..guard }, RangeAdvice::GuardInstall)?;
             }
             stand_in.take_place_at(vma.start)?;
         }
@@ -384,6 +391,9 @@ mod tests {
     fn rights_stay_and_what_is_nobodys_business_stays_too() {
         let mut bed = Bed::new();
         own_memory::protect(bed.part(1, 2), true, false).unwrap();
+        if pagemap::tells_guards() {
+            own_memory::advise(bed.part(4, 1), RangeAdvice::GuardInstall).unwrap();
+        }
         let foreign: Fd = Arc::new(memfd::create_sealed("uhmm-test-foreign", P).unwrap());
         let foreign = StandIn::map(foreign.as_fd(), 0, P, true, true).unwrap();
         foreign.take_place_at(bed.part(6, 1).start).unwrap();
@@ -395,6 +405,8 @@ mod tests {
         for op in [map(8), FramesOp::UnmapDevice] {
             let order = bed.order(0, 8, op);
             assert!(bed.run(&order));
+            let guarded = own_memory::access_faults(bed.part(4, 1).start, false).unwrap();
+            assert_eq!(guarded, pagemap::tells_guards(), "{op:?}");
             assert_eq!(rights(&bed), [true, false, false, true], "{op:?}");
             assert_eq!(bed.mapping.load_u64(6 * P).unwrap(), 66, "{op:?}");
         }

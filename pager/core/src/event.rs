@@ -197,7 +197,8 @@ pub enum Event {
     /// All regions of the space were dropped: what they left in device memory is scrubbed.
     SpaceGone { space: SpaceId },
     /// At start, for every region of the vault. `strays`: pages of a private one that may be in the address space although their
-    /// entries say that they are on a device. What is not named is known to be gone from there.
+    /// entries say that they are on a device, and pages on their way home of which what is there was being taken away. What is not
+    /// named is known to be gone from there.
     RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing, strays: Vec<Pages> },
     /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
     /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.

@@ -78,6 +78,11 @@ impl<P: Policy> Core<P> {
                         self.punch_again(region, stray, out);
                     }
                 }
+                PageState::MovingHome if self.is_private(region) && !first.discarded() => {
+                    for stray in strays.iter().filter_map(|stray| stray.overlap(run)) {
+                        self.back_on_device(dir, region, stray, out);
+                    }
+                }
                 PageState::Device | PageState::Exclusive => self.punch_again(region, run, out),
                 PageState::Poisoned => self.recover_poisoned(dir, region, run, out),
                 _ => {}
@@ -102,6 +107,17 @@ impl<P: Policy> Core<P> {
             }
             left = left.after(run.count);
         }
+    }
+
+    /// A dead pager had met stray pages on the way home, and they may be taken away at any instant from now on: what its frames hold is
+    /// the content still.
+    fn back_on_device(&mut self, dir: &impl Directory, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        for page in pages.iter() {
+            let entry = Self::entry(dir, region, page).with_state(PageState::Device);
+            Self::publish_same(region, Pages::one(page), entry, out);
+        }
+        self.stats.recovered_transfers += 1;
+        self.punch_again(region, pages, out);
     }
 
     /// A dead pager may have had private pages taken out: where they are only the client's agent knows.

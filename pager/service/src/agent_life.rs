@@ -202,12 +202,12 @@ impl Pager {
     /// Pages of a recovered private region that may be in the address space although their entries say that they are on a device.
     pub(crate) fn strays(&self, region_id: u64) -> Vec<Pages> {
         let Some(region) = self.regions.get(region_id) else { return Vec::new() };
-        let on_device = |page: u64| {
-            let entry = Entry::decode(region.directory.load(page));
-            entry.is_ok_and(|entry| matches!(entry.state(), PageState::Device | PageState::Exclusive))
-        };
+        let state = |page: u64| Entry::decode(region.directory.load(page)).ok().map(Entry::state);
+        let on_device = |page: u64| matches!(state(page), Some(PageState::Device | PageState::Exclusive));
+        // A stray page on the way home: what the dead pager was taking away is not what came home.
+        let comes_home = |page: u64| state(page) == Some(PageState::MovingHome);
         let all = Pages { first: 0, count: region.page_count };
-        if !all.iter().any(on_device) {
+        if !all.iter().any(|page| on_device(page) || comes_home(page)) {
             return Vec::new();
         }
         let mut strays: Vec<Pages> = Vec::new();
@@ -216,7 +216,9 @@ impl Pager {
             begun.filter(|begun| begun.region.0 == region_id && matches!(begun.op, Op::Drop { in_place: true }));
         let begun = begun.and_then(|begun: Begun| begun.pages.overlap(all));
         let present = self.in_place(RegionId(region_id), all).unwrap_or_default();
-        for page in present.into_iter().chain(begun).flat_map(Pages::iter).filter(|page| on_device(*page)) {
+        let present = present.into_iter().flat_map(Pages::iter).filter(|page| on_device(*page));
+        let begun = begun.into_iter().flat_map(Pages::iter).filter(|page| on_device(*page) || comes_home(*page));
+        for page in present.chain(begun) {
             match strays.last_mut() {
                 Some(run) if run.end() == page => run.count += 1,
                 _ => strays.push(Pages::one(page)),

@@ -11,8 +11,8 @@
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{Event as WireEvent, FaultPoint};
 use uhmm_ipc::message::{ErrorCode, Event as AnyEvent, TraceId};
-use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, CopyRun, CopyStatus, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 use uhmm_shared::agent::{Order as RingOrder, Status};
 
@@ -281,13 +281,13 @@ impl Pager {
                 if let Order::FillHuge { slot } = job.order {
                     self.free_slot(space_id, slot);
                 }
-                let stop = match runs.first().map(|run| run.status) {
-                    Some(Status::Moved | Status::MovedHuge) => None,
-                    Some(Status::Gone) if !job.overtaken => Some(FillStop::Gone),
-                    Some(_) => Some(FillStop::NotHuge),
-                    None => Some(FillStop::NoProcess),
+                let (done_pages, stop) = match runs.first().map(|run| (run.status, run.page_count)) {
+                    Some((Status::Moved | Status::MovedHuge, count)) if count >= job.pages.count => (count, None),
+                    Some((Status::Moved, count)) => (count, Some(FillStop::NotHuge)),
+                    Some((Status::Gone, _)) if !job.overtaken => (0, Some(FillStop::Gone)),
+                    Some(_) => (0, Some(FillStop::NotHuge)),
+                    None => (0, Some(FillStop::NoProcess)),
                 };
-                let done_pages = if stop.is_none() { job.pages.count } else { 0 };
                 self.push(Event::FillDone { ticket, done_pages, stop });
             }
             Purpose::Tidy => {}
@@ -506,7 +506,10 @@ impl Pager {
 
     /// The frames' bytes go to a slot, from where the agent makes them a huge page.
     pub(crate) fn private_fill_huge(&mut self, ticket: Ticket, region: RegionId, pages: Pages, device: u8, frame: u32) {
-        let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
+        let place = self.regions.showing(region.0, pages).find(|(_, part)| *part == pages);
+        let place =
+            place.map(|(s, _)| (s.space, AddrRange { start: s.addr_of(pages.first), len: pages.count * PAGE_SIZE }));
+        let whole = place.is_some_and(|(space, range)| self.guards(space, range).is_empty());
         let space = self.regions.get(region.0).and_then(|region| self.spaces.get(&region.space));
         let works = space.and_then(|space| space.agent.as_ref()).is_some_and(|agent| agent.life == Life::Lives);
         if !whole || !works {

@@ -16,7 +16,7 @@
 
 use std::os::fd::AsFd;
 
-use uhmm_kernel_hook::pagemap::{self, Categories};
+use uhmm_kernel_hook::pagemap;
 use uhmm_kernel_hook::procmap::{self, Vma};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, UffdState};
 use uhmm_pager_core::{Backing, Entry, Event, Pages, RegionId};
@@ -113,14 +113,11 @@ impl Pager {
     /// Guards in a range of a client. None where nobody can tell.
     pub(crate) fn guards(&self, space_id: u64, range: AddrRange) -> Vec<AddrRange> {
         let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
-        let Some(agent) = agent.filter(|_| pagemap::tells_guards()) else { return Vec::new() };
-        match pagemap::scan(agent.memory.pagemap.as_fd(), range, Categories::GUARD) {
-            Ok(runs) => runs.iter().map(|run| AddrRange { start: run.start, len: run.end - run.start }).collect(),
-            Err(error) => {
-                tracing::debug!(%error, %range, "A client's guards cannot be asked for");
-                Vec::new()
-            }
-        }
+        let Some(agent) = agent else { return Vec::new() };
+        pagemap::guards(agent.memory.pagemap.as_fd(), range).unwrap_or_else(|error| {
+            tracing::debug!(%error, %range, "A client's guards cannot be asked for");
+            Vec::new()
+        })
     }
 
     /// What the kernel shows in a part of a segment's addresses; see the module head for `None`.

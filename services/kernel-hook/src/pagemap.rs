@@ -97,6 +97,18 @@ pub fn tells_guards() -> bool {
     *TELLS.get_or_init(|| ask().is_ok())
 }
 
+/// The guards in a range (MADV_GUARD_INSTALL), in order. None, where the kernel cannot say so.
+///
+/// # Errors
+/// As [`scan`].
+pub fn guards(pagemap: BorrowedFd<'_>, range: AddrRange) -> Result<Vec<AddrRange>, HookError> {
+    if !tells_guards() {
+        return Ok(Vec::new());
+    }
+    let runs = scan(pagemap, range, Categories::GUARD)?;
+    Ok(runs.iter().map(|run| AddrRange { start: run.start, len: run.end - run.start }).collect())
+}
+
 /// Whether the page at `addr` is a guard (MADV_GUARD_INSTALL). No, where the kernel cannot say so.
 pub fn is_guard(pagemap: BorrowedFd<'_>, addr: u64) -> bool {
     scan(pagemap, AddrRange { start: addr, len: PAGE_SIZE }, Categories::GUARD).is_ok_and(|runs| !runs.is_empty())

@@ -180,7 +180,10 @@ impl Agent<'_> {
         if moved.stop.is_none() {
             self.all(Status::MovedHuge);
         } else {
-            // If it was split after all, what did not arrive is filled page by page by the pager.
+            // The place has become several mappings, or has pages or guards: what did not arrive is filled page by page by the pager.
+            for page in 0..moved.done {
+                self.set(page, Status::Moved);
+            }
             self.huge.empty(block);
         }
     }

@@ -204,6 +204,8 @@ fn integration_agent_killed_while_it_drops_or_copies_does_both_again() {
     for round in 0..60 {
         bed.desk.staging.fill(SLOT_3, HUGE_BYTES, 0).unwrap();
         memory.protect(0, HUGE_BYTES, true, false).unwrap();
+        let protected = bed.uffd.write_protect(range_of(&memory), true, false).unwrap();
+        assert_eq!(protected, uhmm_kernel_hook::WpOutcome::Done);
         let copied = run_killed(&mut bed, &mut moments, &memory, Op::CopyOut { slot: 3 });
         assert_eq!(copied, [(HUGE_PAGES, Status::Moved)], "round {round}");
         check_staged(&bed);

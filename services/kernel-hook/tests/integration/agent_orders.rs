@@ -92,6 +92,8 @@ fn integration_agent_memory_that_may_not_be_written_or_read_is_left_alone_copied
         bed.adopt(&memory);
         memory.protect(0, 4 * P, readable, false).unwrap();
         assert_eq!(bed.run(&memory, 0, 4, OUT), [(4, Status::ReadOnly)]);
+        assert_eq!(bed.run(&memory, 0, 4, Op::CopyOut { slot: 0 }), [(4, Status::Busy)], "not protected");
+        assert_eq!(bed.uffd.write_protect(range_of(&memory), true, false).unwrap(), WpOutcome::Done);
         assert_eq!(bed.run(&memory, 0, 4, Op::CopyOut { slot: 0 }), [(4, Status::Moved)], "readable: {readable}");
         for page in 0..4 {
             assert_eq!(bed.desk.staging.load_u64(page * P).unwrap(), page + 1);
