@@ -201,6 +201,7 @@ struct Reply {
     evicted @10 :Evicted;
     childAttached @11 :ChildAttached;
     hotRanges @12 :List(HotRange);          # at most Sdk.maxRuns
+    granted @13 :List(Range);               # at most Sdk.maxRuns
   }
 }
 

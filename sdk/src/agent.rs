@@ -22,6 +22,7 @@ use uhmm_kernel_hook::{EventFd, HookError, PidFd, Userfaultfd, memfd, pagemap, p
 
 use crate::Error;
 use crate::own::{self, Noted};
+use crate::validation::View;
 
 /// Name of the agent as a thread.
 const AGENT_THREAD: &str = "uhmm-agent";
@@ -149,6 +150,12 @@ impl AgentHost {
         let (maps, pagemap, smaps) = (self.maps.clone(), self.pagemap.clone(), self.smaps.clone());
         let (staging, orders, done) = (self.staging.clone(), self.orders.clone(), self.done.clone());
         Ok(AgentMemory { maps, pagemap, smaps, staging, orders, done, agent })
+    }
+
+    /// What this process's mappings are compared by, for [`Validations`](crate::validation::Validations).
+    pub(crate) fn view(&self) -> View<'_> {
+        let grants = self.seat.as_ref().map(AgentSeat::grants);
+        View { maps: self.maps.as_fd(), pagemap: self.pagemap.as_fd(), grants }
     }
 
     /// Its pidfd, while it is a process.

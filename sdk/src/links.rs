@@ -394,11 +394,19 @@ impl Loop {
                     Err(error) => deliver(Err(error)),
                 },
                 Ok(Command::Validated { driver, range, make, trace, deadline, deliver }) => {
+                    if self.validations.stands(&driver, range, self.agent.view()) {
+                        match make(self) {
+                            Ok(call) => self.send(Peer::Driver(driver), call, trace, deadline, deliver),
+                            Err(error) => deliver(Err(error)),
+                        }
+                        continue;
+                    }
                     let (addr, len_bytes) = range.map_or((0, 0), |range| (range.start, range.len));
                     let revalidate = Call::Pager(pager::Call::Revalidate { addr, len_bytes });
                     let id = self.reactor.call(self.pager, revalidate, trace, deadline);
                     let until = deadline.map(|deadline| Instant::now() + deadline);
-                    self.validations.asked(id, Validated { driver, make, trace, until, deliver });
+                    let view = self.agent.view();
+                    self.validations.asked(id, range, view, Validated { driver, make, trace, until, deliver });
                 }
                 Ok(Command::Do(what)) => what(self),
                 Err(TryRecvError::Empty) => return true,

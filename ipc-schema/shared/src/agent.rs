@@ -47,6 +47,8 @@ pub const STOP: usize = 1128;
 pub const PAUSE_UNTIL_NS: usize = 1129;
 /// Ranges that were ever written into the diary.
 pub const DROPS: usize = 1130;
+/// Changes whenever the pager allows a device anything: who has looked at the program's mappings before looks again.
+pub const GRANTS: usize = 1131;
 /// First word of the blocks' records.
 pub const BLOCKS: usize = 1152;
 /// Words of a block's record.

@@ -27,8 +27,8 @@ use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{AddrRange, EventFd, HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{Pages, RegionId, Ticket};
 use uhmm_shared::agent::{
-    BELL, BLOCK_WORDS, BLOCKS, DEAD_PAGERS, DIARY, DIARY_ENTRIES, Done, ENTRIES, GATE, IN_FLIGHT_MAX, ORDER_PAGES, Op,
-    SLOTS, Status, WORDS, status_byte,
+    BELL, BLOCK_WORDS, BLOCKS, DEAD_PAGERS, DIARY, DIARY_ENTRIES, Done, ENTRIES, GATE, GRANTS, IN_FLIGHT_MAX,
+    ORDER_PAGES, Op, SLOTS, Status, WORDS, status_byte,
 };
 use uhmm_shared::ring::{Consumer, Producer, RingFault};
 
@@ -535,6 +535,11 @@ impl Agent {
     fn has_announced(&self, addrs: AddrRange) -> bool {
         let word = |index: usize| self.words.load(DIARY + index, Acquire);
         (0..DIARY_ENTRIES as usize).any(|entry| word(2 * entry) <= addrs.start && addrs.end() <= word(2 * entry + 1))
+    }
+
+    /// A device is about to be allowed something.
+    pub fn count_grant(&self) {
+        self.words.store(GRANTS, self.words.load(GRANTS, Relaxed).wrapping_add(1), Release);
     }
 
     /// Its process has ended.

@@ -258,36 +258,38 @@ impl Pager {
 
     /// Touches of what is not there raise SIGBUS from now on, through every mapping.
     pub(crate) fn poison(&mut self, region: RegionId, pages: Pages) {
-        tracing::error!(region = region.0, first_page = pages.first, page_count = pages.count, "Pages are poisoned");
-        self.poison_quietly(region, pages);
-    }
-
-    fn poison_quietly(&mut self, region: RegionId, pages: Pages) {
         let places: Vec<Place> =
             self.regions.showing(region.0, pages).map(|(segment, part)| Place::of(segment, part)).collect();
-        for place in places {
-            self.poison_place(region, place);
+        let page_count: u64 = places.into_iter().map(|place| self.poison_place(region, place)).sum();
+        // Where a page is it is the valid one, and a process that is gone misses none.
+        if page_count > 0 {
+            tracing::error!(region = region.0, first_page = pages.first, page_count, "Pages are poisoned");
         }
     }
 
     /// Page by page where some are there, mapping by mapping; what cannot be done before events are read is noted.
-    fn poison_place(&mut self, region: RegionId, mut left: Place) {
-        let mut count = left.pages.count;
+    fn poison_place(&mut self, region: RegionId, mut left: Place) -> u64 {
+        let (mut count, mut poisoned) = (left.pages.count, 0);
         while left.pages.count > 0 {
             let now = left.first(count.min(left.pages.count));
-            let Some(space) = self.spaces.get(&now.space) else { return };
+            let Some(space) = self.spaces.get(&now.space) else { break };
             let outcome = match space.uffd.poison(now.range()) {
                 Ok(outcome) => outcome,
-                Err(error) => return tracing::warn!(%error, region = region.0, "Poisoning failed"),
+                Err(error) => {
+                    tracing::warn!(%error, region = region.0, "Poisoning failed");
+                    break;
+                }
             };
             let done = outcome.done_bytes / PAGE_SIZE;
+            poisoned += done;
             let skipped = match outcome.stop {
                 None => 0,
                 Some(HookStop::Exists) => 1,
                 Some(HookStop::Again) if done > 0 => 0,
                 Some(HookStop::Again) => {
                     self.note_again(region);
-                    return self.poisons_due.push((region, left.pages));
+                    self.poisons_due.push((region, left.pages));
+                    break;
                 }
                 Some(HookStop::Gone) => match self.mapping_end(now) {
                     Some(shorter) => {
@@ -297,18 +299,22 @@ impl Pager {
                     // Nothing of ours is there.
                     None => 1,
                 },
-                Some(HookStop::NoProcess) => return,
-                Some(stop) => return tracing::warn!(?stop, region = region.0, "Poisoning failed"),
+                Some(HookStop::NoProcess) => break,
+                Some(stop) => {
+                    tracing::warn!(?stop, region = region.0, "Poisoning failed");
+                    break;
+                }
             };
             left = left.after(done + skipped);
             count = left.pages.count;
         }
+        poisoned
     }
 
     /// Before faults are served: what could not be poisoned while events were unread.
     pub(crate) fn poison_what_is_due(&mut self) {
         for (region, pages) in std::mem::take(&mut self.poisons_due) {
-            self.poison_quietly(region, pages);
+            self.poison(region, pages);
         }
     }
 }

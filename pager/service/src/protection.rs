@@ -153,6 +153,6 @@ impl Pager {
             self.settle_cut(cut);
         }
         // No device reads there any more when the caller goes on.
-        self.revalidated(conn, call, addr, len_bytes);
+        self.revalidated(conn, call, range, false);
     }
 }

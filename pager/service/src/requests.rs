@@ -68,6 +68,8 @@ pub(crate) enum Then {
         addr: u64,
         /// Bytes; 0: nothing ended.
         len_bytes: u64,
+        /// Told what devices have mappings of.
+        tells: bool,
     },
     /// The range is at home: it is not managed any more.
     Release {
@@ -206,8 +208,8 @@ impl Pager {
         if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
             return self.released(conn, call, addr, len_bytes);
         }
-        if let Then::LetGo { addr, len_bytes } = then {
-            return self.revalidated(conn, call, addr, len_bytes);
+        if let Then::LetGo { addr, len_bytes, tells } = then {
+            return self.revalidated(conn, call, AddrRange { start: addr, len: len_bytes }, tells);
         }
         runs.sort_unstable_by_key(|run| run.first_page);
         let answer = match error {
@@ -335,6 +337,9 @@ impl Pager {
         if let Some(segment) = self.regions.segment_mut(segment_id) {
             let first = pages.first - first_page;
             segment.granted.add(first..first + pages.count, !read_only);
+        }
+        if let Some(agent) = self.spaces.get(&space).and_then(|space| space.agent.as_ref()) {
+            agent.count_grant();
         }
         let then = Then::Map { read_only };
         let pending = PendingRequest { conn, call, trace, first_page, then, group: 0 };

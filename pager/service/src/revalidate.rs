@@ -8,9 +8,13 @@
 //!     kernel: fewer rights   --> mappings go; the next fault is answered by the new rights
 //!   all revocations done, and what ended is let go of --> Done
 //! ```
+//! The SDK need not ask when nothing has changed: it compares the program's mappings with those of the last time, and a word that changes
+//! with every grant (`sdk/src/validation.rs`).
+//!
 //! What runs on a device already is not stopped: it may go on under the old rights until it meets a fault, or until `session.protect` says
 //! that they have changed.
 
+use uhmm_ipc::message::pager::GrantedRange;
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
@@ -26,6 +30,9 @@ use crate::space::Segment;
 /// Guards are looked for in at most so many granted pages of the whole space (100 us); a range of its own is always looked at.
 const GUARD_PAGES_MAX: u64 = 1 << 14;
 
+/// So many ranges are told: the SDK asks about each of them itself before it asks again.
+const TOLD_MAX: usize = 32;
+
 /// A caller who waits until devices have let go of addresses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LettingGo {
@@ -33,6 +40,8 @@ pub(crate) struct LettingGo {
     call: CallId,
     space: u64,
     range: AddrRange,
+    /// The answer tells what devices have mappings of.
+    tells: bool,
 }
 
 /// What has to be taken back.
@@ -69,11 +78,11 @@ impl Pager {
             }
             over = if over.len == 0 { *gone } else { AddrRange { start: over.start, len: gone.end() - over.start } };
         }
-        let waiting = LettingGo { conn, call, space: space_id, range: over };
+        let waiting = LettingGo { conn, call, space: space_id, range: over, tells: whole };
         if back.pieces.is_empty() {
             self.answer_when_let_go(waiting);
         } else {
-            let then = Then::LetGo { addr: over.start, len_bytes: over.len };
+            let then = Then::LetGo { addr: over.start, len_bytes: over.len, tells: whole };
             self.ask_pieces((conn, call, TraceId::default()), &back.pieces, then, revoke_all);
         }
         None
@@ -131,9 +140,9 @@ impl Pager {
     }
 
     /// The revocations are done.
-    pub(crate) fn revalidated(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) {
+    pub(crate) fn revalidated(&mut self, conn: ConnId, call: CallId, range: AddrRange, tells: bool) {
         let space = self.space_of(conn).unwrap_or(0);
-        self.answer_when_let_go(LettingGo { conn, call, space, range: AddrRange { start: addr, len: len_bytes } });
+        self.answer_when_let_go(LettingGo { conn, call, space, range, tells });
     }
 
     pub(crate) fn answer_when_let_go(&mut self, waiting: LettingGo) {
@@ -152,7 +161,28 @@ impl Pager {
     }
 
     fn let_go(&mut self, waiting: &LettingGo) {
-        self.service.reactor.reply(waiting.conn, waiting.call, Ok(Reply::Pager(pager::Reply::Done)));
+        let granted = waiting.tells.then(|| self.granted_ranges(waiting.space)).flatten();
+        let answer = granted.map_or(pager::Reply::Done, |ranges| pager::Reply::Granted { ranges });
+        self.service.reactor.reply(waiting.conn, waiting.call, Ok(Reply::Pager(answer)));
+    }
+
+    /// `None`: too many to tell.
+    fn granted_ranges(&self, space_id: u64) -> Option<Vec<GrantedRange>> {
+        let mut ranges: Vec<GrantedRange> = Vec::new();
+        for id in self.spaces.get(&space_id)?.segments.values() {
+            let Some(segment) = self.regions.segment(*id).filter(|segment| segment.granted_mask != 0) else { continue };
+            for pages in segment.granted.readable.within(0..segment.page_count) {
+                let addr = segment.addr + pages.start * PAGE_SIZE;
+                let len_bytes = (pages.end - pages.start) * PAGE_SIZE;
+                let full = ranges.len() == TOLD_MAX;
+                match ranges.last_mut() {
+                    Some(last) if last.addr + last.len_bytes == addr => last.len_bytes += len_bytes,
+                    _ if full => return None,
+                    _ => ranges.push(GrantedRange { addr, len_bytes }),
+                }
+            }
+        }
+        Some(ranges)
     }
 
     fn is_held(&self, waiting: &LettingGo) -> bool {

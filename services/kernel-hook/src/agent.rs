@@ -11,11 +11,11 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uhmm_agent::{BLOCK_BYTES, Config, SCRATCH_BYTES, Work};
-use uhmm_shared::agent::{BELL, PAUSE_UNTIL_NS, SLOTS, STOP, WORDS};
+use uhmm_shared::agent::{BELL, GRANTS, PAUSE_UNTIL_NS, SLOTS, STOP, WORDS};
 
 use crate::bytes::Advice;
 use crate::error::HookError;
@@ -187,6 +187,11 @@ impl AgentSeat {
 
     fn word(&self, index: usize) -> Result<&std::sync::atomic::AtomicU64, HookError> {
         self.orders.atomic_u64(index as u64 * 8)
+    }
+
+    /// Changes whenever the pager allows a device anything.
+    pub fn grants(&self) -> u64 {
+        self.word(GRANTS).map_or(0, |word| word.load(Acquire))
     }
 
     /// Tells the agent to end.

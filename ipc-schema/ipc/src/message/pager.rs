@@ -483,6 +483,11 @@ pub enum Reply {
         /// Hottest first; at most 2048.
         ranges: Vec<HotRange>,
     },
+    /// Answer to `Revalidate` of a whole space: where devices may have mappings. `Done` when these are too many to be told.
+    Granted {
+        /// In order, apart from each other.
+        ranges: Vec<GrantedRange>,
+    },
     /// Answer to `ReadTrace`.
     Trace {
         /// In order; empty when there is nothing newer.

@@ -43,6 +43,15 @@ pub enum Advice {
     Granularity(Option<u8>),
 }
 
+/// Addresses of which devices may have mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GrantedRange {
+    /// First address, page aligned.
+    pub addr: u64,
+    /// Bytes.
+    pub len_bytes: u64,
+}
+
 /// 2 MiB of addresses that a device has used lately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HotRange {

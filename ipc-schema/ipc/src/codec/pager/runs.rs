@@ -1,7 +1,7 @@
 //! The pager's answers: runs of pages, regions.
 
 use capnp::struct_list;
-use uhmm_schema::pager_capnp::{MAX_REGIONS, hot_range, map_run, region, reply};
+use uhmm_schema::pager_capnp::{MAX_REGIONS, hot_range, map_run, range, region, reply};
 use uhmm_schema::sdk_capnp::{
     self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, region_status, residency_run, status_run,
 };
@@ -12,7 +12,8 @@ use crate::codec::error::{DecodeError, EncodeError};
 use crate::codec::fds::{FdSink, FdSource};
 use crate::codec::limits::{in_data, in_len, out_data, out_len};
 use crate::message::pager::{
-    HotRange, MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun, StatusRun,
+    GrantedRange, HotRange, MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun,
+    StatusRun,
 };
 
 pub(in crate::codec) fn write_reply(
@@ -63,6 +64,14 @@ pub(in crate::codec) fn write_reply(
                 let mut to = list.reborrow().get(index as u32);
                 to.set_addr(range.addr);
                 to.set_heat_permille(range.heat_permille);
+            }
+        }
+        Reply::Granted { ranges } => {
+            let mut list = to.init_granted(out_len("granted", ranges.len(), MAX_RUNS)?);
+            for (index, range) in ranges.iter().enumerate() {
+                let mut to = list.reborrow().get(index as u32);
+                to.set_addr(range.addr);
+                to.set_len_bytes(range.len_bytes);
             }
         }
         Reply::Trace { records } => {
@@ -126,6 +135,13 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
                 heat_permille: from.get_heat_permille(),
             };
             Reply::HotRanges { ranges: list.iter().map(read).collect() }
+        }
+        reply::Granted(list) => {
+            let list = list?;
+            in_len("granted", list.len(), MAX_RUNS)?;
+            let read =
+                |from: range::Reader<'_>| GrantedRange { addr: from.get_addr(), len_bytes: from.get_len_bytes() };
+            Reply::Granted { ranges: list.iter().map(read).collect() }
         }
         reply::Trace(list) => {
             let list = list?;

@@ -36,7 +36,7 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
         variants!("Common", common::Reply: Stats),
         variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
-            Evicted ChildAttached HotRanges),
+            Evicted ChildAttached HotRanges Granted),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
         variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
@@ -346,6 +346,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: pager::Memory::Private },
         R::Attributes { runs: attribute_runs() },
         R::HotRanges { ranges: vec![pager::HotRange { addr: 3 << 21, heat_permille: 1000 }] },
+        R::Granted { ranges: vec![pager::GrantedRange { addr: 4096, len_bytes: 8192 }] },
         R::Trace { records: trace_records() },
         R::Evicted { page_count: 77 },
         R::Resolved { runs: map_runs() },
