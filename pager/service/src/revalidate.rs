@@ -61,14 +61,14 @@ impl Pager {
         };
         let whole = len_bytes == 0;
         let range = if whole {
-            Some(AddrRange { start: 0, len: u64::MAX & !(PAGE_SIZE - 1) })
+            Some(AddrRange { start: 0, len: !(PAGE_SIZE - 1) })
         } else {
             AddrRange::new(addr, len_bytes).ok()
         };
         let Some(range) = range else {
             return refuse(ErrorCode::Invalid, format!("[{addr:#x}, +{len_bytes:#x}) is not a range of whole pages"));
         };
-        let back = self.to_take_back(space_id, range, whole);
+        let back = self.find_excess(space_id, range, whole);
         self.drop_guarded(space_id, &back.guards);
         let mut over = AddrRange { start: range.start, len: 0 };
         for gone in &back.gone {
@@ -97,7 +97,7 @@ impl Pager {
         }
     }
 
-    fn to_take_back(&mut self, space_id: u64, range: AddrRange, whole: bool) -> TakeBack {
+    fn find_excess(&mut self, space_id: u64, range: AddrRange, whole: bool) -> TakeBack {
         let mut back = TakeBack::default();
         let mut guard_pages_left = GUARD_PAGES_MAX;
         for id in self.touched(space_id, range.start, range.end()) {
