@@ -50,7 +50,8 @@ fn what_became_a_guard_is_dropped_and_what_lies_behind_it_comes_home() {
     assert_eq!(fills(&actions), [(ticket, Pages::one(3))]);
     use PageState::{Absent, MovingHome, System};
     assert_eq!(states(&machine), [System, Absent, Absent, MovingHome]);
-    let actions = machine.send(Event::FillDone { ticket, done_pages: 1, stop: None });
+    let mut actions = machine.send(Event::FillDone { ticket, done_pages: 1, stop: None });
+    actions.extend(machine.send(Event::Tick));
     assert_eq!(states(&machine), [System, Absent, Absent, System]);
     let runs = actions.iter().find_map(|action| match action {
         Action::Reply { outcome: Outcome::Migrated { runs, moved_pages: 2 }, .. } => Some(runs),
