@@ -4,9 +4,10 @@
 //! publishes and never again in the same call. That is why one call starts the work of one request only, and why the
 //! end of a transfer merely marks waiting requests as ready.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::coherent::CpuMap;
+use crate::ending::Endings;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
 use crate::event::{
     Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId,
@@ -16,6 +17,7 @@ use crate::fault::CpuOp;
 use crate::fork::ForkWait;
 use crate::frames::{FrameTable, HUGE_PAGES, Owner};
 use crate::policy::Policy;
+use crate::ready::{Lane, Ready};
 use crate::request::Request;
 use crate::resolve::Resolve;
 use crate::stats::Stats;
@@ -36,6 +38,8 @@ pub(crate) struct RegionInfo {
     pub dying: bool,
     /// Transfers in flight.
     pub transfers: u32,
+    /// Requests that wait, without its end.
+    pub requests: u32,
 }
 
 /// See the module head of the crate.
@@ -56,7 +60,13 @@ pub struct Core<P> {
     scrubs: BTreeMap<Ticket, (DeviceId, Vec<(u32, u32)>)>,
     pub(crate) requests: BTreeMap<u64, Request>,
     /// Requests that can go on, in turn.
-    pub(crate) ready: VecDeque<u64>,
+    pub(crate) ready: Ready,
+    /// Requests that wait until a transfer ends.
+    pub(crate) blocked: BTreeSet<u64>,
+    /// Requests that wait for the clock.
+    pub(crate) paused: BTreeSet<u64>,
+    /// Regions on their end.
+    pub(crate) endings: Endings,
     /// Steps that met EAGAIN.
     pub(crate) again: Vec<Ticket>,
     /// Transfers whose device is gone: they end at the next tick.
@@ -97,7 +107,10 @@ impl<P: Policy> Core<P> {
             cpu_ops: BTreeMap::new(),
             scrubs: BTreeMap::new(),
             requests: BTreeMap::new(),
-            ready: VecDeque::new(),
+            ready: Ready::default(),
+            blocked: BTreeSet::new(),
+            paused: BTreeSet::new(),
+            endings: Endings::new(),
             again: Vec::new(),
             doomed: Vec::new(),
             holding: 0,
@@ -126,7 +139,7 @@ impl<P: Policy> Core<P> {
 
     /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
     pub fn next_deadline_us(&self) -> Option<u64> {
-        let paused = self.requests.values().filter_map(Request::not_before_us);
+        let paused = self.paused.iter().filter_map(|order| self.requests.get(order)?.not_before_us());
         paused.chain(self.late_wakes.iter().map(|(until_us, ..)| *until_us)).min()
     }
 
@@ -237,6 +250,41 @@ impl<P: Policy> Core<P> {
         Pages { first: pages.first, count }
     }
 
+    /// Pages in runs that are known to be alike, with their entry: one step for what was never touched, however large.
+    pub(crate) fn alike_parts(
+        dir: &impl Directory,
+        region: RegionId,
+        pages: Pages,
+    ) -> impl Iterator<Item = (Pages, Entry)> {
+        let mut left = pages;
+        std::iter::from_fn(move || {
+            let count = dir.alike(region, left.first).clamp(1, left.count.max(1));
+            let run = (left.count > 0).then_some(Pages { count, ..left })?;
+            left = left.after(count);
+            Some((run, Self::entry(dir, region, run.first)))
+        })
+    }
+
+    /// As `run_while`, but as far as it goes.
+    pub(crate) fn whole_run(
+        dir: &impl Directory,
+        region: RegionId,
+        pages: Pages,
+        mut take: impl FnMut(Entry) -> bool,
+    ) -> Pages {
+        let parts = Self::alike_parts(dir, region, pages).take_while(|(_, entry)| take(*entry));
+        Pages { count: parts.map(|(run, _)| run.count).sum(), ..pages }
+    }
+
+    /// The first pages if they are several and known to be alike, in one step however large; none of them is busy.
+    pub(crate) fn wide_run(&self, dir: &impl Directory, region: RegionId, pages: Pages) -> Option<Pages> {
+        let run = Pages { count: dir.alike(region, pages.first).min(pages.count), ..pages };
+        let held = self.transfers.values().filter(|transfer| transfer.holds() && transfer.region == region);
+        let held = held.filter_map(|transfer| transfer.pages.overlap(run)).map(|held| held.first).min();
+        let run = Pages { count: held.map_or(run.count, |page| page - run.first), ..run };
+        (run.count > 1).then_some(run)
+    }
+
     /// Nobody may begin anything with the page: it is on the move, or it has left and its system page is not punched yet.
     pub(crate) fn busy(&self, region: RegionId, page: u64, entry: Entry) -> bool {
         entry.is_moving() || self.is_held(region, page)
@@ -295,7 +343,8 @@ impl<P: Policy> Core<P> {
     }
 
     pub(crate) fn add_region(&mut self, region: RegionId, space: SpaceId, page_count: u64, backing: Backing) {
-        self.regions.insert(region, RegionInfo { space, page_count, backing, dying: false, transfers: 0 });
+        let info = RegionInfo { space, page_count, backing, dying: false, transfers: 0, requests: 0 };
+        self.regions.insert(region, info);
     }
 
     /// Only the client itself can take its pages out.
@@ -310,11 +359,6 @@ impl<P: Policy> Core<P> {
     /// A region on its end: only its teardown may begin anything.
     pub(crate) fn is_dying(&self, region: RegionId) -> bool {
         self.regions.get(&region).is_none_or(|info| info.dying)
-    }
-
-    /// Some region is on its end: its frames come back soon.
-    pub(crate) fn something_dies(&self) -> bool {
-        self.regions.values().any(|info| info.dying)
     }
 
     /// Checks a request's range and queues it.
@@ -340,9 +384,18 @@ impl<P: Policy> Core<P> {
             }
             return order;
         }
-        self.requests.insert(order, request);
-        self.ready.push_back(order);
+        let Some(info) = self.regions.get_mut(&request.region) else { return order };
+        info.requests += 1;
+        let mut request = request;
+        request.lane = Lane::Space(info.space);
+        self.queue(order, request);
         order
+    }
+
+    /// It can go on.
+    pub(crate) fn queue(&mut self, order: u64, request: Request) {
+        self.ready.push(request.lane, order);
+        self.requests.insert(order, request);
     }
 
     pub(crate) fn next_request_order(&mut self) -> u64 {
@@ -357,9 +410,9 @@ impl<P: Policy> Core<P> {
 
     /// A transfer ended or a device came: whoever waited looks again.
     pub(crate) fn unblock_all(&mut self) {
-        for (order, request) in &mut self.requests {
-            if request.not_before_us().is_none() && std::mem::take(&mut request.blocked) {
-                self.ready.push_back(*order);
+        for order in std::mem::take(&mut self.blocked) {
+            if let Some(request) = self.requests.get(&order) {
+                self.ready.push(request.lane, order);
             }
         }
     }
@@ -367,12 +420,8 @@ impl<P: Policy> Core<P> {
     /// What a request has waited for is there: it looks before another one takes it away. Otherwise two devices that want the
     /// same page, or two requests that want the last frame, can undo each other's work for ever.
     pub(crate) fn prefer(&mut self, order: u64) {
-        if self.requests.get(&order).is_none_or(Request::is_bulk) {
-            return;
-        }
-        if let Some(place) = self.ready.iter().position(|other| *other == order) {
-            self.ready.remove(place);
-            self.ready.push_front(order);
+        if let Some(request) = self.requests.get(&order).filter(|request| !request.is_bulk()) {
+            self.ready.prefer(request.lane, order);
         }
     }
 
@@ -391,7 +440,7 @@ impl<P: Policy> Core<P> {
         }
         self.wake_delayed();
         self.wake_late(out);
-        if let Some(order) = self.ready.pop_front() {
+        if let Some(order) = self.ready.pop() {
             self.step(dir, order, out);
         } else if self.unknown_mask != 0 {
             self.scrub_unknown(out);
@@ -401,16 +450,20 @@ impl<P: Policy> Core<P> {
     /// Requests whose pause is over look again.
     fn wake_delayed(&mut self) {
         let now_us = self.now_us;
-        for (order, request) in &mut self.requests {
-            if request.end_pause(now_us) {
-                self.ready.push_back(*order);
+        let (requests, ready) = (&mut self.requests, &mut self.ready);
+        self.paused.retain(|order| {
+            let Some(request) = requests.get_mut(order) else { return false };
+            let over = request.end_pause(now_us);
+            if over {
+                ready.push(request.lane, *order);
             }
-        }
+            !over
+        });
     }
 
     fn step_now(&mut self, dir: &impl Directory, order: u64, out: &mut Vec<Action>) {
-        if self.ready.back() == Some(&order) {
-            self.ready.pop_back();
+        let lane = self.requests.get(&order).map(|request| request.lane);
+        if lane.is_some_and(|lane| self.ready.take_newest(lane, order)) {
             self.step(dir, order, out);
         }
     }

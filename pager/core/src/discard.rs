@@ -1,4 +1,4 @@
-//! Giving things up: content that nobody wants any more, mappings that devices may not keep, whole regions.
+//! Giving things up: content that nobody wants any more, mappings that devices may not keep. (Whole regions: `ending`.)
 //!
 //! When private memory is unmapped or discarded (munmap, MADV_DONTNEED, MADV_FREE) the kernel has dropped the system pages when the
 //! event is read, or does so right then, and the program may touch the range again at once: it must find zeros. So nothing of that
@@ -14,9 +14,9 @@
 //!
 //! Until it is done the entries say so ([`Entry::discarded`]): the event was told once, and a pager that dies meanwhile leaves it to the next.
 
-use crate::core::{Core, KEEPER};
-use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState};
-use crate::event::{Action, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, Ticket};
+use crate::core::Core;
+use crate::entry::{Entry, PageState};
+use crate::event::{Action, Directory, PageStatus, Pages, RegionId, Ticket};
 use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
@@ -52,7 +52,8 @@ impl<P: Policy> Core<P> {
             if busy && !is_waiting && !first.discarded() && (first.is_moving() || first.owns_frame()) {
                 Self::publish_same(region, Pages::one(left.first), first.with_discarded(true), out);
             }
-            left = left.after(1);
+            // Pages that are known to be alike name no frame and are not on the move.
+            left = left.after(dir.alike(region, left.first).max(1));
         }
     }
 
@@ -236,39 +237,13 @@ impl<P: Policy> Core<P> {
         devices: u16,
         out: &mut Vec<Action>,
     ) {
-        for page in pages.iter() {
-            let entry = Self::entry(dir, region, page);
+        for (run, entry) in Self::alike_parts(dir, region, pages) {
             let mask = entry.mapped_mask() & !devices;
             if entry.is_moving() || mask == entry.mapped_mask() && entry.state() != PageState::Exclusive {
                 continue;
             }
             let state = if entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
-            Self::publish_same(region, Pages::one(page), entry.with_state(state).with_mapped_mask(mask), out);
-        }
-    }
-
-    /// Starts the end of a region, once nothing of it moves.
-    pub(crate) fn start_teardown(&mut self, region: RegionId, pages: Pages, mask: u16, out: &mut Vec<Action>) {
-        let ticket = self.begin(Transfer { mask, ..Transfer::new(region, pages, Kind::Teardown) }, out);
-        self.revoke_or(ticket, out, Self::finish_teardown);
-    }
-
-    pub(crate) fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
-        let region = transfer.region;
-        // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
-        out.push(Action::DropRegion { region });
-        for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
-            let runs = self.table(device).map(|table| table.hand_over(region, KEEPER)).unwrap_or_default();
-            self.start_scrub(device, runs, out);
-        }
-        self.end(ticket);
-        self.regions.remove(&region);
-        self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
-        self.policy.region_gone(region);
-        let order = self.requests.iter().find(|(_, request)| request.is_teardown_of(region)).map(|(order, _)| *order);
-        if let Some(request) = order.and_then(|order| self.requests.remove(&order)) {
-            self.reply(request.id, Outcome::Done, out);
+            Self::publish_same(region, run, entry.with_state(state).with_mapped_mask(mask), out);
         }
     }
 }

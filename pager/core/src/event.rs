@@ -87,6 +87,9 @@ pub trait Directory {
     fn huge_phase(&self, region: RegionId) -> u64;
     /// Raw entry of a page; pages or regions that do not exist read as zero.
     fn load(&self, region: RegionId, page: u64) -> u64;
+    /// How many pages from this one on certainly have the same entry: at least one. The shell knows it of what was never written, or only
+    /// as a whole: that is what makes large untouched memory cost nothing. Entries that are alike name no frame.
+    fn alike(&self, region: RegionId, page: u64) -> u64;
     /// Pages of a region, zero when it does not exist.
     fn page_count(&self, region: RegionId) -> u64;
     /// Whether the device used the page since this (or [`Event::Used`]) told so last: the mark is taken away. Asked by eviction

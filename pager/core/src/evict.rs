@@ -19,7 +19,7 @@ impl<P: Policy> Core<P> {
         order: u64,
         out: &mut Vec<Action>,
     ) -> bool {
-        let ticket = self.evict_run(dir, device, want, |_| false, None, out);
+        let ticket = self.evict_run(dir, device, want, None, None, out);
         let Some(transfer) = ticket.and_then(|ticket| self.transfers.get_mut(&ticket)) else { return ticket.is_some() };
         transfer.sponsor = Some(order);
         true
@@ -30,24 +30,28 @@ impl<P: Policy> Core<P> {
         dir: &impl Directory,
         device: DeviceId,
         want: u64,
-        spare: impl Fn(Owner) -> bool,
+        only: Option<SpaceId>,
         owner: Option<u64>,
         out: &mut Vec<Action>,
     ) -> Option<crate::Ticket> {
         let held: Vec<(RegionId, Pages)> =
             self.transfers.values().filter(|transfer| transfer.holds()).map(|t| (t.region, t.pages)).collect();
-        let dying: Vec<_> = self.regions.iter().filter(|(_, info)| info.dying).map(|(id, _)| *id).collect();
+        let regions = &self.regions;
+        let may_go = |owner: Owner| {
+            let info = regions.get(&owner.region).filter(|info| !info.dying);
+            info.is_some_and(|info| only.is_none_or(|space| info.space == space))
+        };
         let settled = |owner: Owner| {
             let entry = Self::entry(dir, owner.region, owner.page);
             (entry.lives_on_device() || entry.state() == PageState::Duplicated)
                 && entry.device() == device
-                && !dying.contains(&owner.region)
+                && may_go(owner)
                 && !held.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
         };
-        let table = self.table(device)?;
+        let table = self.frames.get_mut(usize::from(device.0))?.as_mut()?;
         let used = |owner: Owner| dir.take_used(owner.region, owner.page, device);
         let want = want.min(u64::from(u32::MAX)) as u32;
-        let (victim, chances) = table.victims(want, |owner| !settled(owner) || spare(owner), used);
+        let (victim, chances) = table.victims(want, |owner| !settled(owner), used);
         self.stats.second_chances += u64::from(chances);
         let (first, count) = victim?;
         let region = first.region;
@@ -86,8 +90,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         let order = self.next_request_order();
-        self.requests.insert(order, request);
-        self.ready.push_back(order);
+        self.queue(order, request);
     }
 
     /// One run of the space's pages leaves the device.
@@ -103,11 +106,9 @@ impl<P: Policy> Core<P> {
         if request.outstanding >= OUTSTANDING_MAX || self.table(device).is_none() {
             return Next::Wait;
         }
-        let mine: Vec<RegionId> =
-            self.regions.iter().filter(|(_, info)| info.space == space).map(|(id, _)| *id).collect();
-        let others = |owner: Owner| !mine.contains(&owner.region);
         if left > 0
-            && let Some(ticket) = self.evict_run(dir, device, left.min(crate::CHUNK_PAGES), others, Some(order), out)
+            && let Some(ticket) =
+                self.evict_run(dir, device, left.min(crate::CHUNK_PAGES), Some(space), Some(order), out)
         {
             let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
             request.take_from_eviction(count);

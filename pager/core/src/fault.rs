@@ -148,7 +148,8 @@ impl<P: Policy> Core<P> {
                 if entry.lives_on_device() && run.count > 0 {
                     self.start_home(region, run, first, mask, None, Cause::CpuFault, out);
                 }
-                left = left.after(run.count.max(1));
+                let alike = dir.alike(region, left.first).max(1);
+                left = left.after(if run.count > 0 { run.count } else { alike });
             }
         }
     }

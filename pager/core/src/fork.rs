@@ -81,7 +81,7 @@ impl<P: Policy> Core<P> {
             return;
         };
         let all = Pages { first: 0, count: info.page_count };
-        let entries = all.iter().map(|page| Self::entry(dir, parent, page));
+        let entries = Self::alike_parts(dir, parent, all).map(|(_, entry)| entry);
         let shared = entries.filter(|entry| entry.lives_on_device() && entry.shared());
         let mask = shared.fold(0, |mask, entry| mask | entry.mapped_mask());
         let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child }) };
@@ -108,13 +108,19 @@ impl<P: Policy> Core<P> {
         let first = Self::entry(dir, parent, left.first);
         let fate = |page: u64, entry: Entry| self.fate_at_fork(parent, page, entry);
         let first_fate = fate(left.first, first);
-        let run = Self::run_while(dir, parent, left, |offset, entry| {
+        let narrow = |offset, entry: Entry| {
             let follows = !entry.owns_frame()
                 || entry.device() == first.device() && entry.frame().wrapping_sub(first.frame()) as u64 == offset;
             follows && fate(left.first + offset, entry) == first_fate
-        });
-        for page in run.iter() {
-            *mask |= if first.lives_on_device() { Self::entry(dir, parent, page).mapped_mask() } else { 0 };
+        };
+        let alike = dir.alike(parent, left.first).min(left.count);
+        // Pages that are known to be alike name no frame and are not on the move: one fate.
+        let run = match alike > 1 {
+            true => Pages { count: alike, ..left },
+            false => Self::run_while(dir, parent, left, narrow),
+        };
+        if first.lives_on_device() {
+            *mask |= run.iter().fold(0, |mask, page| mask | Self::entry(dir, parent, page).mapped_mask());
         }
         let shared = Entry::on_device(first.device(), first.frame()).with_shared(true);
         match first_fate {

@@ -33,7 +33,7 @@ struct Frame {
     referenced: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Holder {
     /// Scrubbed.
     Clean,
@@ -53,6 +53,16 @@ pub struct FrameTable {
     hand: u32,
     /// Owners beside the one that stands in the frame.
     sharers: BTreeMap<u32, Vec<Owner>>,
+    /// Free frames that hold something.
+    dirty: BTreeMap<Holder, Dirty>,
+}
+
+/// Free frames that hold somebody's bytes: how many, and none below `from`. So that a client that leaves nothing costs no search, and one
+/// that leaves little a short one.
+#[derive(Clone, Copy, Debug)]
+struct Dirty {
+    count: u32,
+    from: u32,
 }
 
 impl FrameTable {
@@ -65,6 +75,27 @@ impl FrameTable {
             next: 0,
             hand: 0,
             sharers: BTreeMap::new(),
+            dirty: BTreeMap::from([(Holder::Unknown, Dirty { count: frame_count, from: 0 })]),
+        }
+    }
+
+    /// The frame, which is free, holds what it is said to.
+    fn is_dirty(&mut self, frame: u32) {
+        let holder = self.frames[frame as usize].last_space;
+        if holder != Holder::Clean {
+            let dirty = self.dirty.entry(holder).or_insert(Dirty { count: 0, from: frame });
+            *dirty = Dirty { count: dirty.count + 1, from: dirty.from.min(frame) };
+        }
+    }
+
+    /// The frame, which was free, is so no more, or holds something else.
+    fn no_longer_dirty(&mut self, frame: u32) {
+        let holder = self.frames[frame as usize].last_space;
+        if let Some(dirty) = self.dirty.get_mut(&holder) {
+            dirty.count -= 1;
+            if dirty.count == 0 {
+                self.dirty.remove(&holder);
+            }
         }
     }
 
@@ -73,6 +104,7 @@ impl FrameTable {
         for frame in &mut self.frames {
             frame.last_space = Holder::Clean;
         }
+        self.dirty.clear();
     }
 
     /// Size.
@@ -117,6 +149,7 @@ impl FrameTable {
     fn occupy(&mut self, start: u32, count: u32, first: Owner, space: SpaceId) {
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
+            self.no_longer_dirty(start + offset);
             let frame = &mut self.frames[(start + offset) as usize];
             *frame = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: true };
         }
@@ -152,9 +185,11 @@ impl FrameTable {
     /// Recovery: the directory says who owns the frame; `shared` entries may name one together. `false`: out of range or owned
     /// already.
     pub fn claim(&mut self, frame: u32, owner: Owner, space: SpaceId, shared: bool) -> bool {
-        match self.frames.get_mut(frame as usize) {
+        match self.frames.get(frame as usize) {
             Some(slot) if slot.owner.is_none() => {
-                *slot = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: false };
+                self.no_longer_dirty(frame);
+                let last_space = Holder::Space(space);
+                self.frames[frame as usize] = Frame { owner: Some(owner), last_space, referenced: false };
                 self.free_count -= 1;
                 true
             }
@@ -203,8 +238,12 @@ impl FrameTable {
             }
             let slot = &mut self.frames[(frame + offset) as usize];
             debug_assert!(slot.owner.is_some(), "frame was free");
-            self.free_count += u32::from(slot.owner.take().is_some());
+            let was_used = slot.owner.take().is_some();
             unknown |= slot.last_space == Holder::Unknown;
+            if was_used {
+                self.free_count += 1;
+                self.is_dirty(frame + offset);
+            }
         }
         unknown
     }
@@ -212,8 +251,15 @@ impl FrameTable {
     /// Gives frames back whose content is anybody's guess: they need a scrub.
     pub fn release_unknown(&mut self, frame: u32, count: u32, first: Owner) {
         self.release(frame, count, first);
-        for slot in &mut self.frames[frame as usize..(frame + count) as usize] {
-            slot.last_space = Holder::Unknown;
+        for frame in frame..frame + count {
+            let is_free = self.frames[frame as usize].owner.is_none();
+            if is_free {
+                self.no_longer_dirty(frame);
+            }
+            self.frames[frame as usize].last_space = Holder::Unknown;
+            if is_free {
+                self.is_dirty(frame);
+            }
         }
     }
 
@@ -228,58 +274,45 @@ impl FrameTable {
     /// At most `max` frames. They are marked clean at once: they are owned by nobody until [`Self::scrubbed`] gives them back.
     pub fn begin_scrub(&mut self, space: Option<SpaceId>, keeper: Owner, max: usize) -> Vec<(u32, u32)> {
         let mut runs: Vec<(u32, u32)> = Vec::new();
+        let holder = space.map_or(Holder::Unknown, Holder::Space);
         let mut taken = 0;
-        for index in 0..self.frames.len() {
-            if taken == max {
-                break;
+        while taken < max
+            && let Some(Dirty { from, .. }) = self.dirty.get(&holder).copied()
+        {
+            let holds = |frame: &Frame| frame.owner.is_none() && frame.last_space == holder;
+            let found = self.frames[from as usize..].iter().position(holds);
+            // Counted and not there: nothing is lost by not scrubbing what does not exist.
+            let Some(at) = found.map(|offset| from + offset as u32) else { break };
+            self.no_longer_dirty(at);
+            if let Some(dirty) = self.dirty.get_mut(&holder) {
+                dirty.from = at + 1;
             }
-            let frame = &mut self.frames[index];
-            let dirty = match (space, frame.last_space) {
-                (Some(space), Holder::Space(holder)) => holder == space,
-                (None, Holder::Unknown) => true,
-                _ => false,
-            };
-            if frame.owner.is_some() || !dirty {
-                continue;
-            }
-            *frame = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
+            self.frames[at as usize] = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
             self.free_count -= 1;
             taken += 1;
             match runs.last_mut() {
-                Some(run) if run.0 + run.1 == index as u32 => run.1 += 1,
-                _ => runs.push((index as u32, 1)),
+                Some(run) if run.0 + run.1 == at => run.1 += 1,
+                _ => runs.push((at, 1)),
             }
         }
         runs
     }
 
-    /// A region ended: its frames go to `keeper` for a scrub, except those that others name too.
-    pub fn hand_over(&mut self, region: RegionId, keeper: Owner) -> Vec<(u32, u32)> {
-        let mut runs: Vec<(u32, u32)> = Vec::new();
-        let shared: Vec<u32> = self.sharers.keys().copied().collect();
-        for frame in shared {
-            if let Some(others) = self.sharers.get_mut(&frame) {
-                others.retain(|owner| owner.region != region);
-            }
-            if self.sharers.get(&frame).is_some_and(Vec::is_empty) {
-                self.sharers.remove(&frame);
-            }
-            let mine = self.frames[frame as usize].owner.filter(|owner| owner.region == region);
-            if let Some(owner) = mine {
-                self.unshare(frame, owner);
-            }
-        }
-        for (index, frame) in self.frames.iter_mut().enumerate() {
-            if frame.owner.is_none_or(|owner| owner.region != region) {
+    /// A region ended: consecutive frames of `first` and the pages after it go to `keeper` for a scrub, and are added to `runs`, except
+    /// those that others name too, and those that are somebody else's by now (the memory was replaced meanwhile).
+    pub fn hand_over(&mut self, frame: u32, count: u32, first: Owner, keeper: Owner, runs: &mut Vec<(u32, u32)>) {
+        for offset in 0..count {
+            let (at, owner) = (frame + offset, Owner { page: first.page + u64::from(offset), ..first });
+            let shares = self.sharers.get(&at).is_some_and(|others| others.contains(&owner));
+            if !shares && self.owner(at) != Some(owner) || self.unshare(at, owner) {
                 continue;
             }
-            *frame = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
+            self.frames[at as usize] = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
             match runs.last_mut() {
-                Some(run) if run.0 + run.1 == index as u32 => run.1 += 1,
-                _ => runs.push((index as u32, 1)),
+                Some(run) if run.0 + run.1 == at => run.1 += 1,
+                _ => runs.push((at, 1)),
             }
         }
-        runs
     }
 
     /// The scrub of these runs is through.
@@ -479,8 +512,62 @@ mod tests {
         table.allocate(3, owner(0), SpaceId(1));
         table.share(1, other);
         let keeper = Owner { region: RegionId(99), page: 0 };
-        assert_eq!(table.hand_over(RegionId(1), keeper), [(0, 1), (2, 1)]);
+        let mut runs = Vec::new();
+        table.hand_over(0, 3, owner(0), keeper, &mut runs);
+        assert_eq!(runs, [(0, 1), (2, 1)]);
         assert_eq!((table.owner(1), table.is_shared(1)), (Some(other), false));
+        assert_eq!((table.owner(0), table.owner(2), table.free_count()), (Some(keeper), Some(keeper), 1));
+    }
+
+    #[test]
+    fn what_is_counted_as_dirty_is_there() {
+        let mut table = FrameTable::new(40);
+        let mut used: Vec<(u32, u32, Owner)> = Vec::new();
+        let mut seed = 1u64;
+        for _ in 0..4000 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (choice, space) = ((seed >> 33) % 8, SpaceId((seed >> 40) % 3));
+            let first = owner(seed % 1000 * 100);
+            match choice {
+                0..=3 => used.extend(table.allocate(5, first, space).map(|(frame, count)| (frame, count, first))),
+                4 | 5 if !used.is_empty() => {
+                    let (frame, count, first) = used.swap_remove(seed as usize % used.len());
+                    if choice == 4 {
+                        table.release(frame, count, first);
+                    } else {
+                        table.release_unknown(frame, count, first);
+                    }
+                }
+                6 => {
+                    let runs = table.begin_scrub(Some(space), owner(7), usize::MAX);
+                    table.scrubbed(&runs);
+                }
+                _ => {
+                    let runs = table.begin_scrub(None, owner(7), 3);
+                    table.scrubbed(&runs);
+                }
+            }
+            for holder in (0..3).map(|space| Holder::Space(SpaceId(space))).chain([Holder::Unknown]) {
+                let holds = |frame: &Frame| frame.owner.is_none() && frame.last_space == holder;
+                let there = table.frames.iter().filter(|frame| holds(frame)).count() as u32;
+                let first = table.frames.iter().position(holds).map_or(u32::MAX, |first| first as u32);
+                let known = table.dirty.get(&holder);
+                assert_eq!(known.map_or(0, |dirty| dirty.count), there, "{holder:?}");
+                assert!(known.is_none_or(|dirty| dirty.from <= first), "{holder:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_region_that_ends_takes_no_frame_that_is_somebody_elses_by_now() {
+        let other = Owner { region: RegionId(2), page: 0 };
+        let keeper = Owner { region: RegionId(99), page: 0 };
+        let mut table = FrameTable::new(4);
+        table.allocate(2, other, SpaceId(2));
+        let mut runs = Vec::new();
+        table.hand_over(0, 3, owner(0), keeper, &mut runs);
+        assert_eq!(runs, [], "the device came back with other memory");
+        assert_eq!((table.owner(0), table.free_count()), (Some(other), 2));
     }
 
     #[test]

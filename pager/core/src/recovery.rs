@@ -59,11 +59,13 @@ impl<P: Policy> Core<P> {
         let mut left = all;
         while left.count > 0 {
             let first = Self::entry(dir, region, left.first);
-            let run = Self::run_while(dir, region, left, |_, entry| {
+            let wide = self.wide_run(dir, region, left);
+            let narrow = |_, entry: Entry| {
                 let alike = entry.state() == first.state() && (!entry.is_moving() || entry.shared() == first.shared());
                 let alike = alike && entry.discarded() == first.discarded();
                 alike && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
-            });
+            };
+            let run = wide.unwrap_or_else(|| Self::run_while(dir, region, left, narrow));
             match first.state() {
                 // What the parent's agent had taken out for it goes back to the parent.
                 PageState::MovingOut if first.shared() => Self::lost_to_child(region, run, out),
@@ -99,7 +101,7 @@ impl<P: Policy> Core<P> {
             let at_home =
                 |entry: Entry| !private && (entry.is_settled_system() || entry.state() == PageState::MovingOut);
             let here = at_home(Self::entry(dir, region, left.first));
-            let run = Self::run_while(dir, region, left, |_, entry| at_home(entry) == here);
+            let run = Self::whole_run(dir, region, left, |entry| at_home(entry) == here);
             if here {
                 self.unprotect(region, run, out);
             } else {
@@ -206,8 +208,9 @@ impl<P: Policy> Core<P> {
         let mut homecomings = Vec::new();
         let mut given_up: Vec<(RegionId, Pages)> = Vec::new();
         for (region, space, page_count) in regions {
-            for page in 0..page_count {
-                let entry = Self::entry(dir, region, page);
+            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
+                // Pages that are more than one name no frame.
+                let page = run.first;
                 let mine = entry.owns_frame() && entry.device() == device;
                 let mut claim = || table.claim(entry.frame(), Owner { region, page }, space, entry.shared());
                 let lost = mine && (memory_lost || !claim());
@@ -235,7 +238,7 @@ impl<P: Policy> Core<P> {
                 } else if lost {
                     self.poison_page(region, page, entry, out);
                 } else if cleared != entry {
-                    Self::publish_same(region, Pages::one(page), cleared, out);
+                    Self::publish_same(region, run, cleared, out);
                 }
             }
         }
@@ -270,10 +273,9 @@ impl<P: Policy> Core<P> {
         let bit = 1u16.checked_shl(u32::from(device.0)).unwrap_or(0);
         let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.page_count)).collect();
         for (region, page_count) in regions {
-            for page in 0..page_count {
-                let entry = Self::entry(dir, region, page);
+            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
                 if entry.mapped_mask() & bit != 0 && !entry.is_moving() {
-                    Self::publish_same(region, Pages::one(page), without_device(entry, bit), out);
+                    Self::publish_same(region, run, without_device(entry, bit), out);
                 }
             }
         }
@@ -288,8 +290,9 @@ impl<P: Policy> Core<P> {
         let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.page_count)).collect();
         let mut orphans = Vec::new();
         for (region, page_count) in regions {
-            for page in 0..page_count {
-                let entry = Self::entry(dir, region, page);
+            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
+                // Pages that are more than one name no frame.
+                let page = run.first;
                 let owner = Owner { region, page };
                 if entry.lives_on_device() && entry.device() == device {
                     self.poison_page(region, page, entry, out);

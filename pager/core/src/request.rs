@@ -3,19 +3,21 @@
 //! A request that meets pages on the move, a full device or a device that never logged in is *blocked*; the end of any transfer
 //! makes it look again. It owns nothing while it waits, so requests cannot deadlock each other.
 
-use crate::core::Core;
+use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{Entry, PageState};
-use crate::event::{
-    Action, Cause, CoreError, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun,
-    Target,
-};
+use crate::event::{Action, Cause, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, Target};
 use crate::frames::HUGE_PAGES;
 use crate::policy::Policy;
+use crate::ready::Lane;
 use crate::resolve::Resolve;
+use crate::runs::Fates;
 use crate::way::{Leg, Wish};
 
 /// Transfers that one migration keeps in flight, so that a driver's copy engine has something to do.
 pub(crate) const OUTSTANDING_MAX: u32 = 4;
+
+/// Most pages of one step over pages that are known to be alike: 4 GiB.
+const WIDE_PAGES: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -35,6 +37,8 @@ pub(crate) struct Request {
     pub region: RegionId,
     pub pages: Pages,
     kind: Kind,
+    /// Whose turn its steps are.
+    pub lane: Lane,
     /// First page not dealt with.
     pub cursor: u64,
     /// End of what can be had (range faults).
@@ -46,7 +50,7 @@ pub(crate) struct Request {
     /// It waits for the clock.
     not_before_us: Option<u64>,
     /// Fate by page (migrations only).
-    status: Vec<PageStatus>,
+    fates: Fates,
     pub moved_pages: u64,
     /// A copy of the page that matters failed.
     pub failed: Option<PageStatus>,
@@ -54,7 +58,6 @@ pub(crate) struct Request {
     stranded: Option<(Pages, PageStatus)>,
     /// Transfers in flight.
     pub outstanding: u32,
-    pub blocked: bool,
 }
 
 impl Request {
@@ -64,17 +67,18 @@ impl Request {
             region,
             pages,
             kind,
+            // Until the region tells.
+            lane: Lane::Ends,
             cursor: pages.first,
             limit: pages.end(),
             passes: 0,
             clean: true,
             not_before_us: None,
-            status: Vec::new(),
+            fates: Fates::default(),
             moved_pages: 0,
             failed: None,
             stranded: None,
             outstanding: 0,
-            blocked: false,
         }
     }
 
@@ -102,19 +106,12 @@ impl Request {
     pub fn evict(req: ReqId, space: SpaceId, device: DeviceId, page_count: u64) -> Self {
         let left = if page_count == 0 { u64::MAX } else { page_count };
         let nowhere = Pages { first: 0, count: 0 };
-        Self::new(Some(req), RegionId(u64::MAX), nowhere, Kind::Evict { space, device, left })
+        let lane = Lane::Space(space);
+        Self { lane, ..Self::new(Some(req), RegionId(u64::MAX), nowhere, Kind::Evict { space, device, left }) }
     }
 
     pub fn teardown(req: Option<ReqId>, region: RegionId, page_count: u64) -> Self {
         Self::new(req, region, Pages { first: 0, count: page_count }, Kind::Teardown)
-    }
-
-    pub fn is_teardown_of(&self, region: RegionId) -> bool {
-        self.kind == Kind::Teardown && self.region == region
-    }
-
-    pub fn is_teardown(&self) -> bool {
-        self.kind == Kind::Teardown
     }
 
     /// It goes through many pages and is content with its turn.
@@ -152,8 +149,7 @@ impl Request {
 
     /// Whether its pause is over now.
     pub fn end_pause(&mut self, now_us: u64) -> bool {
-        let over = self.not_before_us.take_if(|until_us| *until_us <= now_us).is_some();
-        over && std::mem::take(&mut self.blocked)
+        self.not_before_us.take_if(|until_us| *until_us <= now_us).is_some()
     }
 
     /// What is named beside the range lies in it, and devices exist.
@@ -177,7 +173,7 @@ impl Request {
                 self.stranded = (status != PageStatus::Ok).then_some((pages, status));
             }
             Kind::Migrate { .. } => {
-                self.record(pages, status);
+                self.fates.set(pages, status);
                 if status == PageStatus::Ok {
                     self.moved_pages += pages.count;
                 }
@@ -196,29 +192,7 @@ impl Request {
         }
     }
 
-    fn record(&mut self, pages: Pages, status: PageStatus) {
-        if self.status.is_empty() {
-            self.status = vec![PageStatus::Busy; self.pages.count as usize];
-        }
-        let from = (pages.first - self.pages.first) as usize;
-        self.status[from..from + pages.count as usize].fill(status);
-    }
-
-    fn runs(&self) -> Vec<StatusRun> {
-        let mut runs: Vec<StatusRun> = Vec::new();
-        if self.status.is_empty() {
-            runs.push(StatusRun { first: self.pages.first, count: self.pages.count, status: PageStatus::Busy });
-        }
-        for (offset, status) in self.status.iter().enumerate() {
-            match runs.last_mut() {
-                Some(run) if run.status == *status => run.count += 1,
-                _ => runs.push(StatusRun { first: self.pages.first + offset as u64, count: 1, status: *status }),
-            }
-        }
-        runs
-    }
-
-    fn left(&self) -> Pages {
+    pub fn left(&self) -> Pages {
         Pages { first: self.cursor, count: self.pages.end().saturating_sub(self.cursor) }
     }
 }
@@ -247,7 +221,7 @@ impl<P: Policy> Core<P> {
             }
             Kind::Pin { on } => self.step_pin(dir, order, &mut request, on, out),
             Kind::Discard => self.step_discard(dir, order, &mut request, out),
-            Kind::Teardown => self.step_teardown(dir, &request, out),
+            Kind::Teardown => self.step_teardown(dir, &mut request, out),
         };
         for (_, pages, status) in std::mem::take(&mut self.late_notes).into_iter().filter(|note| note.0 == order) {
             request.note(pages, status);
@@ -255,13 +229,16 @@ impl<P: Policy> Core<P> {
         // What it would wait for has ended within this very step (nothing had to be revoked): nobody would wake it.
         let next = if matches!(next, Next::Wait) && ended != self.ended { Next::Again } else { next };
         match next {
-            Next::Reply(outcome) => self.reply(request.id, outcome, out),
-            Next::Again => {
-                self.requests.insert(order, request);
-                self.ready.push_back(order);
+            Next::Reply(outcome) => {
+                if let Some(info) = self.regions.get_mut(&request.region) {
+                    info.requests = info.requests.saturating_sub(1);
+                }
+                self.reply(request.id, outcome, out);
             }
+            Next::Again => self.queue(order, request),
             Next::Wait => {
-                request.blocked = true;
+                let waiting = if request.not_before_us.is_some() { &mut self.paused } else { &mut self.blocked };
+                waiting.insert(order);
                 self.requests.insert(order, request);
             }
         }
@@ -289,12 +266,15 @@ impl<P: Policy> Core<P> {
             return if request.outstanding > 0 {
                 Next::Wait
             } else {
-                Next::Reply(Outcome::Migrated { runs: request.runs(), moved_pages: request.moved_pages })
+                Next::Reply(Outcome::Migrated {
+                    runs: request.fates.of(request.pages),
+                    moved_pages: request.moved_pages,
+                })
             };
         }
         if let Some((pages, status)) = request.stranded.take_if(|(pages, _)| pages.contains(left.first)) {
             let run = Pages { count: pages.end() - left.first, ..left };
-            request.record(run, status);
+            request.fates.set(run, status);
             request.cursor = run.end();
             return Next::Again;
         }
@@ -332,13 +312,16 @@ impl<P: Policy> Core<P> {
             }
             _ => {
                 let status = settled_status(first, target);
-                let run = Self::run_while(dir, region, left, |_, entry| {
-                    !entry.is_moving()
-                        && settled_status(entry, target) == status
-                        && entry.is_settled_system() == first.is_settled_system()
-                        && (!entry.owns_frame() || entry.device() == first.device())
-                });
-                request.record(run, status);
+                let narrow = || {
+                    Self::run_while(dir, region, left, |_, entry| {
+                        !entry.is_moving()
+                            && settled_status(entry, target) == status
+                            && entry.is_settled_system() == first.is_settled_system()
+                            && (!entry.owns_frame() || entry.device() == first.device())
+                    })
+                };
+                let run = self.wide_run(dir, region, left).unwrap_or_else(narrow);
+                request.fates.set(run, status);
                 request.cursor = run.end();
                 Next::Again
             }
@@ -364,11 +347,19 @@ impl<P: Policy> Core<P> {
             // This request looks at the pages again when they have arrived, or cannot.
             Leg::First(_) | Leg::Wait => Next::Wait,
             Leg::Full(pages) => {
-                request.record(pages, self.no_room_status(device));
+                request.fates.set(pages, self.no_room_status(device));
                 request.cursor = pages.end();
                 Next::Again
             }
         }
+    }
+
+    /// The first pages that have this entry, no more than can be published in one go.
+    fn equal_run(&self, dir: &impl Directory, region: RegionId, left: Pages, first: Entry) -> Pages {
+        let left = Pages { count: left.count.min(WIDE_PAGES), ..left };
+        let narrow = || Self::run_while(dir, region, left, |_, entry| entry == first);
+        let run = self.wide_run(dir, region, left).unwrap_or_else(narrow);
+        if run.count == 0 { Pages::one(left.first) } else { run }
     }
 
     fn step_pin(
@@ -399,8 +390,7 @@ impl<P: Policy> Core<P> {
             self.start_collapse(region, run, first, mask, Some(order), out);
             return Next::Wait;
         }
-        let run = Self::run_while(dir, region, left, |_, entry| entry == first);
-        let run = if run.count == 0 { Pages::one(left.first) } else { run };
+        let run = self.equal_run(dir, region, left, first);
         if first.is_settled_system() && first.pinned() != on {
             Self::publish_same(region, run, first.with_pinned(on), out);
         }
@@ -424,9 +414,11 @@ impl<P: Policy> Core<P> {
             self.start_drop(region, run, first, mask, Some(order), out);
             run
         } else {
-            let run = Self::run_while(dir, region, left, |_, entry| entry == first);
-            let run = if run.count == 0 { Pages::one(left.first) } else { run };
-            if first.mapped_mask() != 0 || first.state() == PageState::System {
+            // The content of what is in system memory is dropped chunk by chunk: that takes time.
+            let drops = first.mapped_mask() != 0 || first.state() == PageState::System;
+            let most = if drops { left.count.min(CHUNK_PAGES) } else { left.count };
+            let run = self.equal_run(dir, region, Pages { count: most, ..left }, first);
+            if drops {
                 self.start_drop(region, run, first, first.mapped_mask(), Some(order), out);
             } else if first != Entry::ABSENT {
                 Self::publish_same(region, run, Entry::ABSENT, out);
@@ -455,56 +447,18 @@ impl<P: Policy> Core<P> {
             return Next::Wait;
         }
         let mapped = first.mapped_mask() & devices;
-        let run = Self::run_while(dir, region, left, |offset, entry| {
-            entry.mapped_mask() & devices == mapped && !self.busy(region, left.first + offset, entry)
-        });
+        let narrow = || {
+            Self::run_while(dir, region, left, |offset, entry| {
+                entry.mapped_mask() & devices == mapped && !self.busy(region, left.first + offset, entry)
+            })
+        };
+        let wide = if mapped == 0 { self.wide_run(dir, region, left) } else { None };
+        let run = wide.unwrap_or_else(narrow);
         if mapped != 0 {
             self.start_revoke(region, run, mapped, devices, order, out);
         }
         request.cursor = run.end();
         Next::Again
-    }
-
-    /// Begins the end of a region: nothing new, and everybody who waits for it is told.
-    pub(crate) fn begin_teardown(&mut self, req: Option<ReqId>, region: RegionId, out: &mut Vec<Action>) {
-        let Some(info) = self.regions.get_mut(&region) else {
-            let error = CoreError::NoSuchRegion { region: region.0 };
-            self.reply(req, Outcome::Failed(error), out);
-            return;
-        };
-        if std::mem::replace(&mut info.dying, true) {
-            self.reply(req, Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }), out);
-            return;
-        }
-        let page_count = info.page_count;
-        let waiting = self.requests.iter().filter(|(_, r)| r.region == region && !r.is_teardown());
-        let orders: Vec<u64> = waiting.map(|(order, _)| *order).collect();
-        for order in orders {
-            if let Some(request) = self.requests.remove(&order) {
-                self.reply(request.id, Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }), out);
-            }
-        }
-        let ops: Vec<_> = self.cpu_ops.iter().filter(|(_, op)| op.region == region).map(|(t, _)| *t).collect();
-        for ticket in ops {
-            self.cpu_ops.remove(&ticket);
-        }
-        let order = self.next_request_order();
-        self.requests.insert(order, Request::teardown(req, region, page_count));
-        self.ready.push_back(order);
-    }
-
-    fn step_teardown(&mut self, dir: &impl Directory, request: &Request, out: &mut Vec<Action>) -> Next {
-        let region = request.region;
-        if self.regions.get(&region).is_none_or(|info| info.transfers > 0) {
-            return Next::Wait;
-        }
-        let mask = request.pages.iter().fold(0, |mask, page| mask | Self::entry(dir, region, page).mapped_mask());
-        self.start_teardown(region, request.pages, mask, out);
-        if !self.regions.contains_key(&region) {
-            // Nothing had to be revoked: it is over, and the region was dropped already.
-            return Next::Reply(Outcome::Done);
-        }
-        Next::Wait
     }
 }
 

@@ -13,7 +13,7 @@
 //! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4). The lapse is longer, because a turn costs
 //! tens of microseconds here, and it is a device's own: one that takes 100 ms for a page is fought for at another pace.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::event::{Pages, RegionId};
@@ -67,7 +67,7 @@ impl Block {
 /// Blocks that moved lately.
 #[derive(Debug, Default)]
 pub(super) struct Thrash {
-    blocks: HashMap<(RegionId, u64), Block>,
+    blocks: BTreeMap<(RegionId, u64), Block>,
 }
 
 impl Thrash {
@@ -152,6 +152,9 @@ impl Thrash {
     }
 
     pub fn forget(&mut self, region: RegionId) {
-        self.blocks.retain(|(of, _), _| *of != region);
+        let mine: Vec<_> = self.blocks.range((region, 0)..=(region, u64::MAX)).map(|(key, _)| *key).collect();
+        for key in mine {
+            self.blocks.remove(&key);
+        }
     }
 }

@@ -20,6 +20,9 @@ impl Directory for Tables {
     fn load(&self, region: RegionId, page: u64) -> u64 {
         self.0.get(&(region, page)).copied().unwrap_or(0)
     }
+    fn alike(&self, _region: RegionId, _page: u64) -> u64 {
+        1
+    }
     fn page_count(&self, _region: RegionId) -> u64 {
         PAGES
     }

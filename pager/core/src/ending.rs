@@ -1,0 +1,143 @@
+//! The end of a region: nobody begins anything any more, devices let go, its frames are scrubbed. It costs what the region is large, cut
+//! into steps of [`SLICE_PAGES`]; how large devices are, and how many regions there are, does not matter.
+
+use std::collections::BTreeMap;
+
+use crate::core::{Core, KEEPER};
+use crate::entry::DEVICE_COUNT_MAX;
+use crate::event::{Action, CoreError, DeviceId, Directory, Outcome, Pages, RegionId, ReqId, Ticket};
+use crate::frames::Owner;
+use crate::policy::Policy;
+use crate::request::{Next, Request};
+use crate::transfer::{Kind, Transfer};
+
+/// Entries looked at in one step: well below a millisecond.
+const SLICE_PAGES: u64 = 16_384;
+
+/// What is known so far of a region on its end.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    /// Its request.
+    order: u64,
+    /// Who maps any of the pages looked at.
+    mask: u16,
+    /// Frames that their entries name.
+    frames: Vec<Named>,
+}
+
+/// Consecutive frames of consecutive pages.
+#[derive(Clone, Copy, Debug)]
+struct Named {
+    device: DeviceId,
+    frame: u32,
+    pages: Pages,
+}
+
+pub(crate) type Endings = BTreeMap<RegionId, Ending>;
+
+impl<P: Policy> Core<P> {
+    /// Some region is on its end: its frames come back soon.
+    pub(crate) fn something_dies(&self) -> bool {
+        !self.endings.is_empty()
+    }
+
+    /// Begins the end of a region: nothing new, and everybody who waits for it is told.
+    pub(crate) fn begin_teardown(&mut self, req: Option<ReqId>, region: RegionId, out: &mut Vec<Action>) {
+        let known = self.regions.get_mut(&region).filter(|info| !info.dying);
+        let Some(info) = known else {
+            let error = CoreError::NoSuchRegion { region: region.0 };
+            self.reply(req, Outcome::Failed(error), out);
+            return;
+        };
+        info.dying = true;
+        let (page_count, waiting) = (info.page_count, info.requests);
+        if waiting > 0 {
+            let waiting = self.requests.iter().filter(|(_, request)| request.region == region);
+            let orders: Vec<u64> = waiting.map(|(order, _)| *order).collect();
+            for order in orders {
+                if let Some(request) = self.requests.remove(&order) {
+                    self.reply(request.id, Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }), out);
+                }
+            }
+        }
+        let ops: Vec<_> = self.cpu_ops.iter().filter(|(_, op)| op.region == region).map(|(t, _)| *t).collect();
+        for ticket in ops {
+            self.cpu_ops.remove(&ticket);
+        }
+        let order = self.next_request_order();
+        self.endings.insert(region, Ending { order, mask: 0, frames: Vec::new() });
+        self.queue(order, Request::teardown(req, region, page_count));
+    }
+
+    pub(crate) fn step_teardown(&mut self, dir: &impl Directory, request: &mut Request, out: &mut Vec<Action>) -> Next {
+        let region = request.region;
+        if self.regions.get(&region).is_none_or(|info| info.transfers > 0) {
+            return Next::Wait;
+        }
+        let Some(ending) = self.endings.get_mut(&region) else { return Next::Reply(Outcome::Done) };
+        let left = request.left();
+        let mut looked_at = 0;
+        for (run, entry) in Self::alike_parts(dir, region, left) {
+            ending.mask |= entry.mapped_mask();
+            if entry.owns_frame() {
+                ending.name(entry.device(), entry.frame(), run.first);
+            }
+            request.cursor = run.end();
+            looked_at += 1;
+            if looked_at == SLICE_PAGES {
+                break;
+            }
+        }
+        if request.left().count > 0 {
+            return Next::Again;
+        }
+        let mask = ending.mask;
+        let ticket = self.begin(Transfer { mask, ..Transfer::new(region, request.pages, Kind::Teardown) }, out);
+        self.revoke_or(ticket, out, Self::finish_teardown);
+        if !self.regions.contains_key(&region) {
+            // Nothing had to be revoked: it is over, and the region was dropped already.
+            return Next::Reply(Outcome::Done);
+        }
+        Next::Wait
+    }
+
+    pub(crate) fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
+        let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
+        let region = transfer.region;
+        // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
+        out.push(Action::DropRegion { region });
+        let ending = self.endings.remove(&region);
+        let frames = ending.as_ref().map_or(&[][..], |ending| &ending.frames);
+        let mut scrubs: [Vec<(u32, u32)>; DEVICE_COUNT_MAX as usize] = Default::default();
+        for Named { device, frame, pages } in frames {
+            if let (Some(table), Some(runs)) = (self.table(*device), scrubs.get_mut(usize::from(device.0))) {
+                table.hand_over(*frame, pages.count as u32, Owner { region, page: pages.first }, KEEPER, runs);
+            }
+        }
+        for (device, runs) in (0..DEVICE_COUNT_MAX).map(DeviceId).zip(scrubs) {
+            self.start_scrub(device, runs, out);
+        }
+        self.end(ticket);
+        self.regions.remove(&region);
+        self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
+        self.policy.region_gone(region);
+        if let Some(request) = ending.and_then(|ending| self.requests.remove(&ending.order)) {
+            self.reply(request.id, Outcome::Done, out);
+        }
+    }
+}
+
+impl Ending {
+    fn name(&mut self, device: DeviceId, frame: u32, page: u64) {
+        match self.frames.last_mut() {
+            Some(run)
+                if run.device == device
+                    && run.pages.end() == page
+                    && u64::from(run.frame) + run.pages.count == u64::from(frame) =>
+            {
+                run.pages.count += 1;
+            }
+            _ => self.frames.push(Named { device, frame, pages: Pages::one(page) }),
+        }
+    }
+}
