@@ -27,6 +27,8 @@ use crate::transfer::Transfer;
 pub const CHUNK_PAGES: u64 = 512;
 /// Free frames scrubbed in one go after a restart, so that faults get in between.
 const SCRUB_FRAMES: usize = 1024;
+/// Scrubs of frames with unknown bytes that are under way at a time: what is not being scrubbed can be given to somebody.
+const UNKNOWN_SCRUBS_MAX: usize = 4;
 /// Owner of frames under scrub.
 pub(crate) const KEEPER: Owner = Owner { region: RegionId(u64::MAX), page: 0 };
 
@@ -134,7 +136,7 @@ impl<P: Policy> Core<P> {
 
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
-        !self.ready.is_empty() || !self.doomed.is_empty() || self.unknown_mask != 0
+        !self.ready.is_empty() || !self.doomed.is_empty() || self.may_scrub_unknown()
     }
 
     /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
@@ -442,7 +444,7 @@ impl<P: Policy> Core<P> {
         self.wake_late(out);
         if let Some(order) = self.ready.pop() {
             self.step(dir, order, out);
-        } else if self.unknown_mask != 0 {
+        } else if self.may_scrub_unknown() {
             self.scrub_unknown(out);
         }
     }
@@ -528,6 +530,10 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    fn may_scrub_unknown(&self) -> bool {
+        self.unknown_mask != 0 && self.scrubs.len() < UNKNOWN_SCRUBS_MAX
+    }
+
     fn scrub_unknown(&mut self, out: &mut Vec<Action>) {
         let device = DeviceId(self.unknown_mask.trailing_zeros() as u8);
         if self.is_failed(device) {
@@ -545,15 +551,18 @@ impl<P: Policy> Core<P> {
         self.unknown_mask |= 1 << device.0;
     }
 
-    /// Frames of the runs are owned by [`KEEPER`] until the scrub is through; those of a failed device until it is back.
+    /// Frames of the runs are owned by [`KEEPER`] until the scrub is through; those of a failed device until it is back. They come back
+    /// part by part.
     pub(crate) fn start_scrub(&mut self, device: DeviceId, runs: Vec<(u32, u32)>, out: &mut Vec<Action>) {
-        if runs.is_empty() || self.is_failed(device) {
+        if self.is_failed(device) {
             return;
         }
-        let ticket = self.ticket();
-        self.stats.scrubbed += runs.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
-        self.scrubs.insert(ticket, (device, runs.clone()));
-        out.push(Action::Scrub { ticket, device, runs });
+        for runs in parts_of(&runs, SCRUB_FRAMES as u32) {
+            let ticket = self.ticket();
+            self.stats.scrubbed += runs.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+            self.scrubs.insert(ticket, (device, runs.clone()));
+            out.push(Action::Scrub { ticket, device, runs });
+        }
     }
 
     /// The frames were replaced: scrubs of the old ones mean nothing.
@@ -570,5 +579,35 @@ impl<P: Policy> Core<P> {
             table.scrubbed(&runs);
         }
         self.unblock_all();
+    }
+}
+
+/// Runs of frames in parts of at most `most` frames.
+fn parts_of(runs: &[(u32, u32)], most: u32) -> Vec<Vec<(u32, u32)>> {
+    let mut parts: Vec<Vec<(u32, u32)>> = Vec::new();
+    let mut room = 0;
+    for (mut first, mut count) in runs.iter().copied() {
+        while count > 0 {
+            if room == 0 {
+                parts.push(Vec::new());
+                room = most;
+            }
+            let taken = count.min(room);
+            parts.last_mut().into_iter().for_each(|part| part.push((first, taken)));
+            (first, count, room) = (first + taken, count - taken, room - taken);
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_have_every_frame_once_and_none_has_too_many() {
+        assert_eq!(parts_of(&[], 4), Vec::<Vec<(u32, u32)>>::new());
+        let parts = parts_of(&[(3, 2), (10, 7), (20, 1), (30, 4)], 4);
+        assert_eq!(parts, [vec![(3, 2), (10, 2)], vec![(12, 4)], vec![(16, 1), (20, 1), (30, 2)], vec![(32, 2)]]);
     }
 }

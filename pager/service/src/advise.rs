@@ -1,7 +1,9 @@
 //! Advice and its cousins: what a client says about ranges, beside moving them.
 //!
 //! Advice is one word a page in the directory (`uhmm_pager_core::Attr`), so a range can be split without any work and everything
-//! survives a crash. The same value again changes no word, and then nothing is invalidated.
+//! survives a crash; where all of 512 pages have the same, one word in all (`words.rs`). The same value again changes no word, and then nothing is invalidated.
+
+use std::cell::Cell;
 
 use uhmm_ipc::message::pager::{AccessMode, Advice, AttributeRun, Attributes, FaultPoint, Target};
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
@@ -98,26 +100,23 @@ impl Pager {
     /// Returns whether any word has changed.
     pub(crate) fn change_attributes(&mut self, located: Located, change: impl Fn(Attr) -> Attr) -> bool {
         let Some(region) = self.regions.get(located.region) else { return false };
-        let mut changed = false;
-        for page in located.pages.iter() {
-            let (old, new) = (region.directory.attr(page), change(region.directory.attr(page)));
-            if old != new {
-                changed = true;
-                if let Err(error) = region.directory.set_attr(page, new) {
-                    tracing::error!(%error, region = region.id, page, "Advice cannot be written");
-                }
-            }
+        let changed = Cell::new(false);
+        let noted = |old: Attr| {
+            let new = change(old);
+            changed.set(changed.get() || new != old);
+            new
+        };
+        if let Err(error) = region.directory.change_attrs(located.pages, noted) {
+            tracing::error!(%error, region = region.id, "Advice cannot be written");
         }
-        changed
+        changed.get()
     }
 
     pub(crate) fn query_attributes(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<pager::Reply, WireError> {
         let pieces = self.locate(conn, addr, len_bytes)?;
         let mut runs: Vec<AttributeRun> = Vec::new();
-        for (offset, (region, page)) in pieces.iter().flat_map(Piece::pages).enumerate() {
-            let Some(region) = self.regions.get(region) else {
-                return Err(WireError::new(ErrorCode::NotFound, "The region is gone"));
-            };
+        for (offset, region, pages) in self.alike_pieces(&pieces, |d, page| d.attrs_alike(page).min(d.alike(page))) {
+            let page = pages.first;
             let attr = region.directory.attr(page);
             let pinned = Entry::decode(region.directory.load(page)).is_ok_and(Entry::pinned);
             let attributes = Attributes {
@@ -132,9 +131,9 @@ impl Pager {
             };
             let full = runs.len() == ANSWER_RUNS_MAX;
             match runs.last_mut() {
-                Some(run) if run.attributes == attributes => run.page_count += 1,
+                Some(run) if run.attributes == attributes => run.page_count += pages.count,
                 _ if full => break,
-                _ => runs.push(AttributeRun { first_page: offset as u64, page_count: 1, attributes }),
+                _ => runs.push(AttributeRun { first_page: offset, page_count: pages.count, attributes }),
             }
         }
         Ok(pager::Reply::Attributes { runs })

@@ -207,7 +207,11 @@ impl Pager {
         // A stray page on the way home: what the dead pager was taking away is not what came home.
         let comes_home = |page: u64| state(page) == Some(PageState::MovingHome);
         let all = Pages { first: 0, count: region.page_count };
-        if !all.iter().any(|page| on_device(page) || comes_home(page)) {
+        let mut page = 0;
+        while page < all.count && !on_device(page) && !comes_home(page) {
+            page += region.directory.alike(page);
+        }
+        if page >= all.count {
             return Vec::new();
         }
         let mut strays: Vec<Pages> = Vec::new();

@@ -76,10 +76,8 @@ impl Pager {
             self.session_is(conn, id);
             return Some(Ok(self.space_opened(id)));
         }
-        let max = self.service.plan.quota.max_spaces as usize;
-        if self.spaces.len() >= max {
-            let text = format!("{max} processes are managed already (quota.max_spaces in the manifest)");
-            return refuse(ErrorCode::NoMemory, text);
+        if let Err(error) = self.check_quota() {
+            return Some(Err(error));
         }
         let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
         match self.make_space(pid, uid, opening) {
@@ -90,6 +88,24 @@ impl Pager {
                 None
             }
         }
+    }
+
+    /// Room for one more process. What is on its end does not count, as long as the ends keep up; and before anybody is refused, those
+    /// whose death nobody tells are looked at.
+    fn check_quota(&mut self) -> Result<(), WireError> {
+        let max = self.service.plan.quota.max_spaces as usize;
+        let full = |pager: &Self| {
+            let living = pager.spaces.values().filter(|space| !space.dying).count();
+            living >= max || pager.spaces.len() >= 2 * max
+        };
+        if full(self) {
+            self.check_children();
+        }
+        if full(self) {
+            let text = format!("{max} processes are managed already (quota.max_spaces in the manifest)");
+            return Err(WireError::new(ErrorCode::NoMemory, text));
+        }
+        Ok(())
     }
 
     fn session_is(&mut self, conn: ConnId, space: u64) {

@@ -18,6 +18,11 @@ use crate::devices::EngineJob;
 use crate::fill::FillFrom;
 use crate::service::Pager;
 
+/// Frames scrubbed in one turn of the loop (16 MiB): nobody waits for them, and others wait for the turn.
+const SCRUB_FRAMES_PER_TURN: u32 = 4096;
+/// Scrubs that a driver has to do at a time, beside the copies that somebody waits for.
+const SCRUBS_AT_DRIVER: usize = 2;
+
 /// A copy that cannot start yet: the ring or the staging area is full, or the driver is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deferred {
@@ -57,6 +62,40 @@ impl Pager {
             self.copies.push_back(deferred);
             self.submit_copies();
         }
+    }
+
+    /// A turn's share of the frames that are to be scrubbed. Copies that somebody waits for go first.
+    pub(crate) fn scrub_some(&mut self) {
+        let mut left = SCRUB_FRAMES_PER_TURN;
+        let mut kept = VecDeque::new();
+        while left > 0
+            && let Some(deferred) = self.scrubs.pop_front()
+        {
+            let device = self.devices[usize::from(deferred.device)].as_ref();
+            let by_driver = device.is_none_or(|device| device.aperture.is_none());
+            if by_driver && self.driver_is_busy(deferred.device) {
+                kept.push_back(deferred);
+            } else if let Copy::Zero { count, .. } = deferred.copy {
+                left = left.saturating_sub(count);
+                self.start_copy(deferred);
+            }
+        }
+        kept.append(&mut self.scrubs);
+        self.scrubs = kept;
+    }
+
+    fn driver_is_busy(&self, device: u8) -> bool {
+        let is_scrub = |job: &&Deferred| job.device == device && matches!(job.copy, Copy::Zero { scrub: true, .. });
+        self.copies.iter().any(|waiting| waiting.device == device)
+            || self.engine_jobs.values().filter(is_scrub).count() >= SCRUBS_AT_DRIVER
+    }
+
+    /// Frames wait to be scrubbed here, now.
+    pub(crate) fn has_scrubs(&self) -> bool {
+        let here = |deferred: &Deferred| {
+            self.devices[usize::from(deferred.device)].as_ref().is_some_and(|device| device.aperture.is_some())
+        };
+        self.scrubs.iter().any(here)
     }
 
     fn copy_by_aperture(&mut self, deferred: Deferred) {
@@ -177,7 +216,9 @@ impl Pager {
         let started = in_flight.into_iter().filter_map(|id| self.engine_jobs.remove(&id)).collect::<Vec<_>>();
         let (waiting, others) = std::mem::take(&mut self.copies).into_iter().partition::<VecDeque<_>, _>(mine);
         self.copies = others;
-        for deferred in started.into_iter().chain(waiting) {
+        let (scrubs, others) = std::mem::take(&mut self.scrubs).into_iter().partition::<VecDeque<_>, _>(mine);
+        self.scrubs = others;
+        for deferred in started.into_iter().chain(waiting).chain(scrubs) {
             match deferred.copy {
                 Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
                 Copy::Home { ticket, .. } | Copy::HomeHuge { ticket, .. } => {

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Backing, Entry, Pages, RegionId};
+use uhmm_pager_core::{Backing, Pages, RegionId};
 
 use crate::calls::Answer;
 use crate::clients::io_error;
@@ -91,7 +91,7 @@ impl Pager {
             let revoked_mask = revoked.fold(0u8, |mask, (device, _)| mask | 1 << device);
             segment.space == space_id && segment.granted_mask & !revoked_mask != 0 && segment.range().overlaps(&range)
         };
-        self.regions.iter().any(|region| region.retired.iter().any(seen))
+        self.regions.all_retired().any(seen)
     }
 
     /// A device has dropped something: regions that waited for it are made.
@@ -107,14 +107,9 @@ impl Pager {
     fn unmanaged(&self, space_id: u64, range: AddrRange) -> Vec<AddrRange> {
         let mut gaps = Vec::new();
         let mut next = range.start;
-        let mut managed: Vec<AddrRange> = self
-            .spaces
-            .get(&space_id)
-            .into_iter()
-            .flat_map(|space| space.segments.values())
-            .filter_map(|id| self.regions.segment(*id).map(|segment| segment.range()))
-            .filter(|other| other.overlaps(&range))
-            .collect();
+        let shown = self.at_addresses(space_id, range.start, range.end());
+        let mut managed: Vec<AddrRange> =
+            shown.iter().filter_map(|id| self.regions.segment(*id).map(Segment::range)).collect();
         managed.push(AddrRange { start: range.end(), len: 0 });
         for other in managed {
             if other.start > next {
@@ -138,10 +133,6 @@ impl Pager {
         let header = Header { region: id, space: space_id, backing: wanted.backing, page_count, offset_bytes };
         let directory = DirectoryFile::create(header)
             .map_err(|error| WireError::new(ErrorCode::NoMemory, format!("No memory for the directory: {error}")))?;
-        if wanted.backing != Backing::Shared {
-            // Nobody knows which of these pages were touched before.
-            (0..page_count).for_each(|page| directory.store(page, Entry::SYSTEM.bits()));
-        }
         self.next_region += 1;
         let mut entries = vec![("dir", directory.fd())];
         entries.extend(memory.as_ref().map(|memory| ("mem", memory.fd.clone())));
@@ -195,10 +186,9 @@ impl Pager {
         }
         // Private memory may be adopted in overlapping pieces: what is managed already stays as it is.
         let private = |region: u64| self.regions.get(region).is_some_and(|r| r.backing == Backing::Private);
-        let mut shown = space.segments.values().filter_map(|id| self.regions.segment(*id));
-        let in_the_way =
-            |s: &&Segment| s.range().overlaps(&range) && (backing != Backing::Private || !private(s.region));
-        if let Some(other) = shown.find(in_the_way) {
+        let shown = self.at_addresses(space_id, range.start, range.end());
+        let in_the_way = |s: &&Segment| backing != Backing::Private || !private(s.region);
+        if let Some(other) = shown.iter().filter_map(|id| self.regions.segment(*id)).find(in_the_way) {
             let text = format!("{range} overlaps region {}, which is managed already", other.range());
             return Err(invalid(text));
         }

@@ -1,15 +1,16 @@
-//! A region's directory: one page of header, then one 8-byte entry a page, then one 8-byte attribute word a page, then two banks of
-//! segments, in a sealed memfd that the vault keeps.
+//! A region's directory: one page of header, then an 8-byte entry a page, then an 8-byte attribute word a page (both as `words.rs` keeps
+//! them), then two banks of segments, in a sealed memfd that the vault keeps.
 //!
 //! ```text
 //!  0        8          16      24        32       40        48          56        64         72
 //!  | magic  | version  | live  | region  | space  | backing | pages     | offset  | bank     | (zero)
-//!  4096     entries, 8 bytes a page, rounded up to a page; then attributes, the same
+//!  4096     entries; then attributes
 //!  then     two banks, each: | count | (segment: id, space, addr, first page, pages) ... |, rounded up to a page
 //! ```
 //!
 //! The pager alone writes it, with atomic stores; the next incarnation reads it back. `live` is stored last when a region
-//! is made, so a half-made region is recognised and dropped. Segments (which addresses show which pages) are written to the
+//! is made, so a half-made region is recognised and dropped. What was never written is `Absent` in memory that was made for this, and
+//! `System` in memory that was there before: nobody knows which of its pages were touched. Segments (which addresses show which pages) are written to the
 //! bank that is not in use, then `bank` is switched: a crash leaves the old list or the new one. A bank has room for every segment
 //! that the pages and the kernel's limit of mappings allow; it costs memory only as far as it is used.
 
@@ -20,10 +21,12 @@ use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::memfd;
 use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{HookError, PAGE_SIZE};
-use uhmm_pager_core::{Attr, Backing};
+use uhmm_pager_core::{Attr, Backing, Entry, EntryRun, Pages};
+
+use crate::words::Words;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-dir");
-const VERSION: u64 = 3;
+const VERSION: u64 = 4;
 const HEADER_BYTES: u64 = PAGE_SIZE;
 
 const OFF_MAGIC: u64 = 0;
@@ -126,10 +129,8 @@ pub struct DirectoryFile {
     fd: Fd,
     window: Window,
     page_count: u64,
-}
-
-fn array_bytes(page_count: u64) -> u64 {
-    (page_count * 8).next_multiple_of(PAGE_SIZE)
+    entries: Words,
+    attrs: Words,
 }
 
 /// Segments that a region's directory can list.
@@ -142,11 +143,11 @@ fn bank_bytes(page_count: u64) -> u64 {
 }
 
 fn file_bytes(page_count: u64) -> u64 {
-    HEADER_BYTES + 2 * array_bytes(page_count) + 2 * bank_bytes(page_count)
+    HEADER_BYTES + 2 * Words::bytes(page_count) + 2 * bank_bytes(page_count)
 }
 
 impl DirectoryFile {
-    /// A new directory, every page `Absent`, not yet live.
+    /// A new directory, nothing written, not yet live.
     pub fn create(header: Header) -> Result<Self, DirectoryError> {
         let fd: OwnedFd = memfd::create_sealed("uhmm-directory", file_bytes(header.page_count))?;
         let window = Window::map(fd.as_fd(), 0, file_bytes(header.page_count), Prot::ReadWrite)?;
@@ -157,7 +158,7 @@ impl DirectoryFile {
         window.store_u64(OFF_BACKING, backing_code(header.backing))?;
         window.store_u64(OFF_PAGES, header.page_count)?;
         window.store_u64(OFF_OFFSET, header.offset_bytes)?;
-        Ok(Self { fd: Arc::new(fd), window, page_count: header.page_count })
+        Ok(Self::over(Arc::new(fd), window, header.page_count, header.backing, true))
     }
 
     /// A directory out of the vault.
@@ -182,7 +183,14 @@ impl DirectoryFile {
         if header.page_count > len_bytes / 8 || file_bytes(header.page_count) != len_bytes {
             return Err(DirectoryError::Size { page_count: header.page_count, len_bytes });
         }
-        Ok((Self { fd, window, page_count: header.page_count }, header))
+        Ok((Self::over(fd, window, header.page_count, header.backing, false), header))
+    }
+
+    fn over(fd: Fd, window: Window, page_count: u64, backing: Backing, fresh: bool) -> Self {
+        let untouched = if backing == Backing::Shared { Entry::ABSENT } else { Entry::SYSTEM };
+        let entries = Words::at(HEADER_BYTES, page_count, untouched.bits(), fresh);
+        let attrs = Words::at(HEADER_BYTES + Words::bytes(page_count), page_count, Attr::default().0, fresh);
+        Self { fd, window, page_count, entries, attrs }
     }
 
     /// The memfd, for the vault.
@@ -201,7 +209,7 @@ impl DirectoryFile {
     }
 
     fn bank_offset(&self, bank: u64) -> u64 {
-        HEADER_BYTES + 2 * array_bytes(self.page_count) + bank * bank_bytes(self.page_count)
+        HEADER_BYTES + 2 * Words::bytes(self.page_count) + bank * bank_bytes(self.page_count)
     }
 
     /// Replaces the list of segments; more than [`segments_max`] are not kept.
@@ -241,49 +249,88 @@ impl DirectoryFile {
 
     /// What was advised for a page; a page outside the region has the defaults.
     pub fn attr(&self, page: u64) -> Attr {
-        if page >= self.page_count {
-            return Attr::default();
-        }
-        Attr(self.window.load_u64(HEADER_BYTES + array_bytes(self.page_count) + page * 8).unwrap_or(0))
+        Attr(self.attrs.load(&self.window, page))
     }
 
-    /// Notes what is advised for a page.
-    pub fn set_attr(&self, page: u64, attr: Attr) -> Result<(), HookError> {
-        if page >= self.page_count {
-            return Ok(());
+    /// How many pages from this one on are known to have the same advice: at least one.
+    pub fn attrs_alike(&self, page: u64) -> u64 {
+        self.attrs.alike(&self.window, page)
+    }
+
+    /// Changes what is advised for some pages.
+    pub fn change_attrs(&self, pages: Pages, change: impl Fn(Attr) -> Attr) -> Result<(), HookError> {
+        self.attrs.update(&self.window, pages.first, pages.count, |word| change(Attr(word)).0)
+    }
+
+    /// The advice of another directory of as many pages; this one has none yet.
+    pub fn inherit_attrs(&self, from: &Self) -> Result<(), HookError> {
+        let mut page = 0;
+        while page < self.page_count {
+            let (count, attr) = (from.attrs_alike(page), from.attr(page));
+            self.change_attrs(Pages { first: page, count }, |_| attr)?;
+            page += count;
         }
-        self.window.store_u64(HEADER_BYTES + array_bytes(self.page_count) + page * 8, attr.0)
+        Ok(())
     }
 
     /// One entry; a page outside the region reads as `Absent`.
     pub fn load(&self, page: u64) -> u64 {
-        if page >= self.page_count {
-            return 0;
-        }
-        self.window
-            .atomic_u64(HEADER_BYTES + page * 8)
-            .map_or(0, |entry| entry.load(std::sync::atomic::Ordering::Acquire))
+        if page < self.page_count { self.entries.load(&self.window, page) } else { 0 }
     }
 
-    /// Publishes one entry.
-    pub fn store(&self, page: u64, entry: u64) {
-        debug_assert!(page < self.page_count, "entry {page} of {}", self.page_count);
-        if page >= self.page_count {
-            return;
-        }
-        if let Ok(slot) = self.window.atomic_u64(HEADER_BYTES + page * 8) {
-            slot.store(entry, std::sync::atomic::Ordering::Release);
+    /// How many pages from this one on are known to have the same entry: at least one. If more, they name no frame.
+    pub fn alike(&self, page: u64) -> u64 {
+        self.entries.alike(&self.window, page)
+    }
+
+    /// Publishes entries.
+    pub fn publish(&self, first: u64, entries: EntryRun) -> Result<(), HookError> {
+        match entries {
+            // Follows anything in the same way, see `Entry::followed_by`.
+            EntryRun::Same { entry, count } if !entry.is_moving() && !entry.owns_frame() => {
+                self.entries.fill(&self.window, first, count, entry.bits())
+            }
+            // One by one: words of many pages are settled ones.
+            entries => entries.iter().zip(first..).try_for_each(|(entry, page)| {
+                let before = Entry::decode(self.load(page)).unwrap_or(entry);
+                self.entries.store(&self.window, page, before.followed_by(entry).bits())
+            }),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use uhmm_pager_core::{DeviceId, PageState};
+
     use super::*;
 
     fn made() -> DirectoryFile {
         let header = Header { region: 3, space: 4, backing: Backing::Private, page_count: 600, offset_bytes: 0 };
         DirectoryFile::create(header).unwrap()
+    }
+
+    fn put(directory: &DirectoryFile, page: u64, entry: Entry) {
+        directory.publish(page, EntryRun::Same { entry, count: 1 }).unwrap();
+    }
+
+    fn advise(directory: &DirectoryFile, page: u64) {
+        directory.change_attrs(Pages::one(page), |attr| attr.with_read_mostly(true)).unwrap();
+    }
+
+    #[test]
+    fn what_was_given_up_is_followed_page_by_page() {
+        let made = made();
+        let moving = Entry::SYSTEM.with_state(PageState::MovingOut);
+        made.publish(0, EntryRun::Same { entry: moving, count: 512 }).unwrap();
+        put(&made, 7, moving.with_discarded(true));
+        let arrived = Entry::on_device(DeviceId(0), 100);
+        made.publish(0, EntryRun::Frames { entry_of_first: arrived, count: 512 }).unwrap();
+        let discarded = |page| Entry::decode(made.load(page)).unwrap().discarded();
+        assert_eq!((0..600).filter(|page| discarded(*page)).collect::<Vec<_>>(), [7]);
+        assert!((0..512).all(|page| made.alike(page) == 1), "what names frames is never taken together");
+        made.publish(0, EntryRun::Same { entry: Entry::SYSTEM, count: 600 }).unwrap();
+        assert_eq!((made.alike(0), made.load(7)), (600, Entry::SYSTEM.bits()));
     }
 
     fn segment(id: u64) -> SegmentRecord {
@@ -293,13 +340,14 @@ mod tests {
     #[test]
     fn a_directory_is_read_back_as_it_was_written() {
         let made = made();
-        made.store(599, 0x1234);
-        made.set_attr(599, Attr::default().with_read_mostly(true)).unwrap();
+        put(&made, 599, Entry::on_device(DeviceId(1), 7));
+        advise(&made, 599);
         assert!(matches!(DirectoryFile::adopt(made.fd()), Err(DirectoryError::NotLive { region: 3 })));
         made.set_live().unwrap();
         let (read, header) = DirectoryFile::adopt(made.fd()).unwrap();
         assert_eq!((header.backing, header.page_count, header.space), (Backing::Private, 600, 4));
-        assert_eq!((read.load(599), read.load(600)), (0x1234, 0));
+        let words = [598, 599, 600].map(|page| read.load(page));
+        assert_eq!(words, [Entry::SYSTEM.bits(), Entry::on_device(DeviceId(1), 7).bits(), 0]);
         assert!(read.attr(599).read_mostly() && read.attr(0) == Attr::default());
     }
 
@@ -317,8 +365,9 @@ mod tests {
     #[test]
     fn a_region_in_as_many_pieces_as_it_has_pages_is_listed_and_its_entries_stay() {
         let made = made();
-        (0..600).for_each(|page| made.store(page, page));
-        made.set_attr(599, Attr::default().with_read_mostly(true)).unwrap();
+        let entry = |page: u64| Entry::on_device(DeviceId(0), page as u32);
+        (0..600).for_each(|page| put(&made, page, entry(page)));
+        advise(&made, 599);
         let list: Vec<_> = (0..segments_max(600) as u64).map(segment).collect();
         assert!(list.len() >= 600);
         made.set_segments(&list).unwrap();
@@ -326,6 +375,6 @@ mod tests {
         made.set_live().unwrap();
         let (read, _) = DirectoryFile::adopt(made.fd()).unwrap();
         assert_eq!(read.segments().unwrap(), list);
-        assert!((0..600).all(|page| read.load(page) == page) && read.attr(599).read_mostly());
+        assert!((0..600).all(|page| read.load(page) == entry(page).bits()) && read.attr(599).read_mostly());
     }
 }

@@ -304,20 +304,23 @@ impl Pager {
                 poisoned_pages: 0,
                 device_pages: vec![0; DEVICE_SLOTS],
             };
-            for page in 0..region.page_count {
+            let mut page = 0;
+            while page < region.page_count {
+                let count = region.directory.alike(page);
                 match residency(region.directory.load(page)).0 {
-                    pager::Residency::Absent => status.absent_pages += 1,
-                    pager::Residency::System => status.system_pages += 1,
+                    pager::Residency::Absent => status.absent_pages += count,
+                    pager::Residency::System => status.system_pages += count,
                     pager::Residency::Duplicated(id) => {
-                        status.system_pages += 1;
-                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1;
+                        status.system_pages += count;
+                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += count;
                     }
-                    pager::Residency::Moving => status.moving_pages += 1,
-                    pager::Residency::Poisoned => status.poisoned_pages += 1,
+                    pager::Residency::Moving => status.moving_pages += count,
+                    pager::Residency::Poisoned => status.poisoned_pages += count,
                     pager::Residency::Device(id) | pager::Residency::Exclusive(id) => {
-                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += 1
+                        status.device_pages[usize::from(id) % DEVICE_SLOTS] += count
                     }
                 }
+                page += count;
             }
             status
         })

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use uhmm_kernel_hook::uffd::{Userfaultfd, WpOutcome};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Action, DeviceId, Entry, EntryRun, Event, Pages, RegionId, ReqId, StepResult, Ticket};
+use uhmm_pager_core::{Action, DeviceId, EntryRun, Event, Pages, RegionId, ReqId, StepResult, Ticket};
 
 use crate::copies::{Copy, Deferred};
 use crate::fill::FillFrom;
@@ -103,10 +103,8 @@ impl Pager {
 
     fn publish(&mut self, region: RegionId, first: u64, entries: EntryRun) {
         let Some(region) = self.regions.get(region.0) else { return };
-        for (offset, entry) in entries.iter().enumerate() {
-            let page = first + offset as u64;
-            let before = Entry::decode(region.directory.load(page)).unwrap_or(entry);
-            region.directory.store(page, before.followed_by(entry).bits());
+        if let Err(error) = region.directory.publish(first, entries) {
+            tracing::error!(%error, region = region.id, first, "A directory cannot be written");
         }
     }
 
@@ -202,7 +200,7 @@ impl Pager {
         }
         for (index, (frame, count)) in runs.iter().enumerate() {
             let copy = Copy::Zero { ticket, frame: *frame, count: *count, scrub: true, last: index + 1 == runs.len() };
-            self.start_copy(Deferred { device: device.0, copy });
+            self.scrubs.push_back(Deferred { device: device.0, copy });
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The way of a CPU fault: userfaultfd -> region -> core -> (revoke) -> UFFDIO_COPY from the aperture -> publish.
 //!
-//! The descriptor is read until it is empty before anything is retried: the kernel hands out faults before older events,
-//! and while an event is unread every fill in that process answers EAGAIN (paging-floors.md, section 5).
+//! The kernel hands out faults before older events, and while an event is unread every fill in that process answers EAGAIN
+//! (paging-floors.md, section 5): so a descriptor is read on before anything is retried, a share each turn of the loop.
 
 use uhmm_kernel_hook::uffd::{Change, KeptEvent, UffdEvent};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
@@ -13,6 +13,8 @@ use crate::space::Birth;
 
 /// How often the agent is looked at before its fill is left alone: about as long as UFFDIO_MOVE of a huge page takes.
 const FILL_LOOKS: u32 = 32;
+/// Reads of one userfaultfd in a turn of the loop, of up to 64 messages each.
+const READS_PER_TURN: u32 = 4;
 
 impl Pager {
     /// Reads everything the space's userfaultfd has to say. Its agent fills nothing meanwhile, nor what it was asked before the program
@@ -23,7 +25,7 @@ impl Pager {
             self.reread.insert(space_id);
             return;
         }
-        self.read_all(space_id);
+        self.read_share(space_id);
         let overtaken = std::mem::take(&mut self.overtaken);
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         if let Some(agent) = agent {
@@ -45,8 +47,17 @@ impl Pager {
         agent.is_none_or(stands_still)
     }
 
-    fn read_all(&mut self, space_id: u64) {
-        loop {
+    /// Goes on with spaces that had more to say than their share.
+    pub(crate) fn read_on(&mut self) {
+        for space in std::mem::take(&mut self.unread) {
+            self.read_uffd(space);
+        }
+    }
+
+    /// A turn's share of what there is to read. A program that makes more events than that waits for its next turn by itself: each of
+    /// its threads waits until its event is read.
+    fn read_share(&mut self, space_id: u64) {
+        for _ in 0..READS_PER_TURN {
             let space = self.spaces.get(&space_id);
             let Some(space) = space.filter(|space| space.is_born()) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
@@ -78,6 +89,7 @@ impl Pager {
             }
             self.stay_hot();
         }
+        self.unread.insert(space_id);
     }
 
     fn event_handled(&self, slot: usize) {

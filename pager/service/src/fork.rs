@@ -234,8 +234,10 @@ impl Pager {
     /// The child's regions are there; nobody knows whether the parent's devices had let go of what it shares.
     fn revoke_again(&mut self, parent_id: u64, child_id: u64) {
         let private = |region: &&Region| region.backing == Backing::Private;
-        let of =
-            |space: u64| self.regions.iter().filter(private).filter(move |r| r.space == space).map(|r| RegionId(r.id));
+        let of = |space: u64| {
+            let mine = self.regions.of_space(space).filter_map(|id| self.regions.get(id));
+            mine.filter(private).map(|region| RegionId(region.id))
+        };
         let (parents, child): (Vec<_>, _) = (of(parent_id).collect(), of(child_id).next());
         if let (Some(space), Some(child)) = (self.spaces.get_mut(&child_id), child) {
             space.unready_regions = parents.len();
@@ -327,13 +329,8 @@ impl Pager {
                 return None;
             }
         };
-        for page in 0..page_count {
-            let attr = parent.directory.attr(page);
-            if attr != Default::default()
-                && let Err(error) = directory.set_attr(page, attr)
-            {
-                tracing::warn!(%error, "Advice was not inherited");
-            }
+        if let Err(error) = directory.inherit_attrs(&parent.directory) {
+            tracing::warn!(%error, "Advice was not inherited");
         }
         self.next_region += 1;
         self.regions.insert(Region {
@@ -433,7 +430,6 @@ impl Pager {
     /// Forked children without a pidfd, and processes that lost their connection: is the address space still there? (exec ends it,
     /// and the process lives on.)
     pub(crate) fn check_children(&mut self) {
-        self.children_armed = false;
         let silent = |space: &&Space| space.agent.as_ref().is_none_or(|agent| agent.conn.is_none());
         let unwatched: Vec<u64> =
             self.spaces.values().filter(|space| !space.dying).filter(silent).map(|space| space.state.id).collect();

@@ -19,7 +19,7 @@
 //! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
 //! | `heat` | what devices use, as long as somebody asks |
-//! | `devices`, `space`, `directory` | what there is, and how it lies in the vault |
+//! | `devices`, `space`, `directory`, `words` | what there is, and how it lies in the vault |
 //! | `recover` | a new incarnation's first act |
 
 mod advise;
@@ -55,5 +55,6 @@ mod service;
 mod space;
 mod stats;
 mod trace;
+mod words;
 
 pub use service::{Pager, PagerError, run};

@@ -78,7 +78,6 @@ impl Pager {
             return;
         }
         // Shown there still: its own UNMAP event comes later than this one.
-        self.not_registered(space_id, new);
         self.not_registered(space_id, old);
         let replaced = self.cut(space_id, to, to + len);
         let gone = self.vmas(space_id, old).is_none_or(|vmas| vmas.first().is_none_or(|vma| vma.start >= old.end()));
@@ -112,9 +111,9 @@ impl Pager {
         let page = AddrRange { start: addr & !(PAGE_SIZE - 1), len: PAGE_SIZE };
         let vma = self.vmas(space_id, page).and_then(|vmas| vmas.first().copied());
         let Some(vma) = vma.filter(|vma| vma.shared && vma.inode != 0 && vma.start <= addr) else { return false };
-        let found = self.regions.iter().find_map(|region| {
+        let found = self.regions.of_space(space_id).filter_map(|id| self.regions.get(id)).find_map(|region| {
             let memory = region.memory.as_ref()?;
-            let ours = region.space == space_id && region.backing == Backing::File && region.phase == Phase::Live;
+            let ours = region.backing == Backing::File && region.phase == Phase::Live;
             let at = vma.offset + (page.start - vma.start);
             let behind = at.checked_sub(memory.offset_bytes)? / PAGE_SIZE;
             if !ours || behind >= region.page_count {

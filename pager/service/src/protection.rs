@@ -8,6 +8,7 @@ use uhmm_pager_core::{Entry, Event, PageState, Target};
 
 use crate::advise::revoke_all;
 use crate::calls::Answer;
+use crate::directory::DirectoryFile;
 use crate::kernel_view::{Ended, Part, Shown};
 use crate::requests::{Piece, Then};
 use crate::service::Pager;
@@ -125,9 +126,8 @@ impl Pager {
             return answer(self, Ok(pager::Reply::Done));
         };
         let (mut moving, mut lost) = (false, false);
-        for (region, page) in pieces.iter().flat_map(Piece::pages) {
-            let raw = self.regions.get(region).map_or(0, |region| region.directory.load(page));
-            match Entry::decode(raw) {
+        for (_, region, pages) in self.alike_pieces(&pieces, DirectoryFile::alike) {
+            match Entry::decode(region.directory.load(pages.first)) {
                 Ok(entry) if entry.is_settled_system() => {}
                 Ok(entry) if entry.state() != PageState::Poisoned => moving = true,
                 _ => lost = true,

@@ -226,8 +226,8 @@ impl Pager {
 
     /// Region entries are kept under another space's name from now on.
     pub(crate) fn keep_under(&mut self, space: u64, region_id: u64) {
-        let Some(region) = self.regions.get_mut(region_id) else { return };
-        region.space = space;
+        self.regions.pass_on(region_id, space);
+        let Some(region) = self.regions.get(region_id) else { return };
         let prefix = Space::region_prefix(space, region_id);
         let memory = region.memory.as_ref().map(|memory| ("mem", memory.fd.clone()));
         for (name, fd) in memory.into_iter().chain([("dir", region.directory.fd())]) {
@@ -250,9 +250,7 @@ impl Pager {
                 let granted = Granted::default();
                 let segment =
                     Segment { id, space, region, addr, first_page, page_count, tables, granted_mask, granted };
-                if let Some(region) = self.regions.get_mut(region) {
-                    region.retired.push(segment);
-                }
+                self.regions.retire(segment);
                 // The dead pager's invalidation may not have got through.
                 self.start_revoke_message(Purpose::Unmap { region }, space, id, 0, page_count, granted_mask);
                 continue;

@@ -10,8 +10,9 @@ use uhmm_pager_core::{
 };
 
 use crate::calls::{Answer, refuse};
+use crate::directory::DirectoryFile;
 use crate::service::Pager;
-use crate::space::{DEVICE_SLOTS, Phase, Segment};
+use crate::space::{DEVICE_SLOTS, Phase, Region, Segment};
 
 /// Runs in one answer: fits 64 KiB with room to spare.
 pub(crate) const ANSWER_RUNS_MAX: usize = 2048;
@@ -95,14 +96,6 @@ pub(crate) struct FaultKind {
     pub exclusive: bool,
 }
 
-impl Piece {
-    /// Every page, with its region.
-    pub fn pages(&self) -> impl Iterator<Item = (u64, u64)> {
-        let region = self.located.region;
-        self.located.pages.iter().map(move |page| (region, page))
-    }
-}
-
 impl Pager {
     pub(crate) fn ask_core(&mut self, request: PendingRequest) -> ReqId {
         let id = ReqId(self.next_request);
@@ -160,6 +153,26 @@ impl Pager {
             at = to;
         }
         Ok(pieces)
+    }
+
+    /// Parts of a range that are known to be alike, with the pages before them: `alike` says how many from a page on.
+    pub(crate) fn alike_pieces<'a>(
+        &'a self,
+        pieces: &'a [Piece],
+        alike: impl Fn(&DirectoryFile, u64) -> u64 + Copy + 'a,
+    ) -> impl Iterator<Item = (u64, &'a Region, Pages)> {
+        let live = |piece: &'a Piece| Some((piece, self.regions.get(piece.located.region)?));
+        pieces.iter().filter_map(live).flat_map(move |(piece, region)| {
+            let all = piece.located.pages;
+            let mut left = all;
+            std::iter::from_fn(move || {
+                let offset = piece.offset + (left.first - all.first);
+                let count = alike(&region.directory, left.first).clamp(1, left.count.max(1));
+                let part = (left.count > 0).then_some(Pages { count, ..left })?;
+                left = left.after(count);
+                Some((offset, region, part))
+            })
+        })
     }
 
     /// Asks the core for every part of a range; the caller is answered when all are through.
@@ -270,17 +283,17 @@ impl Pager {
     pub(crate) fn query(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<pager::Reply, WireError> {
         let pieces = self.locate(conn, addr, len_bytes)?;
         let mut runs: Vec<ResidencyRun> = Vec::new();
-        for (offset, (region, page)) in pieces.iter().flat_map(Piece::pages).enumerate() {
-            let seen = residency(self.regions.get(region).map_or(0, |region| region.directory.load(page)));
+        for (offset, region, pages) in self.alike_pieces(&pieces, DirectoryFile::alike) {
+            let seen = residency(region.directory.load(pages.first));
             let full = runs.len() == ANSWER_RUNS_MAX;
             match runs.last_mut() {
                 Some(run) if (run.residency, run.pinned, run.mapped_mask, run.huge, run.coherent) == seen => {
-                    run.page_count += 1
+                    run.page_count += pages.count
                 }
                 _ if full => break,
                 _ => runs.push(ResidencyRun {
-                    first_page: offset as u64,
-                    page_count: 1,
+                    first_page: offset,
+                    page_count: pages.count,
                     residency: seen.0,
                     pinned: seen.1,
                     mapped_mask: seen.2,
@@ -356,7 +369,11 @@ impl Pager {
         let read_only = |page: u64| region.directory.attr(page).read_only();
         let advised = read_only(fault_page);
         let first = (pages.first..fault_page).rev().take_while(|page| read_only(*page) == advised).last();
-        let after = (fault_page..pages.end()).take_while(|page| read_only(*page) == advised).count() as u64;
+        let mut end = fault_page;
+        while end < pages.end() && read_only(end) == advised {
+            end += region.directory.attrs_alike(end);
+        }
+        let after = end.min(pages.end()) - fault_page;
         let first = first.unwrap_or(fault_page);
         (Pages { first, count: fault_page - first + after }, advised)
     }

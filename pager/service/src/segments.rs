@@ -87,9 +87,7 @@ impl Pager {
         }
         if segment.granted_mask != 0 {
             let (space, granted_mask) = (segment.space, segment.granted_mask);
-            if let Some(region) = self.regions.get_mut(region_id) {
-                region.retired.push(segment);
-            }
+            self.regions.retire(segment);
             let purpose = Purpose::Unmap { region: region_id };
             self.start_revoke_message(purpose, space, id, 0, pages.count, granted_mask);
         }
@@ -98,9 +96,9 @@ impl Pager {
 
     /// Devices have dropped a retired segment.
     pub(crate) fn unmap_through(&mut self, region_id: u64, segment: u64) {
-        let Some(region) = self.regions.get_mut(region_id) else { return };
-        region.retired.retain(|retired| retired.id != segment);
-        let free_now = region.phase == Phase::Dying && region.retired.is_empty();
+        let was_last = self.regions.retired_is_dropped(region_id, segment);
+        let Some(region) = self.regions.get(region_id) else { return };
+        let free_now = region.phase == Phase::Dying && was_last;
         if region.phase == Phase::Live {
             self.keep_segments(region_id);
         }
@@ -119,8 +117,9 @@ impl Pager {
         }
         let was_live = region.phase == Phase::Live;
         tracing::debug!(region = region_id, was_live, "A region goes");
-        region.phase = Phase::Dying;
-        for id in region.segments.clone() {
+        let shown = region.segments.clone();
+        self.regions.dies(region_id);
+        for id in shown {
             self.retire(id);
         }
         if !was_live {
@@ -163,6 +162,7 @@ impl Pager {
     /// The same, for who shows the pages elsewhere: the directory is the caller's to write, once for both.
     pub(crate) fn cut_unkept(&mut self, space_id: u64, start: u64, end: u64) -> Vec<Cut> {
         let mut cuts = Vec::new();
+        self.not_registered(space_id, AddrRange { start, len: end - start });
         for id in self.touched(space_id, start, end) {
             let Some((region, pages, addr)) = self.retire(id) else { continue };
             let segment_end = addr + pages.count * PAGE_SIZE;
@@ -183,17 +183,23 @@ impl Pager {
 
     /// Live segments of a space that lie in an address range, in order.
     pub(crate) fn touched(&self, space_id: u64, start: u64, end: u64) -> Vec<u64> {
+        let live = |id: &u64| {
+            let segment = self.regions.segment(*id);
+            segment.and_then(|s| self.regions.get(s.region)).is_some_and(|region| region.phase == Phase::Live)
+        };
+        let mut ids = self.at_addresses(space_id, start, end);
+        ids.retain(live);
+        ids
+    }
+
+    /// The same, of regions of any phase.
+    pub(crate) fn at_addresses(&self, space_id: u64, start: u64, end: u64) -> Vec<u64> {
         let Some(space) = self.spaces.get(&space_id) else { return Vec::new() };
         let before = space.segments.range(..=start).next_back().map(|(_, id)| *id);
         let inside = space.segments.range(start..end).map(|(_, id)| *id);
         let mut ids: Vec<u64> = before.into_iter().chain(inside).collect();
         ids.dedup();
-        let touches = |id: &u64| {
-            let segment = self.regions.segment(*id);
-            let live = segment.and_then(|s| self.regions.get(s.region)).is_some_and(|r| r.phase == Phase::Live);
-            live && segment.is_some_and(|s| s.addr < end && s.range().end() > start)
-        };
-        ids.retain(touches);
+        ids.retain(|id| self.regions.segment(*id).is_some_and(|s| s.addr < end && s.range().end() > start));
         ids
     }
 
@@ -222,7 +228,6 @@ impl Pager {
         let parts = parts.unwrap_or_default();
         let parts: Vec<_> = parts.iter().flat_map(|part| self.unmapped_by_program(space_id, *part)).collect();
         for part in parts {
-            self.not_registered(space_id, part);
             for cut in self.cut(space_id, part.start, part.end()) {
                 self.overtaken.push((RegionId(cut.region), cut.pages));
                 self.settle_cut(cut);
@@ -232,7 +237,9 @@ impl Pager {
 
     /// Addresses are no region's any more, also not of one that is on its end.
     pub(crate) fn not_registered(&mut self, space_id: u64, range: AddrRange) {
-        self.regions.iter_mut().for_each(|region| region.registered.left(space_id, range));
+        let shown = self.at_addresses(space_id, range.start, range.end());
+        let regions = shown.iter().filter_map(|id| Some(self.regions.segment(*id)?.region)).collect::<Vec<_>>();
+        self.regions.not_registered(space_id, range, regions.into_iter());
     }
 
     pub(crate) fn settle_cut(&mut self, cut: Cut) {

@@ -35,7 +35,7 @@ use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
-use crate::space::{Regions, Space};
+use crate::space::{Phase, Regions, Segment, Space};
 use crate::stats::ShellStats;
 use crate::trace::TraceRing;
 
@@ -46,6 +46,9 @@ const AGAIN_RETRY: Duration = Duration::from_micros(500);
 /// After a fault the pager looks again this long before it sleeps: waking an idle core costs five times a fault
 /// (paging-floors.md, section 2). Bounded, so that an idle system costs nothing.
 const HOT_POLL: Duration = Duration::from_micros(60);
+
+/// Segments of ended spaces that are given up in one turn of the loop: about a millisecond.
+const ENDS_PER_TURN: usize = 64;
 
 const TIMER_AGAIN: TimerToken = TimerToken(1);
 pub(crate) const TIMER_GATE: TimerToken = TimerToken(2);
@@ -112,6 +115,12 @@ pub struct Pager {
     pub(crate) revokes: PendingRevokes,
     pub(crate) gate_watches: Vec<GateWatch>,
     pub(crate) copies: VecDeque<Deferred>,
+    /// Frames to be scrubbed, some each turn.
+    pub(crate) scrubs: VecDeque<Deferred>,
+    /// Spaces whose regions are given up, some each turn.
+    pub(crate) ending: VecDeque<u64>,
+    /// Spaces that have more to say than their share of a turn.
+    pub(crate) unread: BTreeSet<u64>,
     pub(crate) engine_jobs: HashMap<u64, Deferred>,
     pub(crate) next_engine_job: u64,
     pub(crate) vault_calls: HashMap<CallId, VaultWait>,
@@ -194,9 +203,7 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
             }
             pager.drain();
         }
-        pager.reread_spaces();
-        pager.push(Event::Tick);
-        pager.drain();
+        pager.turn();
     }
 }
 
@@ -267,6 +274,9 @@ impl Pager {
             revokes: PendingRevokes::new(incarnation),
             gate_watches: Vec::new(),
             copies: VecDeque::new(),
+            scrubs: VecDeque::new(),
+            ending: VecDeque::new(),
+            unread: BTreeSet::new(),
             engine_jobs: HashMap::new(),
             next_engine_job: 1,
             vault_calls: HashMap::new(),
@@ -308,13 +318,23 @@ impl Pager {
         })
     }
 
+    /// After the messages: everything that grows with something has its share of each turn, and the next turn begins with messages.
+    fn turn(&mut self) {
+        self.read_on();
+        self.reread_spaces();
+        self.end_some();
+        self.scrub_some();
+        self.push(Event::Tick);
+        self.drain();
+    }
+
     pub(crate) fn now_us(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
     fn poll_timeout(&mut self) -> Option<Duration> {
-        if self.core.has_runnable_work() {
+        if self.core.has_runnable_work() || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs() {
             return Some(Duration::ZERO);
         }
         match self.hot_until {
@@ -343,7 +363,10 @@ impl Pager {
             Wake::Event { body: WireEvent::Supervisor(event), .. } => self.on_supervisor_event(event),
             Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
             Wake::Timer(TIMER_GATE) => self.check_gates(),
-            Wake::Timer(TIMER_CHILDREN) => self.check_children(),
+            Wake::Timer(TIMER_CHILDREN) => {
+                self.children_armed = false;
+                self.check_children();
+            }
             Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_HEAT => self.sweep(token & !KIND_MASK),
             Wake::Timer(TimerToken(token)) if token & KIND_MASK == TIMER_AGENT => {
                 self.agent_is_late(token & !KIND_MASK)
@@ -464,15 +487,42 @@ impl Pager {
         }
         self.tell_mirror(pager::Event::SpaceGone { space: space_id });
         self.agent_died(space_id);
-        for cut in self.cut(space_id, 0, u64::MAX) {
-            self.settle_cut(cut);
+        self.ending.push_back(space_id);
+    }
+
+    /// A turn's share of the ends of spaces: first what they show, then regions that were on their end already, and those that are half
+    /// made, or that a half-made child never got addresses for.
+    fn end_some(&mut self) {
+        let mut left = ENDS_PER_TURN;
+        while left > 0
+            && let Some(space_id) = self.ending.pop_front()
+        {
+            let shown = self.spaces.get(&space_id).into_iter().flat_map(|space| space.segments.values());
+            let live =
+                |segment: &&Segment| self.regions.get(segment.region).is_some_and(|region| region.phase == Phase::Live);
+            let live = shown.filter_map(|id| self.regions.segment(*id)).filter(live);
+            let ranges: Vec<_> = live.take(left).map(Segment::range).collect();
+            left -= ranges.len();
+            for range in ranges {
+                for cut in self.cut(space_id, range.start, range.end()) {
+                    self.settle_cut(cut);
+                }
+            }
+            if left > 0 {
+                self.end_regions_of(space_id);
+                self.finish_space_if_empty(space_id);
+            } else {
+                self.ending.push_back(space_id);
+            }
+            self.drain();
         }
-        // Regions that were on their end already, and those that a half-made child never got addresses for.
-        let mine: Vec<u64> = self.regions.iter().filter(|r| r.space == space_id).map(|region| region.id).collect();
+    }
+
+    fn end_regions_of(&mut self, space_id: u64) {
+        let mine: Vec<u64> = self.regions.of_space(space_id).collect();
         for region in mine {
             self.free_or_pass_on(region);
         }
-        self.finish_space_if_empty(space_id);
     }
 
     /// The space of a region ends: the region too, unless a forked child still shows it.
@@ -515,7 +565,7 @@ impl Pager {
 
     fn finish_space_if_empty(&mut self, space_id: u64) {
         let ended = self.spaces.get(&space_id).is_some_and(|space| space.dying && space.segments.is_empty());
-        let ended = ended && !self.regions.iter().any(|region| region.space == space_id);
+        let ended = ended && !self.ending.contains(&space_id) && self.regions.of_space(space_id).next().is_none();
         if !ended {
             return;
         }

@@ -12,7 +12,7 @@
 //! A space or region with a name missing was never reported to its client: recovery drops it and the client asks again.
 
 use std::cell::{OnceCell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -314,6 +314,13 @@ impl Space {
 #[derive(Default)]
 pub struct Regions {
     by_id: BTreeMap<u64, Region>,
+    /// Their ids by space.
+    by_space: BTreeMap<u64, BTreeSet<u64>>,
+    /// Regions on their end, by the spaces in which they may be registered; and the other way round.
+    dying: BTreeMap<u64, BTreeSet<u64>>,
+    dying_in: BTreeMap<u64, Vec<u64>>,
+    /// Regions with retired segments.
+    with_retired: BTreeSet<u64>,
     segments: BTreeMap<u64, Segment>,
     /// Marks of devices that eviction takes are heat too; it looks through [`Directory`], which changes nothing else.
     pub(crate) heat: RefCell<Heat>,
@@ -332,13 +339,54 @@ impl Regions {
 
     /// Adds one.
     pub fn insert(&mut self, region: Region) {
+        self.by_space.entry(region.space).or_default().insert(region.id);
         self.by_id.insert(region.id, region);
     }
 
     /// Removes one, with what is left of its segments.
     pub fn remove(&mut self, id: u64) -> Option<Region> {
-        self.segments.retain(|_, segment| segment.region != id);
-        self.by_id.remove(&id)
+        let region = self.by_id.remove(&id)?;
+        region.segments.iter().for_each(|segment| drop(self.segments.remove(segment)));
+        forget(&mut self.by_space, region.space, id);
+        self.with_retired.remove(&id);
+        let dying_in = self.dying_in.remove(&id).unwrap_or_default();
+        dying_in.into_iter().for_each(|space| forget(&mut self.dying, space, id));
+        Some(region)
+    }
+
+    /// Ids of those that belong to a space.
+    pub fn of_space(&self, space: u64) -> impl Iterator<Item = u64> + '_ {
+        self.by_space.get(&space).into_iter().flatten().copied()
+    }
+
+    /// Another space has it from now on.
+    pub fn pass_on(&mut self, id: u64, space: u64) {
+        let Some(region) = self.by_id.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut region.space, space);
+        forget(&mut self.by_space, before, id);
+        self.by_space.entry(space).or_default().insert(id);
+    }
+
+    /// Begins its end: nothing shows it from here on, but it is registered until it is dropped.
+    pub fn dies(&mut self, id: u64) {
+        let Some(region) = self.by_id.get_mut(&id) else { return };
+        region.phase = Phase::Dying;
+        let spaces: Vec<u64> = region.registered.iter().map(|(space, _)| space).collect();
+        for space in &spaces {
+            self.dying.entry(*space).or_default().insert(id);
+        }
+        self.dying_in.insert(id, spaces);
+    }
+
+    /// Addresses of a space are no region's any more, also not of one that is on its end: those of `shown`, which are shown there, and of
+    /// whatever dies.
+    pub fn not_registered(&mut self, space: u64, range: AddrRange, shown: impl Iterator<Item = u64>) {
+        let dying = self.dying.get(&space).into_iter().flatten().copied();
+        for id in shown.chain(dying).collect::<BTreeSet<u64>>() {
+            if let Some(region) = self.by_id.get_mut(&id) {
+                region.registered.left(space, range);
+            }
+        }
     }
 
     /// All, by id.
@@ -390,6 +438,29 @@ impl Regions {
         segments.filter_map(move |segment| Some((segment, segment.pages().overlap(pages)?)))
     }
 
+    /// Devices may not have dropped a segment that shows nothing any more.
+    pub fn retire(&mut self, segment: Segment) {
+        if let Some(region) = self.by_id.get_mut(&segment.region) {
+            self.with_retired.insert(region.id);
+            region.retired.push(segment);
+        }
+    }
+
+    /// They have. Returns whether it was the region's last one.
+    pub fn retired_is_dropped(&mut self, region: u64, segment: u64) -> bool {
+        let Some(region) = self.by_id.get_mut(&region) else { return false };
+        region.retired.retain(|retired| retired.id != segment);
+        if region.retired.is_empty() {
+            self.with_retired.remove(&region.id);
+        }
+        region.retired.is_empty()
+    }
+
+    /// All that are retired.
+    pub fn all_retired(&self) -> impl Iterator<Item = &Segment> {
+        self.with_retired.iter().filter_map(|id| self.by_id.get(id)).flat_map(|region| &region.retired)
+    }
+
     /// Takes the accessed marks of entries of a segment's table, notes them as heat, and returns the pages of the region.
     pub(crate) fn take_marks(&self, segment: &Segment, device: u8, entries: Range<u64>) -> Vec<Pages> {
         let mut runs = Vec::new();
@@ -410,7 +481,20 @@ impl Regions {
     }
 }
 
+fn forget(index: &mut BTreeMap<u64, BTreeSet<u64>>, space: u64, region: u64) {
+    if let Some(ids) = index.get_mut(&space) {
+        ids.remove(&region);
+        if ids.is_empty() {
+            index.remove(&space);
+        }
+    }
+}
+
 impl Directory for Regions {
+    fn alike(&self, region: RegionId, page: u64) -> u64 {
+        self.by_id.get(&region.0).map_or(1, |region| region.directory.alike(page))
+    }
+
     fn load(&self, region: RegionId, page: u64) -> u64 {
         self.by_id.get(&region.0).map_or(0, |r| r.directory.load(page))
     }

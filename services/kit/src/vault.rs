@@ -3,6 +3,7 @@
 //! Every entry is remembered here as well: when the supervisor itself dies, the next one gets them back from us.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use uhmm_ipc::message::{Call, Fd, Reply, TraceId, supervisor};
 use uhmm_ipc::{CallId, LinkId, Reactor, Wake};
@@ -51,7 +52,11 @@ impl Vault {
     /// Forgets every name that starts with `prefix`. The call's `Wake::Done` on the supervisor link says that it is forgotten; of a
     /// service that ends before that, nothing is.
     pub fn remove(&mut self, reactor: &mut Reactor, prefix: &str) -> CallId {
-        self.entries.retain(|name, _| !name.starts_with(prefix));
+        let below = self.entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        let below = below.map(|(name, _)| name).take_while(|name| name.starts_with(prefix));
+        for name in below.cloned().collect::<Vec<_>>() {
+            self.entries.remove(&name);
+        }
         let remove = supervisor::Call::VaultRemove { prefix: prefix.to_owned() };
         reactor.call(self.supervisor, Call::Supervisor(remove), TraceId::default(), None)
     }

@@ -1,6 +1,7 @@
 //! The vault: descriptors by owner and name. Bounded, sorted, nothing else.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use uhmm_ipc::message::Fd;
 
@@ -45,7 +46,11 @@ impl Vault {
     /// Forgets what is below a prefix.
     pub fn remove(&mut self, owner: &str, prefix: &str) {
         if let Some(entries) = self.owners.get_mut(owner) {
-            entries.retain(|name, _| !name.starts_with(prefix));
+            let below = entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+            let below = below.map(|(name, _)| name).take_while(|name| name.starts_with(prefix));
+            for name in below.cloned().collect::<Vec<_>>() {
+                entries.remove(&name);
+            }
         }
     }
 
