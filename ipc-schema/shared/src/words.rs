@@ -1,5 +1,6 @@
 //! Shared memory as atomic 64-bit words.
 
+use core::ops::Range;
 use core::sync::atomic::Ordering;
 
 /// An array of atomic words. Callers keep indices below [`word_count`](Self::word_count).
@@ -23,6 +24,11 @@ pub trait Words {
     ) -> Result<u64, u64>;
     /// Memory fence.
     fn fence(&self, order: Ordering);
+    /// Calls `each` for the parts of a range in which any word was ever written, or more: what is left out reads as zero, and looking at it
+    /// would make memory of nothing. What others write meanwhile may be left out.
+    fn in_use(&self, range: Range<usize>, each: &mut dyn FnMut(Range<usize>)) {
+        each(range);
+    }
 }
 
 macro_rules! forward {
@@ -52,6 +58,9 @@ macro_rules! forward {
             }
             fn fence(&self, order: Ordering) {
                 (**self).fence(order);
+            }
+            fn in_use(&self, range: Range<usize>, each: &mut dyn FnMut(Range<usize>)) {
+                (**self).in_use(range, each);
             }
         }
     )*};

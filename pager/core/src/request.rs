@@ -357,7 +357,9 @@ impl<P: Policy> Core<P> {
     /// The first pages that have this entry, no more than can be published in one go.
     fn equal_run(&self, dir: &impl Directory, region: RegionId, left: Pages, first: Entry) -> Pages {
         let left = Pages { count: left.count.min(WIDE_PAGES), ..left };
-        let narrow = || Self::run_while(dir, region, left, |_, entry| entry == first);
+        // Page by page no further than to what is known to be alike: that shall stay so.
+        let single = |offset| offset == 0 || dir.alike(region, left.first + offset) == 1;
+        let narrow = || Self::run_while(dir, region, left, |offset, entry| entry == first && single(offset));
         let run = self.wide_run(dir, region, left).unwrap_or_else(narrow);
         if run.count == 0 { Pages::one(left.first) } else { run }
     }

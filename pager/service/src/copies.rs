@@ -18,8 +18,8 @@ use crate::devices::EngineJob;
 use crate::fill::FillFrom;
 use crate::service::Pager;
 
-/// Frames scrubbed in one turn of the loop (16 MiB): nobody waits for them, and others wait for the turn.
-const SCRUB_FRAMES_PER_TURN: u32 = 4096;
+/// Frames scrubbed in one turn of the loop (4 MiB): nobody waits for them, and others wait for the turn.
+const SCRUB_FRAMES_PER_TURN: u32 = 1024;
 /// Scrubs that a driver has to do at a time, beside the copies that somebody waits for.
 const SCRUBS_AT_DRIVER: usize = 2;
 

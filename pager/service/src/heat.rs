@@ -13,6 +13,7 @@
 //! ([`uhmm_pager_core::Directory::take_used`]), watched or not, and they count as heat as well. A fault costs nothing of this.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::HotRange;
@@ -23,7 +24,7 @@ use uhmm_pager_core::{DeviceId, Event, Pages, RegionId};
 use crate::calls::{Answer, refuse};
 use crate::requests::ANSWER_RUNS_MAX;
 use crate::service::Pager;
-use crate::space::{DEVICE_SLOTS, Segment};
+use crate::space::Segment;
 
 /// Timers of watched spaces are this with the space's id.
 pub(crate) const TIMER_HEAT: u64 = 1 << 56;
@@ -116,6 +117,7 @@ struct Part {
     device: u8,
     /// Next entry.
     next: u64,
+    end: u64,
 }
 
 /// A space whose client wants to know.
@@ -197,8 +199,13 @@ impl Pager {
         let segments = segments.filter_map(|id| self.regions.segment(*id));
         let tables = |segment: &Segment| {
             let id = segment.id;
-            let with_table = (0..DEVICE_SLOTS).filter(|device| segment.tables[*device].is_some());
-            with_table.map(move |device| Part { segment: id, device: device as u8, next: 0 }).collect::<Vec<_>>()
+            let with_table = (0u8..).zip(&segment.tables).filter_map(|(device, table)| Some((device, table.as_ref()?)));
+            let mut parts = Vec::new();
+            for (device, table) in with_table {
+                let part = |entries: Range<u64>| Part { segment: id, device, next: entries.start, end: entries.end };
+                table.in_use(0..segment.page_count, |entries| parts.push(part(entries)));
+            }
+            parts
         };
         segments.flat_map(tables).collect()
     }
@@ -210,7 +217,7 @@ impl Pager {
             && let Some(part) = todo.last_mut()
         {
             let segment = self.regions.segment(part.segment);
-            let end = segment.map_or(0, |segment| segment.page_count.min(part.next + left));
+            let end = segment.map_or(0, |segment| segment.page_count.min(part.end).min(part.next + left));
             if let Some(segment) = segment {
                 let (region, device) = (RegionId(segment.region), DeviceId(part.device));
                 let runs = self.regions.take_marks(segment, part.device, part.next..end);
@@ -218,7 +225,7 @@ impl Pager {
             }
             left -= end.saturating_sub(part.next);
             part.next = end;
-            if segment.is_none_or(|segment| end >= segment.page_count) {
+            if segment.is_none_or(|segment| end >= segment.page_count.min(part.end)) {
                 todo.pop();
             }
         }

@@ -9,6 +9,7 @@
 //! the old words or the new ones.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use uhmm_kernel_hook::window::Window;
@@ -126,65 +127,56 @@ impl Words {
         count: u64,
         change: impl Fn(u64) -> u64,
     ) -> Result<(), HookError> {
-        let end = first.saturating_add(count).min(self.count);
-        let mut page = first;
-        while page < end {
-            let alike = self.alike(window, page);
-            let block = page / BLOCK;
-            let block_end = ((block + 1) * BLOCK).min(self.count);
-            let stop = end.min(block_end);
-            match self.block(window, block) {
-                Block::All(word) if change(word) == word => {
-                    page = end.min(page + alike);
-                    continue;
-                }
-                Block::All(word) if page == block * BLOCK && stop == block_end => {
-                    self.set_block(window, block, Block::All(change(word)))?;
-                }
-                Block::All(word) => {
-                    for other in block * BLOCK..block_end {
-                        self.set_page(window, other, word)?;
-                    }
-                    self.set_block(window, block, Block::Mixed)?;
-                    continue;
-                }
-                Block::Mixed => {
-                    for page in page..stop {
-                        let word = self.load(window, page);
-                        if change(word) != word {
-                            self.set_page(window, page, change(word))?;
-                        }
-                    }
-                }
+        self.in_blocks(first, count, |block, pages, whole| match self.block(window, block) {
+            Block::All(word) if change(word) == word => Ok(()),
+            Block::All(word) if whole => self.set_block(window, block, Block::All(change(word))),
+            Block::All(word) => {
+                self.mix(window, block, word)?;
+                pages.into_iter().try_for_each(|page| self.set_page(window, page, change(word)))
             }
-            page = stop;
-        }
-        Ok(())
+            Block::Mixed => pages.into_iter().try_for_each(|page| {
+                let word = self.load(window, page);
+                if change(word) == word { Ok(()) } else { self.set_page(window, page, change(word)) }
+            }),
+        })
     }
 
     /// As `update`, with one word for all: what was of many kinds is of one again.
     pub fn fill(&self, window: &Window, first: u64, count: u64, word: u64) -> Result<(), HookError> {
+        self.in_blocks(first, count, |block, pages, whole| match self.block(window, block) {
+            Block::All(old) if old == word => Ok(()),
+            _ if whole => self.set_block(window, block, Block::All(word)),
+            Block::All(old) => {
+                self.mix(window, block, old)?;
+                pages.into_iter().try_for_each(|page| self.set_page(window, page, word))
+            }
+            Block::Mixed => pages.into_iter().try_for_each(|page| self.set_page(window, page, word)),
+        })
+    }
+
+    /// Block by block: its number, its pages in the range, and whether these are all of them.
+    fn in_blocks(
+        &self,
+        first: u64,
+        count: u64,
+        mut each: impl FnMut(u64, Range<u64>, bool) -> Result<(), HookError>,
+    ) -> Result<(), HookError> {
         let end = first.saturating_add(count).min(self.count);
         let mut page = first;
         while page < end {
             let block = page / BLOCK;
             let block_end = ((block + 1) * BLOCK).min(self.count);
-            let whole = page == block * BLOCK && end >= block_end;
-            if whole && self.block(window, block) == Block::Mixed {
-                self.set_block(window, block, Block::All(word))?;
-                page = block_end;
-                continue;
-            }
-            // Up to the next block of many kinds.
-            let stop = if self.block(window, block) == Block::Mixed {
-                end.min(block_end)
-            } else {
-                end.min(page + self.alike(window, page))
-            };
-            self.update(window, page, stop - page, |_| word)?;
-            page = stop;
+            each(block, page..end.min(block_end), page == block * BLOCK && end >= block_end)?;
+            page = block_end;
         }
         Ok(())
+    }
+
+    /// From here on the page words count.
+    fn mix(&self, window: &Window, block: u64, word: u64) -> Result<(), HookError> {
+        let end = ((block + 1) * BLOCK).min(self.count);
+        (block * BLOCK..end).try_for_each(|page| self.set_page(window, page, word))?;
+        self.set_block(window, block, Block::Mixed)
     }
 
     fn set_page(&self, window: &Window, page: u64, word: u64) -> Result<(), HookError> {

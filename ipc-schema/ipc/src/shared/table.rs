@@ -15,6 +15,7 @@
 //! The pager takes ACCESSED away again when it has noted the use (`take_accessed`). Accessed and dirty bits are set by compare-and-swap on the very VALID value that was loaded, so a late device thread cannot
 //! bring a revoked entry back. A table does not outlive its driver's incarnation: a new one attaches new tables.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, SeqCst};
 
@@ -230,21 +231,49 @@ impl<W: Words> Table<W> {
     pub fn revoke(&self, first_page: u64, page_count: u64) -> bool {
         let end = first_page.saturating_add(page_count).min(self.page_count);
         let mut had_dirty = false;
-        for page in first_page..end {
-            let index = page as usize;
-            // Most entries of a large range were never mapped: do not take their cache lines away from the device. A pending
-            // entry that appears after this load is younger than the revocation; the mirror's sequence number refuses it.
-            if self.words.load(index, SeqCst) != 0 {
-                had_dirty |= Pte(self.words.swap(index, 0, SeqCst)).is_dirty();
+        self.in_use(first_page.min(end)..end, |pages| {
+            for page in pages {
+                let index = page as usize;
+                // Most entries of a large range were never mapped: do not take their cache lines away from the device. A pending
+                // entry that appears after this load is younger than the revocation; the mirror's sequence number refuses it.
+                if self.words.load(index, SeqCst) != 0 {
+                    had_dirty |= Pte(self.words.swap(index, 0, SeqCst)).is_dirty();
+                }
             }
-        }
+        });
         had_dirty
+    }
+
+    /// The parts of a range in which anything may be mapped: of a large one, what was never written costs nothing.
+    pub fn in_use(&self, pages: Range<u64>, mut each: impl FnMut(Range<u64>)) {
+        let end = pages.end.min(self.page_count) as usize;
+        let range = (pages.start as usize).min(end)..end;
+        self.words.in_use(range, &mut |part| each(part.start as u64..part.end as u64));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_never_mapped_of_a_large_table_costs_nothing() {
+        let pages = 1u64 << 28;
+        let table = Table::create(pages).expect("a table");
+        for page in [0, 5 << 20, pages - 1] {
+            assert_eq!(table.begin(page, 7), Begin::Started);
+            assert!(table.install(page, 7, Pte::frame(1, true)));
+            assert!(table.touch(page, table.load(page), true).is_some());
+        }
+        let held = || uhmm_kernel_hook::memfd::populated_bytes(table.fd().as_fd()).expect("its size");
+        let before = held();
+        assert!(table.revoke(1, pages - 2), "the one in the middle was written");
+        assert!(!table.revoke(1, pages - 2));
+        assert!(table.load(0).is_valid() && !table.load(5 << 20).is_valid() && table.load(pages - 1).is_valid());
+        assert!(table.revoke(0, u64::MAX));
+        assert_eq!((table.load(0), table.load(pages - 1)), (Pte::INVALID, Pte::INVALID));
+        assert_eq!(held(), before, "nobody looked at what was never written");
+    }
 
     fn table() -> Table {
         Table::create(8).expect("a table")

@@ -4,6 +4,7 @@
 //! The algorithms of [`table`](super::table), [`gate`](super::gate) and [`ring`](crate::ring) are generic over [`Words`], so
 //! that the same code runs over a mapped memfd in production and over loom's atomics in the model tests.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,6 +33,9 @@ pub enum WordsError {
     #[error("The shared memory cannot be used")]
     Hook(#[from] HookError),
 }
+
+/// Words of a range that are looked at without asking for its holes: a page table of 32 MiB.
+const ASK_WORDS: usize = 8192;
 
 /// A mapped, sealed memfd. Sealed, so that no peer can shrink it under us (SIGBUS). Clones share the mapping.
 #[derive(Clone, Debug)]
@@ -135,5 +139,22 @@ impl Words for SharedWords {
 
     fn fence(&self, order: Ordering) {
         std::sync::atomic::fence(order);
+    }
+
+    fn in_use(&self, range: Range<usize>, each: &mut dyn FnMut(Range<usize>)) {
+        let range = range.start..range.end.min(self.word_count);
+        let bytes = range.len() as u64 * 8;
+        // The kernel is asked where that costs less than to look.
+        let parts =
+            (range.len() >= ASK_WORDS).then(|| memfd::data_ranges(self.fd.as_fd(), range.start as u64 * 8, bytes));
+        match parts {
+            Some(Ok(parts)) => {
+                for (offset, len) in parts {
+                    let (first, end) = ((offset / 8) as usize, (offset + len).div_ceil(8) as usize);
+                    each(first.max(range.start)..end.min(range.end));
+                }
+            }
+            _ => each(range),
+        }
     }
 }
