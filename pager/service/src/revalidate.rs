@@ -187,7 +187,7 @@ impl Pager {
 
     fn is_held(&self, waiting: &LettingGo) -> bool {
         let held = |segment: &Segment| segment.space == waiting.space && segment.range().overlaps(&waiting.range);
-        waiting.range.len > 0 && self.regions.iter().any(|region| region.retired.iter().any(held))
+        waiting.range.len > 0 && self.regions.all_retired().any(held)
     }
 }
 
