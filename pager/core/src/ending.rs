@@ -1,5 +1,10 @@
 //! The end of a region: nobody begins anything any more, devices let go, its frames are scrubbed. It costs what the region is large, cut
 //! into steps of [`SLICE_PAGES`]; how large devices are, and how many regions there are, does not matter.
+//!
+//! ```text
+//!   wait until nothing of it moves -> look at its entries, slice by slice: who maps it, which frames -> [Revoke]
+//!     -> DropRegion -> give the frames back, slice by slice -> Done
+//! ```
 
 use std::collections::BTreeMap;
 
@@ -12,17 +17,19 @@ use crate::request::{Next, Request};
 use crate::transfer::{Kind, Transfer};
 
 /// Entries looked at in one step: well below a millisecond.
-const SLICE_PAGES: u64 = 16_384;
+const SLICE_PAGES: u64 = 8192;
+
+/// Longest run of frames that is given back at a time.
+const RUN_PAGES: u64 = 512;
 
 /// What is known so far of a region on its end.
 #[derive(Debug)]
 pub(crate) struct Ending {
-    /// Its request.
-    order: u64,
     /// Who maps any of the pages looked at.
     mask: u16,
-    /// Frames that their entries name.
+    /// Frames that their entries name, and how many runs of them were given back.
     frames: Vec<Named>,
+    given_back: usize,
 }
 
 /// Consecutive frames of consecutive pages.
@@ -65,12 +72,15 @@ impl<P: Policy> Core<P> {
             self.cpu_ops.remove(&ticket);
         }
         let order = self.next_request_order();
-        self.endings.insert(region, Ending { order, mask: 0, frames: Vec::new() });
+        self.endings.insert(region, Ending { mask: 0, frames: Vec::new(), given_back: 0 });
         self.queue(order, Request::teardown(req, region, page_count));
     }
 
     pub(crate) fn step_teardown(&mut self, dir: &impl Directory, request: &mut Request, out: &mut Vec<Action>) -> Next {
         let region = request.region;
+        if !self.regions.contains_key(&region) {
+            return self.hand_over(region, out);
+        }
         if self.regions.get(&region).is_none_or(|info| info.transfers > 0) {
             return Next::Wait;
         }
@@ -94,11 +104,8 @@ impl<P: Policy> Core<P> {
         let mask = ending.mask;
         let ticket = self.begin(Transfer { mask, ..Transfer::new(region, request.pages, Kind::Teardown) }, out);
         self.revoke_or(ticket, out, Self::finish_teardown);
-        if !self.regions.contains_key(&region) {
-            // Nothing had to be revoked: it is over, and the region was dropped already.
-            return Next::Reply(Outcome::Done);
-        }
-        Next::Wait
+        // Nothing had to be revoked: the region was dropped already.
+        if self.regions.contains_key(&region) { Next::Wait } else { self.hand_over(region, out) }
     }
 
     pub(crate) fn finish_teardown(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
@@ -106,24 +113,36 @@ impl<P: Policy> Core<P> {
         let region = transfer.region;
         // First nothing names the frames any more, then they are scrubbed: a crash in between must not find zeroed pages.
         out.push(Action::DropRegion { region });
-        let ending = self.endings.remove(&region);
-        let frames = ending.as_ref().map_or(&[][..], |ending| &ending.frames);
+        self.regions.remove(&region);
+        self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
+        self.policy.region_gone(region);
+        // Its request looks again, and gives the frames back.
+        self.end(ticket);
+    }
+
+    /// A part of the frames of a region that was dropped.
+    fn hand_over(&mut self, region: RegionId, out: &mut Vec<Action>) -> Next {
+        let Some(mut ending) = self.endings.remove(&region) else { return Next::Reply(Outcome::Done) };
         let mut scrubs: [Vec<(u32, u32)>; DEVICE_COUNT_MAX as usize] = Default::default();
-        for Named { device, frame, pages } in frames {
+        let mut left = SLICE_PAGES;
+        for Named { device, frame, pages } in &ending.frames[ending.given_back..] {
+            if left == 0 {
+                break;
+            }
             if let (Some(table), Some(runs)) = (self.table(*device), scrubs.get_mut(usize::from(device.0))) {
                 table.hand_over(*frame, pages.count as u32, Owner { region, page: pages.first }, KEEPER, runs);
             }
+            left = left.saturating_sub(pages.count);
+            ending.given_back += 1;
         }
         for (device, runs) in (0..DEVICE_COUNT_MAX).map(DeviceId).zip(scrubs) {
             self.start_scrub(device, runs, out);
         }
-        self.end(ticket);
-        self.regions.remove(&region);
-        self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
-        self.policy.region_gone(region);
-        if let Some(request) = ending.and_then(|ending| self.requests.remove(&ending.order)) {
-            self.reply(request.id, Outcome::Done, out);
+        if ending.given_back == ending.frames.len() {
+            return Next::Reply(Outcome::Done);
         }
+        self.endings.insert(region, ending);
+        Next::Again
     }
 }
 
@@ -133,6 +152,7 @@ impl Ending {
             Some(run)
                 if run.device == device
                     && run.pages.end() == page
+                    && run.pages.count < RUN_PAGES
                     && u64::from(run.frame) + run.pages.count == u64::from(frame) =>
             {
                 run.pages.count += 1;

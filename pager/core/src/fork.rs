@@ -146,7 +146,10 @@ impl<P: Policy> Core<P> {
         for page in pages.iter() {
             let entry = Self::entry(dir, parent, page);
             let state = if entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
-            Self::publish_same(parent, Pages::one(page), entry.with_state(state).with_shared(true), out);
+            let marked = entry.with_state(state).with_shared(true);
+            if marked != entry {
+                Self::publish_same(parent, Pages::one(page), marked, out);
+            }
         }
         for transfer in self.transfers.values_mut().filter(|transfer| transfer.region == parent) {
             transfer.shared |= transfer.pages.overlap(pages).is_some();

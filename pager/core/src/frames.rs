@@ -4,7 +4,7 @@
 //! After a fork several entries name one frame: one owner stands in the frame, the others in `sharers`. The frame is free when
 //! the last of them has given it back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::event::{RegionId, SpaceId};
 
@@ -52,7 +52,7 @@ pub struct FrameTable {
     /// Hand of the eviction clock.
     hand: u32,
     /// Owners beside the one that stands in the frame.
-    sharers: BTreeMap<u32, Vec<Owner>>,
+    sharers: HashMap<u32, Vec<Owner>>,
     /// Free frames that hold something.
     dirty: BTreeMap<Holder, Dirty>,
 }
@@ -74,7 +74,7 @@ impl FrameTable {
             free_count: frame_count,
             next: 0,
             hand: 0,
-            sharers: BTreeMap::new(),
+            sharers: HashMap::new(),
             dirty: BTreeMap::from([(Holder::Unknown, Dirty { count: frame_count, from: 0 })]),
         }
     }
@@ -217,7 +217,10 @@ impl FrameTable {
         let Some(others) = self.sharers.get_mut(&frame) else { return false };
         match others.iter().position(|other| *other == owner) {
             Some(place) => drop(others.swap_remove(place)),
-            None => self.frames[frame as usize].owner = others.pop(),
+            None if self.frames[frame as usize].owner == Some(owner) => {
+                self.frames[frame as usize].owner = others.pop()
+            }
+            None => {}
         }
         if others.is_empty() {
             self.sharers.remove(&frame);
@@ -303,8 +306,7 @@ impl FrameTable {
     pub fn hand_over(&mut self, frame: u32, count: u32, first: Owner, keeper: Owner, runs: &mut Vec<(u32, u32)>) {
         for offset in 0..count {
             let (at, owner) = (frame + offset, Owner { page: first.page + u64::from(offset), ..first });
-            let shares = self.sharers.get(&at).is_some_and(|others| others.contains(&owner));
-            if !shares && self.owner(at) != Some(owner) || self.unshare(at, owner) {
+            if self.unshare(at, owner) || self.owner(at) != Some(owner) {
                 continue;
             }
             self.frames[at as usize] = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };

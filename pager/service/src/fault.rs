@@ -3,23 +3,33 @@
 //! The kernel hands out faults before older events, and while an event is unread every fill in that process answers EAGAIN
 //! (paging-floors.md, section 5): so a descriptor is read on before anything is retried, a share each turn of the loop.
 
+use std::time::{Duration, Instant};
+
 use uhmm_kernel_hook::uffd::{Change, KeptEvent, UffdEvent};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Event, RegionId};
 
 use crate::agent::Agent;
 use crate::service::Pager;
-use crate::space::Birth;
+use crate::space::{Birth, Space};
 
 /// How often the agent is looked at before its fill is left alone: about as long as UFFDIO_MOVE of a huge page takes.
 const FILL_LOOKS: u32 = 32;
+/// Dead children of a process that are still to be worked off while its next event is read.
+const CHILDREN_MAX: usize = 16;
 /// Reads of one userfaultfd in a turn of the loop, of up to 64 messages each.
 const READS_PER_TURN: u32 = 4;
+/// Nothing more is read in this turn after so long: one fork of a large program takes longer.
+const READ_TIME: Duration = Duration::from_millis(1);
 
 impl Pager {
     /// Reads everything the space's userfaultfd has to say. Its agent fills nothing meanwhile, nor what it was asked before the program
     /// changed the place.
     pub(crate) fn read_uffd(&mut self, space_id: u64) {
+        if self.is_ahead(space_id) {
+            self.unread.insert(space_id);
+            return;
+        }
         if !self.agent_stands_still(space_id) {
             // Its fill takes microseconds; whoever stops the process in the middle of it keeps its own faults waiting.
             self.reread.insert(space_id);
@@ -32,6 +42,12 @@ impl Pager {
             overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
             agent.end_reading();
         }
+    }
+
+    /// Its children die faster than their ends are worked off: it waits until they are, instead of everybody else.
+    fn is_ahead(&self, space_id: u64) -> bool {
+        let is_child = |space: &&Space| space.dying && space.state.parent == space_id;
+        self.dying_spaces > CHILDREN_MAX && self.spaces.values().filter(is_child).count() > CHILDREN_MAX
     }
 
     fn agent_stands_still(&self, space_id: u64) -> bool {
@@ -57,6 +73,7 @@ impl Pager {
     /// A turn's share of what there is to read. A program that makes more events than that waits for its next turn by itself: each of
     /// its threads waits until its event is read.
     fn read_share(&mut self, space_id: u64) {
+        let begun = Instant::now();
         for _ in 0..READS_PER_TURN {
             let space = self.spaces.get(&space_id);
             let Some(space) = space.filter(|space| space.is_born()) else { return };
@@ -88,6 +105,9 @@ impl Pager {
                 return;
             }
             self.stay_hot();
+            if begun.elapsed() > READ_TIME {
+                break;
+            }
         }
         self.unread.insert(space_id);
     }

@@ -243,12 +243,13 @@ impl Pager {
     }
 
     pub(crate) fn settle_cut(&mut self, cut: Cut) {
+        // The end of the region takes the pages along.
+        if self.regions.get(cut.region).is_some_and(|region| region.segments.is_empty()) {
+            return self.begin_free(cut.region);
+        }
         let still_shown = self.regions.showing(cut.region, cut.pages).next().is_some();
         if !still_shown {
             self.push(Event::Unmapped { region: RegionId(cut.region), pages: cut.pages });
-        }
-        if self.regions.get(cut.region).is_some_and(|region| region.segments.is_empty()) {
-            self.begin_free(cut.region);
         }
     }
 

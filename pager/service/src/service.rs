@@ -119,6 +119,8 @@ pub struct Pager {
     pub(crate) scrubs: VecDeque<Deferred>,
     /// Spaces whose regions are given up, some each turn.
     pub(crate) ending: VecDeque<u64>,
+    /// Spaces that are not removed yet although their process is dead or said goodbye.
+    pub(crate) dying_spaces: usize,
     /// Spaces that have more to say than their share of a turn.
     pub(crate) unread: BTreeSet<u64>,
     pub(crate) engine_jobs: HashMap<u64, Deferred>,
@@ -276,6 +278,7 @@ impl Pager {
             copies: VecDeque::new(),
             scrubs: VecDeque::new(),
             ending: VecDeque::new(),
+            dying_spaces: 0,
             unread: BTreeSet::new(),
             engine_jobs: HashMap::new(),
             next_engine_job: 1,
@@ -480,7 +483,10 @@ impl Pager {
     /// Ends a space whose process died or said goodbye.
     pub(crate) fn end_space(&mut self, space_id: u64) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
-        space.dying = true;
+        if std::mem::replace(&mut space.dying, true) {
+            return;
+        }
+        self.dying_spaces += 1;
         self.stats.spaces_ended += 1;
         if let Some(Err(error)) = space.pidfd.as_ref().map(|pidfd| self.service.reactor.remove_fd(pidfd)) {
             tracing::debug!(%error, "Pidfd was not watched");
@@ -570,6 +576,7 @@ impl Pager {
             return;
         }
         self.birth_is_kept(space_id);
+        self.dying_spaces -= 1;
         if let Some(space) = self.spaces.remove(&space_id)
             && let Err(error) = self.service.reactor.remove_fd(&space.uffd)
         {
