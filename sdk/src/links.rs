@@ -524,6 +524,10 @@ impl Loop {
                 self.frames.know_aperture(memory);
             }
             Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
+            // Before the first connection there is no call that could be told.
+            Wake::Refused { link, error } if link == self.pager && self.opening.is_some() => {
+                self.on_introduced(Err(error));
+            }
             Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
             Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
             _ => {}

@@ -12,7 +12,7 @@ pub struct Limits {
     pub max_message_bytes: u32,
     /// Most descriptors beside one message.
     pub max_fds: u16,
-    /// Accepted connections of clients and operators. Services with a valid key get in above this.
+    /// Accepted connections of clients. Services with a valid key get in above this, and some operators.
     pub max_connections: u32,
     /// Unanswered calls of one connection: a link sends no more than this before answers come, an accepted connection is not
     /// read further while it has more.

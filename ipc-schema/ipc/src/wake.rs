@@ -66,6 +66,13 @@ pub enum Wake {
         /// Which.
         link: LinkId,
     },
+    /// The callee has refused the handshake several times in a row. Whatever was queued has ended with this error; the link goes on trying.
+    Refused {
+        /// Which.
+        link: LinkId,
+        /// Why.
+        error: WireError,
+    },
     /// A preamble call was answered. On an error the link stays up and everything queued ends with that error.
     Preamble {
         /// Which link.

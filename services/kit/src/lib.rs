@@ -147,6 +147,7 @@ impl Service {
         reactor.set_preamble(supervisor, vec![Call::Supervisor(register)]);
         let (plan_toml, listener, channel_keys) = registered(&mut reactor, supervisor)?;
         let plan = Plan::from_toml(&plan_toml)?;
+        reactor.set_max_connections(plan.quota.max_spaces.max(Limits::default().max_connections));
         let mut vault = Vault::new(supervisor);
         for (peer, key) in &channel_keys {
             reactor.set_channel_key(peer, key.clone());

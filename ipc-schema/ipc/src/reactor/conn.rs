@@ -9,10 +9,10 @@ use super::source::{MAX_INDEX, Source};
 use super::timers::Due;
 use super::{ACCEPTS_PER_TURN, MESSAGES_PER_TURN, Reactor, Shared, find_conn};
 use crate::codec::{BodyRef, Frame, FrameBody, Header, decode};
-use crate::handshake::{is_service, judge, judge_process};
+use crate::handshake::{judge, judge_process};
 use crate::identity::Limits;
 use crate::ids::{CallId, ConnId, TimerId};
-use crate::message::{Call, ErrorCode, Event, Hello, Interface, Reply, TraceId, WireError};
+use crate::message::{Call, ErrorCode, Event, Hello, Interface, Reply, Role, TraceId, WireError};
 use crate::transport::{Channel, Received, Sent, chain};
 use crate::wake::{Peer, Wake};
 
@@ -20,8 +20,12 @@ use crate::wake::{Peer, Wake};
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
 /// Pause after accepting failed for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Connections beyond `max_connections`: services with a key, and those whose hello is still to come.
+/// Connections beyond `max_connections`: services with a key, operators, and those whose hello is still to come.
 const SPARE_CONNECTIONS: usize = 64;
+/// Of these, for operators: however many clients there are, somebody can look what is going on.
+const OPERATORS_MAX: usize = 16;
+/// Peers that are refused cost one line of the log in this time, however many there are.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(1);
 /// Unanswered calls beyond the limit, for the acknowledgements that a well-behaved caller sends outside its window.
 const SPARE_CALLS: usize = 64;
 
@@ -40,7 +44,26 @@ pub(super) struct Conn {
 
 enum State {
     AwaitHello { timer: TimerId },
-    Open { name: String, incarnation: u32, minor: u16, guest: bool },
+    Open { name: String, incarnation: u32, minor: u16, role: Role },
+}
+
+/// Log lines about peers that were refused.
+#[derive(Debug, Default)]
+pub(super) struct Complaints {
+    last: Option<Instant>,
+    untold: u64,
+}
+
+impl Complaints {
+    /// How many were not told since the last one, if one may be told now.
+    fn another(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now.duration_since(last) < COMPLAINT_PAUSE) {
+            self.untold += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 /// Why a connection ends.
@@ -153,8 +176,10 @@ impl Reactor {
 
     fn admit(&mut self, socket: uhmm_kernel_hook::SeqPacket) {
         let most = self.shared.identity.limits.max_connections as usize + SPARE_CONNECTIONS;
-        if self.conns.len() >= most.min(MAX_INDEX) {
-            tracing::warn!(connections = self.conns.len(), "A connection was closed: there are too many");
+        if self.conns.len() >= most.min(MAX_INDEX) && !self.forget_silent() {
+            if let Some(untold) = self.complaints.another(Instant::now()) {
+                tracing::warn!(connections = self.conns.len(), untold, "A connection was closed: there are too many");
+            }
             return;
         }
         let generation = self.shared.generation();
@@ -184,6 +209,15 @@ impl Reactor {
             unanswered: HashMap::new(),
             stalled: false,
         });
+    }
+
+    /// The place of whoever says nothing for longest goes to a newcomer. False if all have said who they are.
+    fn forget_silent(&mut self) -> bool {
+        let silent = self.conns.iter().filter(|(_, conn)| matches!(conn.state, State::AwaitHello { .. }));
+        let Some(oldest) = silent.map(|(_, conn)| conn.id).min_by_key(|id| id.generation) else { return false };
+        let text = "Too many connections have not said who they are".to_owned();
+        self.end_conn(oldest, End::Refused(WireError::new(ErrorCode::Busy, text)));
+        true
     }
 
     pub(super) fn greeting_late(&mut self, conn: ConnId) {
@@ -262,10 +296,18 @@ impl Reactor {
 
     fn greet(&mut self, id: ConnId, hello: Hello) -> Result<(), End> {
         let welcome = judge(&self.shared.identity, &self.shared.keys, &hello).map_err(End::Refused)?;
-        let guest = !is_service(hello.role);
-        let limits = self.shared.identity.limits;
-        if guest && self.guest_count >= limits.max_connections as usize {
-            let text = format!("{} connections exist already: try again later", self.guest_count);
+        let max_clients = self.shared.identity.limits.max_connections as usize;
+        let (count, max, whose) = match hello.role {
+            Role::Client => (self.client_count, max_clients, "clients"),
+            Role::Operator => (self.operator_count, OPERATORS_MAX, "operators"),
+            _ => (0, 1, ""),
+        };
+        if count >= max {
+            let name = &self.shared.identity.name;
+            let text = format!(
+                "{count} {whose} are connected to {name}, which is its limit: try again when one has ended (clients: as many as \
+                 quota.max_spaces in the manifest says, 256 at least)"
+            );
             return Err(End::Refused(WireError::new(ErrorCode::Busy, text)));
         }
         let Some(conn) = find_conn(&mut self.conns, id) else { return Ok(()) };
@@ -275,8 +317,9 @@ impl Reactor {
             self.shared.timers.cancel(timer);
         }
         let (name, incarnation) = (hello.name.clone(), hello.incarnation);
-        conn.state = State::Open { name, incarnation, minor: welcome.minor, guest };
-        self.guest_count += usize::from(guest);
+        conn.state = State::Open { name, incarnation, minor: welcome.minor, role: hello.role };
+        self.client_count += usize::from(hello.role == Role::Client);
+        self.operator_count += usize::from(hello.role == Role::Operator);
         conn.channel.max_message_bytes = welcome.max_message_bytes as usize;
         conn.channel.max_fds = usize::from(welcome.max_fds);
         let peer = Peer { name: hello.name, role: hello.role, incarnation, pid: cred.pid, uid: cred.uid };
@@ -300,14 +343,18 @@ impl Reactor {
                 why
             }
             End::Violation { call_id, text } => {
-                tracing::warn!(conn = %id, peer, text, "Connection closed: the peer broke the protocol");
+                if let Some(untold) = self.complaints.another(Instant::now()) {
+                    tracing::warn!(conn = %id, peer, text, untold, "Connection closed: the peer broke the protocol");
+                }
                 let error = WireError::new(ErrorCode::Protocol, text);
                 // If even this does not get out, the peer learns it from the closed connection.
                 let _ = conn.send(&mut self.shared, call_id, TraceId::default(), BodyRef::Error(&error));
                 error.text
             }
             End::Refused(error) => {
-                tracing::warn!(conn = %id, error = error.text, "Connection refused");
+                if let Some(untold) = self.complaints.another(Instant::now()) {
+                    tracing::warn!(conn = %id, error = error.text, untold, "Connection refused");
+                }
                 let _ = conn.send(&mut self.shared, 0, TraceId::default(), BodyRef::Error(&error));
                 error.text
             }
@@ -324,7 +371,10 @@ impl Reactor {
             State::AwaitHello { timer } => {
                 self.shared.timers.cancel(timer);
             }
-            State::Open { guest, .. } => self.guest_count -= usize::from(guest),
+            State::Open { role, .. } => {
+                self.client_count -= usize::from(role == Role::Client);
+                self.operator_count -= usize::from(role == Role::Operator);
+            }
         }
         conn.channel.close(&self.shared.registry);
     }
@@ -343,4 +393,20 @@ fn served(interface: Option<Interface>, call: &Call) -> bool {
         Call::Driver(_) => Interface::Driver,
     };
     interface == Some(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thousand_refusals_in_a_second_are_two_lines_and_none_is_forgotten() {
+        let mut complaints = Complaints::default();
+        let begun = Instant::now();
+        let at = |tenths: u64| begun + Duration::from_millis(tenths * 100);
+        assert_eq!(complaints.another(at(0)), Some(0));
+        assert!((0..1000).all(|_| complaints.another(at(5)).is_none()));
+        assert_eq!(complaints.another(at(10)), Some(1000));
+        assert_eq!(complaints.another(at(30)), Some(0));
+    }
 }

@@ -331,6 +331,7 @@ impl Reactor {
         for call in calls {
             self.finish(id, call, Err(error.clone()));
         }
+        self.shared.wakes.push(Wake::Refused { link: id, error });
     }
 
     /// Sends the preamble call `index`, or lets the queue go when there are no more.

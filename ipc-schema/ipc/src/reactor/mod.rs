@@ -41,7 +41,7 @@ use crate::ids::{FdToken, TimerId, TimerToken};
 use crate::message::Role;
 use crate::transport::Inbox;
 use crate::wake::Wake;
-use conn::Conn;
+use conn::{Complaints, Conn};
 use link::Link;
 use source::Source;
 use timers::{Due, Timers};
@@ -92,8 +92,11 @@ pub struct Reactor {
     shared: Shared,
     listeners: Vec<Listener>,
     conns: Slab<Conn>,
-    /// Connections of clients and operators that are past their handshake.
-    guest_count: usize,
+    /// Connections of clients that are past their handshake.
+    client_count: usize,
+    /// The same of operators.
+    operator_count: usize,
+    complaints: Complaints,
     links: Slab<Link>,
     watched: Slab<Watched>,
     watched_by_fd: HashMap<RawFd, usize>,
@@ -139,7 +142,9 @@ impl Reactor {
             },
             listeners: Vec::new(),
             conns: Slab::new(),
-            guest_count: 0,
+            client_count: 0,
+            operator_count: 0,
+            complaints: Complaints::default(),
             links: Slab::new(),
             watched: Slab::new(),
             watched_by_fd: HashMap::new(),
@@ -163,6 +168,11 @@ impl Reactor {
             .map_err(|source| IpcError::Poll { action: "watch a listener", source })?;
         self.listeners.push(Listener { socket, in_ready: false });
         Ok(())
+    }
+
+    /// Another limit than the identity's for connections of clients.
+    pub fn set_max_connections(&mut self, max_connections: u32) {
+        self.shared.identity.limits.max_connections = max_connections;
     }
 
     /// The key that the service `peer_name` must present; replaces an older one. An empty key admits nobody.

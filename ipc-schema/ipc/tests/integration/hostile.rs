@@ -335,7 +335,8 @@ fn integration_connections_that_say_nothing_do_not_keep_services_out() {
             reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: None })));
         }
     });
-    let silent: Vec<Raw> = (0..20).map(|_| Raw::connect(&place.path)).collect();
+    // More than there is room for: the oldest ones go.
+    let silent: Vec<Raw> = (0..100).map(|_| Raw::connect(&place.path)).collect();
     let guests: Vec<Raw> = (0..4).map(|_| Raw::greeted(&place.path)).collect();
     let refused = Raw::connect(&place.path);
     refused.send(&hello(|_| ()), &[]);
@@ -343,7 +344,32 @@ fn integration_connections_that_say_nothing_do_not_keep_services_out() {
     let mirror = crate::support::identity("mirror", uhmm_ipc::message::Role::Mirror, 1, None);
     let mut service = Caller::new(mirror, &place.path, Interface::Driver, crate::support::KEY);
     assert_good_client_works(&mut service, "a service beside too many guests");
+    let operator = Raw::connect(&place.path);
+    operator.send(&hello(|mut hello| hello.set_role(schema::Role::Operator)), &[]);
+    assert_eq!(operator.answer(), Answer::Kind(Kind::Welcome), "somebody can always look what is going on");
     drop((silent, guests));
+}
+
+#[test]
+fn integration_who_finds_no_room_is_told_at_once_and_gets_in_when_there_is() {
+    let place = Place::new();
+    let limits = uhmm_ipc::Limits { max_connections: 1, ..Default::default() };
+    let identity = crate::support::identity("server", uhmm_ipc::message::Role::Driver, 1, Some(Interface::Driver));
+    let _server = Server::start_as(&place, uhmm_ipc::Identity { limits, ..identity }, |reactor, wake| {
+        if let Wake::Call { conn, call, .. } = wake {
+            reactor.reply(conn, call, Ok(Reply::Driver(driver::Reply::QueueOpened { coherent: None })));
+        }
+    });
+    let guest = Raw::greeted(&place.path);
+    let mut caller = Caller::client(&place.path, Interface::Driver);
+    let error = caller.until("the refusal", |wake| match wake {
+        Wake::Refused { error, .. } => Some(error.clone()),
+        _ => None,
+    });
+    assert_eq!(error.code, ErrorCode::Busy);
+    assert!(error.text.contains("1 clients") && error.text.contains("quota.max_spaces"), "{error}");
+    drop(guest);
+    assert_good_client_works(&mut caller, "the room of a guest that has gone");
 }
 
 #[test]
