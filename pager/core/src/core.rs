@@ -29,6 +29,8 @@ pub const CHUNK_PAGES: u64 = 512;
 const SCRUB_FRAMES: usize = 1024;
 /// Scrubs of frames with unknown bytes that are under way at a time: what is not being scrubbed can be given to somebody.
 const UNKNOWN_SCRUBS_MAX: usize = 4;
+/// Between two tries of a step that finds no memory.
+const NO_MEMORY_PAUSE_US: std::ops::Range<u64> = 1_000..256_000;
 /// Owner of frames under scrub.
 pub(crate) const KEEPER: Owner = Owner { region: RegionId(u64::MAX), page: 0 };
 
@@ -71,6 +73,8 @@ pub struct Core<P> {
     pub(crate) endings: Endings,
     /// Steps that met EAGAIN.
     pub(crate) again: Vec<Ticket>,
+    /// Steps that found no memory: when they try again.
+    pub(crate) later: Vec<(u64, Ticket)>,
     /// Transfers whose device is gone: they end at the next tick.
     pub(crate) doomed: Vec<Ticket>,
     /// Transfers whose pages look settled and are not ([`Transfer::holds`]).
@@ -114,6 +118,7 @@ impl<P: Policy> Core<P> {
             paused: BTreeSet::new(),
             endings: Endings::new(),
             again: Vec::new(),
+            later: Vec::new(),
             doomed: Vec::new(),
             holding: 0,
             ended: 0,
@@ -142,6 +147,7 @@ impl<P: Policy> Core<P> {
     /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
     pub fn next_deadline_us(&self) -> Option<u64> {
         let paused = self.paused.iter().filter_map(|order| self.requests.get(order)?.not_before_us());
+        let paused = paused.chain(self.later.iter().map(|(until_us, _)| *until_us));
         paused.chain(self.late_wakes.iter().map(|(until_us, ..)| *until_us)).min()
     }
 
@@ -429,6 +435,9 @@ impl<P: Policy> Core<P> {
 
     /// One step of one request, and whatever met EAGAIN once more.
     fn tick(&mut self, dir: &impl Directory, out: &mut Vec<Action>) {
+        let now_us = self.now_us;
+        let due = self.later.extract_if(.., |(until_us, _)| *until_us <= now_us);
+        self.again.extend(due.map(|(_, ticket)| ticket));
         for ticket in std::mem::take(&mut self.again) {
             self.stats.retries += 1;
             self.repeat_step(dir, ticket, out);
@@ -447,6 +456,17 @@ impl<P: Policy> Core<P> {
         } else if self.may_scrub_unknown() {
             self.scrub_unknown(out);
         }
+    }
+
+    /// The client may have no more memory, and nobody tells when it may: a step is tried again less and less often.
+    pub(crate) fn found_no_memory(&mut self, ticket: Ticket) {
+        let op = self.cpu_ops.get_mut(&ticket).map(|op| &mut op.pause_us);
+        let Some(pause_us) = op.or(self.transfers.get_mut(&ticket).map(|transfer| &mut transfer.pause_us)) else {
+            return;
+        };
+        *pause_us = (*pause_us * 2).clamp(NO_MEMORY_PAUSE_US.start, NO_MEMORY_PAUSE_US.end);
+        let until_us = self.now_us + *pause_us;
+        self.later.push((until_us, ticket));
     }
 
     /// Requests whose pause is over look again.
@@ -603,6 +623,30 @@ fn parts_of(runs: &[(u32, u32)], most: u32) -> Vec<Vec<(u32, u32)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_finds_no_memory_is_tried_less_and_less_often_until_it_has_some() {
+        let mut core = Core::new(crate::DefaultPolicy::default());
+        let kind = crate::transfer::Kind::Home { recovering: false };
+        let ticket = core.begin(Transfer::new(RegionId(1), Pages { first: 0, count: 9 }, kind), &mut Vec::new());
+        let tries = |core: &mut Core<crate::DefaultPolicy>, milliseconds: u64| {
+            let end_us = core.now_us + milliseconds * 1000;
+            let mut count = 0;
+            while core.now_us < end_us {
+                core.fill_done(ticket, 0, Some(crate::FillStop::NoMemory), &mut Vec::new());
+                core.now_us = core.next_deadline_us().expect("it is tried again");
+                core.later.clear();
+                count += 1;
+            }
+            count
+        };
+        let first_second = tries(&mut core, 1000);
+        assert!((5..20).contains(&first_second), "{first_second} tries");
+        assert!(tries(&mut core, 10_000) <= 50, "no more than four a second from then on, and no fewer than that");
+        assert!(tries(&mut core, 10_000) >= 35);
+        core.fill_done(ticket, 3, Some(crate::FillStop::NoMemory), &mut Vec::new());
+        assert_eq!(core.next_deadline_us(), Some(core.now_us + 1000), "there was some: it may be quick again");
+    }
 
     #[test]
     fn parts_have_every_frame_once_and_none_has_too_many() {

@@ -124,6 +124,8 @@ pub enum StepResult {
 pub enum FillStop {
     /// See [`StepResult::Again`].
     Again,
+    /// The client may have no more memory (the limit of a control group): later, and ever later.
+    NoMemory,
     /// The next page is there already.
     Exists,
     /// The process is gone.

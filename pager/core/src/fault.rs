@@ -45,6 +45,8 @@ pub(crate) struct CpuOp {
     pages: Pages,
     kind: Kind,
     turns: u8,
+    /// How long it waited when it found no memory last.
+    pub pause_us: u64,
 }
 
 impl<P: Policy> Core<P> {
@@ -159,7 +161,7 @@ impl<P: Policy> Core<P> {
             return;
         }
         let ticket = self.ticket();
-        self.emit_cpu_op(ticket, CpuOp { region, pages, kind, turns: 0 }, out);
+        self.emit_cpu_op(ticket, CpuOp { region, pages, kind, turns: 0, pause_us: 0 }, out);
     }
 
     /// Lets the CPU write again, and wakes.
@@ -236,6 +238,10 @@ impl<P: Policy> Core<P> {
             (Some(FillStop::Again), _) => {
                 op.turns = 0;
                 self.again.push(ticket);
+            }
+            (Some(FillStop::NoMemory), _) => {
+                op.turns = 0;
+                self.found_no_memory(ticket);
             }
             // The backing has the page, only the mapping is missing.
             (Some(FillStop::Exists), Kind::Zero) if turn => {

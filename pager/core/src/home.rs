@@ -4,6 +4,7 @@
 //!   FillHuge -- not huge ----------------------> Fill
 //!   Fill -- done -------------------------------> System, frames free
 //!    |-- Again --------------------------------> Fill at the next tick
+//!    |-- NoMemory -----------------------------> Fill later: in 1 ms, 2 ms ... 256 ms
 //!    |-- Exists, after a restart --------------> System: it came home before the crash and is newer
 //!    |-- Dropped ------------------------------> Absent, and Fill of what comes behind
 //!    |-- Exists otherwise ---------------------> a stray page: PunchStray, Fill, three times
@@ -99,6 +100,7 @@ impl<P: Policy> Core<P> {
             // A fill may stop early without a reason: go on.
             None => self.fill(ticket, out),
             Some(FillStop::Again) => self.again.push(ticket),
+            Some(FillStop::NoMemory) => self.found_no_memory(ticket),
             Some(FillStop::NotHuge) => {
                 if let Some(transfer) = self.transfers.get_mut(&ticket) {
                     transfer.huge = false;
@@ -155,6 +157,7 @@ impl<P: Policy> Core<P> {
             Some(FillStop::Dropped { page_count }) => self.drop_in_front(ticket, page_count, out),
             // Without an answer nothing can be decided.
             None | Some(FillStop::Again | FillStop::Io | FillStop::NotHuge) => self.again.push(ticket),
+            Some(FillStop::NoMemory) => self.found_no_memory(ticket),
         }
     }
 
@@ -196,7 +199,7 @@ impl<P: Policy> Core<P> {
         let before = *transfer;
         let Transfer { region, pinned, owner, device, .. } = before;
         transfer.skip(pages.count);
-        transfer.tries = 0;
+        (transfer.tries, transfer.pause_us) = (0, 0);
         Self::publish_same(region, pages, Entry::SYSTEM.with_pinned(pinned), out);
         self.give_back(&before, pages.count);
         self.stats.pages_home += pages.count;

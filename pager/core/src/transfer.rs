@@ -87,6 +87,8 @@ pub(crate) struct Transfer {
     /// What a log line about the copy names.
     pub req: ReqId,
     pub tries: u8,
+    /// How long it waited when it found no memory last.
+    pub pause_us: u64,
     /// Since when it is under way; parts of it keep that.
     pub begun_us: Option<u64>,
     /// The frames are gone: the device's memory was replaced. Nothing is read from them or given back.
@@ -112,6 +114,7 @@ impl Transfer {
             cause: Cause::AddressSpace,
             req: ReqId(0),
             tries: 0,
+            pause_us: 0,
             begun_us: None,
             lost: false,
         }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use uhmm_kernel_hook::uffd::{Userfaultfd, WpOutcome};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Action, DeviceId, EntryRun, Event, Pages, RegionId, ReqId, StepResult, Ticket};
+use uhmm_pager_core::{Action, DeviceId, Entry, EntryRun, Event, Pages, RegionId, ReqId, StepResult, Ticket};
 
 use crate::copies::{Copy, Deferred};
 use crate::fill::FillFrom;

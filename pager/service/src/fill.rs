@@ -246,14 +246,34 @@ impl Pager {
             HookStop::NoProcess => FillStop::NoProcess,
             HookStop::Gone => FillStop::Gone,
             HookStop::NoPage => FillStop::NoPage,
-            // The client's memory limit is reached: the pages stay where they are and the fault is raised again.
-            HookStop::NoMemory | HookStop::Busy => FillStop::Again,
+            // The client's memory limit is reached: the pages stay where they are.
+            HookStop::NoMemory => FillStop::NoMemory,
+            HookStop::Busy => FillStop::Again,
             HookStop::Other(errno) => {
                 tracing::warn!(errno, region = region.0, first_page = pages.first, "Filling pages failed");
                 FillStop::Io
             }
         });
+        self.note_room(region, outcome.done_bytes > 0, stop == Some(FillStop::NoMemory));
         (outcome.done_bytes / PAGE_SIZE, stop)
+    }
+
+    /// Once a time that a client is full, however often it is tried.
+    fn note_room(&mut self, region: RegionId, filled: bool, full: bool) {
+        if self.without_memory.is_empty() && !full {
+            return;
+        }
+        let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
+        let pid = self.spaces.get(&space_id).map_or(0, |space| space.state.pid);
+        if full && !filled && self.without_memory.insert(space_id) {
+            tracing::warn!(
+                space = space_id,
+                pid,
+                "The process may have no more memory (the limit of its control group): its pages stay where they are, and who touches them waits until there is room"
+            );
+        } else if filled && !full && self.without_memory.remove(&space_id) {
+            tracing::info!(space = space_id, pid, "The process has room for its pages again");
+        }
     }
 
     /// Touches of what is not there raise SIGBUS from now on, through every mapping.

@@ -137,6 +137,8 @@ pub struct Pager {
     pub(crate) reread: BTreeSet<u64>,
     /// Punched pages whose protection is to be forgotten once events have been read.
     pub(crate) marks_due: Vec<(RegionId, Pages)>,
+    /// Spaces whose last fill found no memory.
+    pub(crate) without_memory: BTreeSet<u64>,
     /// Pages to be poisoned once events have been read.
     pub(crate) poisons_due: Vec<(RegionId, Pages)>,
     /// Pages of the faults that are being served: no guards.
@@ -289,6 +291,7 @@ impl Pager {
             open_mirrors: BTreeSet::new(),
             reread: BTreeSet::new(),
             marks_due: Vec::new(),
+            without_memory: BTreeSet::new(),
             poisons_due: Vec::new(),
             faulted: Vec::new(),
             overtaken: Vec::new(),
@@ -584,6 +587,7 @@ impl Pager {
         }
         self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
         self.traces.remove(&space_id);
+        self.without_memory.remove(&space_id);
         self.injections.retain(|(of, _), _| *of != space_id);
         self.push(Event::SpaceGone { space: SpaceId(space_id) });
     }

@@ -147,7 +147,8 @@ impl World {
         let mut done = 0;
         for (page, value) in pages.iter().zip(values) {
             if self.rng.chance(self.faults.again) {
-                return Ok((done, Some(FillStop::Again)));
+                let stop = if self.rng.chance(50) { FillStop::Again } else { FillStop::NoMemory };
+                return Ok((done, Some(stop)));
             }
             if done > 0 && self.rng.chance(self.faults.partial) {
                 return Ok((done, None));
