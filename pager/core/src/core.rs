@@ -11,7 +11,7 @@ use crate::ending::Endings;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
 use crate::event::{
     Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId,
-    SpaceId, StepResult, Ticket,
+    SpaceId, Ticket,
 };
 use crate::fault::CpuOp;
 use crate::fork::ForkWait;
@@ -25,10 +25,6 @@ use crate::transfer::Transfer;
 
 /// Most pages of one transfer: 2 MiB.
 pub const CHUNK_PAGES: u64 = 512;
-/// Free frames scrubbed in one go after a restart, so that faults get in between.
-const SCRUB_FRAMES: usize = 1024;
-/// Scrubs of frames with unknown bytes that are under way at a time: what is not being scrubbed can be given to somebody.
-const UNKNOWN_SCRUBS_MAX: usize = 4;
 /// Between two tries of a step that finds no memory.
 const NO_MEMORY_PAUSE_US: std::ops::Range<u64> = 1_000..256_000;
 /// Owner of frames under scrub.
@@ -58,10 +54,10 @@ pub struct Core<P> {
     /// Frames on their way into the program's page table.
     pub(crate) cpu_maps: BTreeMap<Ticket, CpuMap>,
     /// Devices whose free frames hold unknown bytes.
-    unknown_mask: u8,
+    pub(crate) unknown_mask: u8,
     pub(crate) transfers: BTreeMap<Ticket, Transfer>,
     pub(crate) cpu_ops: BTreeMap<Ticket, CpuOp>,
-    scrubs: BTreeMap<Ticket, (DeviceId, Vec<(u32, u32)>)>,
+    pub(crate) scrubs: BTreeMap<Ticket, (DeviceId, Vec<(u32, u32)>)>,
     pub(crate) requests: BTreeMap<u64, Request>,
     /// Requests that can go on, in turn.
     pub(crate) ready: Ready,
@@ -542,82 +538,6 @@ impl<P: Policy> Core<P> {
             out.push(Action::Publish { region, first: pages.first, entries });
         }
     }
-
-    fn scrub_space(&mut self, space: SpaceId, out: &mut Vec<Action>) {
-        for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
-            let runs = self.table(device).map(|table| table.begin_scrub(Some(space), KEEPER, usize::MAX));
-            self.start_scrub(device, runs.unwrap_or_default(), out);
-        }
-    }
-
-    fn may_scrub_unknown(&self) -> bool {
-        self.unknown_mask != 0 && self.scrubs.len() < UNKNOWN_SCRUBS_MAX
-    }
-
-    fn scrub_unknown(&mut self, out: &mut Vec<Action>) {
-        let device = DeviceId(self.unknown_mask.trailing_zeros() as u8);
-        if self.is_failed(device) {
-            self.unknown_mask &= !(1 << device.0);
-            return;
-        }
-        let runs = self.table(device).map(|table| table.begin_scrub(None, KEEPER, SCRUB_FRAMES)).unwrap_or_default();
-        if runs.is_empty() {
-            self.unknown_mask &= !(1 << device.0);
-        }
-        self.start_scrub(device, runs, out);
-    }
-
-    pub(crate) fn note_unknown(&mut self, device: DeviceId) {
-        self.unknown_mask |= 1 << device.0;
-    }
-
-    /// Frames of the runs are owned by [`KEEPER`] until the scrub is through; those of a failed device until it is back. They come back
-    /// part by part.
-    pub(crate) fn start_scrub(&mut self, device: DeviceId, runs: Vec<(u32, u32)>, out: &mut Vec<Action>) {
-        if self.is_failed(device) {
-            return;
-        }
-        for runs in parts_of(&runs, SCRUB_FRAMES as u32) {
-            let ticket = self.ticket();
-            self.stats.scrubbed += runs.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
-            self.scrubs.insert(ticket, (device, runs.clone()));
-            out.push(Action::Scrub { ticket, device, runs });
-        }
-    }
-
-    /// The frames were replaced: scrubs of the old ones mean nothing.
-    pub(crate) fn forget_scrubs(&mut self, device: DeviceId) {
-        self.scrubs.retain(|_, (of, _)| *of != device);
-    }
-
-    fn scrub_done(&mut self, ticket: Ticket, result: StepResult) {
-        let Some((device, runs)) = self.scrubs.remove(&ticket) else { return };
-        // Frames that could not be scrubbed stay out of use: nobody shall read what they hold.
-        if result == StepResult::Ok
-            && let Some(table) = self.table(device)
-        {
-            table.scrubbed(&runs);
-        }
-        self.unblock_all();
-    }
-}
-
-/// Runs of frames in parts of at most `most` frames.
-fn parts_of(runs: &[(u32, u32)], most: u32) -> Vec<Vec<(u32, u32)>> {
-    let mut parts: Vec<Vec<(u32, u32)>> = Vec::new();
-    let mut room = 0;
-    for (mut first, mut count) in runs.iter().copied() {
-        while count > 0 {
-            if room == 0 {
-                parts.push(Vec::new());
-                room = most;
-            }
-            let taken = count.min(room);
-            parts.last_mut().into_iter().for_each(|part| part.push((first, taken)));
-            (first, count, room) = (first + taken, count - taken, room - taken);
-        }
-    }
-    parts
 }
 
 #[cfg(test)]
@@ -646,12 +566,5 @@ mod tests {
         assert!(tries(&mut core, 10_000) >= 35);
         core.fill_done(ticket, 3, Some(crate::FillStop::NoMemory), &mut Vec::new());
         assert_eq!(core.next_deadline_us(), Some(core.now_us + 1000), "there was some: it may be quick again");
-    }
-
-    #[test]
-    fn parts_have_every_frame_once_and_none_has_too_many() {
-        assert_eq!(parts_of(&[], 4), Vec::<Vec<(u32, u32)>>::new());
-        let parts = parts_of(&[(3, 2), (10, 7), (20, 1), (30, 4)], 4);
-        assert_eq!(parts, [vec![(3, 2), (10, 2)], vec![(12, 4)], vec![(16, 1), (20, 1), (30, 2)], vec![(32, 2)]]);
     }
 }

@@ -39,6 +39,7 @@ mod recovery;
 mod request;
 mod resolve;
 mod runs;
+mod scrub;
 pub mod sim;
 mod stats;
 mod transfer;

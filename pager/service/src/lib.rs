@@ -4,7 +4,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `service` | the loop, life and death of spaces and regions |
+//! | `service` | the loop |
+//! | `ends` | the end of clients and regions |
 //! | `fault` | userfaultfd events |
 //! | `execute`, `fill`, `copies` | the core's actions: every system call of the data path |
 //! | `kernel_view` | what is at a client's addresses now: the kernel is asked, nothing is remembered |
@@ -35,6 +36,7 @@ mod create;
 mod devices;
 mod directory;
 mod drivers;
+mod ends;
 mod execute;
 mod fault;
 mod fill;
