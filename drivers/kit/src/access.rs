@@ -14,6 +14,9 @@
 //! * **Revocation.** The walk runs in the driver's loop, so revocations by message cannot run meanwhile; those that the pager does
 //!   itself are kept out by the loop's place in the gate ([`DevicePageTable::with_page`]). Devices without an aperture are revoked by
 //!   message only, and while a piece of theirs is in flight acknowledgements are held back.
+//! * **One fault a range.** A range fault is everything from the missing page to the end of the range, as far as the device has room for it. It is
+//!   asked for piece by piece, a region or a mapping at a time, before the walk goes on: what may not be accessed further on fails the access
+//!   before it has begun. It counts once; a page that was brought and is taken away again before the walk comes to it is another.
 //! * **Progress.** A page that is taken away again between its fault and its access is asked for again after a pause; after a second
 //!   without one page more the access fails with EBUSY.
 //! * **Additions** are atomic against CPU, other devices and kernels where the CPU sees the page. In frames that it does not see they
@@ -32,8 +35,10 @@ use uhmm_ipc::message::{ErrorCode, Fd, Reply, TraceId, WireError, driver};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::Window;
 
-use crate::device::{DevicePageTable, Driver, FaultId, Job, JobId, JobQueue, JobReport, PAGE_BYTES, Place, RegionKey};
-use crate::fault::{FaultEvent, FaultRange};
+use crate::device::{
+    DeviceMemory, DevicePageTable, Driver, FaultId, Job, JobId, JobQueue, JobReport, PAGE_BYTES, Place, RegionKey,
+};
+use crate::fault::{FaultEvent, FaultRange, RANGE_PAGES_MAX};
 use crate::run::{DriverLoop, Due};
 use engine::{PIECE_PAGES, Piece, Run, gather};
 use transfer::{check, transfer};
@@ -66,6 +71,11 @@ impl Wanted {
 
     fn writes(&self) -> bool {
         self.op != AccessOp::Read
+    }
+
+    /// First address behind the range.
+    fn end(&self) -> u64 {
+        self.addr + self.len_bytes
     }
 }
 
@@ -121,10 +131,30 @@ struct Access {
     /// Pages done, or in the piece in flight.
     done_pages: u64,
     fault_count: u64,
-    /// The addresses below this one were answered as the device's alone.
-    exclusive_end: u64,
+    /// The range fault has brought what lies below this address (an exclusive one: as the device's alone).
+    covered_end: u64,
     stall: Option<Stall>,
     trace: TraceId,
+}
+
+impl Access {
+    /// Where the walk stands.
+    fn at(&self) -> u64 {
+        self.wanted.addr + self.done_pages * PAGE_BYTES
+    }
+
+    /// Missing here is no part of the range fault that there was.
+    fn is_new_fault(&self) -> bool {
+        self.fault_count == 0 || self.at() < self.covered_end
+    }
+
+    /// What the range fault has to bring yet. An access that stands still is content with its page.
+    fn next_piece(&self, room_pages: u64) -> Option<(TraceId, Wanted, u64)> {
+        let stands = self.stall.is_some_and(|stall| stall.page == self.done_pages && stall.tries > 0);
+        let brought_pages = self.covered_end.saturating_sub(self.at()) / PAGE_BYTES;
+        let more = self.covered_end < self.wanted.end() && (1..room_pages).contains(&brought_pages);
+        (more && !stands).then(|| (self.trace, self.wanted.clone(), self.covered_end))
+    }
 }
 
 /// Accesses under way.
@@ -168,10 +198,10 @@ impl AccessBook {
         in_flight
     }
 
-    /// The pages below `end` were answered as the device's alone.
-    pub(crate) fn exclusive_until(&mut self, job: JobId, end: u64) {
+    /// The access's range fault has brought the pages below `end`.
+    pub(crate) fn covered_until(&mut self, job: JobId, end: u64) {
         if let Some(access) = self.accesses.get_mut(&job) {
-            access.exclusive_end = end;
+            access.covered_end = end;
         }
     }
 }
@@ -208,7 +238,7 @@ impl<D: Driver> DriverLoop<D> {
             let timer = self.after(deadline.saturating_duration_since(Instant::now()), Due::JobDeadline(job));
             self.job_timers.insert(job, timer);
         }
-        let access = Access { wanted, buffer, done_pages: 0, fault_count: 0, exclusive_end: 0, stall: None, trace };
+        let access = Access { wanted, buffer, done_pages: 0, fault_count: 0, covered_end: 0, stall: None, trace };
         self.accesses.accesses.insert(job, access);
         self.accesses.ready.push_back(job);
         Ok(())
@@ -225,7 +255,7 @@ impl<D: Driver> DriverLoop<D> {
             _ => Next::Try,
         };
         let fault = (matches!(turn, Turn::Missing) && next == Next::Try).then(|| self.missing(job, &mut access));
-        let at = access.wanted.addr + access.done_pages * PAGE_BYTES;
+        let at = access.at();
         if let Turn::Engine(runs) = &turn {
             self.post(job, &access, runs.clone());
         }
@@ -280,10 +310,10 @@ impl<D: Driver> DriverLoop<D> {
 
     /// One page; false when it is missing.
     fn walk_page(&mut self, access: &Access, by_engine: bool, runs: &mut Vec<Run>) -> Result<bool, WireError> {
-        let addr = access.wanted.addr + access.done_pages * PAGE_BYTES;
+        let addr = access.at();
         let Some((key, page)) = self.attached_at(access.wanted.space, addr) else { return Ok(false) };
         // A mapping alone does not say that the page is the device's alone.
-        if access.wanted.op == AccessOp::MakeExclusive && addr >= access.exclusive_end {
+        if access.wanted.op == AccessOp::MakeExclusive && addr >= access.covered_end {
             return Ok(false);
         }
         let (window, mut result) = (&self.window, Ok(()));
@@ -366,23 +396,40 @@ impl<D: Driver> DriverLoop<D> {
         })
     }
 
+    /// The walk's page is not there: the range fault begins, goes on behind what it had room for, or was in vain for this page.
     fn missing(&mut self, job: JobId, access: &mut Access) -> FaultEvent {
-        access.fault_count += 1;
-        self.stats.device_faults += 1;
-        let Wanted { space, addr, len_bytes, op, .. } = access.wanted;
-        let (fault, at) = (FaultId(ACCESS_FAULT | job.0), addr + access.done_pages * PAGE_BYTES);
-        tracing::debug!(request = access.trace.0, job = job.0, space, addr = at, ?op, "Range fault");
-        self.suspended.insert(fault, (job, Instant::now()));
-        let range = Some(FaultRange { end: addr + len_bytes, exclusive: op == AccessOp::MakeExclusive });
-        FaultEvent::Fault { fault, job, space, addr: at, write: access.wanted.writes(), range }
+        let at = access.at();
+        if access.is_new_fault() {
+            access.fault_count += 1;
+            self.stats.device_faults += 1;
+        }
+        access.covered_end = at;
+        self.range_fault(job, access.trace, &access.wanted, at)
     }
 
-    /// The range fault was answered.
-    pub(crate) fn access_resumed(&mut self, job: JobId, outcome: Result<(), WireError>) {
-        match outcome {
-            Ok(()) => self.access_rested(job),
-            Err(error) => self.end_access(job, Err(error)),
+    fn range_fault(&mut self, job: JobId, trace: TraceId, wanted: &Wanted, at: u64) -> FaultEvent {
+        let (space, op) = (wanted.space, wanted.op);
+        let fault = FaultId(ACCESS_FAULT | job.0);
+        tracing::debug!(request = trace.0, job = job.0, space, addr = at, ?op, "Range fault");
+        self.suspended.insert(fault, (job, Instant::now()));
+        let range = Some(FaultRange { end: wanted.end(), exclusive: op == AccessOp::MakeExclusive });
+        FaultEvent::Fault { fault, job, space, addr: at, write: wanted.writes(), range }
+    }
+
+    /// A piece of the range fault was answered: the next piece, if there is more to bring before the walk goes on.
+    pub(crate) fn access_resumed(&mut self, job: JobId, outcome: Result<(), WireError>) -> Option<FaultEvent> {
+        if let Err(error) = outcome {
+            self.end_access(job, Err(error));
+            return None;
         }
+        // More than half of the device's memory would push out what was brought first.
+        let room_pages = RANGE_PAGES_MAX.min(u64::from(self.memory.frame_count() / 2));
+        let next = self.accesses.accesses.get(&job).and_then(|access| access.next_piece(room_pages));
+        let Some((trace, wanted, at)) = next else {
+            self.access_rested(job);
+            return None;
+        };
+        Some(self.range_fault(job, trace, &wanted, at))
     }
 
     /// It may go on.
@@ -431,6 +478,33 @@ mod tests {
     fn faults_of_accesses_are_told_from_the_devices_own() {
         assert_eq!(AccessBook::job_of(FaultId(ACCESS_FAULT | 7)), Some(JobId(7)));
         assert_eq!(AccessBook::job_of(FaultId(7)), None);
+    }
+
+    fn access(done_pages: u64, covered_pages: u64, fault_count: u64) -> Access {
+        let wanted = Wanted { space: 1, addr: 0x10000, len_bytes: 100 * PAGE_BYTES, op: AccessOp::Read, buffer: None };
+        let covered_end = if fault_count == 0 { 0 } else { wanted.addr + covered_pages * PAGE_BYTES };
+        Access { wanted, buffer: None, done_pages, fault_count, covered_end, stall: None, trace: TraceId(0) }
+    }
+
+    #[test]
+    fn what_a_range_fault_had_no_room_for_is_the_same_fault_and_what_was_lost_again_is_another() {
+        assert!(access(0, 0, 0).is_new_fault(), "the first one");
+        assert!(access(0, 0, 0).next_piece(50).is_none(), "nothing was brought");
+        assert!(!access(40, 40, 1).is_new_fault(), "behind what was brought");
+        assert!(!access(70, 40, 1).is_new_fault(), "behind pages that were there before");
+        assert!(access(39, 40, 1).is_new_fault(), "brought and gone again");
+    }
+
+    #[test]
+    fn a_range_fault_goes_on_piece_by_piece_until_its_end_or_the_devices_room() {
+        let next = |access: Access| access.next_piece(50).map(|(_, _, at)| (at - 0x10000) / PAGE_BYTES);
+        assert_eq!(next(access(10, 30, 1)), Some(30));
+        assert_eq!(next(access(10, 60, 1)), None, "no room for more");
+        assert_eq!(next(access(60, 100, 1)), None, "it is through");
+        assert_eq!(next(access(10, 10, 1)), None, "the page itself was not brought: the walk decides");
+        let (mut standing, now) = (access(10, 30, 1), Instant::now());
+        standing.stall = Some(Stall { page: 10, since: now, tries: 1, rested: false });
+        assert_eq!(next(standing), None, "an access that stands still takes what it gets");
     }
 
     #[test]

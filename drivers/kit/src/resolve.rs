@@ -102,7 +102,7 @@ impl<D: Driver> DriverLoop<D> {
                 }
                 self.stats.failed_faults += u64::from(outcome.is_err());
                 match AccessBook::job_of(fault) {
-                    Some(job) => self.access_resumed(job, outcome),
+                    Some(job) => return self.access_resumed(job, outcome),
                     None => self.queue.resume(fault, outcome),
                 }
             }
@@ -191,7 +191,7 @@ impl<D: Driver> DriverLoop<D> {
     fn fault_answered(&mut self, window: WindowId, result: Result<Reply, WireError>) {
         // Nobody wants a window whose region is gone; its table is gone as well.
         let Some(open) = self.book.window(window) else { return };
-        let (key, nonce, pages, exclusive_job) = (open.key, open.nonce, open.pages, open.exclusive_job());
+        let (key, nonce, pages, range_job) = (open.key, open.nonce, open.pages, open.range_job());
         let runs = match result {
             Ok(Reply::Mirror(mirror::Reply::Mapped { runs, .. })) => clip_runs(&runs, pages, self.memory.frame_count()),
             Ok(_) => Err(unexpected("Fault")),
@@ -205,9 +205,9 @@ impl<D: Driver> DriverLoop<D> {
             Ok((runs, report)) => {
                 self.stats.installed_pages += report.installed_pages;
                 self.stats.refused_pages += report.refused.len() as u64;
-                if let (Some(job), Some(region)) = (exclusive_job, self.regions.get(&key)) {
-                    let end = answered_end(&runs, &report.refused, pages);
-                    self.accesses.exclusive_until(job, region.map.addr + end * PAGE_BYTES);
+                if let (Some((job, writable)), Some(region)) = (range_job, self.regions.get(&key)) {
+                    let end = answered_end(&runs, &report.refused, pages, writable);
+                    self.accesses.covered_until(job, region.map.addr + end * PAGE_BYTES);
                 }
                 FaultEvent::Installed { window, runs, refused: report.refused }
             }
@@ -221,13 +221,13 @@ fn unexpected(call: &str) -> WireError {
     WireError::new(ErrorCode::Protocol, format!("{call} was answered with something else than was asked"))
 }
 
-/// One past the last page, from the first of the window on without a gap, that was answered writable and not revoked meanwhile.
-fn answered_end(runs: &[MapRun], refused: &[u64], pages: PageRange) -> u64 {
-    let answered = |page: &u64| {
-        let inside = |run: &&MapRun| PageRange { first: run.first_page, count: run.page_count }.contains(*page);
-        runs.iter().find(inside).is_some_and(|run| run.writable) && !refused.contains(page)
-    };
-    (pages.first..pages.end()).find(|page| !answered(page)).unwrap_or(pages.end())
+/// One past the last page, from the first of the window on without a gap, that was answered (`writable`: to be written) and not revoked
+/// meanwhile.
+fn answered_end(runs: &[MapRun], refused: &[u64], pages: PageRange, writable: bool) -> u64 {
+    let answered = runs.iter().filter(|run| run.writable || !writable).fold(pages.first, |end, run| {
+        if run.first_page <= end { end.max(run.first_page + run.page_count) } else { end }
+    });
+    refused.iter().copied().filter(|page| *page >= pages.first).fold(answered.min(pages.end()), u64::min)
 }
 
 /// The parts of the runs inside the window. Frames that the device does not have fail the whole answer.
@@ -274,11 +274,13 @@ mod tests {
     fn an_answer_counts_up_to_its_first_gap() {
         let window = PageRange { first: 10, count: 10 };
         let runs = [run(10, 3, MapKind::Frame(1)), run(13, 7, MapKind::Frame(9))];
-        assert_eq!(answered_end(&runs, &[], window), 20);
-        assert_eq!(answered_end(&runs, &[15], window), 15);
-        assert_eq!(answered_end(&runs[..1], &[], window), 13);
-        assert_eq!(answered_end(&runs[1..], &[], window), 10);
-        assert_eq!(answered_end(&[MapRun { writable: false, ..runs[0] }, runs[1]], &[], window), 10);
+        assert_eq!(answered_end(&runs, &[], window, true), 20);
+        assert_eq!(answered_end(&runs, &[15], window, true), 15);
+        assert_eq!(answered_end(&runs[..1], &[], window, true), 13);
+        assert_eq!(answered_end(&runs[1..], &[], window, true), 10);
+        let read_only = [MapRun { writable: false, ..runs[0] }, runs[1]];
+        assert_eq!(answered_end(&read_only, &[], window, false), 20, "enough for a read");
+        assert_eq!(answered_end(&[MapRun { writable: false, ..runs[0] }, runs[1]], &[], window, true), 10);
     }
 
     #[test]

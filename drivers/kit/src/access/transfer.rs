@@ -58,6 +58,10 @@ impl From<std::io::Error> for TransferError {
             std::io::ErrorKind::UnexpectedEof => {
                 Self { code: ErrorCode::Fault, text: "it lies behind the end of its file".into() }
             }
+            std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+                let text = format!("its file may not be written (sealed, or on a read-only file system): {error}");
+                Self { code: ErrorCode::Permission, text }
+            }
             std::io::ErrorKind::StorageFull => Self { code: ErrorCode::NoMemory, text: error.to_string() },
             _ => Self { code: ErrorCode::Io, text: error.to_string() },
         }
@@ -149,7 +153,7 @@ mod tests {
             buffer,
             done_pages: 0,
             fault_count: 0,
-            exclusive_end: 0,
+            covered_end: 0,
             stall: None,
             trace: TraceId(0),
         };

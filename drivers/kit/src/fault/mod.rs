@@ -40,7 +40,7 @@ const FIRST_PAUSE: Duration = Duration::from_micros(200);
 /// Longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// Pages of one range fault: an answer has at most 2048 runs, and a quarter of these pages in the worst case.
-const RANGE_PAGES_MAX: u64 = 8192;
+pub const RANGE_PAGES_MAX: u64 = 8192;
 /// How often one fault looks its address up again because its region went away under it.
 const MAX_LOOKUPS: u32 = 4;
 
@@ -413,10 +413,10 @@ impl FaultBook {
 }
 
 impl Window {
-    /// Whose exclusive range this is.
-    pub(crate) fn exclusive_job(&self) -> Option<JobId> {
-        let exclusive = self.range.is_some_and(|range| range.exclusive);
-        self.waiters.first().filter(|_| exclusive).map(|waiter| waiter.job)
+    /// Whose range this is, and whether only writable pages are an answer.
+    pub(crate) fn range_job(&self) -> Option<(JobId, bool)> {
+        let range = self.range?;
+        self.waiters.first().map(|waiter| (waiter.job, waiter.write || range.exclusive))
     }
 
     /// Anybody on the page asked for wants to write it.

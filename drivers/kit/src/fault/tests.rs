@@ -323,10 +323,10 @@ fn a_range_fault_asks_for_the_rest_of_its_range_inside_the_region() {
     let mut book = book();
     let (first, pages, page, write) = asked(&step(&mut book, range_fault(1, 3, 300, false)));
     assert_eq!((pages, page, write), (PageRange { first: 3, count: 297 }, 3, true));
-    assert!(book.window(first).is_some_and(|window| window.exclusive_job().is_none()));
+    assert!(book.window(first).is_some_and(|window| window.range_job() == Some((JobId(1), true))));
     let (second, pages, ..) = asked(&step(&mut book, range_fault(2, 990, 5000, true)));
     assert_eq!(pages, PageRange { first: 990, count: 10 }, "the region ends there");
-    assert_eq!(book.window(second).and_then(Window::exclusive_job), Some(JobId(2)));
+    assert_eq!(book.window(second).and_then(Window::range_job), Some((JobId(2), true)));
     let out = step(&mut book, FaultEvent::Installed { window: first, runs: vec![run(3, 1, true)], refused: vec![] });
     assert_eq!(resumed(&out), [(1, None)], "the first page is enough to go on");
 }

@@ -19,6 +19,7 @@ mod policy;
 mod policy_more;
 mod races;
 mod residency;
+mod told;
 mod warm_up;
 
 pub(crate) use warm_up::warm_up;
@@ -49,6 +50,7 @@ pub(crate) fn all() -> Vec<Case> {
     races::register(&mut list);
     kernel_truth::register(&mut list);
     residency::register(&mut list);
+    told::register(&mut list);
     igt_special::register(&mut list);
     igt_matrix::register(&mut list);
     pains::register(&mut list);
