@@ -30,9 +30,7 @@ pub enum Error {
         next_bytes: u64,
     },
     /// The address is not at the start of a page.
-    #[error(
-        "The address {addr:#x} is not at the start of a page: use enclosing_pages() to find the pages of an object"
-    )]
+    #[error("The address {addr:#x} is not at the start of a page of 4096 bytes: the page that holds it starts at {:#x}", .addr & !4095)]
     UnalignedAddress {
         /// As given.
         addr: u64,
@@ -43,6 +41,12 @@ pub enum Error {
         /// First address.
         addr: u64,
         /// Length.
+        len_bytes: u64,
+    },
+    /// More than any address space holds.
+    #[error("There is no memory of {len_bytes} bytes: that is more than an address space holds")]
+    TooLong {
+        /// As given.
         len_bytes: u64,
     },
     /// An access to a region does not lie inside.
@@ -66,6 +70,12 @@ pub enum Error {
     /// Nothing serves there.
     #[error("No supervisor serves in {}: start one with `uhmm up`, or name its --run-dir", .run_dir.display())]
     NotRunning {
+        /// Where it was looked for.
+        run_dir: PathBuf,
+    },
+    /// This account may not go there (any more): another user's system, or the program has changed its user or root.
+    #[error("This process may not enter {}: it runs as another user than the system, or has left it behind (setuid, chroot)", .run_dir.display())]
+    Forbidden {
         /// Where it was looked for.
         run_dir: PathBuf,
     },
@@ -125,7 +135,8 @@ impl Error {
             | Error::AlreadyTaken
             | Error::BadDeviceName { .. } => ErrorCode::Invalid,
             Error::NotRunning { .. } | Error::NoSuchService { .. } | Error::NotForked => ErrorCode::NotFound,
-            Error::ArenaFull(_) => ErrorCode::NoMemory,
+            Error::Forbidden { .. } => ErrorCode::Permission,
+            Error::ArenaFull(_) | Error::TooLong { .. } => ErrorCode::NoMemory,
             Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) => ErrorCode::Io,
             Error::AgentGone => ErrorCode::Stale,
             Error::StrangeReply { .. } => ErrorCode::Protocol,

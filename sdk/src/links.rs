@@ -524,7 +524,7 @@ impl Loop {
                 self.frames.know_aperture(memory);
             }
             Wake::Preamble { result: Err(error), .. } => tracing::warn!(%error, "A driver refused this session"),
-            // Before the first connection there is no call that could be told.
+            // Before the first connection there is no call that could be told, and who waits for the session would hear that nobody answers.
             Wake::Refused { link, error } if link == self.pager && self.opening.is_some() => {
                 self.on_introduced(Err(error));
             }

@@ -185,7 +185,12 @@ impl Session {
         let range = AddrRange { start: addr, len: len_bytes };
         self.inner.note_released(range);
         if !self.fork_supported() {
-            own_memory::advise(range, RangeAdvice::DoFork).map_err(Error::kernel("Letting children have a range"))?;
+            let failed = || Error::kernel("Letting children have a range");
+            let vmas = own_memory::mappings(range).map_err(failed())?;
+            // Allocated memory stays out of them.
+            for part in vmas.iter().filter(|vma| !vma.shared).filter_map(|vma| vma.range().intersection(&range)) {
+                own_memory::advise(part, RangeAdvice::DoFork).map_err(failed())?;
+            }
         }
         Ok(())
     }
@@ -389,7 +394,7 @@ fn adoptable(range: AddrRange, vmas: &[Vma]) -> Result<Option<&Vma>, Error> {
         _ => match vmas.iter().find(|vma| vma.inode != 0) {
             Some(vma) => {
                 let text = format!(
-                    "{range} holds a private mapping of a file at {:#x}, which Linux does not let anybody manage: copy it to anonymous memory, or map it shared",
+                    "{range} holds a private mapping of a file at {:#x}, whose pages Linux lets nobody take out: copy it to anonymous memory, or map it shared",
                     vma.start
                 );
                 refused(ErrorCode::Invalid, text)

@@ -39,7 +39,7 @@ impl Operator {
     /// [`Error::NotRunning`] when no supervisor has been started there.
     pub fn connect(run_dir: Option<&Path>) -> Result<Self, Error> {
         let run_dir = paths::run_dir(run_dir);
-        if !paths::service(&run_dir, "supervisor").0.exists() {
+        if !paths::has_service(&run_dir, "supervisor")? {
             return Err(Error::NotRunning { run_dir });
         }
         Ok(Self { run_dir, reactor: client_reactor(Role::Operator)?, links: HashMap::new() })
@@ -110,7 +110,7 @@ impl Operator {
         if let Some(link) = self.links.get(service) {
             return Ok(*link);
         }
-        if !paths::valid_name(service) || !paths::service(&self.run_dir, service).0.exists() {
+        if !paths::valid_name(service) || !paths::has_service(&self.run_dir, service)? {
             return Err(Error::NoSuchService { service: service.into(), run_dir: self.run_dir.clone() });
         }
         let link = self.reactor.link(endpoint(&self.run_dir, service));

@@ -1,8 +1,11 @@
 //! Where the sockets are.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use uhmm_ipc::message::Interface;
+
+use crate::Error;
 
 /// The run directory: `explicit`, else `$UHMM_RUN_DIR`, else `$XDG_RUNTIME_DIR/uhmm`, else `/tmp/uhmm-UID`. Nothing is created.
 pub fn run_dir(explicit: Option<&Path>) -> PathBuf {
@@ -26,6 +29,19 @@ pub(crate) fn service(run_dir: &Path, name: &str) -> (PathBuf, Interface) {
         "pager" => (run_dir.join("pager.sock"), Interface::Pager),
         "mirror" => (run_dir.join("mirror.sock"), Interface::Mirror),
         driver => (run_dir.join(format!("driver-{driver}.sock")), Interface::Driver),
+    }
+}
+
+/// Whether a service has its socket there.
+///
+/// # Errors
+/// [`Error::Forbidden`] where this account cannot even look.
+pub(crate) fn has_service(run_dir: &Path, name: &str) -> Result<bool, Error> {
+    match service(run_dir, name).0.try_exists() {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            Err(Error::Forbidden { run_dir: run_dir.to_owned() })
+        }
+        found => Ok(found.unwrap_or(false)),
     }
 }
 

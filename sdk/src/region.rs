@@ -33,6 +33,9 @@ pub struct Region {
 impl Region {
     pub(crate) fn create(session: Arc<Inner>, len_bytes: u64) -> Result<Self, Error> {
         check_length(len_bytes)?;
+        if i64::try_from(len_bytes).is_err() {
+            return Err(Error::TooLong { len_bytes });
+        }
         let (memory, mapping) = session.links.hold(move || {
             let memory =
                 memfd::create_sealed("uhmm-region", len_bytes).map_err(Error::kernel("Making a region's memory"))?;

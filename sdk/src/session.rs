@@ -74,7 +74,7 @@ impl Session {
     /// userfaultfd, [`ErrorCode::TimedOut`] when the pager does not answer for ten seconds.
     pub fn connect(run_dir: Option<&Path>) -> Result<Self, Error> {
         let run_dir = paths::run_dir(run_dir);
-        if !paths::service(&run_dir, "pager").0.exists() {
+        if !paths::has_service(&run_dir, "pager")? {
             return Err(Error::NotRunning { run_dir });
         }
         Self::begin(run_dir, Identification::Open { nonce: TraceId::fresh().0 }, Sentinel::new()?, None)
@@ -291,7 +291,7 @@ impl Session {
         if let Some(info) = known {
             return Ok(open(info));
         }
-        if !paths::service(&self.inner.run_dir, name).0.exists() {
+        if !paths::has_service(&self.inner.run_dir, name)? {
             return Err(Error::NoSuchService { service: name.into(), run_dir: self.inner.run_dir.clone() });
         }
         self.inner.links.open_driver(name, &self.inner.space);

@@ -5,8 +5,9 @@ use std::process::{Command, Output};
 
 use uhmm_tests::{TestBed, manifest, uhmm_exe};
 
+/// A user who debugs a program of his own has this set, and did nothing that the insides of uhmm explain.
 fn uhmm(args: &[&str]) -> Output {
-    Command::new(uhmm_exe()).args(args).output().expect("uhmm runs")
+    Command::new(uhmm_exe()).args(args).env("RUST_BACKTRACE", "1").output().expect("uhmm runs")
 }
 
 fn up_is_refused(manifest: &str, names: &[&str]) {
@@ -28,6 +29,9 @@ fn refused(output: &Output, names: &[&str]) {
     assert!(!output.status.success(), "{said}");
     for name in names {
         assert!(said.contains(name), "{said:?} does not name {name:?}");
+    }
+    for inside in ["backtrace", "Backtrace", "::", "panicked"] {
+        assert!(!said.contains(inside), "{said:?} shows the program's insides");
     }
 }
 
@@ -69,6 +73,13 @@ fn integration_commands_without_a_running_system_say_so() {
         refused(&uhmm(&["--run-dir", text(dir.path()), command]), &["uhmm up"]);
     }
     refused(&uhmm(&["--run-dir", text(dir.path()), "kill", "pager"]), &["uhmm up"]);
+}
+
+#[test]
+fn integration_a_service_that_is_not_in_the_plan_is_named() {
+    let bed = TestBed::start("8MiB");
+    refused(&uhmm(&["--run-dir", text(bed.run_dir()), "kill", "soft7"]), &["soft7"]);
+    refused(&uhmm(&["device-model", "nvme", "--socket", "/nonexistent/folder/socket"]), &["/nonexistent/folder"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@
 //! waits long for this thread. (Where a frame has to come through a port, the access takes as long as the device does.) The entry is
 //! loaded anew for every access; only the region is remembered.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -140,7 +141,12 @@ enum AccessError {
 impl AccessError {
     fn at(&self, addr: u64) -> WireError {
         let code = match self {
-            Self::File(error) if error.kind() == std::io::ErrorKind::StorageFull => ErrorCode::NoMemory,
+            Self::File(error) if error.kind() == ErrorKind::StorageFull => ErrorCode::NoMemory,
+            Self::File(error)
+                if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) =>
+            {
+                ErrorCode::Permission
+            }
             Self::Frame(_) | Self::System(_) | Self::File(_) => ErrorCode::Io,
             Self::BehindEnd => ErrorCode::Fault,
             Self::NotAtomic => ErrorCode::Invalid,
@@ -151,7 +157,7 @@ impl AccessError {
 
 impl From<std::io::Error> for AccessError {
     fn from(error: std::io::Error) -> Self {
-        if error.kind() == std::io::ErrorKind::UnexpectedEof { Self::BehindEnd } else { Self::File(error) }
+        if error.kind() == ErrorKind::UnexpectedEof { Self::BehindEnd } else { Self::File(error) }
     }
 }
 

@@ -97,6 +97,7 @@ impl FilePages {
             (Ok(_), HookError::Call { source, .. }) if is_no_page(source) => {
                 Error::new(ErrorKind::StorageFull, "no huge page is left: raise vm.nr_hugepages")
             }
+            (Ok(_), HookError::Call { source, .. }) => Error::new(source.kind(), error.to_string()),
             _ => Error::other(error.to_string()),
         }
     }

@@ -72,7 +72,8 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
         let Request { space, kernel, args, idempotent, trace } = request;
         self.check_queue(conn, space)?;
         let Some((index, spec)) = self.kernels.iter().enumerate().find(|(_, spec)| spec.name == kernel) else {
-            let text = format!("Kernel {kernel:?} is not one of this driver's: Info lists them");
+            let names: Vec<&str> = self.kernels.iter().map(|spec| spec.name).collect();
+            let text = format!("Kernel {kernel:?} is not one of this driver's: it has {}", names.join(", "));
             return Err(WireError::new(ErrorCode::NotFound, text));
         };
         if args.len() != spec.argument_count {

@@ -64,7 +64,16 @@ fn enable(uffd: &Userfaultfd, full: bool) -> Result<Features, WireError> {
 }
 
 pub(crate) fn io_error(what: &str, error: &HookError) -> WireError {
-    WireError::new(ErrorCode::Io, format!("{what}: {error}"))
+    WireError::new(code_of(error).unwrap_or(ErrorCode::Io), format!("{what}: {error}"))
+}
+
+/// What a program can do something about is told by a code of its own.
+pub(crate) fn code_of(error: &HookError) -> Option<ErrorCode> {
+    match error.errno()? {
+        EPERM | EACCES => Some(ErrorCode::Permission),
+        ENOMEM => Some(ErrorCode::NoMemory),
+        _ => None,
+    }
 }
 
 impl Pager {
@@ -340,7 +349,7 @@ impl Pager {
         for (mode, (_, range)) in mode.into_iter().flat_map(|mode| region.registered.iter().map(move |on| (mode, on))) {
             space.uffd.register(range, mode).map_err(|error| {
                 let text = format!("{range} cannot be registered with userfaultfd: {error}");
-                WireError::new(ErrorCode::Fault, text)
+                WireError::new(code_of(&error).unwrap_or(ErrorCode::Fault), text)
             })?;
         }
         region.directory.set_live().map_err(|error| io_error("The directory cannot be written", &error))?;
@@ -393,4 +402,6 @@ impl Pager {
 
 /// Errors of the kernel without a libc dependency in this crate.
 const EPERM: i32 = 1;
+const ENOMEM: i32 = 12;
+const EACCES: i32 = 13;
 const EINVAL: i32 = 22;

@@ -52,14 +52,14 @@ impl Pager {
         if let Some(region) = self.same_region(space_id, &wanted) {
             return Some(Ok(pager::Reply::RegionCreated { region }));
         }
+        if let Some(region) = self.managed_already(space_id, &wanted) {
+            return Some(Ok(pager::Reply::RegionCreated { region }));
+        }
         let (range, memory) = match self.check_region(space_id, &wanted) {
             Ok(checked) => checked,
             Err(error) => return Some(Err(error)),
         };
         let gaps = self.unmanaged(space_id, range);
-        if let (true, Some(segment)) = (gaps.is_empty(), self.segment_at(space_id, range.start)) {
-            return Some(Ok(pager::Reply::RegionCreated { region: segment.region }));
-        }
         if gaps.iter().any(|gap| self.devices_see_an_earlier_region(space_id, *gap)) {
             self.waiting_makes.push((conn, call, wanted));
             return None;
@@ -118,6 +118,13 @@ impl Pager {
             next = next.max(other.end());
         }
         gaps
+    }
+
+    /// Whoever adopts what is managed as a whole, in whatever way, has it managed.
+    fn managed_already(&self, space_id: u64, wanted: &Wanted) -> Option<u64> {
+        let range = AddrRange::new(wanted.addr, wanted.len_bytes).ok().filter(|_| wanted.backing != Backing::Shared)?;
+        let whole = self.unmanaged(space_id, range).is_empty();
+        self.segment_at(space_id, range.start).filter(|_| whole).map(|segment| segment.region)
     }
 
     /// Directory and segment of a region that is not kept yet.

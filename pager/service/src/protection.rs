@@ -4,10 +4,10 @@
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{Entry, Event, PageState, Target};
+use uhmm_pager_core::{Backing, Entry, Event, PageState, Target};
 
 use crate::advise::revoke_all;
-use crate::calls::Answer;
+use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
 use crate::kernel_view::{Ended, Part, Shown};
 use crate::requests::{Piece, Then};
@@ -96,14 +96,41 @@ impl Pager {
 
     /// First half of giving a range back to the kernel alone: its pages come home.
     pub(crate) fn release_range(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
-        let pieces = match self.locate(conn, addr, len_bytes) {
+        let pieces = match self.managed_pieces(conn, addr, len_bytes) {
             Ok(pieces) => pieces,
-            // Repeated after a restart: the first one had got through.
-            Err(error) if error.code == ErrorCode::Fault => return Some(Ok(pager::Reply::Done)),
             Err(error) => return Some(Err(error)),
         };
+        // What was allocated is freed by its owner, as a whole.
+        let allocated = |piece: &&Piece| {
+            self.regions.get(piece.located.region).is_some_and(|region| region.backing == Backing::Shared)
+        };
+        match pieces.iter().filter(allocated).count() {
+            0 if pieces.is_empty() => return Some(Ok(pager::Reply::Done)),
+            0 => {}
+            all if all == pieces.len() => return Some(Ok(pager::Reply::Done)),
+            _ => {
+                let text = format!(
+                    "[{addr:#x}, +{len_bytes:#x}) holds memory that was allocated, not adopted: release what is around it"
+                );
+                return refuse(ErrorCode::Invalid, text);
+            }
+        }
         self.bring_home_to_release(conn, call, &pieces, addr, len_bytes);
         None
+    }
+
+    /// What of a range is managed; none of it after a release that is repeated.
+    fn managed_pieces(&self, conn: ConnId, addr: u64, len_bytes: u64) -> Result<Vec<Piece>, WireError> {
+        let space_id = self.space_of(conn)?;
+        let range = AddrRange::new(addr, len_bytes).map_err(|e| WireError::new(ErrorCode::Invalid, e.to_string()))?;
+        let touched = self.touched(space_id, range.start, range.end());
+        let part = |id: &u64| {
+            let segment = self.regions.segment(*id)?;
+            let part = segment.range().intersection(&range)?;
+            Some(self.locate(conn, part.start, part.len))
+        };
+        let pieces: Result<Vec<Vec<Piece>>, WireError> = touched.iter().filter_map(part).collect();
+        Ok(pieces?.into_iter().flatten().collect())
     }
 
     fn bring_home_to_release(&mut self, conn: ConnId, call: CallId, pieces: &[Piece], addr: u64, len_bytes: u64) {
@@ -122,7 +149,7 @@ impl Pager {
         let answer = |pager: &mut Self, result: Result<pager::Reply, WireError>| {
             pager.service.reactor.reply(conn, call, result.map(uhmm_ipc::message::Reply::Pager));
         };
-        let Ok(pieces) = self.locate(conn, addr, len_bytes) else {
+        let Ok(pieces) = self.managed_pieces(conn, addr, len_bytes) else {
             return answer(self, Ok(pager::Reply::Done));
         };
         let (mut moving, mut lost) = (false, false);

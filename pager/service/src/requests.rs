@@ -128,7 +128,8 @@ impl Pager {
         while at < end {
             let live = |s: &&Segment| self.regions.get(s.region).is_some_and(|region| region.phase == Phase::Live);
             let Some(segment) = self.segment_at(space_id, at).filter(live) else {
-                let (code, text) = if pieces.is_empty() {
+                let nowhere = self.touched(space_id, addr, end).is_empty();
+                let (code, text) = if nowhere {
                     (
                         ErrorCode::Fault,
                         format!("Range {} is in no region of this process: allocate or adopt it first", shown()),

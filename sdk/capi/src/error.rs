@@ -91,13 +91,14 @@ impl Failure {
 
     /// The text with every cause behind it that it does not name already.
     pub(crate) fn full_text(&self) -> String {
-        causes(self).fold(String::new(), |text, error| {
+        let own = match self {
+            // The code is the number that C has already, under a name of ours.
+            Failure::Sdk(uhmm_sdk::Error::Service { text, .. }) => text.clone(),
+            other => other.to_string(),
+        };
+        causes(self).skip(1).fold(own, |text, error| {
             let next = error.to_string();
-            match text.as_str() {
-                "" => next,
-                said if said.contains(&next) => text,
-                said => format!("{said}: {next}"),
-            }
+            if text.contains(&next) { text } else { format!("{text}: {next}") }
         })
     }
 
@@ -249,6 +250,15 @@ mod tests {
         }
         let text = of(libc::ENOMEM).full_text();
         assert_eq!(text.matches("Cannot allocate memory").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn nothing_of_rust_is_named() {
+        let code = ErrorCode::Fault;
+        let service = Failure::from(uhmm_sdk::Error::Service { code, text: "Range is in no region".into() });
+        assert_eq!(service.full_text(), "Range is in no region");
+        let unaligned = Failure::from(uhmm_sdk::Error::UnalignedAddress { addr: 0x5008 });
+        assert!(unaligned.full_text().ends_with("starts at 0x5000"), "{}", unaligned.full_text());
     }
 
     #[test]

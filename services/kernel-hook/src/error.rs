@@ -167,9 +167,14 @@ impl HookError {
 
     /// A failed call on a range.
     pub(crate) fn on(call: &'static str, range: AddrRange, source: impl Into<io::Error>, hint: &'static str) -> Self {
-        Self::Call { call, range: Some(range), source: source.into(), hint }
+        let source = source.into();
+        // Whatever splits or makes a mapping meets the limit of how many a process may have, and nobody thinks of it.
+        let hint = if hint.is_empty() && source.raw_os_error() == Some(libc::ENOMEM) { NO_MEMORY } else { hint };
+        Self::Call { call, range: Some(range), source, hint }
     }
 }
+
+const NO_MEMORY: &str = "Check free memory and vm.max_map_count (sysctl), the most mappings that a process may have";
 
 fn on_range(range: &Option<AddrRange>) -> String {
     range.map(|range| format!(" on {range}")).unwrap_or_default()
@@ -191,6 +196,9 @@ mod tests {
         assert!(text.starts_with("UFFDIO_REGISTER failed on 0x1000+0x2000: "), "{text}");
         assert!(text.ends_with(". Unregister it"), "{text}");
         assert_eq!(error.errno(), Some(libc::EBUSY));
+        let full =
+            |hint| HookError::on("mprotect", range, io::Error::from_raw_os_error(libc::ENOMEM), hint).to_string();
+        assert!(full("").contains("vm.max_map_count") && full("Unmap it").ends_with(". Unmap it"));
         assert_eq!(HookError::ReadOnly.errno(), None);
     }
 }

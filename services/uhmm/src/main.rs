@@ -6,6 +6,7 @@
 mod commands;
 mod demo;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -155,7 +156,16 @@ impl ServiceFlags {
     }
 }
 
-fn main() -> anyhow::Result<ExitCode> {
+/// What went wrong, in one line. Where in this program it was found (RUST_BACKTRACE) says nothing to whoever asked.
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        // Nobody reads it where it cannot be written.
+        drop(writeln!(std::io::stderr(), "Error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
     if matches!(cli.command, Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor) {
