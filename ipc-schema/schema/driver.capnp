@@ -21,6 +21,8 @@ struct Access {
     write @5 :Void;
     fetchAdd @6 :UInt64;
     makeExclusive @7 :Void;
+    map @8 :Void;                 # pages are brought and mapped; nothing is read or written
+    peek @9 :Void;                # as read, but what is not mapped ends it: nothing is brought
   }
 }
 

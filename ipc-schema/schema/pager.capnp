@@ -4,6 +4,7 @@
 using Sdk = import "sdk.capnp";
 
 const maxRegions :UInt32 = 1024;
+const maxWhyBytes :UInt32 = 1024;
 
 # Every call is idempotent: targets are absolute, creations carry the client's own key. All added in 0.1.
 struct Call {
@@ -39,6 +40,8 @@ struct Call {
     deviceLost @28 :UInt8;              # driver; idempotent
     agentStarted @29 :AgentStarted;     # client; idempotent
     revalidate @30 :Range;              # client; idempotent
+    home @31 :Home;                     # operator, or a client about itself; idempotent
+    emptyDevice @32 :UInt8;             # operator; idempotent
   }
 }
 
@@ -122,6 +125,13 @@ struct Migrate {
   lenBytes @1 :UInt64;
   target @2 :Sdk.Target;
   prefetch @3 :Bool;
+  only @4 :Sdk.Only;
+}
+
+# Every page of a process comes home and stays there.
+struct Home {
+  pid @0 :UInt32;             # 0: the caller's own space
+  stay @1 :Bool;              # false: pages may leave again
 }
 
 struct Advise {
@@ -218,6 +228,7 @@ struct RegionCreated {
 struct Migrated {
   movedPages @0 :UInt64;
   runs @1 :List(Sdk.StatusRun);             # at most maxRuns
+  why @2 :Text;                             # why pages of a bad fate stayed; cut to maxWhyBytes
 }
 
 # 2 MiB that a device has used lately.

@@ -21,6 +21,15 @@ struct Target {
   }
 }
 
+# Which pages of a range are to move.
+struct Only {
+  union {
+    all @0 :Void;
+    inSystem @1 :Void;      # to a device, those in system memory
+    onDevice @2 :UInt8;     # home, those on this device
+  }
+}
+
 # As Target, or nowhere in particular.
 struct Place {
   union {
@@ -40,6 +49,7 @@ enum PageStatus {
   io @5;            # copy failed; the page is valid where it was
   poisoned @6;      # lost with a device: accesses get SIGBUS
   gone @7;          # unmapped meanwhile
+  notSelected @8;   # not one of the pages that were to move
 }
 
 # pageCount neighbours of one fate, firstPage pages after the start of the asked range.
@@ -130,6 +140,8 @@ enum FaultPoint {
   frames @1;
   copyOut @2;
   copyHome @3;
+  systemHuge @4;    # allocation of a page of 2 MiB that comes home: small ones are tried instead
+  systemPages @5;   # allocation of system memory for pages that come home
 }
 
 enum TraceKind {

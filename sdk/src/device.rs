@@ -12,7 +12,7 @@ use uhmm_kernel_hook::{AddrRange, Prot, Window, memfd};
 use crate::Error;
 use crate::links::{Held, Links, Loop, Peer};
 use crate::pending::Pending;
-use crate::range::{check_length, check_range};
+use crate::range::{PAGE_BYTES, check_length, check_range};
 use crate::session::Inner;
 
 /// What a device is.
@@ -194,6 +194,28 @@ impl Device {
             });
             Ok((words.collect(), report))
         })
+    }
+
+    /// Brings a range to the device and has it mapped there, as [`Device::read`] does, without reading it.
+    pub fn map(&self, addr: u64, len_bytes: u64) -> Result<AccessReport, Error> {
+        self.access(addr, len_bytes, AccessOp::Map, None, None, |_, report| Ok(report))?.wait()
+    }
+
+    /// The device reads at `addr` what it maps already, and nothing is faulted in or moved: up to the first page that it does not map.
+    /// Returns how many pages were read.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`](crate::ErrorCode::NotFound): it does not even map the first page.
+    pub fn peek(&self, addr: u64, into: &mut [u8]) -> Result<u64, Error> {
+        let len_bytes = into.len() as u64;
+        let buffer = Buffer::new(&self.session.links, len_bytes)?;
+        let read = self.access(addr, len_bytes, AccessOp::Peek, Some(buffer), None, |buffer, report| {
+            Ok((buffer.map_or(Ok(Vec::new()), |buffer| buffer.bytes())?, report.page_count))
+        })?;
+        let (bytes, page_count) = read.wait()?;
+        let len = (page_count.saturating_mul(PAGE_BYTES)).min(len_bytes) as usize;
+        into[..len].copy_from_slice(&bytes[..len]);
+        Ok(page_count)
     }
 
     /// The pages become the device's alone, for its atomics: until a CPU touches them, the process forks, their protection changes or

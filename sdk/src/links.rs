@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
-use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, signal};
+use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, fatal, signal};
 
 use crate::Error;
 use crate::agent::{AgentHost, AgentKind};
@@ -264,6 +264,13 @@ impl Links {
             Ok(made)
         })?;
         Ok((Held { key, commands: self.commands.clone(), summons: self.summons }, made))
+    }
+
+    /// The link thread is asked before a signal ends the process that dumps core.
+    pub(crate) fn ask_before_fatal_signals(&self, patience: Duration) -> Result<(), Error> {
+        // It lives, and knows that it may be asked.
+        self.ask(|_| Ok(()))?;
+        fatal::ask_before(self.summons, patience).map(drop).map_err(Error::kernel("Handling fatal signals"))
     }
 
     /// A command that cannot be delivered is dropped, and its completer answers `AgentGone`.
@@ -502,7 +509,12 @@ impl Loop {
 
     fn on_wake(&mut self, wake: Wake) {
         match wake {
-            Wake::Fd(SUMMONS) => self.summons.drain(),
+            Wake::Fd(SUMMONS) => {
+                self.summons.drain();
+                if fatal::was_asked() {
+                    self.home_before_the_end();
+                }
+            }
             Wake::Fd(AGENT) => {
                 if let Err(error) = self.agent_ended() {
                     tracing::error!(%error, "The agent has ended and no other one can be started: private memory moves to no device any more");
@@ -542,6 +554,12 @@ impl Loop {
                 Err(error) => deliver(Err(error)),
             }
         }
+    }
+
+    /// A fatal signal is about to end the process: its core dump cannot wait for pages.
+    fn home_before_the_end(&mut self) {
+        let (home, deliver) = (pager::Call::Home { pid: 0, stay: true }, Box::new(|_| fatal::answer()));
+        self.send(Peer::Pager, Call::Pager(home), TraceId::fresh(), None, deliver);
     }
 
     /// The pager knows us: from now on connections begin with `AttachSpace`.

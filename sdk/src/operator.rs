@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::RegionStatus;
 use uhmm_ipc::message::supervisor::ServiceStatus;
-use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, pager, supervisor};
+use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
 
 use crate::links::{client_reactor, endpoint};
@@ -25,7 +25,7 @@ pub struct Killed {
     pub pid: u32,
 }
 
-/// An operator's connections. Calls that a restart interrupts are repeated; every call ends within ten seconds.
+/// An operator's connections. Calls that a restart interrupts are repeated; every call ends within ten seconds, but those that move pages.
 pub struct Operator {
     run_dir: PathBuf,
     reactor: Reactor,
@@ -77,22 +77,54 @@ impl Operator {
         }
     }
 
+    /// Brings every page of a process home and keeps it there, or lets it leave again. Returns how many pages came.
+    pub fn home(&mut self, pid: u32, stay: bool) -> Result<u64, Error> {
+        self.evicted(pager::Call::Home { pid, stay })
+    }
+
+    /// Id of a device in the plan, by its name.
+    pub fn device_id(&mut self, name: &str) -> Result<u8, Error> {
+        match self.ask(name, Call::Driver(driver::Call::Info))? {
+            Reply::Driver(driver::Reply::Info { device, .. }) => Ok(device),
+            _ => Err(Error::StrangeReply { question: "Info" }),
+        }
+    }
+
+    /// Brings every page of every process home from a device. Devices may fetch pages again.
+    pub fn empty_device(&mut self, device: u8) -> Result<u64, Error> {
+        self.evicted(pager::Call::EmptyDevice { device })
+    }
+
+    /// Pages take the time that they take.
+    fn evicted(&mut self, call: pager::Call) -> Result<u64, Error> {
+        match self.converse("pager", Call::Pager(call), false, None)? {
+            Some(Reply::Pager(pager::Reply::Evicted { page_count })) => Ok(page_count),
+            _ => Err(Error::StrangeReply { question: "Home" }),
+        }
+    }
+
     /// Stops all services and the supervisor. Returns when the supervisor has agreed or its connection is gone.
     pub fn shutdown(mut self) -> Result<(), Error> {
-        match self.converse("supervisor", Call::Supervisor(supervisor::Call::Shutdown), true)? {
+        match self.converse("supervisor", Call::Supervisor(supervisor::Call::Shutdown), true, Some(ANSWER_DEADLINE))? {
             None | Some(Reply::Supervisor(supervisor::Reply::Done)) => Ok(()),
             Some(_) => Err(Error::StrangeReply { question: "Shutdown" }),
         }
     }
 
     fn ask(&mut self, service: &str, call: Call) -> Result<Reply, Error> {
-        self.converse(service, call, false)?.ok_or(Error::AgentGone)
+        self.converse(service, call, false, Some(ANSWER_DEADLINE))?.ok_or(Error::AgentGone)
     }
 
     /// One call and its answer. With `last`, losing the connection is an answer too (`None`).
-    fn converse(&mut self, service: &str, call: Call, last: bool) -> Result<Option<Reply>, Error> {
+    fn converse(
+        &mut self,
+        service: &str,
+        call: Call,
+        last: bool,
+        deadline: Option<Duration>,
+    ) -> Result<Option<Reply>, Error> {
         let link = self.link(service)?;
-        let id = self.reactor.call(link, call, TraceId::fresh(), Some(ANSWER_DEADLINE));
+        let id = self.reactor.call(link, call, TraceId::fresh(), deadline);
         let mut wakes = Vec::new();
         loop {
             self.reactor.poll(None, &mut wakes)?;

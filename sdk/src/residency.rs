@@ -60,6 +60,8 @@ pub struct MigrateReport {
     pub moved_pages: u64,
     /// Fate of every page, in order; `first_page` counts from the start of the request.
     pub runs: Vec<StatusRun>,
+    /// Why pages of the fates `Io`, `NoMemory` and (by a limit of the process's) `Pinned` stayed; empty when there are none.
+    pub why: String,
 }
 
 impl MigrateReport {
@@ -128,6 +130,7 @@ mod tests {
         let mut report = MigrateReport {
             moved_pages: 2,
             runs: vec![status(0, PageStatus::Moved), status(2, PageStatus::AlreadyThere)],
+            why: String::new(),
         };
         assert!(report.complete());
         report.runs.push(status(4, PageStatus::Pinned));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use uhmm_ipc::message::pager::{Advice, ResidencyRun, Target};
+use uhmm_ipc::message::pager::{Advice, Only, PageStatus, ResidencyRun, Target};
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, pager};
 use uhmm_kernel_hook::{AddrRange, Features, UffdKind, UffdState, own_memory};
 
@@ -190,7 +190,7 @@ impl Session {
         len_bytes: u64,
         target: impl Into<Target>,
     ) -> Result<Pending<MigrateReport>, Error> {
-        self.move_to(addr, len_bytes, target.into(), false)
+        self.move_to(addr, len_bytes, target.into(), false, Only::All)
     }
 
     fn move_to(
@@ -199,11 +199,14 @@ impl Session {
         len_bytes: u64,
         target: Target,
         prefetch: bool,
+        only: Only,
     ) -> Result<Pending<MigrateReport>, Error> {
         check_range(addr, len_bytes)?;
-        let call = pager::Call::Migrate { addr, len_bytes, target, prefetch };
+        let call = pager::Call::Migrate { addr, len_bytes, target, prefetch, only };
         Ok(self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
-            Reply::Pager(pager::Reply::Migrated { moved_pages, runs }) => Ok(MigrateReport { moved_pages, runs }),
+            Reply::Pager(pager::Reply::Migrated { moved_pages, runs, why }) => {
+                Ok(MigrateReport { moved_pages, runs, why })
+            }
             _ => Err(Error::StrangeReply { question: "Migrate" }),
         }))
     }
@@ -215,7 +218,54 @@ impl Session {
         len_bytes: u64,
         target: impl Into<Target>,
     ) -> Result<Pending<MigrateReport>, Error> {
-        self.move_to(addr, len_bytes, target.into(), true)
+        self.move_to(addr, len_bytes, target.into(), true, Only::All)
+    }
+
+    /// Moves those pages of a range to a device that are in system memory; what is on other devices stays there
+    /// ([`PageStatus::NotSelected`]).
+    pub fn migrate_from_system(&self, addr: u64, len_bytes: u64, device: &Device) -> Result<MigrateReport, Error> {
+        self.move_to(addr, len_bytes, device.target(), false, Only::InSystem)?.wait()
+    }
+
+    /// Brings those pages of a range home that are on a device; what is on other devices stays there ([`PageStatus::NotSelected`]).
+    pub fn migrate_from_device(&self, addr: u64, len_bytes: u64, device: &Device) -> Result<MigrateReport, Error> {
+        self.move_to(addr, len_bytes, Target::Home, false, Only::OnDevice(device.id()))?.wait()
+    }
+
+    /// [`Session::migrate`] (of what is in system memory only, with `from_system`), and the device maps what is there then: its accesses
+    /// meet no fault.
+    pub fn migrate_and_map(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        device: &Device,
+        from_system: bool,
+    ) -> Result<MigrateReport, Error> {
+        let only = if from_system { Only::InSystem } else { Only::All };
+        let report = self.move_to(addr, len_bytes, device.target(), false, only)?.wait()?;
+        for run in &report.runs {
+            if matches!(run.status, PageStatus::Moved | PageStatus::AlreadyThere) {
+                device.map(addr + run.first_page * PAGE_BYTES, run.page_count * PAGE_BYTES)?;
+            }
+        }
+        Ok(report)
+    }
+
+    /// Brings every page of this process home and keeps it there (or lets it leave again): for whatever reads this process in ways that
+    /// cannot wait for a page (/proc/PID/mem, ptrace, a core dump). Jobs that need a page wait. Returns how many pages came.
+    pub fn stay_home(&self, stay: bool) -> Result<u64, Error> {
+        let call = pager::Call::Home { pid: 0, stay };
+        let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
+            Reply::Pager(pager::Reply::Evicted { page_count }) => Ok(page_count),
+            _ => Err(Error::StrangeReply { question: "Home" }),
+        });
+        answer.wait()
+    }
+
+    /// Before a signal ends this process whose default action is a core dump, every page comes home; that takes `patience` at most. Signals that
+    /// the program handles or ignores are left alone, and so are forked children.
+    pub fn home_on_fatal_signals(&self, patience: Duration) -> Result<(), Error> {
+        self.inner.links.ask_before_fatal_signals(patience)
     }
 
     /// Brings this process's pages home from a device, coldest first; 0: all of them. Returns how many came.

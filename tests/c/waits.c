@@ -217,6 +217,6 @@ void injected_failures(const struct bench *bench)
             OK(munmap(memory, len));
         }
     }
-    FAILS(uhmm_inject(bench->session, 4, 1), EINVAL);
+    FAILS(uhmm_inject(bench->session, 99, 1), EINVAL);
     FAILS(uhmm_inject(NULL, UHMM_FAIL_FRAMES, 1), EINVAL);
 }

@@ -120,8 +120,13 @@ fn integration_ranges_that_are_unaligned_empty_wrapping_or_unmapped_are_refused(
     raw.refused(create(u64::MAX - PAGE + 1, 4 * PAGE), ErrorCode::Invalid, "wrap");
     raw.refused(create(PAGE, 4 * PAGE), ErrorCode::Fault, "0x1000");
     raw.ask(create(mapping.addr(), 4 * PAGE)).expect("the honest range");
-    let migrate =
-        |addr, len_bytes| pager::Call::Migrate { addr, len_bytes, target: pager::Target::Device(0), prefetch: false };
+    let migrate = |addr, len_bytes| pager::Call::Migrate {
+        addr,
+        len_bytes,
+        target: pager::Target::Device(0),
+        prefetch: false,
+        only: pager::Only::All,
+    };
     raw.refused(migrate(mapping.addr() + 1, PAGE), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), PAGE + 1), ErrorCode::Invalid, "aligned");
     raw.refused(migrate(mapping.addr(), 0), ErrorCode::Invalid, "empty");
@@ -133,6 +138,7 @@ fn integration_ranges_that_are_unaligned_empty_wrapping_or_unmapped_are_refused(
         len_bytes: PAGE,
         target: pager::Target::Device(7),
         prefetch: false,
+        only: pager::Only::All,
     };
     raw.refused(elsewhere, ErrorCode::NotFound, "Device 7");
     good_client_works(&bed);
@@ -181,8 +187,13 @@ fn integration_a_foreign_region_or_space_is_refused() {
     assert_ne!(space, owner.space());
     raw.refused(pager::Call::FreeRegion { region: region.id() }, ErrorCode::Permission, "another process");
     raw.refused(pager::Call::FreeRegion { region: 9999 }, ErrorCode::NotFound, "9999");
-    let migrate =
-        pager::Call::Migrate { addr: region.addr(), len_bytes: MIB, target: pager::Target::Device(0), prefetch: false };
+    let migrate = pager::Call::Migrate {
+        addr: region.addr(),
+        len_bytes: MIB,
+        target: pager::Target::Device(0),
+        prefetch: false,
+        only: pager::Only::All,
+    };
     raw.refused(migrate, ErrorCode::Fault, "no region of this process");
     let attach = pager::Call::AttachSpace { space: owner.space(), token: vec![0; 16], agent: None };
     raw.refused(attach, ErrorCode::Permission, "token");

@@ -70,7 +70,7 @@ impl Wanted {
     }
 
     fn writes(&self) -> bool {
-        self.op != AccessOp::Read
+        !matches!(self.op, AccessOp::Read | AccessOp::Map | AccessOp::Peek)
     }
 
     /// First address behind the range.
@@ -250,6 +250,12 @@ impl<D: Driver> DriverLoop<D> {
         let Some(mut access) = self.accesses.accesses.remove(&job) else { return };
         let turn = self.walk(job, &mut access);
         let (page_count, fault_count) = (access.wanted.page_count(), access.fault_count);
+        // What is not mapped is not brought.
+        if access.wanted.op == AccessOp::Peek && matches!(turn, Turn::Missing) {
+            let (page_count, at) = (access.done_pages, access.at());
+            self.accesses.accesses.insert(job, access);
+            return self.end_access(job, peeked(page_count, at));
+        }
         let next = match turn {
             Turn::Missing | Turn::Contended => Stall::at(&mut access.stall, access.done_pages, Instant::now()),
             _ => Next::Try,
@@ -282,7 +288,7 @@ impl<D: Driver> DriverLoop<D> {
 
     fn walk(&mut self, job: JobId, access: &mut Access) -> Turn {
         let op = access.wanted.op;
-        let by_engine = self.window.is_none() && op != AccessOp::MakeExclusive;
+        let by_engine = self.window.is_none() && !matches!(op, AccessOp::MakeExclusive | AccessOp::Map);
         if by_engine && self.accesses.at_engine.is_some() {
             return Turn::EngineTaken;
         }
@@ -456,6 +462,14 @@ impl<D: Driver> DriverLoop<D> {
         self.stats.failed_jobs += u64::from(result.is_err());
         self.service.reactor.reply(origin.conn, origin.call, result.map(Reply::Driver));
     }
+}
+
+/// Up to the first page that the device does not map.
+fn peeked(page_count: u64, at: u64) -> Result<driver::Reply, WireError> {
+    if page_count == 0 {
+        return Err(WireError::new(ErrorCode::NotFound, format!("The device maps nothing at address {at:#x}")));
+    }
+    Ok(driver::Reply::Accessed { page_count, fault_count: 0 })
 }
 
 fn broken(addr: u64, why: &str) -> WireError {

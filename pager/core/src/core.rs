@@ -10,8 +10,8 @@ use crate::coherent::CpuMap;
 use crate::ending::Endings;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
 use crate::event::{
-    Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Outcome, PageStatus, Pages, RegionId, ReqId,
-    SpaceId, Ticket,
+    Action, Backing, CoreError, DeviceId, Directory, EntryRun, Event, Only, Outcome, PageStatus, Pages, RegionId,
+    ReqId, SpaceId, Ticket,
 };
 use crate::fault::CpuOp;
 use crate::fork::ForkWait;
@@ -177,7 +177,10 @@ impl<P: Policy> Core<P> {
             Event::CopiedRuns { ticket, runs } => self.copied_runs(ticket, &runs, out),
             Event::MoveBackDone { ticket, result } => self.move_back_done(ticket, result, out),
             Event::Migrate { req, region, pages, target } => {
-                self.accept(Request::migrate(req, region, pages, target), out);
+                self.accept(Request::migrate(req, region, pages, target, Only::All), out);
+            }
+            Event::MigrateOnly { req, region, pages, target, only } => {
+                self.accept(Request::migrate(req, region, pages, target, only), out);
             }
             Event::Pin { req, region, pages, on } => {
                 self.accept(Request::pin(req, region, pages, on), out);

@@ -221,6 +221,8 @@ pub enum Event {
     Removed { region: RegionId, pages: Pages },
     /// Move, or prefetch.
     Migrate { req: ReqId, region: RegionId, pages: Pages, target: Target },
+    /// The same of some of the pages; the others stay where they are.
+    MigrateOnly { req: ReqId, region: RegionId, pages: Pages, target: Target, only: Only },
     /// A device fault: `fault_page` must be mapped, the rest of `pages` may come along.
     /// `whole`: answer when everything from `fault_page` on is mapped, or as much as can be. `exclusive`: the device's alone.
     Resolve {
@@ -398,6 +400,20 @@ pub enum PageStatus {
     Poisoned,
     /// Unmapped.
     Gone,
+    /// It was not to move.
+    NotSelected,
+}
+
+/// Which pages are to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Only {
+    /// All.
+    #[default]
+    All,
+    /// Those in system memory.
+    InSystem,
+    /// Those on this device.
+    OnDevice(DeviceId),
 }
 
 /// Neighbours of one fate; `first` counts from the region's start.

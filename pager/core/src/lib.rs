@@ -50,7 +50,8 @@ pub use core::{CHUNK_PAGES, Core};
 pub use entry::{BadEntry, CPU, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
 pub use event::{
     Action, Backing, Cause, CopyRun, CopyStatus, CoreError, DeviceId, Directory, EntryRun, Event, FillStop, MapKind,
-    MapRun, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket, TraceKind,
+    MapRun, Only, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket,
+    TraceKind,
 };
 pub use frames::{FrameTable, Owner, SECOND_CHANCES_MAX};
 pub use policy::{CpuFault, DefaultPolicy, DeviceFault, DeviceFaultAction, Policy};

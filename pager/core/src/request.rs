@@ -5,7 +5,9 @@
 
 use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{Entry, PageState};
-use crate::event::{Action, Cause, DeviceId, Directory, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, Target};
+use crate::event::{
+    Action, Cause, DeviceId, Directory, Only, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, Target,
+};
 use crate::frames::HUGE_PAGES;
 use crate::policy::Policy;
 use crate::ready::Lane;
@@ -21,7 +23,7 @@ const WIDE_PAGES: u64 = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    Migrate { target: Target },
+    Migrate { target: Target, only: Only },
     Resolve(Resolve),
     Pin { on: bool },
     Discard,
@@ -82,8 +84,8 @@ impl Request {
         }
     }
 
-    pub fn migrate(req: ReqId, region: RegionId, pages: Pages, target: Target) -> Self {
-        Self::new(Some(req), region, pages, Kind::Migrate { target })
+    pub fn migrate(req: ReqId, region: RegionId, pages: Pages, target: Target, only: Only) -> Self {
+        Self::new(Some(req), region, pages, Kind::Migrate { target, only })
     }
 
     pub fn resolve(req: ReqId, region: RegionId, pages: Pages, wish: Resolve) -> Self {
@@ -121,7 +123,7 @@ impl Request {
 
     /// It sends pages to a device, or drops them: neither is done to a file.
     pub fn is_not_for_files(&self) -> bool {
-        matches!(self.kind, Kind::Migrate { target: Target::Device(_) } | Kind::Discard)
+        matches!(self.kind, Kind::Migrate { target: Target::Device(_), .. } | Kind::Discard)
     }
 
     /// From this page on a range fault is content with system pages in place.
@@ -158,7 +160,7 @@ impl Request {
             Kind::Resolve(Resolve { fault_page, device, .. }) => {
                 self.pages.contains(fault_page) && device.0 < crate::DEVICE_COUNT_MAX
             }
-            Kind::Migrate { target: Target::Device(device) } | Kind::Evict { device, .. } => {
+            Kind::Migrate { target: Target::Device(device), .. } | Kind::Evict { device, .. } => {
                 device.0 < crate::DEVICE_COUNT_MAX
             }
             _ => true,
@@ -213,7 +215,7 @@ impl<P: Policy> Core<P> {
         // The request is put back before transfers of this step report to it.
         let (kind, ended) = (request.kind, self.ended);
         let next = match kind {
-            Kind::Migrate { target } => self.step_migrate(dir, order, &mut request, target, out),
+            Kind::Migrate { target, only } => self.step_migrate(dir, order, &mut request, (target, only), out),
             Kind::Resolve(wish) => self.step_resolve(dir, order, &mut request, wish, out),
             Kind::Revoke { devices } => self.step_revoke(dir, order, &mut request, devices, out),
             Kind::Evict { space, device, left } => {
@@ -258,7 +260,7 @@ impl<P: Policy> Core<P> {
         dir: &impl Directory,
         order: u64,
         request: &mut Request,
-        target: Target,
+        (target, only): (Target, Only),
         out: &mut Vec<Action>,
     ) -> Next {
         let left = request.left();
@@ -285,6 +287,14 @@ impl<P: Policy> Core<P> {
         let first = Self::entry(dir, region, left.first);
         if self.busy(region, left.first, first) {
             return Next::Wait;
+        }
+        if stays(first, target, only) {
+            let run = Self::run_while(dir, region, left, |offset, entry| {
+                stays(entry, target, only) && !self.busy(region, left.first + offset, entry)
+            });
+            request.fates.set(run, PageStatus::NotSelected);
+            request.cursor = run.end();
+            return Next::Again;
         }
         let on_target = matches!(target, Target::Device(device) if first.device() == device);
         match target {
@@ -462,6 +472,21 @@ impl<P: Policy> Core<P> {
         request.cursor = run.end();
         Next::Again
     }
+}
+
+/// Not one of the pages that are to move, and not there already.
+fn stays(entry: Entry, target: Target, only: Only) -> bool {
+    let (away, device) = (entry.lives_on_device(), entry.device());
+    let there = match target {
+        Target::Home => !away,
+        Target::Device(to) => away && device == to,
+    };
+    let selected = match only {
+        Only::All => true,
+        Only::InSystem => !away,
+        Only::OnDevice(from) => away && device == from,
+    };
+    !there && !selected && !matches!(entry.state(), PageState::Poisoned)
 }
 
 fn settled_status(entry: Entry, target: Target) -> PageStatus {

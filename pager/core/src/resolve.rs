@@ -328,7 +328,9 @@ fn failure(status: PageStatus, region: RegionId, page: u64) -> CoreError {
         PageStatus::Busy | PageStatus::Pinned => CoreError::Busy { page },
         PageStatus::NoMemory => CoreError::NoMemory { page },
         PageStatus::Poisoned => CoreError::Poisoned { page },
-        PageStatus::Ok | PageStatus::AlreadyThere => CoreError::NoSuchRegion { region: region.0 },
+        PageStatus::Ok | PageStatus::AlreadyThere | PageStatus::NotSelected => {
+            CoreError::NoSuchRegion { region: region.0 }
+        }
         PageStatus::Io => CoreError::Io { page },
     }
 }

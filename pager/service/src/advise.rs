@@ -185,7 +185,7 @@ impl Pager {
                 let huge = point == FaultPoint::HugeFrames;
                 self.push(Event::InjectAllocation { space: SpaceId(space), huge, nth });
             }
-            FaultPoint::CopyOut | FaultPoint::CopyHome => {
+            FaultPoint::CopyOut | FaultPoint::CopyHome | FaultPoint::SystemHuge | FaultPoint::SystemPages => {
                 self.injections.insert((space, point), nth);
             }
         }
@@ -209,7 +209,11 @@ impl Pager {
         if *left == 0 {
             self.injections.remove(&(space, point));
         }
-        if fails { StepResult::Io } else { result }
+        if fails {
+            self.note_failure_in(space, "A failure was ordered by injection");
+            return StepResult::Io;
+        }
+        result
     }
 }
 

@@ -331,25 +331,13 @@ impl Pager {
         let pid = self.spaces.get(&space_id).map_or(0, |space| space.state.pid);
         let met = |status| runs.iter().any(|run| run.status == status);
         if met(Status::LockLimit) {
-            tracing::warn!(
-                space = space_id,
-                pid,
-                "Locked memory stays: RLIMIT_MEMLOCK has no room for it a second time while it moves (ulimit -l)"
-            );
+            tracing::warn!(space = space_id, pid, "{LOCK_LIMIT}");
         }
         if met(Status::MapLimit) {
-            tracing::warn!(
-                space = space_id,
-                pid,
-                "Memory stays: the process has as many mappings as vm.max_map_count allows"
-            );
+            tracing::warn!(space = space_id, pid, "{MAP_LIMIT}");
         }
         if met(Status::NoMemory) {
-            tracing::warn!(
-                space = space_id,
-                pid,
-                "Memory stays: the system, or the process's control group, has no memory for the way out"
-            );
+            tracing::warn!(space = space_id, pid, "{NO_MEMORY}");
         }
     }
 
@@ -357,6 +345,9 @@ impl Pager {
     fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], device: u8, frame: u32) {
         let Purpose::Out { ticket, .. } = job.purpose else { return };
         self.tell_limits(space_id, runs);
+        if let Some(why) = runs.iter().find_map(|run| why_not_taken(run.status)) {
+            self.note_failure_in(space_id, why);
+        }
         let slot = job.slot.unwrap_or(0);
         let mut at = 0;
         let mut copies = Vec::new();
@@ -539,6 +530,9 @@ impl Pager {
         offset: u64,
     ) {
         let not_huge = Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) };
+        if self.injected(region, FaultPoint::SystemHuge, StepResult::Ok) != StepResult::Ok {
+            return self.push(not_huge);
+        }
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
         let whole = self.regions.showing(region.0, pages).any(|(_, part)| part == pages);
         let works = |agent: &&mut Agent| agent.life == Life::Lives;
@@ -552,6 +546,22 @@ impl Pager {
             return self.push(not_huge);
         }
         self.ask_single(region, pages, Order::FillHuge { slot }, Purpose::FillHuge { ticket });
+    }
+}
+
+const LOCK_LIMIT: &str =
+    "Locked memory stays: RLIMIT_MEMLOCK has no room for it a second time while it moves (ulimit -l)";
+const MAP_LIMIT: &str = "Memory stays: the process has as many mappings as vm.max_map_count allows";
+const NO_MEMORY: &str = "Memory stays: the system, or the process's control group, has no memory for the way out";
+
+/// Why pages stay that the agent was to take out, where somebody can do something about it.
+fn why_not_taken(status: Status) -> Option<&'static str> {
+    match status {
+        Status::LockLimit => Some(LOCK_LIMIT),
+        Status::MapLimit => Some(MAP_LIMIT),
+        Status::NoMemory => Some(NO_MEMORY),
+        Status::Failed => Some("The kernel refused to take pages out of the process: see the pager's log"),
+        _ => None,
     }
 }
 

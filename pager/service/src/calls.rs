@@ -70,7 +70,9 @@ impl Pager {
             | pager::Call::Lookup { .. }
             | pager::Call::Resolve { .. }
             | pager::Call::InvalidateDone { .. } => role == Role::Mirror,
-            pager::Call::ListRegions => role == Role::Operator,
+            // A client names no process but itself.
+            pager::Call::Home { pid, .. } => role == if *pid == 0 { Role::Client } else { Role::Operator },
+            pager::Call::ListRegions | pager::Call::EmptyDevice { .. } => role == Role::Operator,
         };
         if !allowed {
             return refuse(ErrorCode::Permission, format!("A {role:?} may not make this call to the pager"));
@@ -95,8 +97,8 @@ impl Pager {
             }
             pager::Call::FreeRegion { region } => self.free_region(conn, call, region),
             pager::Call::ReleaseRange { addr, len_bytes } => self.release_range(conn, call, addr, len_bytes),
-            pager::Call::Migrate { addr, len_bytes, target, prefetch } => {
-                self.migrate(conn, call, trace, addr, len_bytes, target, prefetch)
+            pager::Call::Migrate { addr, len_bytes, target, prefetch, only } => {
+                self.migrate(conn, call, trace, addr, len_bytes, target, prefetch, only)
             }
             pager::Call::Query { addr, len_bytes } => Some(self.query(conn, addr, len_bytes)),
             pager::Call::Advise { addr, len_bytes, advice } => self.advise(conn, call, addr, len_bytes, advice),
@@ -138,6 +140,8 @@ impl Pager {
                 self.invalidate_done(id, late_mask);
                 Some(Ok(pager::Reply::Done))
             }
+            pager::Call::Home { pid, stay } => self.home(conn, call, pid, stay),
+            pager::Call::EmptyDevice { device } => self.empty_device(conn, call, device),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
     }

@@ -152,6 +152,7 @@ impl Pager {
             birth: Birth::Done,
             parent: 0,
             fork_event: 0,
+            at_home: false,
         };
         let space = Space {
             state,

@@ -108,6 +108,9 @@ impl Pager {
                     let (from, to) = (pages.first * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
                     memfd::read_to_window(memory.fd.as_fd(), from, aperture, to, pages.count * PAGE_SIZE)
                 });
+                if let Some(Err(error)) = &copied {
+                    self.note_failure(region, format!("Copying pages to the device failed: {error}"));
+                }
                 let result = step_result(copied, region);
                 let result = self.injected(region, FaultPoint::CopyOut, result);
                 self.push(Event::CopyDone { ticket, result });
@@ -124,6 +127,7 @@ impl Pager {
                 };
                 if let Err(error) = &copied {
                     tracing::error!(%error, device = deferred.device, frame, "Copying staged pages failed");
+                    self.note_failure_in(space, format!("Copying pages to the device failed: {error}"));
                 }
                 let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
                 let result = self.injected_in_space(space, FaultPoint::CopyOut, result);
@@ -149,6 +153,9 @@ impl Pager {
                 if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
                     return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
                 }
+                if self.no_system_pages(region) {
+                    return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Again) });
+                }
                 let (done_pages, stop) = self.fill_from_device(deferred.device, region, pages, frame);
                 self.push(Event::FillDone { ticket, done_pages, stop });
             }
@@ -167,6 +174,23 @@ impl Pager {
                 self.zero_done(ticket, scrub, last, result);
             }
         }
+    }
+
+    /// Why a copy will not be made.
+    fn note_copy_failure(&mut self, deferred: &Deferred, why: &str) {
+        let why = format!("A copy of device {} failed: {why}", deferred.device);
+        match deferred.copy {
+            Copy::Out { region, .. } | Copy::Home { region, .. } | Copy::HomeHuge { region, .. } => {
+                self.note_failure(region, why);
+            }
+            Copy::Staged { space, .. } => self.note_failure_in(space, why),
+            Copy::Across { .. } | Copy::Bounced { .. } | Copy::Zero { .. } => {}
+        }
+    }
+
+    /// The system has no page for what comes home: somebody has ordered that.
+    fn no_system_pages(&mut self, region: RegionId) -> bool {
+        self.injected(region, FaultPoint::SystemPages, StepResult::Ok) != StepResult::Ok
     }
 
     /// UFFDIO_COPY straight from the aperture.
@@ -219,6 +243,7 @@ impl Pager {
         let (scrubs, others) = std::mem::take(&mut self.scrubs).into_iter().partition::<VecDeque<_>, _>(mine);
         self.scrubs = others;
         for deferred in started.into_iter().chain(waiting).chain(scrubs) {
+            self.note_copy_failure(&deferred, "the device is lost");
             match deferred.copy {
                 Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
                 Copy::Home { ticket, .. } | Copy::HomeHuge { ticket, .. } => {
@@ -279,9 +304,13 @@ impl Pager {
                 let len = pages.count * PAGE_SIZE;
                 memfd::read_to_window(memory.fd.as_fd(), pages.first * PAGE_SIZE, &engine.staging, to, len)
             });
+            let failure = copied.as_ref().and_then(|copied| copied.as_ref().err()).map(ToString::to_string);
             let result = step_result(copied, region);
             if result != StepResult::Ok {
                 engine.give_staging(staging_page, staged_count);
+                if let Some(error) = failure {
+                    self.note_failure(region, format!("Copying pages to the device failed: {error}"));
+                }
                 self.push(Event::CopyDone { ticket, result });
                 return true;
             }
@@ -330,6 +359,9 @@ impl Pager {
     fn finish_engine_job(&mut self, device_id: u8, job: EngineJob, ok: bool) {
         let Some(deferred) = self.engine_jobs.remove(&job.ticket) else { return };
         let result = if ok { StepResult::Ok } else { StepResult::Io };
+        if !ok {
+            self.note_copy_failure(&deferred, "its driver's copy engine has failed it: see the driver's log");
+        }
         let result = match deferred.copy {
             Copy::Out { region, .. } => self.injected(region, FaultPoint::CopyOut, result),
             Copy::Staged { space, .. } => self.injected_in_space(space, FaultPoint::CopyOut, result),
@@ -377,6 +409,9 @@ impl Pager {
     /// A driver has fetched what comes home.
     fn fetched(&mut self, ticket: Ticket, region: RegionId, pages: Pages, staging: &Window, staging_page: u32) {
         let from = u64::from(staging_page) * PAGE_SIZE;
+        if self.no_system_pages(region) {
+            return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Again) });
+        }
         let pages = Pages { count: pages.count.min(self.core.fill_limit(ticket)), ..pages };
         let (done_pages, stop) = self.fill(region, pages, FillFrom::Bytes(staging, from));
         self.push(Event::FillDone { ticket, done_pages, stop });

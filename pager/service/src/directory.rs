@@ -283,6 +283,15 @@ impl DirectoryFile {
         self.entries.alike(&self.window, page)
     }
 
+    /// Whether any of some pages has such an entry; a damaged one counts as none.
+    pub fn any(&self, pages: Pages, is: impl Fn(Entry) -> bool) -> bool {
+        let mut page = pages.first;
+        while page < pages.end() && !Entry::decode(self.load(page)).is_ok_and(&is) {
+            page += self.alike(page);
+        }
+        page < pages.end()
+    }
+
     /// Publishes entries.
     pub fn publish(&self, first: u64, entries: EntryRun) -> Result<(), HookError> {
         match entries {

@@ -65,6 +65,7 @@ impl Pager {
             }
             if left > 0 {
                 self.end_regions_of(space_id);
+                self.let_faults_go(space_id);
                 self.finish_space_if_empty(space_id);
             } else {
                 self.ending.push_back(space_id);
@@ -133,6 +134,7 @@ impl Pager {
         }
         self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
         self.traces.remove(&space_id);
+        self.failures.remove(&space_id);
         self.without_memory.remove(&space_id);
         self.injections.retain(|(of, _), _| *of != space_id);
         self.push(Event::SpaceGone { space: SpaceId(space_id) });

@@ -135,6 +135,7 @@ impl Pager {
                 }
                 Err(error) => {
                     tracing::warn!(%error, region = region.0, "Write-protect failed");
+                    self.note_failure(region, format!("Protecting pages failed: {error}"));
                     return StepResult::Io;
                 }
             }
@@ -154,6 +155,7 @@ impl Pager {
             }
             Err(error) => {
                 tracing::warn!(%error, region = region.0, "Punching system pages failed");
+                self.note_failure(region, format!("Giving system pages back failed: {error}"));
                 StepResult::Io
             }
         }

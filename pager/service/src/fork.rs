@@ -280,6 +280,7 @@ impl Pager {
             birth: Birth::Made,
             parent: parent_id,
             fork_event: event,
+            at_home: false,
         };
         let space = Space {
             state,
@@ -373,12 +374,18 @@ impl Pager {
     fn birth_is(&mut self, space_id: u64, birth: Birth) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
         space.state.birth = birth;
+        self.keep_state(space_id);
+    }
+
+    /// What is known of a space, as it is now, in the vault.
+    pub(crate) fn keep_state(&mut self, space_id: u64) {
+        let Some(space) = self.spaces.get(&space_id) else { return };
         match space.state.to_memfd() {
             Ok(state) => {
                 let name = format!("{}state", Space::vault_prefix(space_id));
                 self.service.vault.put(&mut self.service.reactor, &name, state);
             }
-            Err(error) => tracing::error!(%error, space = space_id, "A forked child's state cannot be kept"),
+            Err(error) => tracing::error!(%error, space = space_id, "The state of a space cannot be kept"),
         }
     }
 

@@ -206,14 +206,7 @@ impl Pager {
     /// Whether any of the pages is more than what the address space has anyway.
     pub(crate) fn is_anywhere(&self, region: u64, pages: Pages) -> bool {
         let Some(region) = self.regions.get(region) else { return false };
-        let elsewhere = |page: u64| {
-            Entry::decode(region.directory.load(page)).is_ok_and(|e| e != Entry::ABSENT && !e.is_settled_system())
-        };
-        let mut page = pages.first;
-        while page < pages.end() && !elsewhere(page) {
-            page += region.directory.alike(page);
-        }
-        page < pages.end()
+        region.directory.any(pages, |entry| entry != Entry::ABSENT && !entry.is_settled_system())
     }
 }
 

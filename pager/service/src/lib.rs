@@ -19,6 +19,7 @@
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
 //! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
+//! | `home` | a process that stays at home, a device that is emptied; why pages stayed |
 //! | `heat` | what devices use, as long as somebody asks |
 //! | `devices`, `space`, `directory`, `words` | what there is, and how it lies in the vault |
 //! | `recover` | a new incarnation's first act |
@@ -43,6 +44,7 @@ mod fill;
 mod fork;
 mod granted;
 mod heat;
+mod home;
 mod kernel_view;
 mod moved;
 mod protection;

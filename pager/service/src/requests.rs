@@ -1,16 +1,17 @@
 //! Requests that take the core some time, and the answers that come of its outcomes.
 
-use uhmm_ipc::message::pager::{MapKind, MapRun, PageStatus, Residency, ResidencyRun, StatusRun, Target};
+use uhmm_ipc::message::pager::{MapKind, MapRun, Only, PageStatus, Residency, ResidencyRun, StatusRun, Target};
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{
-    CoreError, DeviceId, Entry, Event, MapKind as CoreMapKind, Outcome, PageState, PageStatus as CoreStatus, Pages,
-    RegionId, ReqId, Target as CoreTarget,
+    Backing, CoreError, DeviceId, Entry, Event, MapKind as CoreMapKind, Only as CoreOnly, Outcome, PageState,
+    PageStatus as CoreStatus, Pages, RegionId, ReqId, Target as CoreTarget,
 };
 
 use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
+use crate::home::{AtHomeFault, Whose};
 use crate::service::Pager;
 use crate::space::{DEVICE_SLOTS, Phase, Region, Segment};
 
@@ -40,6 +41,7 @@ pub(crate) struct Group {
     left: usize,
     moved_pages: u64,
     runs: Vec<StatusRun>,
+    why: String,
     error: Option<WireError>,
 }
 
@@ -72,6 +74,13 @@ pub(crate) enum Then {
         /// Told what devices have mappings of.
         tells: bool,
     },
+    /// Every page of a process is at home.
+    Home {
+        /// Whose.
+        who: Whose,
+        /// Pages that have come before.
+        before: u64,
+    },
     /// The range is at home: it is not managed any more.
     Release {
         /// First address.
@@ -94,6 +103,13 @@ pub(crate) struct FaultKind {
     pub write: bool,
     pub whole: bool,
     pub exclusive: bool,
+}
+
+impl Group {
+    /// `left` requests behind one call.
+    pub(crate) fn new(conn: ConnId, call: CallId, then: Then, left: usize) -> Self {
+        Self { conn, call, then, left, moved_pages: 0, runs: Vec::new(), why: String::new(), error: None }
+    }
 }
 
 impl Pager {
@@ -184,10 +200,7 @@ impl Pager {
         then: Then,
         event: impl Fn(ReqId, RegionId, Pages) -> Event,
     ) {
-        let group = self.next_group;
-        self.next_group += 1;
-        let waiting = Group { conn, call, then, left: pieces.len(), moved_pages: 0, runs: Vec::new(), error: None };
-        self.groups.insert(group, waiting);
+        let group = self.open_group(Group::new(conn, call, then, pieces.len()));
         for Piece { located, offset } in pieces {
             // Answers of the core count from the region's start, those to the client from the range's.
             let first_page = located.pages.first.wrapping_sub(*offset);
@@ -196,14 +209,26 @@ impl Pager {
         }
     }
 
+    /// Several requests behind one call begin.
+    pub(crate) fn open_group(&mut self, group: Group) -> u64 {
+        let id = self.next_group;
+        self.next_group += 1;
+        self.groups.insert(id, group);
+        id
+    }
+
     fn group_answered(&mut self, id: u64, answer: Result<pager::Reply, WireError>) {
         let Some(group) = self.groups.get_mut(&id) else { return };
         group.left -= 1;
         match answer {
-            Ok(pager::Reply::Migrated { moved_pages, runs }) => {
+            Ok(pager::Reply::Migrated { moved_pages, runs, why }) => {
                 group.moved_pages += moved_pages;
                 group.runs.extend(runs);
+                if group.why.is_empty() {
+                    group.why = why;
+                }
             }
+            Ok(pager::Reply::Evicted { page_count }) => group.moved_pages += page_count,
             Ok(_) => {}
             Err(error) => drop(group.error.get_or_insert(error)),
         }
@@ -211,12 +236,13 @@ impl Pager {
             return;
         }
         let Some(group) = self.groups.remove(&id) else { return };
-        let Group { conn, call, then, moved_pages, mut runs, mut error, .. } = group;
+        let Group { conn, call, then, moved_pages, mut runs, why, mut error, .. } = group;
         // Nothing came home and something never will: asking again would go on for ever.
         let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
         if let (Then::Release { addr, len_bytes }, true) = (then, stuck) {
-            let text =
-                format!("Pages of [{addr:#x}, +{len_bytes:#x}) could not be copied home: they stay managed, try again");
+            let text = format!(
+                "Pages of [{addr:#x}, +{len_bytes:#x}) could not be copied home: they stay managed, try again ({why})"
+            );
             error.get_or_insert(WireError::new(ErrorCode::Io, text));
         }
         if let (Then::Release { addr, len_bytes }, None) = (then, &error) {
@@ -225,11 +251,16 @@ impl Pager {
         if let Then::LetGo { addr, len_bytes, tells } = then {
             return self.revalidated(conn, call, AddrRange { start: addr, len: len_bytes }, tells);
         }
+        if let (Then::Home { who, before }, None) = (then, &error) {
+            let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
+            return self.homed(conn, call, who, before + moved_pages, stuck.then_some(why));
+        }
         runs.sort_unstable_by_key(|run| run.first_page);
         let answer = match error {
             Some(error) => Err(error),
+            None if then == Then::CountEvicted => Ok(pager::Reply::Evicted { page_count: moved_pages }),
             None if runs.is_empty() => Ok(pager::Reply::Done),
-            None => Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs) }),
+            None => Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs), why }),
         };
         self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
     }
@@ -244,6 +275,7 @@ impl Pager {
         len_bytes: u64,
         target: Target,
         prefetch: bool,
+        only: Only,
     ) -> Answer {
         let pieces = match self.locate(conn, addr, len_bytes) {
             Ok(pieces) => pieces,
@@ -258,9 +290,17 @@ impl Pager {
                 return refuse(ErrorCode::NotFound, format!("Device {device} is not in the plan: see `uhmm status`"));
             }
         };
+        let only = match core_only(only, target) {
+            Ok(only) => only,
+            Err(error) => return Some(Err(error)),
+        };
         if let Err(error) = self.check_mapped(conn, addr, len_bytes) {
             return Some(Err(error));
         }
+        if let (CoreTarget::Device(_), Some(kept)) = (target, self.kept_at_home(conn, len_bytes / PAGE_SIZE)) {
+            return Some(Ok(kept));
+        }
+        self.forget_failure(conn);
         if let CoreTarget::Device(device) = target
             && let Err(error) = self.may_use(conn, device.0).and_then(|()| self.can_take_out(conn, &pieces))
         {
@@ -272,11 +312,9 @@ impl Pager {
             }
         }
         tracing::debug!(request = trace.0, addr, ?target, len_bytes, "Migrate");
-        self.ask_pieces((conn, call, trace), &pieces, Then::Tell, |req, region, pages| Event::Migrate {
-            req,
-            region,
-            pages,
-            target,
+        self.ask_pieces((conn, call, trace), &pieces, Then::Tell, |req, region, pages| match only {
+            CoreOnly::All => Event::Migrate { req, region, pages, target },
+            only => Event::MigrateOnly { req, region, pages, target, only },
         });
         None
     }
@@ -320,7 +358,13 @@ impl Pager {
         kind: FaultKind,
     ) -> Answer {
         let segment = self.regions.segment(segment_id).filter(|segment| segment.space == space);
-        let live = segment.and_then(|s| self.regions.get(s.region)).is_some_and(|r| r.phase == Phase::Live);
+        let live = segment.and_then(|s| self.regions.get(s.region)).filter(|region| region.phase == Phase::Live);
+        let (in_place, live) = (live.is_some_and(|r| r.backing == Backing::File), live.is_some());
+        if live && !in_place && self.spaces.get(&space).is_some_and(|space| space.state.at_home) {
+            let fault = AtHomeFault { conn, call, trace, space, segment_id, window, fault_page, device, kind };
+            self.faults_at_home.push(fault);
+            return None;
+        }
         let Some(segment) = segment.filter(|_| live) else {
             return refuse(ErrorCode::NotFound, format!("Region {segment_id} of space {space} does not exist"));
         };
@@ -389,12 +433,13 @@ impl Pager {
             }
             Outcome::Migrated { runs, moved_pages } => {
                 tracing::debug!(request = pending.trace.0, moved_pages, "Migrated");
+                let why = self.why_stayed(pending.conn, pending.trace, &runs);
                 let runs = runs.iter().map(|run| StatusRun {
                     first_page: run.first.wrapping_sub(pending.first_page),
                     page_count: run.count,
                     status: wire_status(run.status),
                 });
-                Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs.collect()) })
+                Ok(pager::Reply::Migrated { moved_pages, runs: bounded(runs.collect()), why })
             }
             Outcome::Resolved { runs } => {
                 let read_only = matches!(pending.then, Then::Map { read_only: true });
@@ -415,6 +460,19 @@ impl Pager {
             return self.group_answered(pending.group, answer);
         }
         self.service.reactor.reply(pending.conn, pending.call, answer.map(Reply::Pager));
+    }
+}
+
+/// What may be selected where.
+fn core_only(only: Only, target: CoreTarget) -> Result<CoreOnly, WireError> {
+    match (only, target) {
+        (Only::All, _) => Ok(CoreOnly::All),
+        (Only::InSystem, CoreTarget::Device(_)) => Ok(CoreOnly::InSystem),
+        (Only::OnDevice(device), CoreTarget::Home) => Ok(CoreOnly::OnDevice(DeviceId(device))),
+        _ => {
+            let text = "Pages in system memory are selected to go to a device, and those on a device to come home";
+            Err(WireError::new(ErrorCode::Invalid, text))
+        }
     }
 }
 
@@ -455,6 +513,7 @@ fn wire_status(status: CoreStatus) -> PageStatus {
         CoreStatus::Io => PageStatus::Io,
         CoreStatus::Poisoned => PageStatus::Poisoned,
         CoreStatus::Gone => PageStatus::Gone,
+        CoreStatus::NotSelected => PageStatus::NotSelected,
     }
 }
 

@@ -31,6 +31,7 @@ use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
+use crate::home::{AtHomeFault, Homing};
 use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
@@ -164,6 +165,12 @@ pub struct Pager {
     pub(crate) next_bounce: u64,
     /// Copies that shall fail, by space.
     pub(crate) injections: HashMap<(u64, FaultPoint), u32>,
+    /// Why something of a space could not be done, until somebody is told.
+    pub(crate) failures: HashMap<u64, String>,
+    /// Device faults of processes that stay at home.
+    pub(crate) faults_at_home: Vec<AtHomeFault>,
+    /// Processes that come home.
+    pub(crate) homings: VecDeque<Homing>,
     pub(crate) traces: HashMap<u64, TraceRing>,
     /// Spaces whose hot ranges are asked for.
     pub(crate) watches: BTreeMap<u64, Watch>,
@@ -306,6 +313,9 @@ impl Pager {
             bounces: HashMap::new(),
             next_bounce: 1,
             injections: HashMap::new(),
+            failures: HashMap::new(),
+            faults_at_home: Vec::new(),
+            homings: VecDeque::new(),
             traces: HashMap::new(),
             watches: BTreeMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
@@ -327,6 +337,7 @@ impl Pager {
         self.reread_spaces();
         self.end_some();
         self.scrub_some();
+        self.go_on_homing();
         self.push(Event::Tick);
         self.drain();
     }
@@ -337,7 +348,8 @@ impl Pager {
 
     /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
     fn poll_timeout(&mut self) -> Option<Duration> {
-        if self.core.has_runnable_work() || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs() {
+        let works = !self.unread.is_empty() || !self.ending.is_empty() || !self.homings.is_empty() || self.has_scrubs();
+        if self.core.has_runnable_work() || works {
             return Some(Duration::ZERO);
         }
         match self.hot_until {
@@ -444,6 +456,7 @@ impl Pager {
 
     fn on_closed(&mut self, conn: ConnId) {
         let Some(session) = self.sessions.remove(&conn) else { return };
+        self.faults_at_home.retain(|fault| fault.conn != conn);
         if self.mirror == Some(conn) {
             tracing::warn!("The mirror's session is lost: revocations by message wait for the next one");
             self.mirror = None;

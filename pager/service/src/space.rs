@@ -46,6 +46,7 @@ const OFF_BIRTH: u64 = 72;
 const OFF_PARENT: u64 = 80;
 const OFF_FORK_EVENT: u64 = 88;
 const OFF_UID: u64 = 96;
+const OFF_AT_HOME: u64 = 104;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
@@ -77,6 +78,8 @@ pub struct SpaceState {
     pub parent: u64,
     /// Name of that FORK event in the journal.
     pub fork_event: u64,
+    /// No page leaves: see `home.rs`.
+    pub at_home: bool,
 }
 
 /// How far a forked child has come: what a new pager does about it.
@@ -122,6 +125,7 @@ impl SpaceState {
         window.store_u64(OFF_BIRTH, self.birth.word())?;
         window.store_u64(OFF_PARENT, self.parent)?;
         window.store_u64(OFF_FORK_EVENT, self.fork_event)?;
+        window.store_u64(OFF_AT_HOME, u64::from(self.at_home))?;
         window.store_u64(OFF_MAGIC, MAGIC)?;
         Ok(Arc::new(fd))
     }
@@ -147,6 +151,7 @@ impl SpaceState {
             birth: Birth::from_word(window.load_u64(OFF_BIRTH)?),
             parent: window.load_u64(OFF_PARENT)?,
             fork_event: window.load_u64(OFF_FORK_EVENT)?,
+            at_home: window.load_u64(OFF_AT_HOME)? != 0,
         }))
     }
 }

@@ -185,9 +185,29 @@
 #define UHMM_PAGE_GONE 7
 
 /**
+ * Fate of a page: not one of those that were to move, see UHMM_MIGRATE_*.
+ */
+#define UHMM_PAGE_NOT_SELECTED 8
+
+/**
  * How many fates there are.
  */
-#define UHMM_PAGE_FATES 8
+#define UHMM_PAGE_FATES 9
+
+/**
+ * Migrates: to the device, only what is in system memory; pages on other devices stay there.
+ */
+#define UHMM_MIGRATE_FROM_SYSTEM 1
+
+/**
+ * Migrates: home, only what is on the device; pages on other devices stay there.
+ */
+#define UHMM_MIGRATE_FROM_DEVICE 2
+
+/**
+ * Migrates, and the device maps what is there then: its accesses meet no fault. Not with UHMM_MIGRATE_FROM_DEVICE.
+ */
+#define UHMM_MIGRATE_AND_MAP 4
 
 /**
  * The job only reads, or writes absolute values: it is run again from its start after a restart of the driver. Other jobs end with
@@ -489,6 +509,16 @@
  * Fails: the copy to system memory.
  */
 #define UHMM_FAIL_COPY_HOME 3
+
+/**
+ * Fails: the allocation of a page of 2 MiB of system memory for pages that come home; small pages are tried instead.
+ */
+#define UHMM_FAIL_SYSTEM_HUGE 4
+
+/**
+ * Fails: the allocation of system memory for pages that come home; they stay on the device, and are tried again.
+ */
+#define UHMM_FAIL_SYSTEM_PAGES 5
 
 /**
  * A device with a queue for a session: what uhmm_device_open() gives. May be used by all threads.
@@ -797,7 +827,8 @@ extern "C" {
 /**
  * Writes the text of the calling thread's last failed call to `buffer` (at most `capacity` bytes with the final zero; longer
  * text is cut) and returns its full length in bytes without the zero. An empty text means that no call of this thread failed
- * yet; a call that succeeds leaves the text alone. With a capacity of 0, `buffer` may be null.
+ * yet; a call that succeeds leaves the text alone, but for migrations: pages of UHMM_PAGE_IO, UHMM_PAGE_NO_MEMORY and UHMM_PAGE_PINNED may
+ * have stayed for a reason that is told here. With a capacity of 0, `buffer` may be null.
  */
 size_t uhmm_last_error(char *buffer,
                        size_t capacity);
@@ -1055,8 +1086,8 @@ int uhmm_device_exclusive(uhmm_device *device,
 int uhmm_check_exclusive(uhmm_session *session, const void *addr, uint64_t len_bytes);
 
 /**
- * Lets the device fault a range in, so that it lies on the device afterwards (but for pages that advice keeps elsewhere): range
- * faults of at most 32 MiB each. `report` may be NULL.
+ * Lets the device fault a range in, so that it lies on the device afterwards (but for pages that advice keeps elsewhere) and is mapped there.
+ * `report` may be NULL.
  *
  * Errors: as uhmm_device_read().
  */
@@ -1064,6 +1095,18 @@ int uhmm_fault_and_migrate(uhmm_device *device,
                            const void *addr,
                            uint64_t len_bytes,
                            uhmm_access_report *report);
+
+/**
+ * uhmm_device_read() of what the device maps already: nothing is faulted in or moved. Reads up to the first page that it does not map;
+ * `page_count` gets how many pages were read.
+ *
+ * Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO.
+ */
+int uhmm_device_peek(uhmm_device *device,
+                     const void *addr,
+                     void *into,
+                     uint64_t len_bytes,
+                     uint64_t *page_count);
 
 /**
  * uhmm_device_read() without waiting: the bytes come with uhmm_pending_accessed(). A `deadline_ms` of 0 is none; after it the answer
@@ -1120,6 +1163,21 @@ int uhmm_migrate(uhmm_session *session,
                  size_t capacity);
 
 /**
+ * uhmm_migrate() of some of the pages, as a kernel driver selects them: `flags` are UHMM_MIGRATE_*, `device` is the one that they name. Pages that
+ * are left out have the fate UHMM_PAGE_NOT_SELECTED, and those that are where they shall be UHMM_PAGE_ALREADY_THERE.
+ *
+ * Errors: as uhmm_migrate(); -EINVAL also flags that do not go together; with UHMM_MIGRATE_AND_MAP those of uhmm_fault_and_migrate().
+ */
+int uhmm_migrate_some(uhmm_session *session,
+                      const void *addr,
+                      uint64_t len_bytes,
+                      uhmm_device *device,
+                      uint32_t flags,
+                      uhmm_migrate_report *report,
+                      uint8_t *fates,
+                      size_t capacity);
+
+/**
  * uhmm_migrate() without waiting: the answer comes through `pending`, see uhmm_pending_migrated(). The memory can be used
  * meanwhile; a page that is touched waits for its own copy.
  */
@@ -1156,6 +1214,38 @@ int uhmm_evict(uhmm_session *session,
                uhmm_device *device,
                uint64_t page_count,
                uint64_t *evicted_pages);
+
+/**
+ * Brings every page of this process home and keeps it there (`stay`), or lets pages leave again. For whatever reads this process in ways that
+ * cannot wait for a page: ptrace, /proc/PID/mem, gcore, a core dump. Meanwhile migrations to devices leave all pages where they are
+ * (UHMM_PAGE_PINNED), and jobs that need a page wait. `uhmm home PID` does the same from outside. `moved_pages` gets how many came; it may be
+ * NULL.
+ *
+ * Errors: -EINVAL a wrong handle or pointer; -EIO pages could not be copied home, the rest is there; -ESTALE the session's own thread was killed.
+ */
+int uhmm_stay_home(uhmm_session *session,
+                   bool stay,
+                   uint64_t *moved_pages);
+
+/**
+ * Before a signal ends this process whose default action is a core dump (SIGSEGV, SIGBUS, SIGABRT and so on), every page comes home, so that the
+ * core file has it; that takes `patience_ms` at most. Signals that the program handles, ignores or handles later are left alone, and so are
+ * forked children. The handlers run on the alternate signal stack of the thread, if it has one. Costs nothing before a signal comes.
+ *
+ * Errors: -EINVAL a wrong handle; -EIO sigaction(2) was refused; -ESTALE the session's own thread was killed.
+ */
+int uhmm_home_on_fatal_signals(uhmm_session *session,
+                               uint32_t patience_ms);
+
+/**
+ * Brings every page of every process home from a device, as a driver does before its device is taken away. Devices may fetch pages again:
+ * advice and uhmm_stay_home() keep them. `moved_pages` gets how many came; it may be NULL.
+ *
+ * Errors: -EINVAL a wrong handle or pointer; -ENOTCONN no system runs; -EPERM the run directory cannot be entered; -EIO, -ESTALE.
+ */
+int uhmm_empty_device(uhmm_session *session,
+                      uhmm_device *device,
+                      uint64_t *moved_pages);
 
 /**
  * Runs a kernel and waits. `args` are its `arg_count` arguments: pointers, lengths, constants, as uhmm_device_kernel() lists them.

@@ -10,9 +10,6 @@ use crate::session::uhmm_session;
 /// Longest name of a device or driver, with its final zero.
 pub const UHMM_NAME_BYTES: usize = 65;
 
-/// How much of a range one request to a device covers when nothing is returned: what is read on the way is thrown away.
-const TOUCH_BYTES: u64 = 32 << 20;
-
 /// A device with a queue for a session: what uhmm_device_open() gives. May be used by all threads.
 pub struct uhmm_device;
 
@@ -224,8 +221,8 @@ pub extern "C" fn uhmm_check_exclusive(session: *mut uhmm_session, addr: *const 
     guard(|| Ok(handles::get(session)?.sdk.check_exclusive(address(addr)?, len_bytes)?))
 }
 
-/// Lets the device fault a range in, so that it lies on the device afterwards (but for pages that advice keeps elsewhere): range
-/// faults of at most 32 MiB each. `report` may be NULL.
+/// Lets the device fault a range in, so that it lies on the device afterwards (but for pages that advice keeps elsewhere) and is mapped there.
+/// `report` may be NULL.
 ///
 /// Errors: as uhmm_device_read().
 #[unsafe(no_mangle)]
@@ -238,23 +235,30 @@ pub unsafe extern "C" fn uhmm_fault_and_migrate(
     guard(|| {
         // SAFETY: the caller's variable, or null.
         let report = unsafe { Out::optional(report, "report") }?;
-        let (device, addr) = (handles::get(device)?, address(addr)?);
-        let mut scratch = vec![0; len_bytes.min(TOUCH_BYTES) as usize];
-        let (mut all, mut done_bytes) = (uhmm_access_report::default(), 0);
-        // A length of 0 is asked too: the SDK says what is wrong with it.
-        loop {
-            let piece_bytes = (len_bytes - done_bytes).min(TOUCH_BYTES);
-            let piece = device.read(addr.saturating_add(done_bytes), &mut scratch[..piece_bytes as usize])?;
-            all.page_count += piece.page_count;
-            all.fault_count += piece.fault_count;
-            done_bytes += piece_bytes;
-            if done_bytes == len_bytes {
-                break;
-            }
-        }
-        if let Some(report) = report {
-            report.set(all);
-        }
+        let done = handles::get(device)?.map(address(addr)?, len_bytes)?;
+        tell(report, done);
+        Ok(())
+    })
+}
+
+/// uhmm_device_read() of what the device maps already: nothing is faulted in or moved. Reads up to the first page that it does not map;
+/// `page_count` gets how many pages were read.
+///
+/// Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn uhmm_device_peek(
+    device: *mut uhmm_device,
+    addr: *const c_void,
+    into: *mut c_void,
+    len_bytes: u64,
+    page_count: *mut u64,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable.
+        let page_count = unsafe { Out::new(page_count, "page_count") }?;
+        // SAFETY: the caller promises `len_bytes` writable bytes.
+        let into = unsafe { buffers::bytes_mut(into, len_bytes, "into") }?;
+        page_count.set(handles::get(device)?.peek(address(addr)?, into)?);
         Ok(())
     })
 }

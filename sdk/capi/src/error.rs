@@ -161,6 +161,11 @@ pub(crate) fn guard_value(call: impl FnOnce() -> Result<c_int, Failure>) -> c_in
     })
 }
 
+/// A call that succeeds leaves a text: why a part of what was asked was not done.
+pub(crate) fn remark(text: &str) {
+    LAST.set(text.to_owned());
+}
+
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".into())
@@ -168,7 +173,8 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 
 /// Writes the text of the calling thread's last failed call to `buffer` (at most `capacity` bytes with the final zero; longer
 /// text is cut) and returns its full length in bytes without the zero. An empty text means that no call of this thread failed
-/// yet; a call that succeeds leaves the text alone. With a capacity of 0, `buffer` may be null.
+/// yet; a call that succeeds leaves the text alone, but for migrations: pages of UHMM_PAGE_IO, UHMM_PAGE_NO_MEMORY and UHMM_PAGE_PINNED may
+/// have stayed for a reason that is told here. With a capacity of 0, `buffer` may be null.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_last_error(buffer: *mut c_char, capacity: usize) -> usize {
     let text = LAST.with_borrow(Clone::clone);

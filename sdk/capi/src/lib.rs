@@ -22,6 +22,7 @@ pub mod device_async;
 pub mod error;
 pub mod everything;
 mod handles;
+mod home;
 pub mod jobs;
 pub mod memory;
 pub mod migrate;

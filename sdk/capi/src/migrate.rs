@@ -6,7 +6,7 @@ use uhmm_sdk::{MigrateReport, PageStatus, Target};
 
 use crate::buffers::{Out, address, copy_items, items_mut};
 use crate::device::uhmm_device;
-use crate::error::{Failure, guard};
+use crate::error::{Failure, guard, remark};
 use crate::handles;
 use crate::memory::UHMM_PAGE_BYTES;
 use crate::pending::{Answer, uhmm_pending};
@@ -30,8 +30,17 @@ pub const UHMM_PAGE_IO: u8 = 5;
 pub const UHMM_PAGE_POISONED: u8 = 6;
 /// Fate of a page: unmapped meanwhile.
 pub const UHMM_PAGE_GONE: u8 = 7;
+/// Fate of a page: not one of those that were to move, see UHMM_MIGRATE_*.
+pub const UHMM_PAGE_NOT_SELECTED: u8 = 8;
 /// How many fates there are.
-pub const UHMM_PAGE_FATES: usize = 8;
+pub const UHMM_PAGE_FATES: usize = 9;
+
+/// Migrates: to the device, only what is in system memory; pages on other devices stay there.
+pub const UHMM_MIGRATE_FROM_SYSTEM: u32 = 1;
+/// Migrates: home, only what is on the device; pages on other devices stay there.
+pub const UHMM_MIGRATE_FROM_DEVICE: u32 = 2;
+/// Migrates, and the device maps what is there then: its accesses meet no fault. Not with UHMM_MIGRATE_FROM_DEVICE.
+pub const UHMM_MIGRATE_AND_MAP: u32 = 4;
 
 /// What a migration did.
 #[repr(C)]
@@ -64,6 +73,41 @@ pub unsafe extern "C" fn uhmm_migrate(
         wanted.room_for(len_bytes / UHMM_PAGE_BYTES)?;
         let session = handles::get(session)?;
         let done = session.sdk.migrate(address(addr)?, len_bytes, target(device)?)?;
+        wanted.tell(&done)
+    })
+}
+
+/// uhmm_migrate() of some of the pages, as a kernel driver selects them: `flags` are UHMM_MIGRATE_*, `device` is the one that they name. Pages that
+/// are left out have the fate UHMM_PAGE_NOT_SELECTED, and those that are where they shall be UHMM_PAGE_ALREADY_THERE.
+///
+/// Errors: as uhmm_migrate(); -EINVAL also flags that do not go together; with UHMM_MIGRATE_AND_MAP those of uhmm_fault_and_migrate().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn uhmm_migrate_some(
+    session: *mut uhmm_session,
+    addr: *const c_void,
+    len_bytes: u64,
+    device: *mut uhmm_device,
+    flags: u32,
+    report: *mut uhmm_migrate_report,
+    fates: *mut u8,
+    capacity: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable or null, and an array of `capacity`.
+        let wanted = unsafe { Wanted::new(report, fates, capacity) }?;
+        wanted.room_for(len_bytes / UHMM_PAGE_BYTES)?;
+        let (session, device, addr) = (handles::get(session)?, handles::get(device)?, address(addr)?);
+        let (sdk, from_system) = (&session.sdk, flags & UHMM_MIGRATE_FROM_SYSTEM != 0);
+        let done = match flags & !UHMM_MIGRATE_FROM_SYSTEM {
+            0 if from_system => sdk.migrate_from_system(addr, len_bytes, &device)?,
+            0 => sdk.migrate(addr, len_bytes, &*device)?,
+            UHMM_MIGRATE_AND_MAP => sdk.migrate_and_map(addr, len_bytes, &device, from_system)?,
+            UHMM_MIGRATE_FROM_DEVICE if !from_system => sdk.migrate_from_device(addr, len_bytes, &device)?,
+            _ => {
+                let expected = "UHMM_MIGRATE_FROM_SYSTEM and UHMM_MIGRATE_AND_MAP, or UHMM_MIGRATE_FROM_DEVICE alone";
+                return Err(Failure::BadValue { name: "flags", value: flags.into(), expected });
+            }
+        };
         wanted.tell(&done)
     })
 }
@@ -183,6 +227,9 @@ impl Wanted<'_> {
 
     pub(crate) fn tell(self, done: &MigrateReport) -> Result<(), Failure> {
         self.room_for(done.runs.iter().map(|run| run.page_count).sum())?;
+        if !done.why.is_empty() {
+            remark(&done.why);
+        }
         let mut report = uhmm_migrate_report { moved_pages: done.moved_pages, ..Default::default() };
         for run in &done.runs {
             report.pages[usize::from(fate(run.status))] += run.page_count;
@@ -206,6 +253,7 @@ fn fate(status: PageStatus) -> u8 {
         PageStatus::Io => UHMM_PAGE_IO,
         PageStatus::Poisoned => UHMM_PAGE_POISONED,
         PageStatus::Gone => UHMM_PAGE_GONE,
+        PageStatus::NotSelected => UHMM_PAGE_NOT_SELECTED,
     }
 }
 
@@ -217,7 +265,11 @@ mod tests {
 
     fn done() -> MigrateReport {
         let run = |first_page, page_count, status| StatusRun { first_page, page_count, status };
-        MigrateReport { moved_pages: 2, runs: vec![run(0, 2, PageStatus::Moved), run(2, 1, PageStatus::Pinned)] }
+        MigrateReport {
+            moved_pages: 2,
+            runs: vec![run(0, 2, PageStatus::Moved), run(2, 1, PageStatus::Pinned)],
+            why: String::new(),
+        }
     }
 
     #[test]

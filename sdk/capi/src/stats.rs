@@ -41,6 +41,10 @@ pub const UHMM_FAIL_FRAMES: u32 = 1;
 pub const UHMM_FAIL_COPY_OUT: u32 = 2;
 /// Fails: the copy to system memory.
 pub const UHMM_FAIL_COPY_HOME: u32 = 3;
+/// Fails: the allocation of a page of 2 MiB of system memory for pages that come home; small pages are tried instead.
+pub const UHMM_FAIL_SYSTEM_HUGE: u32 = 4;
+/// Fails: the allocation of system memory for pages that come home; they stay on the device, and are tried again.
+pub const UHMM_FAIL_SYSTEM_PAGES: u32 = 5;
 
 /// One counter of a service.
 #[repr(C)]
@@ -158,6 +162,8 @@ pub extern "C" fn uhmm_inject(session: *mut uhmm_session, point: u32, nth: u32) 
             UHMM_FAIL_FRAMES => FaultPoint::Frames,
             UHMM_FAIL_COPY_OUT => FaultPoint::CopyOut,
             UHMM_FAIL_COPY_HOME => FaultPoint::CopyHome,
+            UHMM_FAIL_SYSTEM_HUGE => FaultPoint::SystemHuge,
+            UHMM_FAIL_SYSTEM_PAGES => FaultPoint::SystemPages,
             other => {
                 let expected = "one of UHMM_FAIL_*";
                 return Err(Failure::BadValue { name: "point", value: other.into(), expected });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use cbindgen::{Builder, Config, DocumentationStyle, Language, Style};
 
 /// In the order of the header.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "error.rs",
     "session.rs",
     "memory.rs",
@@ -13,6 +13,7 @@ const SOURCES: [&str; 12] = [
     "device.rs",
     "device_async.rs",
     "migrate.rs",
+    "home.rs",
     "jobs.rs",
     "pending.rs",
     "policy.rs",

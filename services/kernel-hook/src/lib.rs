@@ -40,6 +40,7 @@ pub mod bump;
 pub mod bytes;
 pub mod error;
 pub mod event;
+pub mod fatal;
 pub mod fd_keeper;
 pub mod fork;
 mod guarded;

@@ -18,7 +18,7 @@ use crate::error::HookError;
 use crate::window::Window;
 
 /// Ignored unless somebody wants it: should one get through, nothing happens.
-const SIGNAL: libc::c_int = libc::SIGURG;
+pub(crate) const SIGNAL: libc::c_int = libc::SIGURG;
 /// The kernel's mark in the word of a robust futex whose holder has died.
 const FUTEX_OWNER_DIED: u32 = 1 << 30;
 
@@ -75,6 +75,11 @@ pub struct Summons {
 }
 
 impl Summons {
+    /// Process and thread.
+    pub(crate) fn ids(&self) -> (libc::pid_t, libc::pid_t) {
+        (self.process, self.thread)
+    }
+
     /// Wakes it; many calls may be told as one. `false`: the thread has ended.
     ///
     /// # Errors

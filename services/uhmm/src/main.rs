@@ -59,6 +59,19 @@ enum Command {
         /// Service name
         service: String,
     },
+    /// Bring every page of a process home and keep it there, for gcore, gdb and whatever else reads /proc/PID/mem
+    Home {
+        /// Process id
+        pid: u32,
+        /// Its pages may leave again
+        #[arg(long)]
+        release: bool,
+    },
+    /// Bring every page of every process home from a device, before it is taken away
+    Empty {
+        /// Device name
+        device: String,
+    },
     /// Hold a driver against HMM's semantics: the acceptance test of a driver's author
     Conformance(commands::ConformanceArgs),
     /// Play a PCI device for drivers in other processes, over a vfio-user socket
@@ -182,6 +195,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Status => commands::status(&run_dir)?,
         Command::Stats { json } => commands::stats(&run_dir, json)?,
         Command::Kill { service } => commands::kill(&run_dir, &service)?,
+        Command::Home { pid, release } => commands::home(&run_dir, pid, !release)?,
+        Command::Empty { device } => commands::empty(&run_dir, &device)?,
         Command::Doctor => return Ok(commands::doctor()),
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,

@@ -66,7 +66,7 @@ impl Piece {
         for Run { frames, buffer_page } in &self.runs {
             let (at, len) = (buffer_page * PAGE_BYTES, u64::from(frames.count) * PAGE_BYTES);
             match self.op {
-                AccessOp::Read => {
+                AccessOp::Read | AccessOp::Peek => {
                     engine.copy_out(*frames, staging, 0)?;
                     bytes.copy_to(0, &self.buffer, at, len)?;
                 }
@@ -84,7 +84,7 @@ impl Piece {
                     }
                     engine.copy_in(staging, 0, *frames)?;
                 }
-                AccessOp::MakeExclusive => {}
+                AccessOp::MakeExclusive | AccessOp::Map => {}
             }
         }
         Ok(())

@@ -19,7 +19,7 @@ pub(super) fn check(wanted: &Wanted) -> Result<Option<Window>, WireError> {
         return Err(invalid(format!("Range [{addr:#x}, +{len_bytes:#x}) is empty, wraps, or is not page aligned")));
     }
     let Some(buffer) = buffer else {
-        let needless = *op == AccessOp::MakeExclusive;
+        let needless = matches!(op, AccessOp::MakeExclusive | AccessOp::Map);
         return if needless { Ok(None) } else { Err(invalid(format!("{op:?} needs a buffer"))) };
     };
     let refused = |error: HookError| invalid(format!("The buffer is refused: {error}"));
@@ -80,7 +80,7 @@ pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_
             let mut page_bytes = vec![0; PAGE_BYTES as usize];
             let offset = page * PAGE_BYTES;
             match op {
-                AccessOp::Read => {
+                AccessOp::Read | AccessOp::Peek => {
                     file.read(offset, &mut page_bytes)?;
                     buffer.write(at, &page_bytes)?;
                 }
@@ -92,13 +92,13 @@ pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_
                     let text = "it is a page of a file, where nothing can be added atomically".into();
                     return Err(TransferError { code: ErrorCode::Invalid, text });
                 }
-                AccessOp::MakeExclusive => {}
+                AccessOp::MakeExclusive | AccessOp::Map => {}
             }
             return Ok(());
         }
     };
     match op {
-        AccessOp::Read => bytes.copy_to(offset, buffer, at, PAGE_BYTES)?,
+        AccessOp::Read | AccessOp::Peek => bytes.copy_to(offset, buffer, at, PAGE_BYTES)?,
         AccessOp::Write => buffer.copy_to(at, bytes, offset, PAGE_BYTES)?,
         AccessOp::FetchAdd(value) => {
             for word in (0..PAGE_BYTES).step_by(8) {
@@ -106,7 +106,7 @@ pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_
                 buffer.store_u64(at + word, before)?;
             }
         }
-        AccessOp::MakeExclusive => {}
+        AccessOp::MakeExclusive | AccessOp::Map => {}
     }
     Ok(())
 }

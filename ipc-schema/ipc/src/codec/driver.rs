@@ -38,6 +38,8 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
                 AccessOp::Write => to.set_write(()),
                 AccessOp::FetchAdd(value) => to.set_fetch_add(*value),
                 AccessOp::MakeExclusive => to.set_make_exclusive(()),
+                AccessOp::Map => to.set_map(()),
+                AccessOp::Peek => to.set_peek(()),
             }
         }
     }
@@ -70,6 +72,8 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
                 access::op::Write(()) => AccessOp::Write,
                 access::op::FetchAdd(value) => AccessOp::FetchAdd(value),
                 access::op::MakeExclusive(()) => AccessOp::MakeExclusive,
+                access::op::Map(()) => AccessOp::Map,
+                access::op::Peek(()) => AccessOp::Peek,
             };
             let buffer = fds.take_optional("access.bufferFd", from.get_buffer_fd())?;
             let (space, addr, len_bytes) = (from.get_space(), from.get_addr(), from.get_len_bytes());

@@ -6,7 +6,7 @@ use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, out_data};
-use crate::message::pager::{Call, CopyRing, Event};
+use crate::message::pager::{Call, CopyRing, Event, Only};
 use crate::message::{Aperture, Fd};
 
 mod agent;
@@ -14,7 +14,9 @@ mod places;
 mod runs;
 
 use agent::{read_agent_memory, read_done, read_frames, read_started, write_agent_memory, write_frames};
-use places::{point_from_wire, point_to_wire, read_advice, read_target, write_advice, write_target};
+use places::{
+    point_from_wire, point_to_wire, read_advice, read_only, read_target, write_advice, write_only, write_target,
+};
 
 pub(super) use runs::{read_map_runs, read_region, read_reply, write_map_runs, write_region, write_reply};
 
@@ -44,12 +46,13 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_memory_fd(fds.put(memory));
         }
         Call::FreeRegion { region } => to.init_free_region().set_region(*region),
-        Call::Migrate { addr, len_bytes, target, prefetch } => {
+        Call::Migrate { addr, len_bytes, target, prefetch, only } => {
             let mut to = to.init_migrate();
             to.set_addr(*addr);
             to.set_len_bytes(*len_bytes);
             to.set_prefetch(*prefetch);
-            write_target(*target, to.init_target());
+            write_target(*target, to.reborrow().init_target());
+            write_only(*only, to.init_only());
         }
         Call::Query { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_query()),
         Call::AdoptRegion { addr, len_bytes } => write_range(*addr, *len_bytes, to.init_adopt_region()),
@@ -126,6 +129,12 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_id(*id);
             to.set_late_mask(*late_mask);
         }
+        Call::Home { pid, stay } => {
+            let mut to = to.init_home();
+            to.set_pid(*pid);
+            to.set_stay(*stay);
+        }
+        Call::EmptyDevice { device } => to.set_empty_device(*device),
         Call::ListRegions => to.set_list_regions(()),
     }
     Ok(())
@@ -199,7 +208,8 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             let target = read_target(from.get_target()?)?;
             let (addr, len_bytes, prefetch) = (from.get_addr(), from.get_len_bytes(), from.get_prefetch());
-            Call::Migrate { addr, len_bytes, target, prefetch }
+            let only = if from.has_only() { read_only(from.get_only()?)? } else { Only::All };
+            Call::Migrate { addr, len_bytes, target, prefetch, only }
         }
         call::Query(_)
         | call::AdoptRegion(_)
@@ -257,6 +267,11 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             Call::InvalidateDone { id: from.get_id(), late_mask: from.get_late_mask() }
         }
+        call::Home(from) => {
+            let from = from?;
+            Call::Home { pid: from.get_pid(), stay: from.get_stay() }
+        }
+        call::EmptyDevice(device) => Call::EmptyDevice { device },
         call::ListRegions(()) => Call::ListRegions,
     })
 }

@@ -158,7 +158,7 @@ fn the_largest_answers_fit_into_one_message() {
     let traced = samples::trace_records()[1];
     let warm = pager::HotRange { addr: u64::MAX, heat_permille: u16::MAX };
     let replies = [
-        Reply::Pager(pager::Reply::Migrated { moved_pages: 1, runs: vec![migrated; 2048] }),
+        Reply::Pager(pager::Reply::Migrated { moved_pages: 1, runs: vec![migrated; 2048], why: "x".repeat(1024) }),
         Reply::Pager(pager::Reply::Resolved { runs: vec![mapped; 2048] }),
         Reply::Mirror(mirror::Reply::Mapped { sequence: 1, runs: vec![mapped; 2048] }),
         Reply::Pager(pager::Reply::Residency { runs: vec![there; 2048] }),

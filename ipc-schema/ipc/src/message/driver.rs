@@ -13,6 +13,10 @@ pub enum AccessOp {
     FetchAdd(u64),
     /// The pages become the device's alone; nothing is read or written.
     MakeExclusive,
+    /// Pages are brought and mapped as for a read; nothing is read or written.
+    Map,
+    /// Range to buffer, up to the first page that the device does not map: nothing is brought. NotFound when that is the first one.
+    Peek,
 }
 
 /// Requests to a driver.

@@ -33,6 +33,20 @@ pub enum PageStatus {
     Poisoned,
     /// Unmapped meanwhile.
     Gone,
+    /// Not one of the pages that were to move.
+    NotSelected,
+}
+
+/// Which pages of a range are to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Only {
+    /// All of them.
+    #[default]
+    All,
+    /// To a device, those that are in system memory: what is on other devices stays there.
+    InSystem,
+    /// Home, those that are on this device.
+    OnDevice(u8),
 }
 
 /// `page_count` neighbouring pages of one fate, beginning `first_page` pages after the start of the asked range.
@@ -300,6 +314,8 @@ pub enum Call {
         target: Target,
         /// Note the target as the pages' last prefetch location.
         prefetch: bool,
+        /// The others stay where they are.
+        only: Only,
     },
     /// Client: where the pages are. Answers at most 2048 runs; ask again from where it ended.
     Query {
@@ -400,6 +416,19 @@ pub enum Call {
         /// Devices that did not acknowledge before the deadline (bit mask).
         late_mask: u8,
     },
+    /// Every page of a process comes home; answered with `Evicted` when all that can be are. `stay`: none leaves again until it is said otherwise;
+    /// device faults wait until then. An operator names the process, a client means its own space.
+    Home {
+        /// Process; 0: the caller's own space.
+        pid: u32,
+        /// Begin, or end.
+        stay: bool,
+    },
+    /// Operator: every page of every process comes home from a device, as before it is taken away. Answered with `Evicted`.
+    EmptyDevice {
+        /// Device.
+        device: u8,
+    },
     /// Operator: every region and how its pages are spread.
     ListRegions,
 }
@@ -449,6 +478,8 @@ pub enum Reply {
         moved_pages: u64,
         /// Fate of every page.
         runs: Vec<StatusRun>,
+        /// Why pages of the fates `Io`, `NoMemory` and `Pinned` stayed; empty when there are none.
+        why: String,
     },
     /// Answer to `Query`.
     Residency {

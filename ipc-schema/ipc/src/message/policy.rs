@@ -105,4 +105,8 @@ pub enum FaultPoint {
     CopyOut,
     /// Copy to system memory.
     CopyHome,
+    /// Allocation of a page of 2 MiB in system memory, for pages that come home: small ones are tried instead.
+    SystemHuge,
+    /// Allocation of system memory for pages that come home: they stay on the device, and are tried again.
+    SystemPages,
 }

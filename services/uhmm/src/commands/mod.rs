@@ -49,6 +49,25 @@ pub fn plan(path: Option<&Path>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `uhmm home [--release] PID`.
+pub fn home(run_dir: &Path, pid: u32, stay: bool) -> anyhow::Result<()> {
+    let pages = Operator::connect(Some(run_dir))?.home(pid, stay)?;
+    if stay {
+        println!("Process {pid} is at home ({pages} pages came) and stays there until `uhmm home --release {pid}`");
+    } else {
+        println!("Pages of process {pid} may leave again");
+    }
+    Ok(())
+}
+
+/// `uhmm empty DEVICE`.
+pub fn empty(run_dir: &Path, device: &str) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    let id = operator.device_id(device)?;
+    println!("{} pages came home from {device}", operator.empty_device(id)?);
+    Ok(())
+}
+
 /// `uhmm kill SERVICE`.
 pub fn kill(run_dir: &Path, service: &str) -> anyhow::Result<()> {
     let killed = Operator::connect(Some(run_dir))?.kill(service)?;

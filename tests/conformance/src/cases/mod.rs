@@ -20,6 +20,7 @@ mod policy_more;
 mod races;
 mod residency;
 mod told;
+mod told_more;
 mod warm_up;
 
 pub(crate) use warm_up::warm_up;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> Vec<Case> {
     kernel_truth::register(&mut list);
     residency::register(&mut list);
     told::register(&mut list);
+    told_more::register(&mut list);
     igt_special::register(&mut list);
     igt_matrix::register(&mut list);
     pains::register(&mut list);

@@ -1,12 +1,12 @@
 //! Targets, advice and attributes: small values that several messages carry.
 
 use uhmm_schema::sdk_capnp::{
-    self as sdk, ADAPTIVE, AT_HOME, MAX_DEVICES, NOWHERE, advice, attribute_run, place, target, trace_record,
+    self as sdk, ADAPTIVE, AT_HOME, MAX_DEVICES, NOWHERE, advice, attribute_run, only, place, target, trace_record,
 };
 
 use crate::codec::error::{DecodeError, EncodeError};
 use crate::message::pager::{
-    AccessMode, Advice, AttributeRun, Attributes, FaultPoint, Target, TraceCause, TraceKind, TraceRecord,
+    AccessMode, Advice, AttributeRun, Attributes, FaultPoint, Only, Target, TraceCause, TraceKind, TraceRecord,
 };
 
 pub(super) fn write_target(from: Target, mut to: target::Builder<'_>) {
@@ -20,6 +20,22 @@ pub(super) fn read_target(from: target::Reader<'_>) -> Result<Target, DecodeErro
     Ok(match from.which()? {
         target::Home(()) => Target::Home,
         target::Device(device) => Target::Device(device),
+    })
+}
+
+pub(super) fn write_only(from: Only, mut to: only::Builder<'_>) {
+    match from {
+        Only::All => to.set_all(()),
+        Only::InSystem => to.set_in_system(()),
+        Only::OnDevice(device) => to.set_on_device(device),
+    }
+}
+
+pub(super) fn read_only(from: only::Reader<'_>) -> Result<Only, DecodeError> {
+    Ok(match from.which()? {
+        only::All(()) => Only::All,
+        only::InSystem(()) => Only::InSystem,
+        only::OnDevice(device) => Only::OnDevice(device),
     })
 }
 
@@ -164,6 +180,8 @@ pub(super) fn point_to_wire(point: FaultPoint) -> sdk::FaultPoint {
         FaultPoint::Frames => sdk::FaultPoint::Frames,
         FaultPoint::CopyOut => sdk::FaultPoint::CopyOut,
         FaultPoint::CopyHome => sdk::FaultPoint::CopyHome,
+        FaultPoint::SystemHuge => sdk::FaultPoint::SystemHuge,
+        FaultPoint::SystemPages => sdk::FaultPoint::SystemPages,
     }
 }
 
@@ -173,6 +191,8 @@ pub(super) fn point_from_wire(point: sdk::FaultPoint) -> FaultPoint {
         sdk::FaultPoint::Frames => FaultPoint::Frames,
         sdk::FaultPoint::CopyOut => FaultPoint::CopyOut,
         sdk::FaultPoint::CopyHome => FaultPoint::CopyHome,
+        sdk::FaultPoint::SystemHuge => FaultPoint::SystemHuge,
+        sdk::FaultPoint::SystemPages => FaultPoint::SystemPages,
     }
 }
 

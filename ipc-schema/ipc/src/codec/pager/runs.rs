@@ -1,7 +1,7 @@
 //! The pager's answers: runs of pages, regions.
 
 use capnp::struct_list;
-use uhmm_schema::pager_capnp::{MAX_REGIONS, hot_range, map_run, range, region, reply};
+use uhmm_schema::pager_capnp::{MAX_REGIONS, MAX_WHY_BYTES, hot_range, map_run, range, region, reply};
 use uhmm_schema::sdk_capnp::{
     self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, region_status, residency_run, status_run,
 };
@@ -10,7 +10,7 @@ use super::agent::{read_memory, write_memory};
 use super::places::{read_attribute_run, read_trace_record, write_attribute_run, write_trace_record};
 use crate::codec::error::{DecodeError, EncodeError};
 use crate::codec::fds::{FdSink, FdSource};
-use crate::codec::limits::{in_data, in_len, out_data, out_len};
+use crate::codec::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
 use crate::message::pager::{
     GrantedRange, HotRange, MapKind, MapRun, Memory, PageStatus, RegionStatus, Reply, Residency, ResidencyRun,
     StatusRun,
@@ -35,9 +35,10 @@ pub(in crate::codec) fn write_reply(
             to.set_features(*features);
         }
         Reply::RegionCreated { region } => to.init_region_created().set_region(*region),
-        Reply::Migrated { moved_pages, runs } => {
+        Reply::Migrated { moved_pages, runs, why } => {
             let mut to = to.init_migrated();
             to.set_moved_pages(*moved_pages);
+            to.set_why(out_text("migrated.why", why, MAX_WHY_BYTES)?);
             let mut list = to.init_runs(out_len("migrated.runs", runs.len(), MAX_RUNS)?);
             for (index, run) in runs.iter().enumerate() {
                 write_status_run(run, list.reborrow().get(index as u32));
@@ -111,7 +112,8 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             let list = from.get_runs()?;
             in_len("migrated.runs", list.len(), MAX_RUNS)?;
             let runs = list.iter().map(read_status_run).collect::<Result<_, _>>()?;
-            Reply::Migrated { moved_pages: from.get_moved_pages(), runs }
+            let why = in_text("migrated.why", from.get_why(), MAX_WHY_BYTES)?;
+            Reply::Migrated { moved_pages: from.get_moved_pages(), runs, why }
         }
         reply::Residency(list) => {
             let list = list?;
@@ -228,6 +230,7 @@ fn write_status_run(from: &StatusRun, mut to: status_run::Builder<'_>) {
         PageStatus::Io => sdk::PageStatus::Io,
         PageStatus::Poisoned => sdk::PageStatus::Poisoned,
         PageStatus::Gone => sdk::PageStatus::Gone,
+        PageStatus::NotSelected => sdk::PageStatus::NotSelected,
     });
 }
 
@@ -241,6 +244,7 @@ fn read_status_run(from: status_run::Reader<'_>) -> Result<StatusRun, DecodeErro
         sdk::PageStatus::Io => PageStatus::Io,
         sdk::PageStatus::Poisoned => PageStatus::Poisoned,
         sdk::PageStatus::Gone => PageStatus::Gone,
+        sdk::PageStatus::NotSelected => PageStatus::NotSelected,
     };
     Ok(StatusRun { first_page: from.get_first_page(), page_count: from.get_page_count(), status })
 }

@@ -22,7 +22,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
-            DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions),
+            DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -103,8 +103,11 @@ fn client_calls() -> Vec<Call> {
         CloseSpace,
         CreateRegion { addr, len_bytes, memory: fd(8192) },
         FreeRegion { region: 2 },
-        Migrate { addr, len_bytes, target: pager::Target::Device(7), prefetch: true },
-        Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false },
+        Migrate { addr, len_bytes, target: pager::Target::Device(7), prefetch: true, only: pager::Only::InSystem },
+        Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false, only: pager::Only::OnDevice(3) },
+        Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false, only: pager::Only::All },
+        Home { pid: 77, stay: true },
+        EmptyDevice { device: 2 },
         AdoptRegion { addr, len_bytes },
         AttachFile { addr, len_bytes, file: fd(12288), offset_bytes: 4096 },
         ReleaseRange { addr, len_bytes },
@@ -129,7 +132,8 @@ fn client_calls() -> Vec<Call> {
         calls.push(Advise { addr, len_bytes, advice });
     }
     use pager::FaultPoint::*;
-    calls.extend([HugeFrames, Frames, CopyOut, CopyHome].map(|point| Inject { point, nth: 3 }));
+    calls
+        .extend([HugeFrames, Frames, CopyOut, CopyHome, SystemHuge, SystemPages].map(|point| Inject { point, nth: 3 }));
     calls.extend([true, false].map(|done| FramesDone { id: 9, done }));
     calls.extend([None, Some(fd(4096))].map(|agent| AgentStarted { agent }));
     calls.into_iter().map(Call::Pager).collect()
@@ -211,9 +215,14 @@ fn driver_calls() -> Vec<Call> {
     use driver::Call::*;
     let submit = |idempotent| Submit { space: 1, kernel: "sum".into(), args: vec![1, u64::MAX, 3], idempotent };
     use driver::AccessOp::*;
-    let ops = [Read, Write, FetchAdd(u64::MAX), MakeExclusive];
-    let access =
-        |op| Access { space: 1, addr: 4096, len_bytes: 8192, op, buffer: (op != MakeExclusive).then(|| fd(8192)) };
+    let ops = [Read, Write, FetchAdd(u64::MAX), MakeExclusive, Map, Peek];
+    let access = |op| Access {
+        space: 1,
+        addr: 4096,
+        len_bytes: 8192,
+        op,
+        buffer: (![MakeExclusive, Map].contains(&op)).then(|| fd(8192)),
+    };
     let simple = [Info, OpenQueue { space: 1, token: vec![3; 16] }, submit(true), submit(false)];
     simple.into_iter().chain(ops.map(access)).map(Call::Driver).collect()
 }
@@ -306,7 +315,7 @@ pub(super) fn trace_records() -> Vec<pager::TraceRecord> {
 fn pager_replies() -> Vec<Reply> {
     use pager::PageStatus::*;
     use pager::{RegionStatus, Reply as R, Residency, ResidencyRun, StatusRun};
-    let statuses = [Moved, AlreadyThere, Busy, Pinned, NoMemory, Io, Poisoned, Gone];
+    let statuses = [Moved, AlreadyThere, Busy, Pinned, NoMemory, Io, Poisoned, Gone, NotSelected];
     let places = [
         Residency::Absent,
         Residency::System,
@@ -341,6 +350,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Migrated {
             moved_pages: 3,
             runs: statuses.map(|status| StatusRun { first_page: 1, page_count: 2, status }).to_vec(),
+            why: "The copy failed".to_owned(),
         },
         R::Residency { runs: places.map(place).to_vec() },
         R::Region { region: 1, addr: 2, len_bytes: 3, device_read_only: true, memory: pager::Memory::Private },

@@ -1,0 +1,338 @@
+//! A process that stays at home, a device that is emptied, and why pages stayed where they are.
+//!
+//! ```text
+//!   Home{pid, stay} --> the space is marked (also in the vault): no migration begins, device faults wait
+//!        --> every page comes home, again until none is away (what was under way before the mark may still arrive)
+//!        --> pages that nobody has touched are there too  --> Evicted{pages}
+//!   Home{pid, stay: false}, or the end of the space  --> device faults that wait are asked again
+//! ```
+//! Debuggers and core dumps read a process by ways that cannot wait for a page (/proc/PID/mem, ptrace): for them a page on a device is an
+//! error, and so is one that was never touched, because its first touch is a fault that the pager answers.
+
+use std::collections::VecDeque;
+use std::fmt::Display;
+
+use uhmm_ipc::message::pager::{PageStatus, StatusRun};
+use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
+use uhmm_ipc::{CallId, ConnId};
+use uhmm_kernel_hook::uffd::FillStop as HookStop;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_pager_core::{
+    Backing, DeviceId, Entry, Event, PageState, PageStatus as CoreStatus, Pages, RegionId, SpaceId,
+    StatusRun as CoreRun, Target,
+};
+
+use crate::calls::{Answer, refuse};
+use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece, Then};
+use crate::service::Pager;
+use crate::space::Phase;
+
+/// System calls of one turn for pages that nobody has touched, and bytes of one of them.
+const TURN_CALLS: u32 = 2048;
+const CALL_BYTES: u64 = 32 << 20;
+/// Longest reason that is told.
+const WHY_BYTES: usize = 1000;
+
+/// Whose pages come home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// All spaces of a process.
+    Process(u32),
+    /// One space.
+    Space(u64),
+}
+
+/// A device fault that waits until its process may leave home.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AtHomeFault {
+    pub conn: ConnId,
+    pub call: CallId,
+    pub trace: TraceId,
+    pub space: u64,
+    pub segment_id: u64,
+    pub window: Pages,
+    pub fault_page: u64,
+    pub device: u8,
+    pub kind: FaultKind,
+}
+
+/// Somebody waits until all of a process is there.
+#[derive(Debug)]
+pub(crate) struct Homing {
+    conn: ConnId,
+    call: CallId,
+    moved_pages: u64,
+    untouched: VecDeque<Untouched>,
+}
+
+/// Where pages may never have been touched.
+#[derive(Debug)]
+enum Untouched {
+    /// The kernel knows which.
+    Private { space: u64, left: AddrRange },
+    /// The directory knows which.
+    Shared { region: u64, next_page: u64 },
+}
+
+impl Pager {
+    pub(crate) fn home(&mut self, conn: ConnId, call: CallId, pid: u32, stay: bool) -> Answer {
+        let who = match pid {
+            0 => match self.space_of(conn) {
+                Ok(space) => Whose::Space(space),
+                Err(error) => return Some(Err(error)),
+            },
+            pid => Whose::Process(pid),
+        };
+        let spaces = self.spaces_of(who);
+        if spaces.is_empty() {
+            let text = format!("Process {pid} has no memory under management: `uhmm status` lists those that have");
+            return refuse(ErrorCode::NotFound, text);
+        }
+        for id in &spaces {
+            if let Some(space) = self.spaces.get_mut(id) {
+                space.state.at_home = stay;
+            }
+            self.keep_state(*id);
+            tracing::info!(space = id, pid, stay, "A process stays at home, or may leave it again");
+        }
+        if !stay {
+            spaces.into_iter().for_each(|space| self.let_faults_go(space));
+            return Some(Ok(pager::Reply::Evicted { page_count: 0 }));
+        }
+        self.come_home(conn, call, who, 0);
+        None
+    }
+
+    fn spaces_of(&self, who: Whose) -> Vec<u64> {
+        let mine = |id: u64, pid: u32| match who {
+            Whose::Process(of) => pid == of,
+            Whose::Space(of) => id == of,
+        };
+        let spaces = self.spaces.iter().filter(|(id, space)| !space.dying && mine(**id, space.state.pid));
+        spaces.map(|(id, _)| *id).collect()
+    }
+
+    /// What of a process can be away: what is shown to it of memory that is not a file.
+    fn movable(&self, who: Whose) -> Vec<Piece> {
+        let segments = self.spaces_of(who).into_iter().flat_map(|id| self.touched(id, 0, u64::MAX));
+        let piece = |id: u64| {
+            let segment = self.regions.segment(id)?;
+            let region = self.regions.get(segment.region)?;
+            let movable = region.phase == Phase::Live && region.backing != Backing::File;
+            movable.then(|| Piece { located: Located { region: region.id, pages: segment.pages() }, offset: 0 })
+        };
+        segments.filter_map(piece).collect()
+    }
+
+    fn come_home(&mut self, conn: ConnId, call: CallId, who: Whose, before: u64) {
+        let pieces = self.movable(who);
+        if pieces.is_empty() {
+            return self.homed(conn, call, who, before, None);
+        }
+        let (then, target) = (Then::Home { who, before }, Target::Home);
+        self.ask_pieces((conn, call, TraceId::default()), &pieces, then, |req, region, pages| Event::Migrate {
+            req,
+            region,
+            pages,
+            target,
+        });
+    }
+
+    /// A round is over. `stuck`: nothing came, and something never will.
+    pub(crate) fn homed(&mut self, conn: ConnId, call: CallId, who: Whose, moved_pages: u64, stuck: Option<String>) {
+        if let Some(why) = stuck {
+            let text = format!("Pages could not be copied home, the rest is there: {why}");
+            let error = WireError::new(ErrorCode::Io, text);
+            self.service.reactor.reply(conn, call, Err(error));
+            return;
+        }
+        let pieces = self.movable(who);
+        let away = |piece: &Piece| {
+            let Located { region, pages } = piece.located;
+            let away = |entry: Entry| entry.is_moving() || entry.lives_on_device();
+            self.regions.get(region).is_some_and(|region| region.directory.any(pages, away))
+        };
+        if pieces.iter().any(away) {
+            return self.come_home(conn, call, who, moved_pages);
+        }
+        let untouched = self.perhaps_untouched(who, &pieces);
+        self.homings.push_back(Homing { conn, call, moved_pages, untouched });
+    }
+
+    fn perhaps_untouched(&self, who: Whose, pieces: &[Piece]) -> VecDeque<Untouched> {
+        let backing = |region: u64| self.regions.get(region).map(|region| region.backing);
+        let mut shared: Vec<u64> = pieces.iter().map(|piece| piece.located.region).collect();
+        shared.retain(|region| backing(*region) == Some(Backing::Shared));
+        shared.sort_unstable();
+        shared.dedup();
+        let shared = shared.into_iter().map(|region| Untouched::Shared { region, next_page: 0 });
+        let private = self.spaces_of(who).into_iter().flat_map(|space| {
+            let segments = self.touched(space, 0, u64::MAX).into_iter().filter_map(|id| self.regions.segment(id));
+            let private = segments.filter(|segment| backing(segment.region) == Some(Backing::Private));
+            private.map(move |segment| Untouched::Private { space, left: segment.range() })
+        });
+        shared.chain(private).collect()
+    }
+
+    /// One turn for those who wait until everything is there.
+    pub(crate) fn go_on_homing(&mut self) {
+        let Some(mut homing) = self.homings.pop_front() else { return };
+        let mut calls = TURN_CALLS;
+        while calls > 0 {
+            let Some(part) = homing.untouched.pop_front() else {
+                let done = Reply::Pager(pager::Reply::Evicted { page_count: homing.moved_pages });
+                self.service.reactor.reply(homing.conn, homing.call, Ok(done));
+                return;
+            };
+            let left = match part {
+                Untouched::Private { space, left } => self.touch_private(space, left, &mut calls),
+                Untouched::Shared { region, next_page } => self.touch_shared(region, next_page, &mut calls),
+            };
+            homing.untouched.extend(left);
+        }
+        self.homings.push_back(homing);
+    }
+
+    /// The kernel's zero page, wherever there is nothing. What is left when the turn is over.
+    fn touch_private(&mut self, space_id: u64, mut left: AddrRange, calls: &mut u32) -> Option<Untouched> {
+        while left.len > 0 && *calls > 0 {
+            *calls -= 1;
+            let uffd = &self.spaces.get(&space_id)?.uffd;
+            let wanted = AddrRange { len: left.len.min(CALL_BYTES), ..left };
+            let outcome = uffd.zeropage(wanted, false).ok()?;
+            let skipped = match outcome.stop {
+                None => 0,
+                // An event is unread: it is read before the next turn.
+                Some(HookStop::Again) => {
+                    self.reread.insert(space_id);
+                    *calls = 0;
+                    0
+                }
+                Some(HookStop::NoProcess | HookStop::NoMemory) => return None,
+                // There is something, or no mapping any more.
+                Some(_) => PAGE_SIZE,
+            };
+            let done = (outcome.done_bytes + skipped).min(left.len);
+            left = AddrRange { start: left.start + done, len: left.len - done };
+        }
+        (left.len > 0).then_some(Untouched::Private { space: space_id, left })
+    }
+
+    /// As if the program read them.
+    fn touch_shared(&mut self, region_id: u64, mut next_page: u64, calls: &mut u32) -> Option<Untouched> {
+        let page_count = self.regions.get(region_id)?.page_count;
+        while next_page < page_count && *calls > 0 {
+            let entry = Entry::decode(self.regions.get(region_id)?.directory.load(next_page));
+            if entry.is_ok_and(|entry| entry.state() == PageState::Absent) {
+                *calls -= 1;
+                let (region, page) = (RegionId(region_id), next_page);
+                self.push(Event::CpuFault { region, page, write: false, wp: false, minor: false });
+                self.drain();
+            }
+            next_page += 1;
+        }
+        (next_page < page_count).then_some(Untouched::Shared { region: region_id, next_page })
+    }
+
+    /// A migration of a process that stays at home.
+    pub(crate) fn kept_at_home(&self, conn: ConnId, page_count: u64) -> Option<pager::Reply> {
+        let space = self.spaces.get(&self.space_of(conn).ok()?)?;
+        space.state.at_home.then(|| pager::Reply::Migrated {
+            moved_pages: 0,
+            runs: vec![StatusRun { first_page: 0, page_count, status: PageStatus::Pinned }],
+            why: "The process is kept at home by `uhmm home`, or by a fatal signal".to_owned(),
+        })
+    }
+
+    /// Device faults of a process that may leave home again, or is gone, are asked again.
+    pub(crate) fn let_faults_go(&mut self, space_id: u64) {
+        let (mine, others) = std::mem::take(&mut self.faults_at_home).into_iter().partition(|f| f.space == space_id);
+        self.faults_at_home = others;
+        for fault in mine {
+            let AtHomeFault { conn, call, trace, space, segment_id, window, fault_page, device, kind } = fault;
+            let answer = self.resolve(conn, call, trace, space, segment_id, window, fault_page, device, kind);
+            if let Some(answer) = answer {
+                self.service.reactor.reply(conn, call, answer.map(Reply::Pager));
+            }
+        }
+    }
+
+    /// Everybody's pages come home from a device.
+    pub(crate) fn empty_device(&mut self, conn: ConnId, call: CallId, device: u8) -> Answer {
+        if self.service.plan.device(device).is_none() {
+            return refuse(ErrorCode::NotFound, format!("The plan has no device {device}"));
+        }
+        let spaces: Vec<u64> = self.spaces.iter().filter(|(_, space)| !space.dying).map(|(id, _)| *id).collect();
+        if spaces.is_empty() {
+            return Some(Ok(pager::Reply::Evicted { page_count: 0 }));
+        }
+        let group = self.open_group(Group::new(conn, call, Then::CountEvicted, spaces.len()));
+        for space in spaces {
+            let (trace, then) = (TraceId::default(), Then::CountEvicted);
+            let req = self.ask_core(PendingRequest { conn, call, trace, first_page: 0, then, group });
+            self.push(Event::Evict { req, space: SpaceId(space), device: DeviceId(device), page_count: 0 });
+        }
+        None
+    }
+
+    /// Why something could not be done, for whoever is told that it was not.
+    pub(crate) fn note_failure(&mut self, region: RegionId, why: impl Display) {
+        let space = self.regions.get(region.0).map(|region| region.space);
+        if let Some(space) = space {
+            self.note_failure_in(space, why);
+        }
+    }
+
+    /// The same, by space.
+    pub(crate) fn note_failure_in(&mut self, space: u64, why: impl Display) {
+        self.failures.insert(space, why.to_string());
+    }
+
+    /// What failed before has nothing to do with what begins now.
+    pub(crate) fn forget_failure(&mut self, conn: ConnId) {
+        if let Ok(space) = self.space_of(conn) {
+            self.failures.remove(&space);
+        }
+    }
+
+    /// Why some of the pages of a migration stayed, also for the log.
+    pub(crate) fn why_stayed(&mut self, conn: ConnId, trace: TraceId, runs: &[CoreRun]) -> String {
+        let noted = self.space_of(conn).ok().and_then(|space| self.failures.get(&space));
+        let why = why_of(runs, noted.map(String::as_str));
+        if runs.iter().any(|run| run.status == CoreStatus::Io) {
+            tracing::warn!(request = trace.0, why, "Pages stay where they are");
+        } else if !why.is_empty() {
+            tracing::info!(request = trace.0, why, "Pages stay where they are");
+        }
+        why
+    }
+}
+
+fn why_of(runs: &[CoreRun], noted: Option<&str>) -> String {
+    let met = |status: CoreStatus| runs.iter().any(|run| run.status == status);
+    let why = match noted {
+        _ if met(CoreStatus::Io) => noted.unwrap_or("The device is lost, or has failed a copy: see its driver's log"),
+        _ if met(CoreStatus::NoMemory) => noted.unwrap_or("The device is full, and nothing of it could be evicted"),
+        Some(noted) if met(CoreStatus::Pinned) => noted,
+        _ => "",
+    };
+    let end = (0..=WHY_BYTES.min(why.len())).rev().find(|at| why.is_char_boundary(*at)).unwrap_or(0);
+    why[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_that_stays_for_a_failure_has_a_reason() {
+        let run = |status| CoreRun { first: 0, count: 1, status };
+        let ok = run(CoreStatus::Ok);
+        assert_eq!(why_of(&[ok, run(CoreStatus::Busy)], Some("old")), "");
+        assert_eq!(why_of(&[ok, run(CoreStatus::Io)], Some("The ring is broken")), "The ring is broken");
+        assert!(why_of(&[run(CoreStatus::Io)], None).contains("driver's log"));
+        assert!(why_of(&[run(CoreStatus::NoMemory)], None).contains("full"));
+        assert_eq!(why_of(&[run(CoreStatus::Pinned)], None), "", "the program's own doing");
+        assert_eq!(why_of(&[run(CoreStatus::Io)], Some(&"é".repeat(600))).len(), WHY_BYTES);
+    }
+}
