@@ -218,6 +218,7 @@ impl Pager {
             };
             if let Err(error) = written {
                 tracing::warn!(%error, region = region.0, page, "A page behind a guard cannot be written");
+                self.note_failure(region, format!("Bringing a page home behind a guard failed: {error}"));
                 return Some(FillStop::Io);
             }
         }
@@ -233,6 +234,7 @@ impl Pager {
         let outcome = match outcome {
             Err(error) => {
                 tracing::warn!(%error, region = region.0, first_page = pages.first, "Filling pages failed");
+                self.note_failure(region, format!("Bringing pages home failed: {error}"));
                 return (0, Some(FillStop::Io));
             }
             Ok(outcome) => outcome,
@@ -251,6 +253,8 @@ impl Pager {
             HookStop::Busy => FillStop::Again,
             HookStop::Other(errno) => {
                 tracing::warn!(errno, region = region.0, first_page = pages.first, "Filling pages failed");
+                let error = std::io::Error::from_raw_os_error(errno);
+                self.note_failure(region, format!("Bringing pages home failed: {error}"));
                 FillStop::Io
             }
         });

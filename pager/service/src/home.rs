@@ -202,6 +202,8 @@ impl Pager {
             let outcome = uffd.zeropage(wanted, false).ok()?;
             let skipped = match outcome.stop {
                 None => 0,
+                // It got as far as something.
+                Some(HookStop::Again) if outcome.done_bytes > 0 => 0,
                 // An event is unread: it is read before the next turn.
                 Some(HookStop::Again) => {
                     self.reread.insert(space_id);

@@ -9,6 +9,10 @@
  *   -ENOENT    nothing there                              -ETIMEDOUT the deadline passed
  *   -EBUSY     invalidated meanwhile: try again           -EPROTO    the service speaks another protocol
  *   -ENOTCONN  no system runs in the run directory
+ * What each function gives is listed with it. Beside that, every function gives -EINVAL for a handle, pointer, length or value that is wrong, and
+ * -EIO where a bug was met. "The services' own" are: -ESTALE, the session's thread was killed, or a service died in the middle of something
+ * that must not be done twice; -EPERM, this process may not connect any more (it became another user, or a filter forbids it); -ENOMEM, no memory
+ * for the call; -ETIMEDOUT, a deadline; -EPROTO.
  * uhmm_last_error() has the text of it. When a function fails, what it would have answered is not written; a buffer for data
  * may be written in part.
  *
@@ -18,6 +22,11 @@
  * length that is given with it, which nobody else writes during the call. Handles (uhmm_session *, uhmm_device *,
  * uhmm_pending *) are numbers: a handle that is NULL, closed, or of another kind is -EINVAL, never a crash. After fork() the
  * parent's handles are refused in the child: see uhmm_in_child().
+ *
+ * What the kernel does not wait for. A page on a device is there for the program and, where uhmm_system_calls_wait() is 1, for its system calls.
+ * It is not there for what the kernel does when a thread ends (robust and priority-inheriting futexes, clear_child_tid words: keep their pages home
+ * with uhmm_pin()), nor for those who read the process from outside without waiting: core dumps, gcore, gdb, /proc/PID/mem. For them everything
+ * comes home with `uhmm home PID`, uhmm_stay_home(), or before the end with uhmm_home_on_fatal_signals(). process_vm_readv(2) waits.
  *
  * Threads. Every function may be called from every thread, with the same handles.
  *
@@ -838,8 +847,8 @@ size_t uhmm_last_error(char *buffer,
  * puts it under management. One session a process is enough. It survives restarts of every service: calls wait for the service
  * to come back.
  *
- * Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EPERM this account may
- * not make a userfaultfd (the text says what to change).
+ * Errors: -ENOTCONN no system runs there; -EPERM the run directory cannot be entered, or this account may not make a userfaultfd (the text says what
+ * to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); the services' own.
  */
 int uhmm_connect(const char *run_dir,
                  uhmm_session **session);
@@ -848,6 +857,8 @@ int uhmm_connect(const char *run_dir,
  * Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
  * and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
  * A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_disconnect(uhmm_session *session);
 
@@ -856,8 +867,8 @@ int uhmm_disconnect(uhmm_session *session);
  * had when it called fork(); all of the parent's handles are refused in the child from then on. Memory that the parent
  * adopted is under management in the child too.
  *
- * Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the
- * managed ranges are not in the child.
+ * Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the managed ranges are
+ * not in the child; as uhmm_connect().
  */
 int uhmm_in_child(uhmm_session *parents,
                   uhmm_session **session);
@@ -865,17 +876,23 @@ int uhmm_in_child(uhmm_session *parents,
 /**
  * Whether a child made by fork() keeps the managed memory (1) or finds those addresses unmapped (0). Depends on what the kernel
  * grants to this account: `uhmm doctor` says what would change it.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_fork_supported(uhmm_session *session);
 
 /**
  * Whether system calls may be given migrated memory: 1, the kernel waits for the page as the program does; 0, they fail
  * with EFAULT until the page is touched. `uhmm doctor` says what would change it.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_system_calls_wait(uhmm_session *session);
 
 /**
  * This process's number at the pager, as in `uhmm status`.
+ *
+ * Errors: -EINVAL a wrong handle or pointer.
  */
 int uhmm_space(uhmm_session *session, uint64_t *space);
 
@@ -892,6 +909,8 @@ int uhmm_agent(uhmm_session *session,
 
 /**
  * Test hook: the session's agent stands still for this long. Returns at once.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_pause_agent(uhmm_session *session, uint32_t duration_ms);
 
@@ -899,7 +918,7 @@ int uhmm_pause_agent(uhmm_session *session, uint32_t duration_ms);
  * Allocates zeroed, managed, shared memory; `len_bytes` is a multiple of the page size. Pages cost nothing before they are
  * touched.
  *
- * Errors: -EINVAL the length; -ENOMEM no memory, or the quota of this process.
+ * Errors: -EINVAL the length; -ENOMEM no memory, no mapping left (vm.max_map_count), or the quota of this process; the services' own.
  */
 int uhmm_allocate(uhmm_session *session,
                   uint64_t len_bytes,
@@ -908,14 +927,14 @@ int uhmm_allocate(uhmm_session *session,
 /**
  * Frees what uhmm_allocate() gave, as a whole, on every device too. Its addresses are gone.
  *
- * Errors: -ENOENT no allocation of this session begins there.
+ * Errors: -ENOENT no allocation of this session begins there; the services' own.
  */
 int uhmm_free(uhmm_session *session, void *addr);
 
 /**
  * What uhmm_allocate() gave at `addr`.
  *
- * Errors: -ENOENT no allocation of this session begins there.
+ * Errors: -ENOENT no allocation of this session begins there; the services' own.
  */
 int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info);
 
@@ -925,7 +944,7 @@ int uhmm_region(uhmm_session *session, const void *addr, uhmm_region_info *info)
  * (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
  * used by devices in place. Private MAP_HUGETLB memory is refused.
  *
- * Errors: -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
+ * Errors: -ENOMEM no mapping left (vm.max_map_count), or a quota of the manifest's; the services' own. -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
  * files or of huge pages, executable, growing downwards, the kernel's); -EFAULT a hole; -EPERM memory that must not be managed: libuhmm's own,
  * stacks and control blocks of threads (the kernel writes there when a thread ends and cannot wait for a page), and where
  * uhmm_system_calls_wait() is 0, the calling thread's alternate signal stack and the heap that holds libuhmm's own objects. The text says
@@ -939,7 +958,8 @@ int uhmm_adopt(uhmm_session *session,
  * Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay. What is not adopted stays
  * as it is.
  *
- * Errors: -EINVAL not whole pages.
+ * Errors: -EINVAL not whole pages, or a range with memory of uhmm_allocate() among other; -EIO pages are lost, or could not be copied home; the
+ * services' own.
  */
 int uhmm_release(uhmm_session *session,
                  void *addr,
@@ -948,7 +968,7 @@ int uhmm_release(uhmm_session *session,
 /**
  * The bytes of a range are not needed any more: it reads as zero from now on and costs no memory anywhere.
  *
- * Errors: -EINVAL not whole pages.
+ * Errors: -EINVAL not whole pages, or not mapped; -EFAULT shared memory of which nothing is managed; the services' own.
  */
 int uhmm_discard(uhmm_session *session, void *addr, uint64_t len_bytes);
 
@@ -956,8 +976,8 @@ int uhmm_discard(uhmm_session *session, void *addr, uint64_t len_bytes);
  * mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
  * UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
  *
- * Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -EFAULT not under management (the
- * protection is changed nevertheless).
+ * Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -ENOMEM a hole, or no mapping left
+ * (vm.max_map_count); -EFAULT not managed (the protection is changed nevertheless); the services' own.
  */
 int uhmm_protect(uhmm_session *session,
                  void *addr,
@@ -968,7 +988,7 @@ int uhmm_protect(uhmm_session *session,
  * Brings a range home and keeps it there until uhmm_unpin(): for memory that I/O refers to (O_DIRECT, RDMA, registered io_uring
  * buffers), which nobody but the program knows of.
  *
- * Errors: -EINVAL not whole pages; -EFAULT not under management.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
  */
 int uhmm_pin(uhmm_session *session,
              const void *addr,
@@ -976,6 +996,8 @@ int uhmm_pin(uhmm_session *session,
 
 /**
  * Ends uhmm_pin(), with the same errors.
+ *
+ * Errors: as uhmm_pin().
  */
 int uhmm_unpin(uhmm_session *session, const void *addr, uint64_t len_bytes);
 
@@ -996,7 +1018,7 @@ int uhmm_adopt_all(uhmm_session *session,
  * The private memory of this process that is under management now, in order of address, neighbours joined. At most `capacity` ranges are copied
  * to `ranges`; `range_count` gets how many there are, which may be more. With a capacity of 0, `ranges` may be NULL.
  *
- * Errors: -EINVAL a wrong pointer.
+ * Errors: -EINVAL a wrong handle or pointer.
  */
 int uhmm_adopted_ranges(uhmm_session *session,
                         uhmm_range *ranges,
@@ -1006,17 +1028,24 @@ int uhmm_adopted_ranges(uhmm_session *session,
 /**
  * Opens a queue on a device by its name in the manifest. It survives restarts of its driver.
  *
- * Errors: -EINVAL not a name; -ENOENT no such device; -ETIMEDOUT its driver does not answer for ten seconds.
+ * Errors: -EINVAL not a name; -ENOENT no such device; -EPERM the run directory cannot be entered; -ETIMEDOUT its driver does not answer for ten
+ * seconds; the services' own.
  */
-int uhmm_device_open(uhmm_session *session, const char *name, uhmm_device **device);
+int uhmm_device_open(uhmm_session *session,
+                     const char *name,
+                     uhmm_device **device);
 
 /**
  * Closes a device's handle. Pages stay where they are. In a forked child, a handle of the parent is left alone.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_device_close(uhmm_device *device);
 
 /**
  * What a device is.
+ *
+ * Errors: -EINVAL a wrong handle or pointer.
  */
 int uhmm_device_describe(uhmm_device *device, uhmm_device_info *info);
 
@@ -1024,7 +1053,7 @@ int uhmm_device_describe(uhmm_device *device, uhmm_device_info *info);
  * One line about the kernel number `index` (from 0): its name and arguments. At most `capacity` bytes with the final zero are
  * written; longer text is cut.
  *
- * Errors: -ENOENT the device has not that many kernels.
+ * Errors: -ENOENT the device has not that many kernels; -EINVAL a wrong handle or pointer.
  */
 int uhmm_device_kernel(uhmm_device *device,
                        size_t index,
@@ -1035,7 +1064,9 @@ int uhmm_device_kernel(uhmm_device *device,
  * The device reads `len_bytes` (whole pages) at the program's address `addr` and the bytes are copied to `into`. Pages that are not
  * on the device are faulted in, all with one range fault. `report` may be NULL.
  *
- * Errors: -EFAULT not mapped, not readable, or not under management; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
+ * Errors: -EFAULT not mapped, not readable, behind the end of its file, or not managed; -EPERM the device may not use a page (advice, or a coherent
+ * device that serves another user); -EINVAL not whole pages; -ENOMEM the device is full, or no memory for the bytes on their way; -EBUSY others took
+ * the pages away again and again, for a second; -EIO the device is lost or has failed; the services' own.
  */
 int uhmm_device_read(uhmm_device *device,
                      const void *addr,
@@ -1046,7 +1077,8 @@ int uhmm_device_read(uhmm_device *device,
 /**
  * The device writes `len_bytes` (whole pages) from `from` to the program's address `addr`. `report` may be NULL.
  *
- * Errors: as uhmm_device_read(); -EPERM also when the mapping is read-only.
+ * Errors: as uhmm_device_read(); -EPERM also when the mapping is read-only, or its file may not be written (sealed, a read-only file system).
+ * Nothing is written when a part of the range cannot be (as far as the device has room for all of it).
  */
 int uhmm_device_write(uhmm_device *device,
                       void *addr,
@@ -1058,7 +1090,8 @@ int uhmm_device_write(uhmm_device *device,
  * The device adds `value` to every 8-byte word of a range (whole pages), wrapping. `before` gets the words from before: room for
  * len_bytes / 8 of them, or NULL. `report` may be NULL. Not repeated by itself: -ESTALE when the driver died meanwhile.
  *
- * Errors: as uhmm_device_write(); -ESTALE.
+ * Errors: as uhmm_device_write(); -ESTALE the driver died meanwhile: it may or may not be done; -EINVAL also memory of a file, where nothing can be
+ * added atomically.
  */
 int uhmm_device_fetch_add(uhmm_device *device,
                           void *addr,
@@ -1071,7 +1104,7 @@ int uhmm_device_fetch_add(uhmm_device *device,
  * Makes the pages of a range the device's alone, for its atomics, until the program touches them, forks, changes their protection, or
  * another device takes them. `report` may be NULL.
  *
- * Errors: as uhmm_device_write().
+ * Errors: as uhmm_device_write(); -EBUSY also memory that stays in place.
  */
 int uhmm_device_exclusive(uhmm_device *device,
                           void *addr,
@@ -1081,7 +1114,7 @@ int uhmm_device_exclusive(uhmm_device *device,
 /**
  * Whether no page of a range is any device's alone: 0, or -EPERM while one is.
  *
- * Errors: -EINVAL not whole pages; -EFAULT not under management.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
  */
 int uhmm_check_exclusive(uhmm_session *session, const void *addr, uint64_t len_bytes);
 
@@ -1100,7 +1133,7 @@ int uhmm_fault_and_migrate(uhmm_device *device,
  * uhmm_device_read() of what the device maps already: nothing is faulted in or moved. Reads up to the first page that it does not map;
  * `page_count` gets how many pages were read.
  *
- * Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO.
+ * Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO the device is lost or has failed; the services' own.
  */
 int uhmm_device_peek(uhmm_device *device,
                      const void *addr,
@@ -1111,6 +1144,8 @@ int uhmm_device_peek(uhmm_device *device,
 /**
  * uhmm_device_read() without waiting: the bytes come with uhmm_pending_accessed(). A `deadline_ms` of 0 is none; after it the answer
  * is -ETIMEDOUT.
+ *
+ * Errors: -EINVAL not whole pages; -ENOMEM no memory for the bytes on their way. The access's own come with its answer.
  */
 int uhmm_device_read_async(uhmm_device *device,
                            const void *addr,
@@ -1120,6 +1155,8 @@ int uhmm_device_read_async(uhmm_device *device,
 
 /**
  * uhmm_device_write() without waiting: the answer comes with uhmm_pending_accessed(). `from` is copied before this returns.
+ *
+ * Errors: as uhmm_device_read_async().
  */
 int uhmm_device_write_async(uhmm_device *device,
                             void *addr,
@@ -1130,6 +1167,8 @@ int uhmm_device_write_async(uhmm_device *device,
 
 /**
  * uhmm_device_fetch_add() without waiting: the words from before come with uhmm_pending_accessed().
+ *
+ * Errors: as uhmm_device_read_async().
  */
 int uhmm_device_fetch_add_async(uhmm_device *device,
                                 void *addr,
@@ -1140,6 +1179,8 @@ int uhmm_device_fetch_add_async(uhmm_device *device,
 
 /**
  * uhmm_device_exclusive() without waiting: the answer comes with uhmm_pending_accessed().
+ *
+ * Errors: -EINVAL not whole pages. The access's own come with its answer.
  */
 int uhmm_device_exclusive_async(uhmm_device *device,
                                 void *addr,
@@ -1152,7 +1193,9 @@ int uhmm_device_exclusive_async(uhmm_device *device,
  * at the report. `fates` gets one UHMM_PAGE_* a page; it has room for `capacity` of them, at least as many as the range has pages,
  * or is NULL with capacity 0. `report` may be NULL.
  *
- * Errors: -EINVAL not whole pages; -EFAULT not under management.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed, or not mapped and readable; -ENOENT memory of
+ * files, which devices use in place; -EPERM a coherent device that serves another user; -EIO the agent is gone (see uhmm_agent()); the services'
+ * own.
  */
 int uhmm_migrate(uhmm_session *session,
                  const void *addr,
@@ -1180,6 +1223,8 @@ int uhmm_migrate_some(uhmm_session *session,
 /**
  * uhmm_migrate() without waiting: the answer comes through `pending`, see uhmm_pending_migrated(). The memory can be used
  * meanwhile; a page that is touched waits for its own copy.
+ *
+ * Errors: -EINVAL not whole pages. The migration's own come with its answer.
  */
 int uhmm_migrate_async(uhmm_session *session,
                        const void *addr,
@@ -1190,6 +1235,8 @@ int uhmm_migrate_async(uhmm_session *session,
 /**
  * Brings a range to `device` (NULL: home) ahead of its use there and waits; the place is noted as the pages' prefetch location (see
  * uhmm_attributes()). `report` may be NULL.
+ *
+ * Errors: as uhmm_migrate().
  */
 int uhmm_prefetch(uhmm_session *session,
                   const void *addr,
@@ -1199,6 +1246,8 @@ int uhmm_prefetch(uhmm_session *session,
 
 /**
  * uhmm_prefetch() without waiting: the answer comes through `pending`, see uhmm_pending_migrated().
+ *
+ * Errors: as uhmm_migrate_async().
  */
 int uhmm_prefetch_async(uhmm_session *session,
                         const void *addr,
@@ -1209,6 +1258,8 @@ int uhmm_prefetch_async(uhmm_session *session,
 /**
  * Brings pages of this process home from a device, coldest first: `page_count` of them, 0 for all. `evicted_pages` gets how
  * many came; it may be NULL.
+ *
+ * Errors: -EINVAL a wrong handle or pointer; the services' own.
  */
 int uhmm_evict(uhmm_session *session,
                uhmm_device *device,
@@ -1221,7 +1272,7 @@ int uhmm_evict(uhmm_session *session,
  * (UHMM_PAGE_PINNED), and jobs that need a page wait. `uhmm home PID` does the same from outside. `moved_pages` gets how many came; it may be
  * NULL.
  *
- * Errors: -EINVAL a wrong handle or pointer; -EIO pages could not be copied home, the rest is there; -ESTALE the session's own thread was killed.
+ * Errors: -EIO pages could not be copied home, the rest is there; the services' own.
  */
 int uhmm_stay_home(uhmm_session *session,
                    bool stay,
@@ -1232,7 +1283,7 @@ int uhmm_stay_home(uhmm_session *session,
  * core file has it; that takes `patience_ms` at most. Signals that the program handles, ignores or handles later are left alone, and so are
  * forked children. The handlers run on the alternate signal stack of the thread, if it has one. Costs nothing before a signal comes.
  *
- * Errors: -EINVAL a wrong handle; -EIO sigaction(2) was refused; -ESTALE the session's own thread was killed.
+ * Errors: -EIO sigaction(2) was refused; the services' own.
  */
 int uhmm_home_on_fatal_signals(uhmm_session *session,
                                uint32_t patience_ms);
@@ -1241,7 +1292,7 @@ int uhmm_home_on_fatal_signals(uhmm_session *session,
  * Brings every page of every process home from a device, as a driver does before its device is taken away. Devices may fetch pages again:
  * advice and uhmm_stay_home() keep them. `moved_pages` gets how many came; it may be NULL.
  *
- * Errors: -EINVAL a wrong handle or pointer; -ENOTCONN no system runs; -EPERM the run directory cannot be entered; -EIO, -ESTALE.
+ * Errors: -ENOTCONN no system runs any more; -EPERM the run directory cannot be entered; the services' own.
  */
 int uhmm_empty_device(uhmm_session *session,
                       uhmm_device *device,
@@ -1252,8 +1303,8 @@ int uhmm_empty_device(uhmm_session *session,
  * Nothing has to be moved before. `flags` is 0 or UHMM_JOB_IDEMPOTENT; a `deadline_ms` of 0 is none. At most `capacity` results are
  * copied to `results` (may be NULL with capacity 0). `report` may be NULL.
  *
- * Errors: those of the kernel and of its faults; -ETIMEDOUT the deadline passed; -ESTALE the driver died and the job is not
- * idempotent.
+ * Errors: -ENOENT no such kernel; -EINVAL its arguments; -EFAULT, -EPERM, -ENOMEM, -EBUSY, -EIO of its faults, as uhmm_device_read(); -ETIMEDOUT the
+ * deadline passed; -ESTALE the driver died and the job is not idempotent; the services' own.
  */
 int uhmm_run(uhmm_device *device,
              const char *kernel,
@@ -1267,6 +1318,8 @@ int uhmm_run(uhmm_device *device,
 
 /**
  * uhmm_run() without waiting: the answer comes through `pending`, see uhmm_pending_finished().
+ *
+ * Errors: -EINVAL a wrong handle, pointer, text or flag. The job's own come with its answer.
  */
 int uhmm_submit(uhmm_device *device,
                 const char *kernel,
@@ -1278,18 +1331,24 @@ int uhmm_submit(uhmm_device *device,
 
 /**
  * Whether the answer is here: 1, or 0 while it is not.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_pending_poll(uhmm_pending *pending);
 
 /**
  * Waits until the answer is here: 1, or 0 when it is not after `timeout_ms` (the call goes on). Negative: waits as long as it
  * takes.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_pending_wait(uhmm_pending *pending,
                       int64_t timeout_ms);
 
 /**
  * Frees the handle. The call is not cancelled. In a forked child, a handle of the parent is left alone.
+ *
+ * Errors: -EINVAL a wrong handle.
  */
 int uhmm_pending_free(uhmm_pending *pending);
 
@@ -1297,7 +1356,7 @@ int uhmm_pending_free(uhmm_pending *pending);
  * The answer of uhmm_migrate_async() or uhmm_prefetch_async(), with the arguments and errors of uhmm_migrate(). Can be asked
  * more than once.
  *
- * Errors: -EBUSY it is not here yet; the call's own.
+ * Errors: -EBUSY it is not here yet; -EINVAL another kind of answer, or too little room; the call's own, as uhmm_migrate().
  */
 int uhmm_pending_migrated(uhmm_pending *pending,
                           uhmm_migrate_report *report,
@@ -1307,7 +1366,7 @@ int uhmm_pending_migrated(uhmm_pending *pending,
 /**
  * The answer of uhmm_submit(), with the arguments and errors of uhmm_run(). Can be asked more than once.
  *
- * Errors: -EBUSY it is not here yet; the job's own.
+ * Errors: -EBUSY it is not here yet; -EINVAL another kind of answer; the job's own, as uhmm_run().
  */
 int uhmm_pending_finished(uhmm_pending *pending, uhmm_job_report *report, uint64_t *results, size_t capacity);
 
@@ -1315,7 +1374,8 @@ int uhmm_pending_finished(uhmm_pending *pending, uhmm_job_report *report, uint64
  * The answer of uhmm_device_read_async() and its like. What was read (or the words from before a fetch-add) is copied to `into`, which has
  * room for `len_bytes`: at least as much as there is, or NULL with length 0. `report` may be NULL. Can be asked more than once.
  *
- * Errors: -EBUSY it is not here yet; the access's own, as uhmm_device_read() and its like.
+ * Errors: -EBUSY it is not here yet; -EINVAL another kind of answer, or too little room; the access's own, as uhmm_device_read() and its like;
+ * -ETIMEDOUT the deadline passed.
  */
 int uhmm_pending_accessed(uhmm_pending *pending,
                           void *into,
@@ -1326,7 +1386,8 @@ int uhmm_pending_accessed(uhmm_pending *pending,
  * Says how a range will be used: `advice` is UHMM_ADVISE_*; `device` and `value` are what it says there, else NULL and 0. The same
  * advice again changes nothing.
  *
- * Errors: -EINVAL not whole pages, not under management, or an advice, device or value that do not go together.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed, or an advice, device or value that do not go
+ * together; the services' own.
  */
 int uhmm_advise(uhmm_session *session,
                 const void *addr,
@@ -1338,7 +1399,7 @@ int uhmm_advise(uhmm_session *session,
 /**
  * What was advised for a range.
  *
- * Errors: -EINVAL not whole pages; -EFAULT not under management.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
  */
 int uhmm_attributes(uhmm_session *session, const void *addr, uint64_t len_bytes, uhmm_attributes_info *attributes);
 
@@ -1346,7 +1407,7 @@ int uhmm_attributes(uhmm_session *session, const void *addr, uint64_t len_bytes,
  * Where the pages of a range are, in order and without gaps; they may move while this is written. At most `capacity` runs are
  * copied to `runs`; `run_count` gets how many there are, which may be more.
  *
- * Errors: -EINVAL not whole pages; -EFAULT not under management.
+ * Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
  */
 int uhmm_residency(uhmm_session *session,
                    const void *addr,
@@ -1359,7 +1420,7 @@ int uhmm_residency(uhmm_session *session,
  * One byte of UHMM_SNAPSHOT_* for each page of a range, as `device` sees it. Nothing is faulted in or moved. `pages` has room for
  * `capacity` bytes, at least as many as the range has pages. Parts of the range may be unmapped or not under management.
  *
- * Errors: -EINVAL not whole pages, or too little room.
+ * Errors: -EINVAL not whole pages, or too little room; the services' own.
  */
 int uhmm_snapshot(uhmm_session *session,
                   uhmm_device *device,
@@ -1373,7 +1434,7 @@ int uhmm_snapshot(uhmm_session *session,
  * it goes on until five seconds after the last call. At most `capacity` ranges are copied to `ranges`; `range_count` gets how many
  * there are, which may be more. A restart of the pager forgets the heat and nothing else.
  *
- * Errors: -ENOENT the device has no aperture, so nobody but its driver knows.
+ * Errors: -ENOENT the device has no aperture, so nobody but its driver knows; the services' own.
  */
 int uhmm_hot_ranges(uhmm_session *session,
                     uhmm_device *device,
@@ -1385,7 +1446,8 @@ int uhmm_hot_ranges(uhmm_session *session,
  * All counters of a service: "supervisor", "pager", "mirror" or a device's name. At most `capacity` are copied to `metrics`;
  * `metric_count` gets how many there are, which may be more.
  *
- * Errors: -ENOENT no such service; -ETIMEDOUT it does not answer for ten seconds.
+ * Errors: -ENOTCONN no system runs any more; -ENOENT no such service; -EPERM the run directory cannot be entered; -ETIMEDOUT it does not answer for
+ * ten seconds.
  */
 int uhmm_stats(uhmm_session *session,
                const char *service,
@@ -1403,6 +1465,8 @@ int uhmm_stat(uhmm_session *session, const char *service, const char *name, uint
 /**
  * What happened to this process's pages, from sequence number `since` on (0: all that is remembered). At most `capacity` records are
  * copied to `records`, and `record_count` gets how many were: ask again from the last sequence number plus 1, until it is 0.
+ *
+ * Errors: -EINVAL a wrong handle or pointer; the services' own.
  */
 int uhmm_read_trace(uhmm_session *session,
                     uint64_t since,
@@ -1413,7 +1477,7 @@ int uhmm_read_trace(uhmm_session *session,
 /**
  * Test hook: the `nth` allocation or copy (UHMM_FAIL_*) for this process from now on fails, 1 being the next one; 0 disarms.
  *
- * Errors: -EPERM the manifest does not say `fault_injection = true`; -EINVAL the point.
+ * Errors: -EPERM the manifest does not say `fault_injection = true`; -EINVAL the point; the services' own.
  */
 int uhmm_inject(uhmm_session *session,
                 uint32_t point,

@@ -56,7 +56,8 @@ impl From<uhmm_sdk::AccessReport> for uhmm_access_report {
 
 /// Opens a queue on a device by its name in the manifest. It survives restarts of its driver.
 ///
-/// Errors: -EINVAL not a name; -ENOENT no such device; -ETIMEDOUT its driver does not answer for ten seconds.
+/// Errors: -EINVAL not a name; -ENOENT no such device; -EPERM the run directory cannot be entered; -ETIMEDOUT its driver does not answer for ten
+/// seconds; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_open(
     session: *mut uhmm_session,
@@ -74,12 +75,16 @@ pub unsafe extern "C" fn uhmm_device_open(
 }
 
 /// Closes a device's handle. Pages stay where they are. In a forked child, a handle of the parent is left alone.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_device_close(device: *mut uhmm_device) -> c_int {
     guard(|| handles::close(device).map(drop))
 }
 
 /// What a device is.
+///
+/// Errors: -EINVAL a wrong handle or pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_describe(device: *mut uhmm_device, info: *mut uhmm_device_info) -> c_int {
     guard(|| {
@@ -103,7 +108,7 @@ pub unsafe extern "C" fn uhmm_device_describe(device: *mut uhmm_device, info: *m
 /// One line about the kernel number `index` (from 0): its name and arguments. At most `capacity` bytes with the final zero are
 /// written; longer text is cut.
 ///
-/// Errors: -ENOENT the device has not that many kernels.
+/// Errors: -ENOENT the device has not that many kernels; -EINVAL a wrong handle or pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_kernel(
     device: *mut uhmm_device,
@@ -125,7 +130,9 @@ pub unsafe extern "C" fn uhmm_device_kernel(
 /// The device reads `len_bytes` (whole pages) at the program's address `addr` and the bytes are copied to `into`. Pages that are not
 /// on the device are faulted in, all with one range fault. `report` may be NULL.
 ///
-/// Errors: -EFAULT not mapped, not readable, or not under management; -EPERM the device may not use a page; -EINVAL not whole pages; -ENOMEM, -EIO.
+/// Errors: -EFAULT not mapped, not readable, behind the end of its file, or not managed; -EPERM the device may not use a page (advice, or a coherent
+/// device that serves another user); -EINVAL not whole pages; -ENOMEM the device is full, or no memory for the bytes on their way; -EBUSY others took
+/// the pages away again and again, for a second; -EIO the device is lost or has failed; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_read(
     device: *mut uhmm_device,
@@ -147,7 +154,8 @@ pub unsafe extern "C" fn uhmm_device_read(
 
 /// The device writes `len_bytes` (whole pages) from `from` to the program's address `addr`. `report` may be NULL.
 ///
-/// Errors: as uhmm_device_read(); -EPERM also when the mapping is read-only.
+/// Errors: as uhmm_device_read(); -EPERM also when the mapping is read-only, or its file may not be written (sealed, a read-only file system).
+/// Nothing is written when a part of the range cannot be (as far as the device has room for all of it).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_write(
     device: *mut uhmm_device,
@@ -170,7 +178,8 @@ pub unsafe extern "C" fn uhmm_device_write(
 /// The device adds `value` to every 8-byte word of a range (whole pages), wrapping. `before` gets the words from before: room for
 /// len_bytes / 8 of them, or NULL. `report` may be NULL. Not repeated by itself: -ESTALE when the driver died meanwhile.
 ///
-/// Errors: as uhmm_device_write(); -ESTALE.
+/// Errors: as uhmm_device_write(); -ESTALE the driver died meanwhile: it may or may not be done; -EINVAL also memory of a file, where nothing can be
+/// added atomically.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_fetch_add(
     device: *mut uhmm_device,
@@ -196,7 +205,7 @@ pub unsafe extern "C" fn uhmm_device_fetch_add(
 /// Makes the pages of a range the device's alone, for its atomics, until the program touches them, forks, changes their protection, or
 /// another device takes them. `report` may be NULL.
 ///
-/// Errors: as uhmm_device_write().
+/// Errors: as uhmm_device_write(); -EBUSY also memory that stays in place.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_exclusive(
     device: *mut uhmm_device,
@@ -215,7 +224,7 @@ pub unsafe extern "C" fn uhmm_device_exclusive(
 
 /// Whether no page of a range is any device's alone: 0, or -EPERM while one is.
 ///
-/// Errors: -EINVAL not whole pages; -EFAULT not under management.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_check_exclusive(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.check_exclusive(address(addr)?, len_bytes)?))
@@ -244,7 +253,7 @@ pub unsafe extern "C" fn uhmm_fault_and_migrate(
 /// uhmm_device_read() of what the device maps already: nothing is faulted in or moved. Reads up to the first page that it does not map;
 /// `page_count` gets how many pages were read.
 ///
-/// Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO.
+/// Errors: -ENOENT the device does not map the first page; -EINVAL not whole pages; -EIO the device is lost or has failed; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_peek(
     device: *mut uhmm_device,

@@ -11,6 +11,8 @@ use crate::pending::{self, Answer, uhmm_pending};
 
 /// uhmm_device_read() without waiting: the bytes come with uhmm_pending_accessed(). A `deadline_ms` of 0 is none; after it the answer
 /// is -ETIMEDOUT.
+///
+/// Errors: -EINVAL not whole pages; -ENOMEM no memory for the bytes on their way. The access's own come with its answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_read_async(
     device: *mut uhmm_device,
@@ -29,6 +31,8 @@ pub unsafe extern "C" fn uhmm_device_read_async(
 }
 
 /// uhmm_device_write() without waiting: the answer comes with uhmm_pending_accessed(). `from` is copied before this returns.
+///
+/// Errors: as uhmm_device_read_async().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_write_async(
     device: *mut uhmm_device,
@@ -50,6 +54,8 @@ pub unsafe extern "C" fn uhmm_device_write_async(
 }
 
 /// uhmm_device_fetch_add() without waiting: the words from before come with uhmm_pending_accessed().
+///
+/// Errors: as uhmm_device_read_async().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_fetch_add_async(
     device: *mut uhmm_device,
@@ -71,6 +77,8 @@ pub unsafe extern "C" fn uhmm_device_fetch_add_async(
 }
 
 /// uhmm_device_exclusive() without waiting: the answer comes with uhmm_pending_accessed().
+///
+/// Errors: -EINVAL not whole pages. The access's own come with its answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_device_exclusive_async(
     device: *mut uhmm_device,

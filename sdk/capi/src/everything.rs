@@ -96,7 +96,7 @@ pub unsafe extern "C" fn uhmm_adopt_all(session: *mut uhmm_session, report: *mut
 /// The private memory of this process that is under management now, in order of address, neighbours joined. At most `capacity` ranges are copied
 /// to `ranges`; `range_count` gets how many there are, which may be more. With a capacity of 0, `ranges` may be NULL.
 ///
-/// Errors: -EINVAL a wrong pointer.
+/// Errors: -EINVAL a wrong handle or pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_adopted_ranges(
     session: *mut uhmm_session,

@@ -14,7 +14,7 @@ use crate::session::uhmm_session;
 /// (UHMM_PAGE_PINNED), and jobs that need a page wait. `uhmm home PID` does the same from outside. `moved_pages` gets how many came; it may be
 /// NULL.
 ///
-/// Errors: -EINVAL a wrong handle or pointer; -EIO pages could not be copied home, the rest is there; -ESTALE the session's own thread was killed.
+/// Errors: -EIO pages could not be copied home, the rest is there; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_stay_home(session: *mut uhmm_session, stay: bool, moved_pages: *mut u64) -> c_int {
     guard(|| {
@@ -32,7 +32,7 @@ pub unsafe extern "C" fn uhmm_stay_home(session: *mut uhmm_session, stay: bool, 
 /// core file has it; that takes `patience_ms` at most. Signals that the program handles, ignores or handles later are left alone, and so are
 /// forked children. The handlers run on the alternate signal stack of the thread, if it has one. Costs nothing before a signal comes.
 ///
-/// Errors: -EINVAL a wrong handle; -EIO sigaction(2) was refused; -ESTALE the session's own thread was killed.
+/// Errors: -EIO sigaction(2) was refused; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_home_on_fatal_signals(session: *mut uhmm_session, patience_ms: u32) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.home_on_fatal_signals(Duration::from_millis(patience_ms.into()))?))
@@ -41,7 +41,7 @@ pub extern "C" fn uhmm_home_on_fatal_signals(session: *mut uhmm_session, patienc
 /// Brings every page of every process home from a device, as a driver does before its device is taken away. Devices may fetch pages again:
 /// advice and uhmm_stay_home() keep them. `moved_pages` gets how many came; it may be NULL.
 ///
-/// Errors: -EINVAL a wrong handle or pointer; -ENOTCONN no system runs; -EPERM the run directory cannot be entered; -EIO, -ESTALE.
+/// Errors: -ENOTCONN no system runs any more; -EPERM the run directory cannot be entered; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_empty_device(
     session: *mut uhmm_session,

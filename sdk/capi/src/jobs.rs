@@ -32,8 +32,8 @@ pub struct uhmm_job_report {
 /// Nothing has to be moved before. `flags` is 0 or UHMM_JOB_IDEMPOTENT; a `deadline_ms` of 0 is none. At most `capacity` results are
 /// copied to `results` (may be NULL with capacity 0). `report` may be NULL.
 ///
-/// Errors: those of the kernel and of its faults; -ETIMEDOUT the deadline passed; -ESTALE the driver died and the job is not
-/// idempotent.
+/// Errors: -ENOENT no such kernel; -EINVAL its arguments; -EFAULT, -EPERM, -ENOMEM, -EBUSY, -EIO of its faults, as uhmm_device_read(); -ETIMEDOUT the
+/// deadline passed; -ESTALE the driver died and the job is not idempotent; the services' own.
 #[unsafe(no_mangle)]
 #[allow(clippy::too_many_arguments, reason = "a C function without a structure for its arguments")]
 pub unsafe extern "C" fn uhmm_run(
@@ -60,6 +60,8 @@ pub unsafe extern "C" fn uhmm_run(
 }
 
 /// uhmm_run() without waiting: the answer comes through `pending`, see uhmm_pending_finished().
+///
+/// Errors: -EINVAL a wrong handle, pointer, text or flag. The job's own come with its answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_submit(
     device: *mut uhmm_device,

@@ -30,7 +30,7 @@ pub struct uhmm_region_info {
 /// Allocates zeroed, managed, shared memory; `len_bytes` is a multiple of the page size. Pages cost nothing before they are
 /// touched.
 ///
-/// Errors: -EINVAL the length; -ENOMEM no memory, or the quota of this process.
+/// Errors: -EINVAL the length; -ENOMEM no memory, no mapping left (vm.max_map_count), or the quota of this process; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_allocate(session: *mut uhmm_session, len_bytes: u64, addr: *mut *mut c_void) -> c_int {
     guard(|| {
@@ -47,7 +47,7 @@ pub unsafe extern "C" fn uhmm_allocate(session: *mut uhmm_session, len_bytes: u6
 
 /// Frees what uhmm_allocate() gave, as a whole, on every device too. Its addresses are gone.
 ///
-/// Errors: -ENOENT no allocation of this session begins there.
+/// Errors: -ENOENT no allocation of this session begins there; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_free(session: *mut uhmm_session, addr: *mut c_void) -> c_int {
     guard(|| {
@@ -59,7 +59,7 @@ pub extern "C" fn uhmm_free(session: *mut uhmm_session, addr: *mut c_void) -> c_
 
 /// What uhmm_allocate() gave at `addr`.
 ///
-/// Errors: -ENOENT no allocation of this session begins there.
+/// Errors: -ENOENT no allocation of this session begins there; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_region(
     session: *mut uhmm_session,
@@ -83,7 +83,7 @@ pub unsafe extern "C" fn uhmm_region(
 /// (malloc'd in whole pages, mmapped) can migrate; shared mappings of files, and shared memory of huge pages (MAP_HUGETLB), are
 /// used by devices in place. Private MAP_HUGETLB memory is refused.
 ///
-/// Errors: -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
+/// Errors: -ENOMEM no mapping left (vm.max_map_count), or a quota of the manifest's; the services' own. -EINVAL not whole pages, several mappings of which some are shared, or a kind of memory that cannot be managed (private memory of
 /// files or of huge pages, executable, growing downwards, the kernel's); -EFAULT a hole; -EPERM memory that must not be managed: libuhmm's own,
 /// stacks and control blocks of threads (the kernel writes there when a thread ends and cannot wait for a page), and where
 /// uhmm_system_calls_wait() is 0, the calling thread's alternate signal stack and the heap that holds libuhmm's own objects. The text says
@@ -99,7 +99,8 @@ pub extern "C" fn uhmm_adopt(session: *mut uhmm_session, addr: *mut c_void, len_
 /// Gives adopted memory, or a part of it, back to the kernel alone: its pages come home first and stay. What is not adopted stays
 /// as it is.
 ///
-/// Errors: -EINVAL not whole pages.
+/// Errors: -EINVAL not whole pages, or a range with memory of uhmm_allocate() among other; -EIO pages are lost, or could not be copied home; the
+/// services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_release(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.release(address(addr)?, len_bytes)?))
@@ -107,7 +108,7 @@ pub extern "C" fn uhmm_release(session: *mut uhmm_session, addr: *mut c_void, le
 
 /// The bytes of a range are not needed any more: it reads as zero from now on and costs no memory anywhere.
 ///
-/// Errors: -EINVAL not whole pages.
+/// Errors: -EINVAL not whole pages, or not mapped; -EFAULT shared memory of which nothing is managed; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_discard(session: *mut uhmm_session, addr: *mut c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.discard(address(addr)?, len_bytes)?))
@@ -116,8 +117,8 @@ pub extern "C" fn uhmm_discard(session: *mut uhmm_session, addr: *mut c_void, le
 /// mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
 /// UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
 ///
-/// Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -EFAULT not under management (the
-/// protection is changed nevertheless).
+/// Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -ENOMEM a hole, or no mapping left
+/// (vm.max_map_count); -EFAULT not managed (the protection is changed nevertheless); the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_protect(
     session: *mut uhmm_session,
@@ -142,13 +143,15 @@ pub extern "C" fn uhmm_protect(
 /// Brings a range home and keeps it there until uhmm_unpin(): for memory that I/O refers to (O_DIRECT, RDMA, registered io_uring
 /// buffers), which nobody but the program knows of.
 ///
-/// Errors: -EINVAL not whole pages; -EFAULT not under management.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pin(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.pin(address(addr)?, len_bytes)?))
 }
 
 /// Ends uhmm_pin(), with the same errors.
+///
+/// Errors: as uhmm_pin().
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_unpin(session: *mut uhmm_session, addr: *const c_void, len_bytes: u64) -> c_int {
     guard(|| Ok(handles::get(session)?.sdk.unpin(address(addr)?, len_bytes)?))

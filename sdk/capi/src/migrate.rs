@@ -56,7 +56,9 @@ pub struct uhmm_migrate_report {
 /// at the report. `fates` gets one UHMM_PAGE_* a page; it has room for `capacity` of them, at least as many as the range has pages,
 /// or is NULL with capacity 0. `report` may be NULL.
 ///
-/// Errors: -EINVAL not whole pages; -EFAULT not under management.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed, or not mapped and readable; -ENOENT memory of
+/// files, which devices use in place; -EPERM a coherent device that serves another user; -EIO the agent is gone (see uhmm_agent()); the services'
+/// own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_migrate(
     session: *mut uhmm_session,
@@ -114,6 +116,8 @@ pub unsafe extern "C" fn uhmm_migrate_some(
 
 /// uhmm_migrate() without waiting: the answer comes through `pending`, see uhmm_pending_migrated(). The memory can be used
 /// meanwhile; a page that is touched waits for its own copy.
+///
+/// Errors: -EINVAL not whole pages. The migration's own come with its answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_migrate_async(
     session: *mut uhmm_session,
@@ -134,6 +138,8 @@ pub unsafe extern "C" fn uhmm_migrate_async(
 
 /// Brings a range to `device` (NULL: home) ahead of its use there and waits; the place is noted as the pages' prefetch location (see
 /// uhmm_attributes()). `report` may be NULL.
+///
+/// Errors: as uhmm_migrate().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_prefetch(
     session: *mut uhmm_session,
@@ -152,6 +158,8 @@ pub unsafe extern "C" fn uhmm_prefetch(
 }
 
 /// uhmm_prefetch() without waiting: the answer comes through `pending`, see uhmm_pending_migrated().
+///
+/// Errors: as uhmm_migrate_async().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_prefetch_async(
     session: *mut uhmm_session,
@@ -172,6 +180,8 @@ pub unsafe extern "C" fn uhmm_prefetch_async(
 
 /// Brings pages of this process home from a device, coldest first: `page_count` of them, 0 for all. `evicted_pages` gets how
 /// many came; it may be NULL.
+///
+/// Errors: -EINVAL a wrong handle or pointer; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_evict(
     session: *mut uhmm_session,

@@ -78,7 +78,7 @@ pub struct uhmm_residency_run {
 /// Where the pages of a range are, in order and without gaps; they may move while this is written. At most `capacity` runs are
 /// copied to `runs`; `run_count` gets how many there are, which may be more.
 ///
-/// Errors: -EINVAL not whole pages; -EFAULT not under management.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_residency(
     session: *mut uhmm_session,
@@ -103,7 +103,7 @@ pub unsafe extern "C" fn uhmm_residency(
 /// One byte of UHMM_SNAPSHOT_* for each page of a range, as `device` sees it. Nothing is faulted in or moved. `pages` has room for
 /// `capacity` bytes, at least as many as the range has pages. Parts of the range may be unmapped or not under management.
 ///
-/// Errors: -EINVAL not whole pages, or too little room.
+/// Errors: -EINVAL not whole pages, or too little room; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_snapshot(
     session: *mut uhmm_session,
@@ -141,7 +141,7 @@ pub struct uhmm_hot_range {
 /// it goes on until five seconds after the last call. At most `capacity` ranges are copied to `ranges`; `range_count` gets how many
 /// there are, which may be more. A restart of the pager forgets the heat and nothing else.
 ///
-/// Errors: -ENOENT the device has no aperture, so nobody but its driver knows.
+/// Errors: -ENOENT the device has no aperture, so nobody but its driver knows; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_hot_ranges(
     session: *mut uhmm_session,

@@ -113,6 +113,8 @@ pub(crate) fn open<T: Send + 'static>(
 }
 
 /// Whether the answer is here: 1, or 0 while it is not.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pending_poll(pending: *mut uhmm_pending) -> c_int {
     guard_value(|| Ok(handles::get(pending)?.wait(Some(Duration::ZERO)).into()))
@@ -120,6 +122,8 @@ pub extern "C" fn uhmm_pending_poll(pending: *mut uhmm_pending) -> c_int {
 
 /// Waits until the answer is here: 1, or 0 when it is not after `timeout_ms` (the call goes on). Negative: waits as long as it
 /// takes.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pending_wait(pending: *mut uhmm_pending, timeout_ms: i64) -> c_int {
     guard_value(|| {
@@ -129,6 +133,8 @@ pub extern "C" fn uhmm_pending_wait(pending: *mut uhmm_pending, timeout_ms: i64)
 }
 
 /// Frees the handle. The call is not cancelled. In a forked child, a handle of the parent is left alone.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pending_free(pending: *mut uhmm_pending) -> c_int {
     guard(|| handles::close(pending).map(drop))
@@ -137,7 +143,7 @@ pub extern "C" fn uhmm_pending_free(pending: *mut uhmm_pending) -> c_int {
 /// The answer of uhmm_migrate_async() or uhmm_prefetch_async(), with the arguments and errors of uhmm_migrate(). Can be asked
 /// more than once.
 ///
-/// Errors: -EBUSY it is not here yet; the call's own.
+/// Errors: -EBUSY it is not here yet; -EINVAL another kind of answer, or too little room; the call's own, as uhmm_migrate().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_pending_migrated(
     pending: *mut uhmm_pending,
@@ -157,7 +163,7 @@ pub unsafe extern "C" fn uhmm_pending_migrated(
 
 /// The answer of uhmm_submit(), with the arguments and errors of uhmm_run(). Can be asked more than once.
 ///
-/// Errors: -EBUSY it is not here yet; the job's own.
+/// Errors: -EBUSY it is not here yet; -EINVAL another kind of answer; the job's own, as uhmm_run().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_pending_finished(
     pending: *mut uhmm_pending,
@@ -183,7 +189,8 @@ pub unsafe extern "C" fn uhmm_pending_finished(
 /// The answer of uhmm_device_read_async() and its like. What was read (or the words from before a fetch-add) is copied to `into`, which has
 /// room for `len_bytes`: at least as much as there is, or NULL with length 0. `report` may be NULL. Can be asked more than once.
 ///
-/// Errors: -EBUSY it is not here yet; the access's own, as uhmm_device_read() and its like.
+/// Errors: -EBUSY it is not here yet; -EINVAL another kind of answer, or too little room; the access's own, as uhmm_device_read() and its like;
+/// -ETIMEDOUT the deadline passed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_pending_accessed(
     pending: *mut uhmm_pending,

@@ -93,7 +93,8 @@ pub struct uhmm_attributes_info {
 /// Says how a range will be used: `advice` is UHMM_ADVISE_*; `device` and `value` are what it says there, else NULL and 0. The same
 /// advice again changes nothing.
 ///
-/// Errors: -EINVAL not whole pages, not under management, or an advice, device or value that do not go together.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed, or an advice, device or value that do not go
+/// together; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_advise(
     session: *mut uhmm_session,
@@ -114,7 +115,7 @@ pub extern "C" fn uhmm_advise(
 
 /// What was advised for a range.
 ///
-/// Errors: -EINVAL not whole pages; -EFAULT not under management.
+/// Errors: -EINVAL not whole pages, or a part that is not managed; -EFAULT nothing of it is managed; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_attributes(
     session: *mut uhmm_session,

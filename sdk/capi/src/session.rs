@@ -42,8 +42,8 @@ impl Session {
 /// puts it under management. One session a process is enough. It survives restarts of every service: calls wait for the service
 /// to come back.
 ///
-/// Errors: -ENOTCONN no system runs there; -ETIMEDOUT its pager does not answer for ten seconds; -EPERM this account may
-/// not make a userfaultfd (the text says what to change).
+/// Errors: -ENOTCONN no system runs there; -EPERM the run directory cannot be entered, or this account may not make a userfaultfd (the text says what
+/// to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut uhmm_session) -> c_int {
     guard(|| {
@@ -61,6 +61,8 @@ pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut
 /// Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
 /// and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
 /// A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_disconnect(session: *mut uhmm_session) -> c_int {
     guard(|| {
@@ -75,8 +77,8 @@ pub extern "C" fn uhmm_disconnect(session: *mut uhmm_session) -> c_int {
 /// had when it called fork(); all of the parent's handles are refused in the child from then on. Memory that the parent
 /// adopted is under management in the child too.
 ///
-/// Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the
-/// managed ranges are not in the child.
+/// Errors: -EINVAL `parents` is of this very process; -ENOENT the kernel grants no fork events (see uhmm_fork_supported()): the managed ranges are
+/// not in the child; as uhmm_connect().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_in_child(parents: *mut uhmm_session, session: *mut *mut uhmm_session) -> c_int {
     guard(|| {
@@ -91,6 +93,8 @@ pub unsafe extern "C" fn uhmm_in_child(parents: *mut uhmm_session, session: *mut
 
 /// Whether a child made by fork() keeps the managed memory (1) or finds those addresses unmapped (0). Depends on what the kernel
 /// grants to this account: `uhmm doctor` says what would change it.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_fork_supported(session: *mut uhmm_session) -> c_int {
     crate::error::guard_value(|| Ok(c_int::from(handles::get(session)?.sdk.fork_supported())))
@@ -98,12 +102,16 @@ pub extern "C" fn uhmm_fork_supported(session: *mut uhmm_session) -> c_int {
 
 /// Whether system calls may be given migrated memory: 1, the kernel waits for the page as the program does; 0, they fail
 /// with EFAULT until the page is touched. `uhmm doctor` says what would change it.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_system_calls_wait(session: *mut uhmm_session) -> c_int {
     crate::error::guard_value(|| Ok(c_int::from(handles::get(session)?.sdk.uffd_kind() == UffdKind::Full)))
 }
 
 /// This process's number at the pager, as in `uhmm status`.
+///
+/// Errors: -EINVAL a wrong handle or pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_space(session: *mut uhmm_session, space: *mut u64) -> c_int {
     guard(|| {
@@ -135,6 +143,8 @@ pub unsafe extern "C" fn uhmm_agent(session: *mut uhmm_session, pid: *mut i64) -
 }
 
 /// Test hook: the session's agent stands still for this long. Returns at once.
+///
+/// Errors: -EINVAL a wrong handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_pause_agent(session: *mut uhmm_session, duration_ms: u32) -> c_int {
     guard(|| {

@@ -81,7 +81,8 @@ pub struct uhmm_trace_record {
 /// All counters of a service: "supervisor", "pager", "mirror" or a device's name. At most `capacity` are copied to `metrics`;
 /// `metric_count` gets how many there are, which may be more.
 ///
-/// Errors: -ENOENT no such service; -ETIMEDOUT it does not answer for ten seconds.
+/// Errors: -ENOTCONN no system runs any more; -ENOENT no such service; -EPERM the run directory cannot be entered; -ETIMEDOUT it does not answer for
+/// ten seconds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_stats(
     session: *mut uhmm_session,
@@ -132,6 +133,8 @@ pub unsafe extern "C" fn uhmm_stat(
 
 /// What happened to this process's pages, from sequence number `since` on (0: all that is remembered). At most `capacity` records are
 /// copied to `records`, and `record_count` gets how many were: ask again from the last sequence number plus 1, until it is 0.
+///
+/// Errors: -EINVAL a wrong handle or pointer; the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_read_trace(
     session: *mut uhmm_session,
@@ -153,7 +156,7 @@ pub unsafe extern "C" fn uhmm_read_trace(
 
 /// Test hook: the `nth` allocation or copy (UHMM_FAIL_*) for this process from now on fails, 1 being the next one; 0 disarms.
 ///
-/// Errors: -EPERM the manifest does not say `fault_injection = true`; -EINVAL the point.
+/// Errors: -EPERM the manifest does not say `fault_injection = true`; -EINVAL the point; the services' own.
 #[unsafe(no_mangle)]
 pub extern "C" fn uhmm_inject(session: *mut uhmm_session, point: u32, nth: u32) -> c_int {
     guard(|| {

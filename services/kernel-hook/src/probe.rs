@@ -102,6 +102,8 @@ impl Probe {
             full_by_call(),
             user_mode_only(),
             features(uffd_features),
+            fork_events(),
+            mapped_files(),
             memory_file(),
             punch(),
             procmap_query(),
@@ -136,6 +138,8 @@ const NAME_DEVICE: &str = "userfaultfd device node";
 const NAME_CALL: &str = "userfaultfd full";
 const NAME_USER_MODE: &str = "userfaultfd user-mode-only";
 const NAME_FEATURES: &str = "userfaultfd features";
+const NAME_FORK: &str = "fork events";
+const NAME_FILES: &str = "shared memory without a path";
 const NAME_MEMFD: &str = "sealed memfd";
 const NAME_PUNCH: &str = "punch hole";
 const NAME_PIDFD: &str = "pidfd";
@@ -159,7 +163,7 @@ fn full_by_call() -> Item {
     Item::tried(
         NAME_CALL,
         ways::by_call(0).map(|_| "the call".to_string()),
-        "Faults of the kernel on the program's behalf need the device node instead",
+        "Without the device node either, system calls fail with EFAULT on memory that is on a device, an alternate signal stack cannot be managed, and adopting all memory is refused",
         "sysctl vm.unprivileged_userfaultfd=1, or setcap cap_sys_ptrace+ep on the program",
     )
 }
@@ -187,6 +191,39 @@ fn features(found: Features) -> Item {
     };
     let names: Vec<&str> = missing.iter_names().map(|(name, _)| name).collect();
     Item::lacking(NAME_FEATURES, status, format!("missing {}", names.join(", ")), consequence, "Use Linux 6.8 or newer")
+}
+
+/// Whether a userfaultfd of this account tells of forks: what the kernel lists is what root would get.
+fn fork_events() -> Item {
+    let granted = Userfaultfd::create(None).and_then(|(uffd, _)| uffd.api(Features::EVENT_FORK));
+    let answer = match granted {
+        Ok(features) if features.contains(Features::EVENT_FORK) => Ok("granted".to_string()),
+        Ok(_) => Err("not in this kernel".to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    Item::tried(
+        NAME_FORK,
+        answer,
+        "Forked children find managed memory unmapped (MADV_DONTFORK), unless the pager may ask for the events: it runs as root and clients have the device node",
+        "Run `uhmm up` as root, and give clients /dev/userfaultfd",
+    )
+}
+
+/// Shared memory without a path (anonymous, or of a file that was deleted) is found by /proc/PID/map_files alone.
+fn mapped_files() -> Item {
+    let tried = memfd::create_sealed("uhmm-probe", PAGE_SIZE).and_then(|fd| {
+        let window = Window::map(fd.as_fd(), 0, PAGE_SIZE, Prot::ReadWrite)?;
+        let vmas = crate::own_memory::mappings(window.range())?;
+        let vma =
+            vmas.first().ok_or_else(|| crate::HookError::call("PROCMAP_QUERY", None, std::io::ErrorKind::NotFound))?;
+        crate::own_memory::open_mapped_file(vma)
+    });
+    Item::tried(
+        NAME_FILES,
+        tried.map(|_| "found".to_string()),
+        "Shared memory without a path (anonymous, memfd, files that were deleted) cannot be adopted; private memory and files with a path can",
+        "setcap cap_checkpoint_restore+ep on the program, or allocate the memory from uhmm",
+    )
 }
 
 fn memory_file() -> Item {
