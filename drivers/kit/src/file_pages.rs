@@ -148,8 +148,7 @@ mod tests {
         let (mut back, bytes) = (vec![1; 5000], vec![7; 5000]);
         pages.read(3 * PAGE_BYTES, &mut back).unwrap();
         assert!(back.iter().all(|byte| *byte == 0), "a hole reads as zero");
-        let unclaimed = pool.unclaimed().unwrap();
-        assert!(unclaimed >= 3, "and stays one");
+        assert_eq!(memfd::populated_bytes(file.as_fd()).unwrap(), 0, "and stays one");
         pages.write(3 * PAGE_BYTES, &bytes).unwrap();
         pages.read(3 * PAGE_BYTES, &mut back).unwrap();
         assert_eq!(back, bytes);
@@ -158,13 +157,12 @@ mod tests {
         assert_eq!(back, bytes, "the program sees it");
         // The mapping was promised a page for each part of the file, and keeps those that are there.
         drop(seen);
-        let left = pool.unclaimed().unwrap();
-        let hog = (left > 0).then(|| ProgramMemory::hugetlb(left * HUGE_BYTES).unwrap());
-        memfd::punch_hole(file.as_fd(), HUGE_BYTES, HUGE_BYTES).unwrap();
-        let last = ProgramMemory::hugetlb(HUGE_BYTES).unwrap();
-        let error = pages.write(4 * PAGE_BYTES, &[1; 8]).unwrap_err();
+        let punch = || memfd::punch_hole(file.as_fd(), HUGE_BYTES, HUGE_BYTES).unwrap();
+        punch();
+        let mut hog = pool.hog().unwrap();
+        let error = hog.starve(|| pages.write(4 * PAGE_BYTES, &[1; 8]), punch).unwrap();
         assert!(error.kind() == ErrorKind::StorageFull && error.to_string().contains("nr_hugepages"), "{error}");
-        drop((hog, last));
+        drop(hog);
         pages.write(4 * PAGE_BYTES, &[1; 8]).unwrap();
         memfd::to_file(file.as_fd()).unwrap().set_len(HUGE_BYTES).unwrap();
         let cut =

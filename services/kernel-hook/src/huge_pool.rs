@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, MemfdFlags, SealFlags};
 
 use crate::error::HookError;
+use crate::program::ProgramMemory;
 
 /// Bytes of the pages that are reserved here, whatever the machine's default is.
 pub const HUGE_BYTES: u64 = 2 << 20;
@@ -16,6 +17,8 @@ pub const HUGE_BYTES: u64 = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks.
 const POLL: Duration = Duration::from_millis(2);
+/// More often in a row nobody frees a page at the very moment.
+const STARVE_TRIES: u32 = 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// More huge pages in the pool, for as long as it lives; then it is as large as it was.
@@ -93,6 +96,57 @@ impl HugePool {
     /// `Path`, `Strange`.
     pub fn unclaimed(&self) -> Result<u64, HookError> {
         Ok(count("free_hugepages")?.saturating_sub(count("resv_hugepages")?))
+    }
+}
+
+/// All huge pages that nobody else has. Other users of the pool take and free pages as they like.
+#[derive(Debug)]
+pub struct Hog<'a> {
+    pool: &'a HugePool,
+    taken: Vec<ProgramMemory>,
+}
+
+impl HugePool {
+    /// Takes what is left.
+    ///
+    /// # Errors
+    /// As [`HugePool::unclaimed`].
+    pub fn hog(&self) -> Result<Hog<'_>, HookError> {
+        let mut hog = Hog { pool: self, taken: Vec::new() };
+        hog.take_rest()?;
+        Ok(hog)
+    }
+}
+
+impl Hog<'_> {
+    /// Takes what others have freed, too.
+    fn take_rest(&mut self) -> Result<(), HookError> {
+        loop {
+            match self.pool.unclaimed()? {
+                0 => return Ok(()),
+                // Somebody may be faster: then there are fewer at the next look.
+                left => self.taken.extend(ProgramMemory::hugetlb(left * HUGE_BYTES)),
+            }
+        }
+    }
+
+    /// Does something that must find no page and gives its error. When it finds one that somebody has freed that moment, it is undone and done again.
+    ///
+    /// # Errors
+    /// As [`HugePool::unclaimed`]; `Strange` when it found one again and again.
+    pub fn starve<T, E>(
+        &mut self,
+        mut act: impl FnMut() -> Result<T, E>,
+        mut undo: impl FnMut(),
+    ) -> Result<E, HookError> {
+        for _ in 0..STARVE_TRIES {
+            self.take_rest()?;
+            match act() {
+                Err(error) => return Ok(error),
+                Ok(_) => undo(),
+            }
+        }
+        Err(HookError::Strange { call: "hog huge pages", detail: "there was a page every time".into() })
     }
 }
 

@@ -1,4 +1,5 @@
 use std::cell::RefCell;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use uhmm_driver_kit::{DeviceError, DevicePageTable, PageRange, RegionKey, RegionMap, SharedTable};
@@ -187,17 +188,20 @@ fn integration_huge_pages_of_a_file_are_written_by_kernels_and_an_empty_pool_is_
     };
     let mut resolver = Resolver::new(true)?;
     let file = Arc::new(huge_memfd(2 * HUGE_BYTES)?);
+    let punched = file.clone();
     let seen = FilePages::new(file.clone(), 0, HUGE_BYTES)?;
     // Pages 6 and 7 are mapped in place: the last one of a huge page, which is there, and the first one of a hole.
     resolver.region.memory = Memory::File { file, offset_bytes: HUGE_BYTES - 7 * PAGE_BYTES };
     let memory = Arc::new(Window::anonymous(32 * PAGE_BYTES)?);
     let at = AT + 7 * PAGE_BYTES;
     seen.write(0, &[1])?;
-    let hog = uhmm_kernel_hook::program::ProgramMemory::hugetlb(pool.unclaimed()? * HUGE_BYTES)?;
+    let mut hog = pool.hog()?;
+    let punch = || memfd::punch_hole(punched.as_fd(), HUGE_BYTES, HUGE_BYTES).expect("a hole is punched");
     with_mmu(&resolver, &mut window(&memory), &AtomicBool::new(false), |mmu| {
         mmu.write(at - 20, &[7; 20])?;
         assert_eq!((mmu.load_u64(at - 8)?, mmu.load_u64(at)?), (0x0707_0707_0707_0707, 0));
-        assert_eq!(mmu.store_u64(at, 1).map_err(|error| error.code), Err(ErrorCode::NoMemory));
+        let error = hog.starve(|| mmu.store_u64(at, 1), punch).expect("no page is left");
+        assert_eq!(error.code, ErrorCode::NoMemory);
         assert_eq!(mmu.fetch_add_u64(at - 8, 1).map_err(|error| error.code), Err(ErrorCode::Invalid));
         drop(hog);
         mmu.store_u64(at, 5)?;

@@ -143,15 +143,16 @@ fn none_left(ctx: &Ctx) -> CaseResult {
     let driver = &ctx.args.devices[0];
     let before = pid_of(ctx, driver)?;
     memfd::punch_hole(file.as_fd(), HUGE_BYTES, HUGE_BYTES).during("Punch a hole")?;
-    let hog = Mem::hugetlb(pool.unclaimed()? * HUGE_BYTES, false)?;
-    ensure_eq!(pool.unclaimed()?, 0, "Huge pages that are left");
+    let mut hog = pool.hog()?;
     ctx.sees_zero(0, &mem, HUGE_BYTES, HUGE_BYTES)?;
-    ensure_eq!(pool.unclaimed()?, 0, "Huge pages that are left after a hole was read");
     let bytes = pattern::bytes(3, 0, 2 * PAGE);
     let at = mem.addr() + HUGE_BYTES;
-    let error = refused(ctx.try_write(0, at, &bytes)?, ErrorCode::NoMemory, "A device write without a page for it")?;
+    let punch = || drop(memfd::punch_hole(file.as_fd(), HUGE_BYTES, HUGE_BYTES));
+    let device = ctx.device(0)?;
+    let starved = hog.starve(|| device.write(at, &bytes), punch)?;
+    let error = refused(Err::<(), _>(starved), ErrorCode::NoMemory, "A device write without a page for it")?;
     ensure!(error.to_string().contains("nr_hugepages"), "The error does not say what to do: {error}");
-    ensure!(ctx.try_write(0, at - PAGE, &bytes)?.is_err(), "A device write into a page and a hole succeeded");
+    hog.starve(|| device.write(at - PAGE, &bytes), punch).during("A device write into a page and a hole")?;
     if ctx.counters_hold() {
         ensure_eq!(pid_of(ctx, driver)?, before, "The driver's process");
     }
