@@ -289,12 +289,7 @@ impl<P: Policy> Core<P> {
             return Next::Wait;
         }
         if stays(first, target, only) {
-            let run = Self::run_while(dir, region, left, |offset, entry| {
-                stays(entry, target, only) && !self.busy(region, left.first + offset, entry)
-            });
-            request.fates.set(run, PageStatus::NotSelected);
-            request.cursor = run.end();
-            return Next::Again;
+            return self.leave(dir, request, left, (target, only));
         }
         let on_target = matches!(target, Target::Device(device) if first.device() == device);
         match target {
@@ -336,6 +331,16 @@ impl<P: Policy> Core<P> {
                 Next::Again
             }
         }
+    }
+
+    /// The next pages are not among those that are to move.
+    fn leave(&self, dir: &impl Directory, request: &mut Request, left: Pages, (target, only): (Target, Only)) -> Next {
+        let run = Self::run_while(dir, request.region, left, |offset, entry| {
+            stays(entry, target, only) && !self.busy(request.region, left.first + offset, entry)
+        });
+        request.fates.set(run, PageStatus::NotSelected);
+        request.cursor = run.end();
+        Next::Again
     }
 
     fn migrate_run_out(

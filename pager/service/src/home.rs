@@ -9,7 +9,7 @@
 //! Debuggers and core dumps read a process by ways that cannot wait for a page (/proc/PID/mem, ptrace): for them a page on a device is an
 //! error, and so is one that was never touched, because its first touch is a fault that the pager answers.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Display;
 
 use uhmm_ipc::message::pager::{PageStatus, StatusRun};
@@ -54,6 +54,17 @@ pub(crate) struct AtHomeFault {
     pub fault_page: u64,
     pub device: u8,
     pub kind: FaultKind,
+}
+
+/// What is going on of all this.
+#[derive(Debug, Default)]
+pub(crate) struct HomeBook {
+    /// Why something of a space could not be done, until somebody is told.
+    pub failures: HashMap<u64, String>,
+    /// Device faults of processes that stay at home.
+    pub faults: Vec<AtHomeFault>,
+    /// Processes that come home.
+    pub homings: VecDeque<Homing>,
 }
 
 /// Somebody waits until all of a process is there.
@@ -156,7 +167,7 @@ impl Pager {
             return self.come_home(conn, call, who, moved_pages);
         }
         let untouched = self.perhaps_untouched(who, &pieces);
-        self.homings.push_back(Homing { conn, call, moved_pages, untouched });
+        self.home.homings.push_back(Homing { conn, call, moved_pages, untouched });
     }
 
     fn perhaps_untouched(&self, who: Whose, pieces: &[Piece]) -> VecDeque<Untouched> {
@@ -176,7 +187,7 @@ impl Pager {
 
     /// One turn for those who wait until everything is there.
     pub(crate) fn go_on_homing(&mut self) {
-        let Some(mut homing) = self.homings.pop_front() else { return };
+        let Some(mut homing) = self.home.homings.pop_front() else { return };
         let mut calls = TURN_CALLS;
         while calls > 0 {
             let Some(part) = homing.untouched.pop_front() else {
@@ -190,7 +201,7 @@ impl Pager {
             };
             homing.untouched.extend(left);
         }
-        self.homings.push_back(homing);
+        self.home.homings.push_back(homing);
     }
 
     /// The kernel's zero page, wherever there is nothing. What is left when the turn is over.
@@ -248,8 +259,8 @@ impl Pager {
 
     /// Device faults of a process that may leave home again, or is gone, are asked again.
     pub(crate) fn let_faults_go(&mut self, space_id: u64) {
-        let (mine, others) = std::mem::take(&mut self.faults_at_home).into_iter().partition(|f| f.space == space_id);
-        self.faults_at_home = others;
+        let (mine, others) = std::mem::take(&mut self.home.faults).into_iter().partition(|f| f.space == space_id);
+        self.home.faults = others;
         for fault in mine {
             let AtHomeFault { conn, call, trace, space, segment_id, window, fault_page, device, kind } = fault;
             let answer = self.resolve(conn, call, trace, space, segment_id, window, fault_page, device, kind);
@@ -287,19 +298,19 @@ impl Pager {
 
     /// The same, by space.
     pub(crate) fn note_failure_in(&mut self, space: u64, why: impl Display) {
-        self.failures.insert(space, why.to_string());
+        self.home.failures.insert(space, why.to_string());
     }
 
     /// What failed before has nothing to do with what begins now.
     pub(crate) fn forget_failure(&mut self, conn: ConnId) {
         if let Ok(space) = self.space_of(conn) {
-            self.failures.remove(&space);
+            self.home.failures.remove(&space);
         }
     }
 
     /// Why some of the pages of a migration stayed, also for the log.
     pub(crate) fn why_stayed(&mut self, conn: ConnId, trace: TraceId, runs: &[CoreRun]) -> String {
-        let noted = self.space_of(conn).ok().and_then(|space| self.failures.get(&space));
+        let noted = self.space_of(conn).ok().and_then(|space| self.home.failures.get(&space));
         let why = why_of(runs, noted.map(String::as_str));
         if runs.iter().any(|run| run.status == CoreStatus::Io) {
             tracing::warn!(request = trace.0, why, "Pages stay where they are");

@@ -362,7 +362,7 @@ impl Pager {
         let (in_place, live) = (live.is_some_and(|r| r.backing == Backing::File), live.is_some());
         if live && !in_place && self.spaces.get(&space).is_some_and(|space| space.state.at_home) {
             let fault = AtHomeFault { conn, call, trace, space, segment_id, window, fault_page, device, kind };
-            self.faults_at_home.push(fault);
+            self.home.faults.push(fault);
             return None;
         }
         let Some(segment) = segment.filter(|_| live) else {

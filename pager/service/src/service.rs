@@ -31,7 +31,7 @@ use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
-use crate::home::{AtHomeFault, Homing};
+use crate::home::HomeBook;
 use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
@@ -165,12 +165,7 @@ pub struct Pager {
     pub(crate) next_bounce: u64,
     /// Copies that shall fail, by space.
     pub(crate) injections: HashMap<(u64, FaultPoint), u32>,
-    /// Why something of a space could not be done, until somebody is told.
-    pub(crate) failures: HashMap<u64, String>,
-    /// Device faults of processes that stay at home.
-    pub(crate) faults_at_home: Vec<AtHomeFault>,
-    /// Processes that come home.
-    pub(crate) homings: VecDeque<Homing>,
+    pub(crate) home: HomeBook,
     pub(crate) traces: HashMap<u64, TraceRing>,
     /// Spaces whose hot ranges are asked for.
     pub(crate) watches: BTreeMap<u64, Watch>,
@@ -313,9 +308,7 @@ impl Pager {
             bounces: HashMap::new(),
             next_bounce: 1,
             injections: HashMap::new(),
-            failures: HashMap::new(),
-            faults_at_home: Vec::new(),
-            homings: VecDeque::new(),
+            home: HomeBook::default(),
             traces: HashMap::new(),
             watches: BTreeMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
@@ -348,7 +341,8 @@ impl Pager {
 
     /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
     fn poll_timeout(&mut self) -> Option<Duration> {
-        let works = !self.unread.is_empty() || !self.ending.is_empty() || !self.homings.is_empty() || self.has_scrubs();
+        let homes = !self.home.homings.is_empty();
+        let works = homes || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs();
         if self.core.has_runnable_work() || works {
             return Some(Duration::ZERO);
         }
@@ -456,7 +450,7 @@ impl Pager {
 
     fn on_closed(&mut self, conn: ConnId) {
         let Some(session) = self.sessions.remove(&conn) else { return };
-        self.faults_at_home.retain(|fault| fault.conn != conn);
+        self.home.faults.retain(|fault| fault.conn != conn);
         if self.mirror == Some(conn) {
             tracing::warn!("The mirror's session is lost: revocations by message wait for the next one");
             self.mirror = None;

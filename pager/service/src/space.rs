@@ -550,6 +550,7 @@ mod tests {
                 birth,
                 parent,
                 fork_event,
+                at_home: birth == Birth::Done,
             };
             assert_eq!(SpaceState::from_memfd(&state.to_memfd().unwrap()).unwrap(), Some(state));
         }

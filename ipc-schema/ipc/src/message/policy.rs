@@ -1,6 +1,41 @@
-//! Advice, attributes, heat and injected faults: what a client says and asks about ranges. Part of the pager's messages.
+//! Selections and fates of pages, advice, attributes, heat and injected faults: what a client says and asks about ranges. Part of the pager's messages.
 
 use super::pager::Target;
+
+/// What became of a page in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PageStatus {
+    /// Moved now.
+    Moved,
+    /// Was there already.
+    AlreadyThere,
+    /// Lost a race; try again.
+    Busy,
+    /// Pinned: stays. Or locked, and RLIMIT_MEMLOCK has no room for it a second time while it moves.
+    Pinned,
+    /// Device full and nothing could be evicted.
+    NoMemory,
+    /// The copy failed, or the device is lost; the page is valid where it was.
+    Io,
+    /// Lost with a device: accesses get SIGBUS.
+    Poisoned,
+    /// Unmapped meanwhile.
+    Gone,
+    /// Not one of the pages that were to move.
+    NotSelected,
+}
+
+/// Which pages of a range are to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Only {
+    /// All of them.
+    #[default]
+    All,
+    /// To a device, those that are in system memory: what is on other devices stays there.
+    InSystem,
+    /// Home, those that are on this device.
+    OnDevice(u8),
+}
 
 /// How a device may use pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
