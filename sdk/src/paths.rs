@@ -26,6 +26,7 @@ fn choose(explicit: Option<&Path>, own: Option<std::ffi::OsString>, runtime: Opt
 pub(crate) fn service(run_dir: &Path, name: &str) -> (PathBuf, Interface) {
     match name {
         "supervisor" => (run_dir.join("supervisor.sock"), Interface::Supervisor),
+        "holder" => (run_dir.join("holder.sock"), Interface::Supervisor),
         "pager" => (run_dir.join("pager.sock"), Interface::Pager),
         "mirror" => (run_dir.join("mirror.sock"), Interface::Mirror),
         driver => (run_dir.join(format!("driver-{driver}.sock")), Interface::Driver),

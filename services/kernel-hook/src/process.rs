@@ -31,6 +31,21 @@ impl PidFd {
         Ok(Self { fd })
     }
 
+    /// The process of that number that began then ([`start_time`]); `None` when it has ended, whoever has its number now.
+    ///
+    /// # Errors
+    /// `Call`.
+    pub fn open_started_at(pid: u32, start_time: u64) -> Result<Option<Self>, HookError> {
+        let opened = match Self::open(pid) {
+            Ok(opened) => opened,
+            Err(error) if error.errno() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Looked at while it is held: its number cannot come to mean another one any more.
+        let same = self::start_time(pid).is_ok_and(|found| found == start_time);
+        Ok((same && !opened.exited()?).then_some(opened))
+    }
+
     /// The process at the other end of a connected Unix socket: the one that connected (or made the pair), whoever holds the
     /// socket now.
     ///
@@ -314,6 +329,16 @@ pub fn current_cpu_of(tid: u32) -> Result<u32, HookError> {
     parse_stat_cpu(&text).ok_or(HookError::Strange { call: "/proc/TID/stat", detail: text })
 }
 
+/// When a process began, in clock ticks since the machine did: with its number it names a process for good.
+///
+/// # Errors
+/// `Call` when it is gone.
+pub fn start_time(pid: u32) -> Result<u64, HookError> {
+    let text = read_proc(&format!("/proc/{pid}/stat"), "/proc/PID/stat")?;
+    let field = text.rsplit_once(')').and_then(|(_, after)| after.split_ascii_whitespace().nth(22 - 3)?.parse().ok());
+    field.ok_or(HookError::Strange { call: "/proc/PID/stat", detail: text })
+}
+
 /// Field 39, counted after the name, which may hold blanks and brackets.
 fn parse_stat_cpu(stat: &str) -> Option<u32> {
     let (_, after_name) = stat.rsplit_once(')')?;
@@ -380,6 +405,19 @@ mod tests {
         assert!(rss(own).unwrap().anon > 0);
         assert!(matches!(vm_write(own, 0x1000, b"x"), Err(HookError::OwnMemory { .. })));
         assert_eq!(PidFd::open(0).unwrap_err().errno(), Some(libc::ESRCH));
+        let began = start_time(own).unwrap();
+        assert!(PidFd::open_started_at(own, began).unwrap().is_some());
+        assert!(PidFd::open_started_at(own, began + 1).unwrap().is_none(), "another process of this number");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_not_found_by_number_and_time() {
+        let child = crate::fork::fork_child(|| 0).unwrap();
+        let (pid, began) = (child.pid(), start_time(child.pid()).unwrap());
+        while !child.pidfd().exited().unwrap() {
+            std::thread::yield_now();
+        }
+        assert!(PidFd::open_started_at(pid, began).unwrap().is_none(), "not even before it is reaped");
     }
 
     #[test]

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   start: link to supervisor.sock -> Register -> (plan, listening socket, channel keys) -> VaultGet ... -> the service's own start -> Ready
+//!          link to holder.sock: the second keeper of the vault (`vault.rs`)
 //!   later: Ping -> Pong, from the service's own loop (a loop that hangs is noticed)
 //!          supervisor died: the service lives on; when a new one listens: Register, put every vault entry back, Ready
+//!          holder died: the same without Ready
 //!          run directory gone: nobody will ever come back: exit
 //! ```
 
@@ -15,21 +17,24 @@ mod vault;
 
 pub use error::KitError;
 pub use log::LogFormat;
-pub use vault::Vault;
+pub use vault::{Vault, WHOLE_NAME};
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, supervisor};
 use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, TimerToken, Wake};
-use uhmm_kernel_hook::SeqListener;
+use uhmm_kernel_hook::{PAGE_SIZE, SeqListener, memfd};
 use uhmm_manifest::{Kind, Plan};
 
 /// Environment variable with the key (hexadecimal) that proves a service to the supervisor.
 pub const KEY_VARIABLE: &str = "UHMM_SUPERVISOR_KEY";
 /// Vault name of the service's own listening socket.
 pub const LISTENER_NAME: &str = "kit/listener";
+/// Where the vault's second keeper listens, in the run directory.
+pub const HOLDER_SOCKET: &str = "holder.sock";
 
 /// Looks whether the run directory is still there while the supervisor is away.
 const ORPHAN_CHECK: Duration = Duration::from_secs(1);
@@ -142,26 +147,36 @@ impl Service {
             limits: Limits::default(),
         })?;
         let path = args.run_dir.join("supervisor.sock");
-        let supervisor = reactor.link(Endpoint { path, interface: Interface::Supervisor, key });
+        let supervisor = reactor.link(Endpoint { path, interface: Interface::Supervisor, key: key.clone() });
         let register = supervisor::Call::Register { service: args.name.clone(), incarnation: args.incarnation };
-        reactor.set_preamble(supervisor, vec![Call::Supervisor(register)]);
-        let (plan_toml, listener, channel_keys) = registered(&mut reactor, supervisor)?;
+        reactor.set_preamble(supervisor, vec![Call::Supervisor(register.clone())]);
+        // What comes before the service's own loop runs, and is not an answer to what is asked here.
+        let mut early = Vec::new();
+        let (plan_toml, listener, channel_keys) = registered(&mut reactor, supervisor, &mut early)?;
         let plan = Plan::from_toml(&plan_toml)?;
         reactor.set_max_connections(plan.quota.max_spaces.max(Limits::default().max_connections));
-        let mut vault = Vault::new(supervisor);
+        let path = args.run_dir.join(HOLDER_SOCKET);
+        let holder_expected = path.exists();
+        let holder = reactor.link(Endpoint { path, interface: Interface::Supervisor, key });
+        reactor.set_preamble(holder, vec![Call::Supervisor(register)]);
+        let mut vault = Vault::new(supervisor, holder, Arc::new(memfd::create_sealed("uhmm-whole", PAGE_SIZE)?));
         for (peer, key) in &channel_keys {
             reactor.set_channel_key(peer, key.clone());
             if let Some(kind) = plan.service(peer).map(|service| service.kind) {
                 reactor.set_channel_role(peer, role_of(kind));
             }
         }
-        vault.load(&mut reactor)?;
+        if let Some(listener) = &listener {
+            vault.remember(LISTENER_NAME, listener.clone());
+        }
+        vault.load(&mut reactor, holder_expected, &mut early)?;
         // Last, because loading the vault looks at its own answers only: whoever calls now must find a loop that listens.
         if let Some(listener) = listener {
             let own = listener.try_clone().map_err(|source| KitError::Descriptor { source })?;
             reactor.listen(SeqListener::from_fd(own)?)?;
             vault.remember(LISTENER_NAME, listener);
         }
+        early.into_iter().for_each(|wake| reactor.put_back(wake));
         Ok(Self {
             reactor,
             plan,
@@ -210,6 +225,9 @@ impl Service {
 
     /// The kit's share of a wake-up.
     pub fn on_wake(&mut self, wake: &Wake) -> Handled {
+        if self.vault.is_about_holder(&mut self.reactor, wake) {
+            return Handled::Yes;
+        }
         match wake {
             Wake::Event { link, body: Event::Supervisor(event), .. } if *link == self.supervisor => match event {
                 supervisor::Event::Ping { sequence } => {
@@ -258,7 +276,7 @@ impl Service {
     /// A new supervisor has registered this service: it gets everything that the old one kept.
     fn hand_back(&mut self) {
         tracing::info!("A supervisor is there again: handing the vault back");
-        self.vault.put_all(&mut self.reactor);
+        self.vault.hand_back(&mut self.reactor);
         if self.ready {
             self.tell(supervisor::Call::Ready);
         }
@@ -268,15 +286,16 @@ impl Service {
 type Registered = (String, Option<uhmm_ipc::message::Fd>, Vec<(String, Vec<u8>)>);
 
 /// Waits for the preamble's answer.
-fn registered(reactor: &mut Reactor, supervisor: LinkId) -> Result<Registered, KitError> {
+fn registered(reactor: &mut Reactor, supervisor: LinkId, early: &mut Vec<Wake>) -> Result<Registered, KitError> {
     let mut wakes = Vec::new();
     loop {
         reactor.poll(None, &mut wakes)?;
-        for wake in wakes.drain(..) {
-            let Wake::Preamble { link, result, .. } = wake else { continue };
+        while !wakes.is_empty() {
+            let Wake::Preamble { link, result, .. } = wakes.remove(0) else { continue };
             if link != supervisor {
                 continue;
             }
+            early.append(&mut wakes);
             return match result {
                 Ok(Reply::Supervisor(supervisor::Reply::Registered { plan_toml, listener, channel_keys })) => {
                     Ok((plan_toml, listener, channel_keys))

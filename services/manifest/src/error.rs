@@ -7,7 +7,7 @@ pub enum ManifestError {
     #[error("Manifest is not valid: {0}")]
     Syntax(String),
     /// Names are used in socket paths and logs.
-    #[error("Name {name:?} is not allowed: use 1 to 32 of a-z, 0-9 and -")]
+    #[error("Name {name:?} is not allowed: use 1 to 32 of a-z, 0-9 and -, and neither supervisor nor holder")]
     Name {
         /// What was given.
         name: String,

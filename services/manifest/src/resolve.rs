@@ -37,7 +37,8 @@ impl Manifest {
         let mut seen = BTreeSet::new();
         for (what, name) in services.chain(devices) {
             let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            if name.is_empty() || name.len() > 32 || !name.chars().all(legal) || name == "supervisor" {
+            let ours = name == "supervisor" || name == "holder";
+            if name.is_empty() || name.len() > 32 || !name.chars().all(legal) || ours {
                 return Err(ManifestError::Name { name: name.clone() });
             }
             if !seen.insert((what, name)) {

@@ -20,7 +20,7 @@ use uhmm_manifest::Plan;
 pub enum State {
     /// What it needs is not ready.
     Waiting,
-    /// An older supervisor's process may register.
+    /// An older supervisor's process may register: nobody knows whether there is one.
     Adopting {
         /// Until then.
         until_ms: u64,
@@ -155,6 +155,32 @@ impl Core {
         self.services.iter().position(|service| service.name == name)
     }
 
+    /// An older supervisor has started this process, and it lives: it shall register like one that was started now.
+    pub fn found_alive(&mut self, service: usize, pid: u32, now_ms: u64) {
+        self.services[service].pid = pid;
+        self.services[service].state = State::Starting { since_ms: now_ms };
+    }
+
+    /// The process that an older supervisor has started has ended, and nobody was told.
+    pub fn found_dead(&mut self, service: usize, now_ms: u64, out: &mut Vec<Action>) {
+        let this = &mut self.services[service];
+        this.last_exit = "ended while no supervisor was there".to_owned();
+        this.died_at_ms = Some(now_ms);
+        this.deaths.push_back(now_ms);
+        this.state = State::Backoff { until_ms: now_ms };
+        out.push(Action::Died { service, incarnation: this.incarnation, held: false });
+    }
+
+    /// Services that are known to be dead now, as they were told to those that were there: incarnation, and whether it is held.
+    pub fn dead(&self) -> impl Iterator<Item = (usize, u32, bool)> + '_ {
+        let dead = |(index, this): (usize, &Service)| match this.state {
+            State::Backoff { .. } => Some((index, this.incarnation, false)),
+            State::Held | State::Stopped => Some((index, this.incarnation, true)),
+            State::Waiting | State::Adopting { .. } | State::Starting { .. } | State::Ready { .. } => None,
+        };
+        self.services.iter().enumerate().filter_map(dead).filter(|(_, incarnation, _)| *incarnation > 0)
+    }
+
     /// The shell has started the process.
     pub fn spawned(&mut self, service: usize, pid: u32, now_ms: u64) {
         self.services[service].pid = pid;
@@ -213,12 +239,22 @@ impl Core {
     /// Somebody wants it dead: its own incarnation only. False: that one is dead already.
     pub fn condemn(&mut self, service: usize, incarnation: u32, reason: &str, out: &mut Vec<Action>) -> bool {
         let this = &mut self.services[service];
-        if this.incarnation != incarnation || this.pid == 0 {
+        // Nobody knows yet whether it lives: that it has not registered is no proof of its death.
+        let unknown = matches!(this.state, State::Adopting { .. });
+        if this.incarnation != incarnation || this.pid == 0 && !unknown {
             return false;
         }
         this.reason = Some(reason.to_owned());
+        if unknown {
+            return true;
+        }
         out.push(Action::Kill { service });
         true
+    }
+
+    /// Whether somebody wanted it dead before anybody knew that it lives.
+    pub fn is_condemned(&self, service: usize) -> bool {
+        self.services[service].reason.is_some()
     }
 
     /// The process was reaped.
@@ -285,7 +321,14 @@ impl Core {
         let limits = self.plan.supervisor.clone();
         for (service, this) in self.services.iter_mut().enumerate() {
             match this.state {
-                State::Adopting { until_ms } if until_ms <= now_ms => this.state = State::Waiting,
+                State::Adopting { until_ms } if until_ms <= now_ms => {
+                    this.state = State::Waiting;
+                    if this.incarnation > 0 {
+                        this.last_exit = "ended while no supervisor was there".to_owned();
+                        this.reason = None;
+                        out.push(Action::Died { service, incarnation: this.incarnation, held: false });
+                    }
+                }
                 State::Backoff { until_ms } if until_ms <= now_ms => spawn(service, this, now_ms, out),
                 State::Starting { since_ms } if now_ms - since_ms > limits.start_timeout_ms => {
                     this.reason = Some(format!("not ready {} ms after its start", limits.start_timeout_ms));

@@ -1,25 +1,25 @@
-//! The supervisor's shell: processes, sockets and messages; every decision in [`crate::core`].
+//! The supervisor's shell: sockets and messages; every decision in [`crate::core`]. Processes of services: `processes.rs`, the vault's
+//! second keeper: `keeping.rs`.
 
 use std::collections::HashMap;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use uhmm_ipc::message::{
     Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, supervisor,
 };
 use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_kernel_hook::{PidFd, SeqListener};
-use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
-use uhmm_manifest::{Kind, Manifest, Plan, Sandbox};
+use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, WHOLE_NAME};
+use uhmm_manifest::{Kind, Manifest, Plan};
 
 use crate::core::{Action, Core, State};
-use crate::state::{SavedState, hex};
+use crate::keeping::{Keeping, TIMER_HOLDER, TIMER_HOLDER_PING, TOKEN_HOLDER};
+use crate::state::{HOLDER, SavedState};
 use crate::vault::Vault;
 
 /// Running services find a new supervisor within their reconnect interval (200 ms at most); this is ten times that.
@@ -64,6 +64,12 @@ pub enum SupervisorError {
     /// The event loop failed.
     #[error("The event loop failed")]
     Ipc(#[from] uhmm_ipc::IpcError),
+    /// Of a holder.
+    #[error("The holder is started by the supervisor (`uhmm up`): {problem}")]
+    NotStartedBySupervisor {
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 /// How to run.
@@ -79,24 +85,27 @@ pub struct SupervisorOptions {
     pub log: LogFormat,
 }
 
-struct Supervisor<F> {
-    options: SupervisorOptions,
-    plan: Plan,
-    plan_toml: String,
-    reactor: Reactor,
-    core: Core,
-    vault: Vault,
-    saved: SavedState,
-    children: HashMap<usize, Child>,
-    pidfds: HashMap<usize, PidFd>,
-    sessions: HashMap<ConnId, Peer>,
-    registered: HashMap<usize, ConnId>,
-    actions: Vec<Action>,
-    started: Instant,
-    restarts: u64,
-    ready: Option<F>,
-    done: bool,
-    tick_armed_ms: Option<u64>,
+pub(crate) struct Supervisor<F> {
+    pub(crate) options: SupervisorOptions,
+    pub(crate) plan: Plan,
+    pub(crate) plan_toml: String,
+    pub(crate) reactor: Reactor,
+    pub(crate) core: Core,
+    pub(crate) vault: Vault,
+    pub(crate) saved: SavedState,
+    pub(crate) children: HashMap<usize, Child>,
+    pub(crate) pidfds: HashMap<usize, PidFd>,
+    pub(crate) sessions: HashMap<ConnId, Peer>,
+    pub(crate) registered: HashMap<usize, ConnId>,
+    /// Dead services whose last words are being read: how they ended.
+    pub(crate) ending: HashMap<usize, String>,
+    pub(crate) keeping: Keeping,
+    pub(crate) actions: Vec<Action>,
+    pub(crate) started: Instant,
+    pub(crate) restarts: u64,
+    pub(crate) ready: Option<F>,
+    pub(crate) done: bool,
+    pub(crate) tick_armed_ms: Option<u64>,
 }
 
 /// Runs until SIGTERM, SIGINT or the operator's `Shutdown`. `ready` is called once, when every service is.
@@ -112,8 +121,12 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
     // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
     let vault = if options.adopt { Vault::default() } else { listen_for_all(&options.run_dir, &plan)? };
-    let saved = SavedState::open(&options.run_dir, &plan, options.adopt)?;
+    let mut saved = SavedState::open(&options.run_dir, options.adopt)?;
+    saved.make_keys(&plan)?;
+    saved.save()?;
     let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
+    supervisor.find_holder()?;
+    supervisor.begin()?;
     supervisor.reactor.listen(listener)?;
     supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
     let mut wakes = Vec::new();
@@ -124,16 +137,20 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
             supervisor.on_wake(wake)?;
         }
     }
+    supervisor.end_holder();
     supervisor.clean_up();
     Ok(())
 }
 
 /// The listening socket of a service, into the vault.
-fn listen(run_dir: &Path, plan: &Plan, name: &str, vault: &mut Vault) -> Result<(), SupervisorError> {
+pub(crate) fn listen(run_dir: &Path, plan: &Plan, name: &str, vault: &mut Vault) -> Result<(), SupervisorError> {
     let path = plan.endpoint_path(run_dir, name);
     let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
-    if let Err(text) = vault.put(name, LISTENER_NAME.to_owned(), Arc::new(listener.into_fd())) {
-        tracing::error!(text, "The vault refused a listening socket");
+    let listener = Arc::new(listener.into_fd());
+    for entry in [LISTENER_NAME, WHOLE_NAME] {
+        if let Err(text) = vault.put(name, entry.to_owned(), Arc::clone(&listener)) {
+            tracing::error!(text, "The vault refused a listening socket");
+        }
     }
     Ok(())
 }
@@ -166,20 +183,14 @@ impl<F: FnOnce()> Supervisor<F> {
         vault: Vault,
         ready: F,
     ) -> Result<Self, SupervisorError> {
-        let mut reactor = Reactor::new(Identity {
+        let reactor = Reactor::new(Identity {
             name: "supervisor".to_owned(),
             role: Role::Supervisor,
             incarnation: 1,
             interface: Some(Interface::Supervisor),
             limits: Limits::default(),
         })?;
-        for service in &plan.services {
-            reactor.set_channel_key(&service.name, saved.key(&service.name, "supervisor"));
-            reactor.set_channel_role(&service.name, role_of(service.kind));
-        }
-        let before = |name: &str| saved.incarnations.get(name).copied().unwrap_or(0);
-        let incarnations: Vec<u32> = plan.services.iter().map(|service| before(&service.name)).collect();
-        let core = Core::new(plan.clone(), &incarnations, options.adopt.then_some(ADOPT_GRACE_MS));
+        let core = Core::new(plan.clone(), &[], None);
         Ok(Self {
             plan_toml: plan.to_toml(),
             options,
@@ -192,6 +203,8 @@ impl<F: FnOnce()> Supervisor<F> {
             pidfds: HashMap::new(),
             sessions: HashMap::new(),
             registered: HashMap::new(),
+            ending: HashMap::new(),
+            keeping: Keeping::default(),
             actions: Vec::new(),
             started: Instant::now(),
             restarts: 0,
@@ -201,7 +214,21 @@ impl<F: FnOnce()> Supervisor<F> {
         })
     }
 
-    fn now_ms(&self) -> u64 {
+    /// What an older supervisor has left is known: who may connect, and who runs.
+    fn begin(&mut self) -> Result<(), SupervisorError> {
+        self.saved.make_keys(&self.plan)?;
+        self.save_state();
+        for service in &self.plan.services {
+            self.reactor.set_channel_key(&service.name, self.saved.key(&service.name, "supervisor"));
+            self.reactor.set_channel_role(&service.name, role_of(service.kind));
+        }
+        let before = |name: &str| self.saved.incarnations.get(name).copied().unwrap_or(0);
+        let incarnations: Vec<u32> = self.plan.services.iter().map(|service| before(&service.name)).collect();
+        self.core = Core::new(self.plan.clone(), &incarnations, self.options.adopt.then_some(ADOPT_GRACE_MS));
+        if self.options.adopt { self.find_processes() } else { Ok(()) }
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
@@ -220,17 +247,20 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     fn on_wake(&mut self, wake: Wake) -> Result<(), SupervisorError> {
+        if self.is_about_holder(&wake) {
+            return Ok(());
+        }
         match wake {
             Wake::Timer(TIMER_TICK) => self.tick_armed_ms = None,
+            Wake::Timer(TIMER_HOLDER) => self.holder_due()?,
+            Wake::Timer(TIMER_HOLDER_PING) => self.ping_holder(),
             Wake::Fd(TOKEN_SIGNALS) => self.shutdown()?,
+            Wake::Fd(TOKEN_HOLDER) => self.check_holder()?,
             Wake::Fd(FdToken(service)) => self.check_exit(service as usize)?,
             Wake::Connected { conn, peer } => {
                 self.sessions.insert(conn, peer);
             }
-            Wake::Closed { conn, .. } => {
-                self.sessions.remove(&conn);
-                self.registered.retain(|_, registered| *registered != conn);
-            }
+            Wake::Closed { conn, .. } => self.closed(conn)?,
             Wake::Call { conn, call, body, .. } => {
                 let answer = match body {
                     Call::Common(common::Call::Stats) => Ok(Reply::Common(common::Reply::Stats(self.metrics()))),
@@ -293,6 +323,7 @@ impl<F: FnOnce()> Supervisor<F> {
             supervisor::Call::Ready => {
                 let now_ms = self.now_ms();
                 self.core.ready(service, now_ms, &mut self.actions);
+                self.tell_of_the_dead(service);
             }
             supervisor::Call::Pong { sequence } => self.core.pong(service, sequence),
             supervisor::Call::VaultPut { name, fd } => {
@@ -331,10 +362,16 @@ impl<F: FnOnce()> Supervisor<F> {
             Ok(false) => {}
             Ok(true) => {
                 tracing::info!(service = name, pid = peer.pid, incarnation, "Taken over from an older supervisor");
-                self.watch(service, peer.pid)?;
+                self.watch(service, PidFd::open(peer.pid)?)?;
+                if self.core.is_condemned(service) {
+                    self.kill(service);
+                }
             }
         }
         self.registered.insert(service, conn);
+        if !self.vault.is_whole(name) {
+            self.vault.begin(name);
+        }
         Ok(Ok(supervisor::Reply::Registered {
             plan_toml: self.plan_toml.clone(),
             listener: self.vault.get(name, LISTENER_NAME),
@@ -342,8 +379,21 @@ impl<F: FnOnce()> Supervisor<F> {
         }))
     }
 
+    /// Those that died while this service was not there, so that it waits for none of them.
+    fn tell_of_the_dead(&mut self, service: usize) {
+        let dead: Vec<(usize, u32, bool)> = self.core.dead().filter(|(other, _, _)| *other != service).collect();
+        for (other, incarnation, held) in dead {
+            let name = self.plan.services[other].name.clone();
+            self.tell(service, supervisor::Event::ServiceDied { service: name, incarnation, held });
+        }
+    }
+
     fn drill(&mut self, name: &str) -> Result<supervisor::Reply, WireError> {
         let missing = || WireError::new(ErrorCode::NotFound, format!("Service {name:?} is not running"));
+        if name == HOLDER {
+            let (incarnation, pid) = self.kill_holder();
+            return if pid == 0 { Err(missing()) } else { Ok(supervisor::Reply::Killed { incarnation, pid }) };
+        }
         let index = self.core.index_of(name).ok_or_else(missing)?;
         let (incarnation, pid) = (self.core.services()[index].incarnation, self.core.services()[index].pid);
         if !self.core.condemn(index, incarnation, "killed as a drill", &mut self.actions) {
@@ -366,7 +416,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
     }
 
-    fn act(&mut self) -> Result<(), SupervisorError> {
+    pub(crate) fn act(&mut self) -> Result<(), SupervisorError> {
         while !self.actions.is_empty() {
             for action in std::mem::take(&mut self.actions) {
                 self.execute(action)?;
@@ -416,86 +466,6 @@ impl<F: FnOnce()> Supervisor<F> {
         }
     }
 
-    fn kill(&mut self, service: usize) {
-        if let Some(pidfd) = self.pidfds.get(&service)
-            && let Err(error) = pidfd.signal(Signal::KILL)
-        {
-            tracing::error!(%error, service, "Killing a service failed");
-        }
-    }
-
-    /// The listening socket outlives every incarnation: it is made once and lies in the vault.
-    fn make_listener(&mut self, name: &str) -> Result<(), SupervisorError> {
-        if self.vault.get(name, LISTENER_NAME).is_some() {
-            return Ok(());
-        }
-        listen(&self.options.run_dir, &self.plan, name, &mut self.vault)
-    }
-
-    fn spawn(&mut self, service: usize) -> Result<(), SupervisorError> {
-        let plan = self.plan.services[service].clone();
-        self.make_listener(&plan.name)?;
-        let incarnation = self.core.services()[service].incarnation;
-        self.saved.incarnations.insert(plan.name.clone(), incarnation);
-        self.saved.save()?;
-        self.restarts += u64::from(incarnation > 1);
-        let (program, words) = match (plan.external, plan.command.split_first()) {
-            (true, Some((program, words))) => (PathBuf::from(program), words),
-            _ => (self.options.exe.clone(), plan.command.as_slice()),
-        };
-        let log = match self.options.log {
-            LogFormat::Text => "text",
-            LogFormat::Json => "json",
-        };
-        let mut command = Command::new(program);
-        command.args(words).arg("--run-dir").arg(&self.options.run_dir);
-        command.args(["--name", &plan.name, "--incarnation", &incarnation.to_string(), "--log", log]);
-        command.env(KEY_VARIABLE, hex(&self.saved.key(&plan.name, "supervisor")));
-        // Its own group: Ctrl-C reaches the supervisor alone, which stops the services in order.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-        let now_ms = self.now_ms();
-        match command.spawn() {
-            Ok(child) => {
-                let pid = child.id();
-                limit(pid, &plan.sandbox);
-                self.core.spawned(service, pid, now_ms);
-                self.children.insert(service, child);
-                self.watch(service, pid)?;
-            }
-            Err(error) => self.core.exited(service, &format!("cannot be started: {error}"), now_ms, &mut self.actions),
-        }
-        Ok(())
-    }
-
-    fn watch(&mut self, service: usize, pid: u32) -> Result<(), SupervisorError> {
-        let pidfd = PidFd::open(pid)?;
-        self.reactor.add_fd(&pidfd, FdToken(service as u64))?;
-        self.pidfds.insert(service, pidfd);
-        Ok(())
-    }
-
-    /// A pidfd became readable: reap, and only then tell anybody. A reaped process has no thread that could touch memory.
-    fn check_exit(&mut self, service: usize) -> Result<(), SupervisorError> {
-        let Some(pidfd) = self.pidfds.get(&service) else { return Ok(()) };
-        if !pidfd.exited()? {
-            return Ok(());
-        }
-        self.reactor.remove_fd(pidfd)?;
-        self.pidfds.remove(&service);
-        let how = match self.children.remove(&service).map(|mut child| child.wait()) {
-            Some(Ok(status)) => status.to_string(),
-            Some(Err(error)) => format!("cannot be reaped: {error}"),
-            None => "ended (adopted process)".to_owned(),
-        };
-        if let Some(conn) = self.registered.remove(&service) {
-            self.reactor.close(conn);
-            self.sessions.remove(&conn);
-        }
-        let now_ms = self.now_ms();
-        self.core.exited(service, &how, now_ms, &mut self.actions);
-        self.act()
-    }
-
     fn status(&self) -> Vec<supervisor::ServiceStatus> {
         let now_ms = self.now_ms();
         let line = |service: &crate::core::Service| {
@@ -520,7 +490,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 vault_entries: self.vault.count(&service.name) as u32,
             }
         };
-        self.core.services().iter().map(line).collect()
+        self.core.services().iter().map(line).chain([self.holder_status()]).collect()
     }
 
     fn metrics(&self) -> Vec<Metric> {
@@ -537,7 +507,7 @@ impl<F: FnOnce()> Supervisor<F> {
     /// Everything has ended in order: leave nothing that looks like a running system.
     fn clean_up(&self) {
         let sockets = self.plan.services.iter().map(|s| self.plan.endpoint_path(&self.options.run_dir, &s.name));
-        let own = ["supervisor.sock", "supervisor.toml"].map(|file| self.options.run_dir.join(file));
+        let own = ["supervisor.sock", "supervisor.toml", HOLDER_SOCKET].map(|file| self.options.run_dir.join(file));
         for path in sockets.chain(own) {
             if let Err(error) = std::fs::remove_file(&path) {
                 tracing::debug!(%error, path = %path.display(), "Was not there");
@@ -551,17 +521,5 @@ fn role_of(kind: Kind) -> Role {
         Kind::Pager => Role::Pager,
         Kind::Mirror => Role::Mirror,
         Kind::Driver => Role::Driver,
-    }
-}
-
-/// Limits of the manifest's sandbox, set from outside right after the start.
-fn limit(pid: u32, sandbox: &Sandbox) {
-    let limits = [(Resource::Nofile, sandbox.nofile), (Resource::As, sandbox.address_space_bytes.map(|bytes| bytes.0))];
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    for (resource, value) in limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))) {
-        let both = Rlimit { current: Some(value), maximum: Some(value) };
-        if let Err(error) = prlimit(pid, resource, both) {
-            tracing::warn!(%error, ?resource, value, "A sandbox limit could not be set");
-        }
     }
 }

@@ -1,9 +1,16 @@
-//! The vault: descriptors by owner and name. Bounded, sorted, nothing else.
+//! The vault: descriptors by owner and name. Bounded, sorted, nothing else. Supervisor and holder have one each, with the same in it
+//! (`uhmm_kit::Vault` has the owner's side).
+//!
+//! ```text
+//!   begin(owner)  put ...  put(WHOLE_NAME)      what was kept of the owner is replaced by the new set in one step
+//!        \____ owner is gone before the mark: the old set stays
+//! ```
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use uhmm_ipc::message::Fd;
+use uhmm_kit::WHOLE_NAME;
 
 /// Most entries of one service: five a client process and two a region add up.
 const ENTRIES_MAX: usize = 16_384;
@@ -11,11 +18,22 @@ const ENTRIES_MAX: usize = 16_384;
 const NAME_BYTES_MAX: usize = 128;
 /// Descriptors in one answer.
 const PAGE_ENTRIES: usize = 12;
+/// Between owner and name where both are told. Less than every character of a service's name, so that both are sorted alike.
+const SEPARATOR: char = '!';
+
+type Entries = BTreeMap<String, Fd>;
+
+#[derive(Debug, Default)]
+struct Owner {
+    kept: Entries,
+    /// A new set that is being handed over.
+    coming: Option<Entries>,
+}
 
 /// See the module head.
 #[derive(Debug, Default)]
 pub struct Vault {
-    owners: BTreeMap<String, BTreeMap<String, Fd>>,
+    owners: BTreeMap<String, Owner>,
 }
 
 impl Vault {
@@ -24,7 +42,13 @@ impl Vault {
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(format!("Vault name of {} bytes is not allowed: use 1 to {NAME_BYTES_MAX}", name.len()));
         }
-        let entries = self.owners.entry(owner.to_owned()).or_default();
+        let of = self.owners.entry(owner.to_owned()).or_default();
+        if name == WHOLE_NAME
+            && let Some(coming) = of.coming.take()
+        {
+            of.kept = coming;
+        }
+        let entries = of.coming.as_mut().unwrap_or(&mut of.kept);
         if entries.len() >= ENTRIES_MAX && !entries.contains_key(&name) {
             return Err(format!("{owner} keeps {ENTRIES_MAX} descriptors already: remove some"));
         }
@@ -32,20 +56,53 @@ impl Vault {
         Ok(())
     }
 
+    /// The owner hands everything over: see the module head.
+    pub fn begin(&mut self, owner: &str) {
+        self.owners.entry(owner.to_owned()).or_default().coming = Some(Entries::new());
+    }
+
+    /// The owner is gone. What it has not handed over to the end does not count.
+    pub fn owner_gone(&mut self, owner: &str) {
+        if let Some(of) = self.owners.get_mut(owner) {
+            of.coming = None;
+        }
+    }
+
+    /// Whether there is all that the owner has given.
+    pub fn is_whole(&self, owner: &str) -> bool {
+        self.get(owner, WHOLE_NAME).is_some()
+    }
+
+    /// What was copied from somewhere else may lack what its owners have given meanwhile.
+    pub fn doubt_all(&mut self) {
+        for of in self.owners.values_mut() {
+            of.kept.remove(WHOLE_NAME);
+        }
+    }
+
     /// One page of what is below a prefix; true when more follows.
     pub fn page(&self, owner: &str, prefix: &str, after: &str) -> (Vec<(String, Fd)>, bool) {
-        let entries = self.owners.get(owner);
-        let below = entries.into_iter().flatten().filter(|(name, _)| name.starts_with(prefix) && name.as_str() > after);
-        let mut page: Vec<(String, Fd)> =
-            below.take(PAGE_ENTRIES + 1).map(|(name, fd)| (name.clone(), fd.clone())).collect();
-        let more = page.len() > PAGE_ENTRIES;
-        page.truncate(PAGE_ENTRIES);
-        (page, more)
+        let Some(of) = self.owners.get(owner) else { return (Vec::new(), false) };
+        let left = of.kept.range::<str, _>((Bound::Excluded(after), Bound::Unbounded));
+        cut(&mut left.filter(|(name, _)| name.starts_with(prefix)).map(|(name, fd)| (name.clone(), fd)))
+    }
+
+    /// The same of all owners, each name behind its owner's ([`split`]).
+    pub fn page_of_all(&self, after: &str) -> (Vec<(String, Fd)>, bool) {
+        let (owner, name) = split(after).unwrap_or_default();
+        let owners = self.owners.range::<str, _>((Bound::Included(owner), Bound::Unbounded));
+        let mut all = owners.flat_map(|(of, entries)| {
+            let seen = if of == owner { Bound::Excluded(name) } else { Bound::Unbounded };
+            let left = entries.kept.range::<str, _>((seen, Bound::Unbounded));
+            left.map(move |(name, fd)| (format!("{of}{SEPARATOR}{name}"), fd))
+        });
+        cut(&mut all)
     }
 
     /// Forgets what is below a prefix.
     pub fn remove(&mut self, owner: &str, prefix: &str) {
-        if let Some(entries) = self.owners.get_mut(owner) {
+        if let Some(of) = self.owners.get_mut(owner) {
+            let entries = of.coming.as_mut().unwrap_or(&mut of.kept);
             let below = entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
             let below = below.map(|(name, _)| name).take_while(|name| name.starts_with(prefix));
             for name in below.cloned().collect::<Vec<_>>() {
@@ -56,13 +113,30 @@ impl Vault {
 
     /// By owner and name.
     pub fn get(&self, owner: &str, name: &str) -> Option<Fd> {
-        self.owners.get(owner)?.get(name).cloned()
+        self.owners.get(owner)?.kept.get(name).cloned()
     }
 
     /// How many an owner keeps.
     pub fn count(&self, owner: &str) -> usize {
-        self.owners.get(owner).map_or(0, BTreeMap::len)
+        self.owners.get(owner).map_or(0, |of| of.kept.len())
     }
+
+    /// How many all of them keep.
+    pub fn len(&self) -> usize {
+        self.owners.values().map(|of| of.kept.len()).sum()
+    }
+}
+
+/// Owner and name of an entry of [`Vault::page_of_all`].
+pub fn split(name: &str) -> Option<(&str, &str)> {
+    name.split_once(SEPARATOR)
+}
+
+fn cut<'a>(entries: &mut dyn Iterator<Item = (String, &'a Fd)>) -> (Vec<(String, Fd)>, bool) {
+    let mut page: Vec<(String, Fd)> = entries.take(PAGE_ENTRIES + 1).map(|(name, fd)| (name, fd.clone())).collect();
+    let more = page.len() > PAGE_ENTRIES;
+    page.truncate(PAGE_ENTRIES);
+    (page, more)
 }
 
 #[cfg(test)]
@@ -109,5 +183,52 @@ mod tests {
         }
         assert!(vault.put("pager", "one more".into(), shared.clone()).is_err());
         assert!(vault.put("pager", "7".into(), shared).is_ok(), "replacing is possible when full");
+    }
+
+    #[test]
+    fn a_set_that_is_handed_over_replaces_the_old_one_at_its_end_and_not_before() {
+        let mut vault = Vault::default();
+        vault.put("pager", "old".into(), fd()).expect("put");
+        assert!(!vault.is_whole("pager"));
+        for last_words in [true, false] {
+            vault.begin("pager");
+            vault.put("pager", "new".into(), fd()).expect("put");
+            vault.put("pager", "gone".into(), fd()).expect("put");
+            vault.remove("pager", "gone");
+            assert!(vault.get("pager", "old").is_some() && vault.get("pager", "new").is_none());
+            if last_words {
+                vault.owner_gone("pager");
+                assert!(vault.get("pager", "old").is_some() && !vault.is_whole("pager"));
+                vault.put("pager", "late".into(), fd()).expect("put");
+            } else {
+                vault.put("pager", WHOLE_NAME.into(), fd()).expect("put");
+            }
+        }
+        assert!(vault.is_whole("pager"));
+        assert_eq!(vault.count("pager"), 2, "new and the mark");
+        vault.put("pager", "later".into(), fd()).expect("put");
+        assert!(vault.is_whole("pager") && vault.get("pager", "later").is_some());
+        vault.doubt_all();
+        assert!(!vault.is_whole("pager") && vault.get("pager", "later").is_some());
+    }
+
+    #[test]
+    fn all_owners_are_told_page_by_page() {
+        let mut vault = Vault::default();
+        for index in 0..30 {
+            let owner = ["a", "a-b", "b"][index % 3];
+            vault.put(owner, format!("{index:02}"), fd()).expect("put");
+        }
+        let (mut names, mut after) = (Vec::new(), String::new());
+        loop {
+            let (page, more) = vault.page_of_all(&after);
+            names.extend(page.into_iter().map(|(name, _)| name));
+            after = names.last().cloned().unwrap_or_default();
+            if !more {
+                break;
+            }
+        }
+        assert_eq!((names.len(), vault.len()), (30, 30));
+        assert_eq!(names.iter().filter(|name| split(name).is_some_and(|(owner, _)| owner == "a-b")).count(), 10);
     }
 }

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use uhmm_kit::{LogFormat, ServiceArgs};
+use uhmm_supervisor::HolderOptions;
 
 #[derive(Parser)]
 #[command(name = "uhmm", version, about = "User-mode heterogeneous memory management", arg_required_else_help = true)]
@@ -85,6 +86,9 @@ enum Command {
     /// (service) Carry device faults and invalidations
     #[command(hide = true)]
     Mirror(ServiceFlags),
+    /// (service) Keep what the supervisor keeps, for its successor
+    #[command(hide = true)]
+    Holder(ServiceFlags),
     /// Begin a new driver. (The supervisor runs the built-in ones by their names)
     #[command(subcommand)]
     Driver(Driver),
@@ -200,6 +204,9 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Doctor => return Ok(commands::doctor()),
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
+        Command::Holder(ServiceFlags { incarnation, log, .. }) => {
+            uhmm_supervisor::run_holder(HolderOptions { run_dir, incarnation, log: log.into() })?;
+        }
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
         Command::Driver(driver) => driver.run(run_dir)?,
     }

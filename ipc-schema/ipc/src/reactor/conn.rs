@@ -40,6 +40,8 @@ pub(super) struct Conn {
     unanswered: HashMap<u64, TraceId>,
     /// Not read because too many calls are unanswered.
     stalled: bool,
+    /// Its process is dead: it ends when everything was read that was sent before.
+    last_words: bool,
 }
 
 enum State {
@@ -141,6 +143,15 @@ impl Reactor {
         }
     }
 
+    /// Ends a connection whose process is dead when all that it had sent was taken; [`Wake::Closed`] follows the last of it. Whoever shares the
+    /// dead process's descriptors keeps the connection open, so its end may not come by itself.
+    pub fn close_after_last_words(&mut self, conn: ConnId) {
+        if let Some(entry) = find_conn(&mut self.conns, conn) {
+            entry.last_words = true;
+            self.mark_ready(Source::Conn(conn), false);
+        }
+    }
+
     fn after_send(&mut self, conn: ConnId, sent: Result<(), SendError>) -> bool {
         match sent {
             Ok(()) => true,
@@ -208,6 +219,7 @@ impl Reactor {
             state: State::AwaitHello { timer },
             unanswered: HashMap::new(),
             stalled: false,
+            last_words: false,
         });
     }
 
@@ -244,7 +256,9 @@ impl Reactor {
                 }
                 return;
             }
+            let last_words = conn.last_words;
             let end = match conn.channel.receive(&mut self.shared.inbox) {
+                Received::Nothing if last_words => Some(End::Gone("its process has ended".to_owned())),
                 Received::Nothing => return,
                 Received::Closed(why) => Some(End::Gone(why)),
                 Received::Bad(why) => Some(End::Violation { call_id: 0, text: why.text() }),

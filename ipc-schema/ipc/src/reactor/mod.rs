@@ -232,6 +232,11 @@ impl Reactor {
         Waker(self.waker.clone())
     }
 
+    /// The next [`poll`](Self::poll) returns this again: for an owner that looked for something else when it came.
+    pub fn put_back(&mut self, wake: Wake) {
+        self.shared.wakes.push(wake);
+    }
+
     /// Another `poll` would do something without waiting.
     pub fn has_work(&self) -> bool {
         !self.shared.ready.is_empty() || !self.shared.wakes.is_empty()
