@@ -385,7 +385,7 @@ impl<D: Driver> DriverLoop<D> {
         if let (Some(item), Err(error)) = (refused, result) {
             tracing::warn!(?upstream, ?item, %error, "Session refused: trying again without it");
             match item {
-                Restores::Login => {}
+                Restores::Login | Restores::Nothing => {}
                 Restores::Space(space) => self.end_space(space, &error.text, false),
                 Restores::Region(key) => self.region_gone(key),
             }

@@ -23,6 +23,8 @@ pub(crate) enum Restores {
     Space(u64),
     /// One region.
     Region(RegionKey),
+    /// It has to be asked again, all of it.
+    Nothing,
 }
 
 /// First calls of a connection, and what each restores.
@@ -98,6 +100,11 @@ impl Uplink {
                 None
             }
             Err(_) if self.refused => None,
+            // Nobody has refused anything: whoever was asked has begun a session of its own anew, and forgot the question.
+            Err(error) if error.code == ErrorCode::Stale => {
+                self.refused = true;
+                Some(Restores::Nothing)
+            }
             Err(_) => {
                 self.refused = true;
                 Some(item)

@@ -12,11 +12,11 @@
 mod error;
 mod log;
 
-pub use log::init as init_log;
 mod vault;
 
 pub use error::KitError;
-pub use log::LogFormat;
+pub use log::init as init_log;
+pub use log::{LogFormat, say};
 pub use vault::{Vault, WHOLE_NAME};
 
 use std::ffi::OsString;

@@ -33,6 +33,8 @@ pub struct Vault {
     supervisor: LinkId,
     holder: LinkId,
     holder_up: bool,
+    /// What there was is here: it can be handed over.
+    loaded: bool,
     entries: BTreeMap<String, Fd>,
     /// What the mark is: any descriptor.
     mark: Fd,
@@ -50,6 +52,7 @@ impl Vault {
             supervisor,
             holder,
             holder_up: false,
+            loaded: false,
             entries: BTreeMap::new(),
             mark,
             twins: HashMap::new(),
@@ -91,9 +94,11 @@ impl Vault {
         for (name, fd) in entries {
             self.entries.entry(name).or_insert(fd);
         }
+        self.loaded = true;
         if !whole {
             self.put_all(self.supervisor, reactor);
         }
+        self.hand_over(reactor);
         while !self.holder_up || self.handing_over.is_some() {
             let left = left();
             if left.is_zero() {
@@ -204,6 +209,12 @@ impl Vault {
         self.put_all(self.supervisor, reactor);
     }
 
+    fn hand_over(&mut self, reactor: &mut Reactor) {
+        if self.holder_up && self.loaded {
+            self.handing_over = Some(self.put_all(self.holder, reactor));
+        }
+    }
+
     fn put_all(&self, keeper: LinkId, reactor: &mut Reactor) -> CallId {
         for (name, fd) in &self.entries {
             let put = supervisor::Call::VaultPut { name: name.clone(), fd: fd.clone() };
@@ -218,7 +229,7 @@ impl Vault {
         match wake {
             Wake::LinkUp { link, .. } if *link == self.holder => {
                 self.holder_up = true;
-                self.handing_over = Some(self.put_all(self.holder, reactor));
+                self.hand_over(reactor);
                 true
             }
             Wake::LinkDown { link } if *link == self.holder => {

@@ -122,6 +122,8 @@ struct Pending {
 struct Space {
     sequence: u64,
     open_mask: u8,
+    /// Incarnation of the driver that opened it, by device.
+    openers: [u32; DEVICE_COUNT_MAX as usize],
     intervals: BTreeMap<u64, Interval>,
 }
 
@@ -164,6 +166,8 @@ pub struct Counters {
 #[derive(Debug, Default)]
 pub struct MirrorCore {
     logged_in: u8,
+    /// Incarnation of the latest session, by device.
+    sessions: [u32; DEVICE_COUNT_MAX as usize],
     spaces: BTreeMap<u64, Space>,
     pending: BTreeMap<u64, Pending>,
     faults: BTreeMap<u64, Fault>,
@@ -197,8 +201,11 @@ impl MirrorCore {
     }
 
     /// A driver's session began: send it what it has to acknowledge.
-    pub fn device_login(&mut self, device: u8, out: &mut Vec<Action>) {
+    pub fn device_login(&mut self, device: u8, incarnation: u32, out: &mut Vec<Action>) {
         self.logged_in |= bit(device);
+        if let Some(session) = self.sessions.get_mut(usize::from(device)) {
+            *session = incarnation;
+        }
         for pending in self.pending.values().filter(|p| p.waiting & bit(device) != 0) {
             self.counters.invalidate_starts += 1;
             out.push(Action::Start { device, invalidation: pending.invalidation, sequence: pending.sequence });
@@ -211,10 +218,14 @@ impl MirrorCore {
         self.faults.retain(|_, fault| fault.device != device);
     }
 
-    /// The driver's process is dead: nothing of it uses memory any more.
+    /// The driver's process is dead: nothing of it uses memory any more. The next one may be here already, before the pager has heard of
+    /// it: it maps nothing yet, but what it has opened stays open.
     pub fn device_void(&mut self, device: u8, out: &mut Vec<Action>) {
+        let latest = self.sessions.get(usize::from(device)).filter(|_| self.logged_in & bit(device) != 0).copied();
         for space in self.spaces.values_mut() {
-            space.open_mask &= !bit(device);
+            if space.openers.get(usize::from(device)).copied() != latest {
+                space.open_mask &= !bit(device);
+            }
             space.intervals.retain(|_, interval| {
                 interval.device_mask &= !bit(device);
                 interval.device_mask != 0
@@ -228,7 +239,12 @@ impl MirrorCore {
 
     /// The pager accepted the client's token.
     pub fn open(&mut self, space: u64, device: u8) {
-        self.spaces.entry(space).or_default().open_mask |= bit(device);
+        let session = self.sessions.get(usize::from(device)).copied().unwrap_or(0);
+        let space = self.spaces.entry(space).or_default();
+        space.open_mask |= bit(device);
+        if let Some(opener) = space.openers.get_mut(usize::from(device)) {
+            *opener = session;
+        }
     }
 
     /// Whether the device mirrors the space.

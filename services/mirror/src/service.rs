@@ -263,7 +263,7 @@ impl Mirror {
         }
         session.device = Some(device);
         tracing::info!(device, driver = %session.peer.name, incarnation = session.peer.incarnation, "Driver logged in");
-        self.core.device_login(device, &mut self.actions);
+        self.core.device_login(device, session.peer.incarnation, &mut self.actions);
         self.act();
         Ok(Reply::Mirror(mirror::Reply::Done))
     }

@@ -11,7 +11,7 @@ fn invalidation(id: u64, device_mask: u8) -> Invalidation {
 fn core_with_devices(devices: &[u8]) -> MirrorCore {
     let mut core = MirrorCore::default();
     for device in devices {
-        core.device_login(*device, &mut Vec::new());
+        core.device_login(*device, 1, &mut Vec::new());
         core.open(1, *device);
         core.mirrored(1, *device, 7, 0x10_0000, 0x10_0000);
     }
@@ -41,7 +41,7 @@ fn silence_of_a_device_that_is_not_logged_in_is_not_consent() {
     let mut out = Vec::new();
     core.invalidate(invalidation(5, 0b1), &mut out);
     assert!(out.is_empty());
-    core.device_login(0, &mut out);
+    core.device_login(0, 1, &mut out);
     assert!(matches!(out[..], [Action::Start { device: 0, .. }]));
     out.clear();
     core.acknowledge(0, 5, &mut out);
@@ -203,4 +203,22 @@ fn a_gone_client_is_reported_to_its_mirrors_only() {
     let mut core = core_with_devices(&[0, 2]);
     assert_eq!(core.space_gone(1), 0b101);
     assert_eq!(core.space_gone(1), 0);
+}
+
+#[test]
+fn a_driver_that_came_before_the_pager_heard_of_its_predecessors_death_keeps_what_it_has_opened() {
+    let mut core = core_with_devices(&[0]);
+    let mut out = Vec::new();
+    core.open(2, 0);
+    core.device_lost(0);
+    core.device_login(0, 2, &mut out);
+    core.open(1, 0);
+    core.device_void(0, &mut out);
+    assert_eq!(core.is_open(1, 0), Ok(()));
+    assert_eq!(core.is_open(2, 0), Err(Refusal::NotOpen { space: 2, device: 0 }), "the dead one's");
+    assert_eq!(core.interval_count(), 0, "nothing is mapped before the pager knows the new one");
+    // Its own death, whether its connection is gone already or not.
+    core.device_lost(0);
+    core.device_void(0, &mut out);
+    assert_eq!(core.is_open(1, 0), Err(Refusal::NotOpen { space: 1, device: 0 }));
 }

@@ -95,7 +95,7 @@ pub fn device_model(model: Model) -> anyhow::Result<()> {
             served.remove();
         }
     })?;
-    println!("ready");
+    uhmm_kit::say("ready");
     if args.orders {
         let machine = machine.clone();
         std::thread::Builder::new().name("orders".into()).spawn(move || {

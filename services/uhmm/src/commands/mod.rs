@@ -31,7 +31,7 @@ fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
 pub fn up(path: Option<&Path>, run_dir: PathBuf, adopt: bool, log: LogFormat) -> anyhow::Result<()> {
     let exe = std::env::current_exe().context("The path of this program is unknown")?;
     let options = SupervisorOptions { run_dir, exe, adopt, log };
-    uhmm_supervisor::run(manifest(path)?, options, || println!("ready"))?;
+    uhmm_supervisor::run(manifest(path)?, options, || uhmm_kit::say("ready"))?;
     Ok(())
 }
 
