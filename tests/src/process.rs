@@ -138,7 +138,7 @@ pub fn tail(text: &str) -> String {
 }
 
 /// Where each thread of a process waits, as far as the kernel tells this account.
-fn threads(pid: u32) -> String {
+pub fn threads(pid: u32) -> String {
     let mut text = String::new();
     for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
         let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();

@@ -1,21 +1,27 @@
 //! kill -9 of two processes of the system at any distance, in every order, under load: no byte is wrong or zero, and nobody hangs.
 //!
-//! Two programs' worth of load go on all the time, each its own thread: allocated memory that is written, migrated and read by CPU and device;
-//! adopted memory that is written by CPU and device, migrated, and forked into a child that never attaches and compares what it got.
-//! After every pair each of them must come through a whole turn.
+//! The load is a process of its own with two threads: allocated memory that is written, migrated and read by CPU and device; adopted memory that
+//! is written by CPU and device, migrated, and forked into a child that never attaches and compares what it got. After every pair each of them
+//! must come through a whole turn. (Whoever starts supervisors again must not be a client: a fork waits for the pager, with the C library's
+//! locks held.)
 //!
 //! `UHMM_PAIRS=300 [UHMM_PAIRS_SEED=7] cargo nextest run --release -p uhmm-tests random_pairs`: so many random pairs instead of few.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::Signal;
 use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::fork::{Ended, fork_child};
 use uhmm_kernel_hook::program::ProgramMemory;
-use uhmm_sdk::{Adopted, Device, ErrorCode, Region, Session, Target};
+use uhmm_sdk::{Device, ErrorCode, Region, Session, Target};
+use uhmm_tests::process::threads;
 use uhmm_tests::{TestBed, manifest, pattern::Rng, pattern::word};
 
 const MIB: u64 = 1 << 20;
@@ -28,30 +34,21 @@ const PAIRS: u64 = 15;
 /// Whoever can be killed: services of the plan, those who keep, and the process that keeps the pager's descriptors.
 const VICTIMS: [&str; 6] = ["pager", "mirror", "soft0", "supervisor", "holder", "fd-keeper"];
 
-/// What both loads and the killer share.
-#[derive(Default)]
-struct Progress {
-    stop: AtomicBool,
-    /// Turns begun and ended.
-    turns: [(AtomicU64, AtomicU64); 2],
-    /// What happens now, and since when in milliseconds.
-    since_ms: AtomicU64,
-}
+/// Where the load's process finds its system.
+const RUN_DIR: &str = "UHMM_PAIRS_RUN_DIR";
 
 struct Load<'a> {
     session: &'a Session,
     device: &'a Device,
-    progress: &'a Progress,
     which: usize,
 }
 
 impl Load<'_> {
     fn run(&self, mut turn: impl FnMut(u64)) {
-        let (begun, ended) = &self.progress.turns[self.which];
-        while !self.progress.stop.load(Ordering::Acquire) {
-            let number = begun.fetch_add(1, Ordering::AcqRel) + 1;
+        for number in 1.. {
+            say(&format!("begun {} {number}", self.which));
             turn(number);
-            ended.store(number, Ordering::Release);
+            say(&format!("ended {} {number}", self.which));
         }
     }
 
@@ -151,17 +148,99 @@ fn private_load(load: &Load<'_>, memory: &ProgramMemory) {
     });
 }
 
-/// Everybody is there, and each load comes through a whole turn.
-fn settle(bed: &TestBed, progress: &Progress) {
-    let all_ready = || bed.operator().status().expect("status").iter().all(|service| service.state == "ready");
-    while !all_ready() {
-        std::thread::yield_now();
+/// To the test. Whoever cannot tell it is not wanted any more.
+fn say(line: &str) {
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(0);
     }
-    for (begun, ended) in &progress.turns {
-        let next = begun.load(Ordering::Acquire) + 1;
-        while ended.load(Ordering::Acquire) < next {
-            std::thread::sleep(Duration::from_millis(1));
+}
+
+/// What is wrong ends the load at once: other threads could go on for ever.
+fn guarded(work: impl FnOnce()) {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+        std::process::abort();
+    }
+}
+
+#[test]
+#[ignore = "the load of the other tests here, in a process of its own"]
+fn load() {
+    let run_dir = std::env::var_os(RUN_DIR).expect("it is started by the other tests");
+    let session = &Session::connect(Some(Path::new(&run_dir))).expect("a session");
+    let device = &session.device("soft0").expect("device");
+    let region = &session.allocate(SHARED_LEN).expect("region");
+    let memory = &ProgramMemory::private(PRIVATE_LEN).expect("memory");
+    let _adopted = session.adopt(memory.addr(), PRIVATE_LEN).expect("adopt");
+    let load = |which| Load { session, device, which };
+    std::thread::scope(|scope| {
+        scope.spawn(move || guarded(|| shared_load(&load(0), region)));
+        scope.spawn(move || guarded(|| private_load(&load(1), memory)));
+    });
+}
+
+/// The load as the test sees it. Killed when it is dropped.
+struct Loaded {
+    child: Child,
+    turns: Arc<[(AtomicU64, AtomicU64); 2]>,
+    gone: Arc<AtomicBool>,
+}
+
+impl Loaded {
+    fn start(bed: &TestBed) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--exact", "load", "--ignored", "--nocapture"]).env(RUN_DIR, bed.run_dir());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the load starts");
+        let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let (turns, gone) = (Arc::<[(AtomicU64, AtomicU64); 2]>::default(), Arc::<AtomicBool>::default());
+        let (told, over) = (Arc::clone(&turns), Arc::clone(&gone));
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut words = line.split(' ');
+                let (what, which, number) = (words.next(), words.next(), words.next());
+                let number = number.and_then(|word| word.parse::<u64>().ok());
+                let turns = which.and_then(|word| told.get(word.parse::<usize>().ok()?));
+                match (what, turns, number) {
+                    (Some("begun"), Some((begun, _)), Some(number)) => begun.store(number, Ordering::Release),
+                    (Some("ended"), Some((_, ended)), Some(number)) => ended.store(number, Ordering::Release),
+                    _ => {}
+                }
+            }
+            over.store(true, Ordering::Release);
+        });
+        Self { child, turns, gone }
+    }
+
+    /// Each of its threads comes through a whole turn.
+    fn must_go_on(&self, what: &str) {
+        let end = Instant::now() + HANGS;
+        for (begun, ended) in self.turns.iter() {
+            let next = begun.load(Ordering::Acquire) + 1;
+            while ended.load(Ordering::Acquire) < next {
+                assert!(!self.gone.load(Ordering::Acquire), "{what}: the load has found something wrong");
+                assert!(Instant::now() < end, "{what}: the load hangs\n{}", threads(self.child.id()));
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        // It may be dead already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn wait_ready(bed: &TestBed, what: &str) {
+    let end = Instant::now() + HANGS;
+    loop {
+        let services = bed.operator().status().expect("status");
+        if services.iter().all(|service| service.state == "ready") {
+            return;
+        }
+        assert!(Instant::now() < end, "{what}: not ready again: {services:#?}");
+        std::thread::yield_now();
     }
 }
 
@@ -198,14 +277,21 @@ fn pause(time: Duration) {
 }
 
 fn kill_pair(bed: &mut TestBed, (first, second): (&str, &str), rng: &mut Rng) {
-    let victims = [victim(bed, first), victim(bed, second)];
+    // Found before, because the supervisor may be the first to die.
+    let mut victims = [victim(bed, first), victim(bed, second)];
+    let dead = if first == second { bed.status(first).incarnation } else { 0 };
     pause(Duration::from_micros(rng.below(20_000)));
     let distance = distance(rng);
-    for (index, victim) in victims.iter().flatten().enumerate() {
+    for index in 0..2 {
+        if index == 1 && first == second {
+            victims[1] = next_of(bed, first, dead);
+        }
         if index == 1 {
             pause(distance);
         }
-        victim.signal(rustix::process::Signal::KILL).expect("kill");
+        if let Some(victim) = &victims[index] {
+            victim.signal(Signal::KILL).expect("kill");
+        }
     }
     if [first, second].contains(&"supervisor") {
         // Whoever looks after the supervisor starts it again some time.
@@ -215,90 +301,46 @@ fn kill_pair(bed: &mut TestBed, (first, second): (&str, &str), rng: &mut Rng) {
     }
 }
 
-fn now_ms() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1000 + now.tv_nsec.cast_unsigned() / 1_000_000
-}
-
-/// A test that hangs cannot end by itself: its threads are joined.
-fn watch(progress: &Progress, what: &std::sync::Mutex<String>) {
-    while !progress.stop.load(Ordering::Acquire) {
-        std::thread::sleep(Duration::from_millis(20));
-        let hung = now_ms().saturating_sub(progress.since_ms.load(Ordering::Acquire)) > HANGS.as_millis() as u64;
-        if hung || std::thread::panicking() {
-            eprintln!("hung: {}", what.lock().expect("lock"));
-            std::process::exit(101);
+/// The next incarnation of one that was just killed, as soon as there is one.
+fn next_of(bed: &TestBed, name: &str, dead: u32) -> Option<PidFd> {
+    let end = Instant::now() + HANGS;
+    loop {
+        let found = bed.status(name);
+        if found.pid != 0 && found.incarnation > dead {
+            return PidFd::open(found.pid).ok();
         }
+        assert!(Instant::now() < end, "{name} does not come again: {found:?}");
     }
 }
 
-struct Scene {
-    region: Region,
-    _adopted: Adopted,
-    memory: ProgramMemory,
-    device: Device,
-    session: Session,
-    bed: TestBed,
-}
-
-impl Scene {
-    fn new(aperture: bool) -> Self {
-        let options = if aperture { "" } else { "aperture = false" };
-        let bed = TestBed::with_manifest(&manifest("6MiB", options));
-        let session = bed.session();
-        let device = session.device("soft0").expect("device");
-        let region = session.allocate(SHARED_LEN).expect("region");
-        let memory = ProgramMemory::private(PRIVATE_LEN).expect("memory");
-        let _adopted = session.adopt(memory.addr(), PRIVATE_LEN).expect("adopt");
-        Self { region, _adopted, memory, device, session, bed }
-    }
-
-    fn pairs(&mut self, pairs: impl IntoIterator<Item = (&'static str, &'static str)>, seed: u64) {
-        let Self { region, memory, device, session, bed, .. } = self;
-        let (session, device) = (&*session, &*device);
-        let progress = &Progress::default();
-        let mut rng = Rng::new(seed);
-        progress.since_ms.store(now_ms(), Ordering::Release);
-        let what = &std::sync::Mutex::new(String::new());
-        let load = |which| Load { session, device, progress, which };
-        std::thread::scope(|scope| {
-            let (region, memory) = (&*region, &*memory);
-            scope.spawn(move || guarded(what, || shared_load(&load(0), region)));
-            scope.spawn(move || guarded(what, || private_load(&load(1), memory)));
-            scope.spawn(move || watch(progress, what));
-            for (number, pair) in pairs.into_iter().enumerate() {
-                *what.lock().expect("lock") = format!("seed {seed}, pair {number}: {} then {}", pair.0, pair.1);
-                progress.since_ms.store(now_ms(), Ordering::Release);
-                guarded(what, || {
-                    kill_pair(bed, pair, &mut rng);
-                    settle(bed, progress);
-                });
-            }
-            progress.stop.store(true, Ordering::Release);
-        });
-    }
-}
-
-/// A load that found something ends the test at once: nobody could go on with it.
-fn guarded(what: &std::sync::Mutex<String>, work: impl FnOnce()) {
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-        eprintln!("failed: {}", what.lock().expect("lock"));
-        std::process::exit(101);
+fn pairs(aperture: bool, pairs: impl IntoIterator<Item = (&'static str, &'static str)>, seed: u64) {
+    let options = if aperture { "" } else { "aperture = false" };
+    let mut bed = TestBed::with_manifest(&manifest("6MiB", options));
+    let load = Loaded::start(&bed);
+    load.must_go_on("before the first pair");
+    let mut rng = Rng::new(seed);
+    for (number, pair) in pairs.into_iter().enumerate() {
+        let what = format!("seed {seed}, aperture {aperture}, pair {number}: {} then {}", pair.0, pair.1);
+        kill_pair(&mut bed, pair, &mut rng);
+        wait_ready(&bed, &what);
+        load.must_go_on(&what);
     }
 }
 
 fn every_pair() -> impl Iterator<Item = (&'static str, &'static str)> {
-    VICTIMS.into_iter().flat_map(|first| VICTIMS.into_iter().map(move |second| (first, second)))
+    let all = VICTIMS.into_iter().flat_map(|first| VICTIMS.into_iter().map(move |second| (first, second)));
+    // The same one twice: its next incarnation, in the middle of what it does first. A supervisor has none that comes by itself.
+    all.filter(|(first, second)| first != second || !["supervisor", "fd-keeper"].contains(first))
 }
 
 #[test]
 fn integration_pairs_of_every_kind_with_aperture() {
-    Scene::new(true).pairs(every_pair().filter(|(first, second)| first != second), 1);
+    pairs(true, every_pair(), 1);
 }
 
 #[test]
 fn integration_pairs_of_every_kind_without_aperture() {
-    Scene::new(false).pairs(every_pair().filter(|(first, second)| first != second), 2);
+    pairs(false, every_pair(), 2);
 }
 
 #[test]
@@ -307,8 +349,8 @@ fn integration_random_pairs() {
     let (count, seed) = (number("UHMM_PAIRS").unwrap_or(PAIRS), number("UHMM_PAIRS_SEED").unwrap_or(3));
     for aperture in [true, false] {
         let mut rng = Rng::new(seed + u64::from(aperture));
-        let all: Vec<_> = every_pair().filter(|(first, second)| first != second).collect();
-        let pairs: Vec<_> = (0..count).map(|_| all[rng.below(all.len() as u64) as usize]).collect();
-        Scene::new(aperture).pairs(pairs, seed);
+        let all: Vec<_> = every_pair().collect();
+        let random: Vec<_> = (0..count).map(|_| all[rng.below(all.len() as u64) as usize]).collect();
+        pairs(aperture, random, seed);
     }
 }

@@ -203,6 +203,11 @@ impl DirectoryFile {
         self.window.store_u64(OFF_LIVE, 1)
     }
 
+    /// The region is gone: nobody adopts it who finds it in a vault that did not hear of that any more.
+    pub fn set_gone(&self) -> Result<(), HookError> {
+        self.window.store_u64(OFF_LIVE, 0)
+    }
+
     /// The region belongs to another space now (the one that made it is gone).
     pub fn set_space(&self, space: u64) -> Result<(), HookError> {
         self.window.store_u64(OFF_SPACE, space)
@@ -358,6 +363,8 @@ mod tests {
         let words = [598, 599, 600].map(|page| read.load(page));
         assert_eq!(words, [Entry::SYSTEM.bits(), Entry::on_device(DeviceId(1), 7).bits(), 0]);
         assert!(read.attr(599).read_mostly() && read.attr(0) == Attr::default());
+        read.set_gone().unwrap();
+        assert!(matches!(DirectoryFile::adopt(made.fd()), Err(DirectoryError::NotLive { region: 3 })));
     }
 
     #[test]

@@ -111,6 +111,10 @@ impl Pager {
                 tracing::debug!(%error, "Region was not registered any more");
             }
         }
+        // Its owner relies on the answer, and vault and pager may die before the vault has forgotten it.
+        if let Err(error) = region.directory.set_gone() {
+            tracing::error!(%error, region = region.id, "A directory cannot be written");
+        }
         let prefix = Space::region_prefix(region.space, region.id);
         self.service.vault.remove(&mut self.service.reactor, &prefix);
         if let Some((conn, call)) = self.freeing.remove(&region.id) {

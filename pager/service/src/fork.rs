@@ -18,12 +18,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use uhmm_ipc::TimerToken;
-use uhmm_kernel_hook::fd_keeper::FdKeeper;
 use uhmm_kernel_hook::uffd::{Change, KeptEvent, KeptFork, UffdEvent, Userfaultfd};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes, smaps};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, Header};
+use crate::keepers::Keepers;
 use crate::segments::hidden;
 use crate::service::Pager;
 use crate::space::{Birth, Phase, Region, Segment, Space, SpaceState, TOKEN_BYTES};
@@ -184,12 +184,12 @@ impl Pager {
     ) -> Result<BTreeMap<u64, u64>, HookError> {
         let noted = self.journal.noted_forks()?;
         let slots = kept.iter().filter_map(|kept| match kept.event {
-            Change::Fork { fd } => Some(KeptFork { owner: parent_id, id: kept.id, fd }),
+            Change::Fork { reader, fd } => Some(KeptFork { owner: parent_id, id: kept.id, reader, fd }),
             Change::Remap { .. } | Change::Unmap { .. } | Change::Remove { .. } => None,
         });
         // The number on the note is the later one.
-        let mut lost: BTreeMap<(u64, u64), i32> =
-            slots.chain(noted).map(|fork| ((fork.owner, fork.id), fork.fd)).collect();
+        let mut lost: BTreeMap<(u64, u64), (u32, i32)> =
+            slots.chain(noted).map(|fork| ((fork.owner, fork.id), (fork.reader, fork.fd))).collect();
         for state in self.spaces.values().map(|space| &space.state) {
             if lost.remove(&(state.parent, state.fork_event)).is_some() {
                 self.journal.fork_is_kept(state.parent, state.fork_event)?;
@@ -212,22 +212,21 @@ impl Pager {
         Ok(waiting)
     }
 
-    /// Userfaultfds that the dead pager had and the vault has not. Its keeper ends by this, whether there are any or not.
-    fn children_of_the_dead(&mut self, lost: &BTreeMap<(u64, u64), i32>) -> Result<(), HookError> {
-        let Some(keeper) = self.old_keeper.take() else { return Ok(()) };
-        let numbers: Vec<i32> = lost.values().copied().collect();
-        let taken = FdKeeper::take(keeper.as_fd(), &numbers).unwrap_or_else(|error| {
-            tracing::warn!(%error, "The dead pager's descriptors cannot be asked for");
-            Vec::new()
-        });
-        let taken = taken.into_iter().chain(std::iter::repeat_with(|| None));
-        for ((parent, event), uffd) in lost.keys().copied().zip(taken) {
-            self.journal.fork_is_kept(parent, event)?;
-            match uffd {
-                Some(uffd) => drop(self.make_child(parent, uffd.as_fd(), event)?),
-                None => tracing::error!(parent, "A forked child is not managed: its pages on devices are lost to it"),
+    /// Userfaultfds that dead pagers had and the vault has not.
+    fn children_of_the_dead(&mut self, lost: &BTreeMap<(u64, u64), (u32, i32)>) -> Result<(), HookError> {
+        let wanted: Vec<(u32, i32)> = lost.values().copied().collect();
+        let mut taken = self.keepers.take(&wanted);
+        for ((parent, event), place) in lost {
+            match taken.remove(place) {
+                // From here on it is noted as this pager's.
+                Some(uffd) => drop(self.make_child(*parent, uffd.as_fd(), *event)?),
+                None => {
+                    self.journal.fork_is_kept(*parent, *event)?;
+                    tracing::error!(parent, "A forked child is not managed: its pages on devices are lost to it");
+                }
             }
         }
+        Keepers::forget_old(&mut self.service);
         Ok(())
     }
 
@@ -293,7 +292,12 @@ impl Pager {
             unready_regions: 0,
             vacated: Default::default(),
         };
-        let fork = KeptFork { owner: parent_id, id: event, fd: space.uffd.as_fd().as_raw_fd() };
+        let fork = KeptFork {
+            owner: parent_id,
+            id: event,
+            reader: self.service.incarnation,
+            fd: space.uffd.as_fd().as_raw_fd(),
+        };
         self.journal.fork_is_kept(parent_id, event)?;
         if !self.journal.note_fork(fork)? {
             tracing::warn!(

@@ -45,6 +45,7 @@ mod fork;
 mod granted;
 mod heat;
 mod home;
+mod keepers;
 mod kernel_view;
 mod moved;
 mod protection;

@@ -13,10 +13,9 @@ use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::message::{
-    Call, ErrorCode, Event as WireEvent, Fd, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
+    Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
-use uhmm_kernel_hook::fd_keeper::FdKeeper;
 use uhmm_kernel_hook::uffd::EventJournal;
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
@@ -32,6 +31,7 @@ use crate::directory::SegmentRecord;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
+use crate::keepers::Keepers;
 use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
@@ -56,6 +56,7 @@ const KIND_PIDFD: u64 = 2 << 56;
 const KIND_ENGINE: u64 = 3 << 56;
 pub(crate) const KIND_DONE: u64 = 6 << 56;
 pub(crate) const KIND_AGENT: u64 = 7 << 56;
+pub(crate) const KIND_KEEPER: u64 = 8 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Why the pager stopped.
@@ -173,10 +174,8 @@ pub struct Pager {
     pub(crate) sentinel_page: Window,
     /// Events that are being acted on.
     pub(crate) journal: EventJournal,
-    /// Of the pager before, until it was asked.
-    pub(crate) old_keeper: Option<Fd>,
-    /// Keeps what this one has read and not put into the vault.
-    _keeper: Option<FdKeeper>,
+    /// Keep what this one and those before have read and not put into the vault.
+    pub(crate) keepers: Keepers,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
     again_armed: bool,
@@ -224,23 +223,7 @@ fn journal(service: &mut Service) -> Result<EventJournal, HookError> {
             fd
         }
     };
-    Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(EventJournal::new)
-}
-
-/// The dead pager's, and this one's.
-fn keepers(service: &mut Service) -> (Option<Fd>, Option<FdKeeper>) {
-    const VAULT_NAME: &str = "keeper";
-    let old = service.vault.take(VAULT_NAME).into_iter().next().map(|(_, fd)| fd);
-    match FdKeeper::spawn() {
-        Ok((keeper, far)) => {
-            service.vault.put(&mut service.reactor, VAULT_NAME, Arc::new(far));
-            (old, Some(keeper))
-        }
-        Err(error) => {
-            tracing::warn!(%error, "Without a keeper of descriptors: a fork that is read just before the pager is killed loses device pages");
-            (old, None)
-        }
-    }
+    Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(|window| EventJournal::new(window, service.incarnation))
 }
 
 impl Pager {
@@ -256,7 +239,7 @@ impl Pager {
             }
         };
         let journal = journal(&mut service)?;
-        let (old_keeper, keeper) = keepers(&mut service);
+        let keepers = Keepers::start(&mut service);
         let incarnation = service.incarnation;
         let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
@@ -314,8 +297,7 @@ impl Pager {
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
             journal,
-            old_keeper,
-            _keeper: keeper,
+            keepers,
             stats: ShellStats::default(),
             again_armed: false,
             children_armed: false,
@@ -391,6 +373,7 @@ impl Pager {
             KIND_PIDFD => self.client_exited(id),
             KIND_DONE => self.take_answers(id),
             KIND_AGENT => self.agent_ended(id),
+            KIND_KEEPER => self.keepers.ended(&mut self.service, id as usize),
             KIND_ENGINE => {
                 let device_id = id as u8;
                 let engine = self.devices[usize::from(device_id)].as_ref().and_then(|device| device.engine.as_ref());

@@ -8,11 +8,12 @@
 //!   reader --clone(CLONE_FILES)--> keeper: waits for the reader's death
 //!     | killed                        | poll(pidfd of the reader)
 //!     v                               v
-//!   next reader: FdKeeper::take -- numbers --> keeper -- descriptors --> next reader; the keeper ends, and the table with it
+//!   next reader: FdKeeper::take -- numbers --> keeper -- descriptors --> next reader
+//!                the vault forgets the keeper: it ends, and with the last of them the table
 //! ```
 //! The numbers are known from an [`EventJournal`](crate::uffd::EventJournal). As long as the keeper lives, the dead reader's
-//! connections stay open too: its successor takes what it needs at once, or nothing. A keeper that nobody asks ends by itself:
-//! at once when the vault is gone too (nobody can ask any more, and a new system needs the sockets), else after ten seconds.
+//! connections stay open too. A keeper whom nobody can ask any more, because the vault
+//! is gone too, ends by itself. A reader has two of them: one that dies together with it takes nothing away.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -24,7 +25,7 @@ use crate::error::HookError;
 use crate::process::{self, PidFd};
 use crate::socket::{RecvStatus, SendStatus, SeqPacket};
 
-/// How long a keeper waits for its reader's successor, and the successor for its answers.
+/// How long the successor waits for a keeper's answers.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 const NUMBERS_MAX: usize = 128;
 /// Descriptors of a pager lie below; asking for each takes 0.2 us.
@@ -67,8 +68,13 @@ impl FdKeeper {
         Ok((Self { pid, pidfd, _near: near, _own_pidfd: own_pidfd }, far))
     }
 
-    /// Gets descriptors of a dead process by their numbers there, and ends its keeper. `None`: it has no such descriptor, or
-    /// the keeper is gone too.
+    /// Readable when it has ended: another one is needed.
+    pub fn pidfd(&self) -> &PidFd {
+        &self.pidfd
+    }
+
+    /// Gets descriptors of a dead process by their numbers there. `None`: it has no such descriptor, or the keeper is gone too. It can be
+    /// asked again, and ends when nobody has `far` any more.
     ///
     /// # Errors
     /// `Call`; `BadMessage` for more than 128 numbers.
@@ -95,8 +101,6 @@ impl FdKeeper {
                 RecvStatus::WouldBlock | RecvStatus::Closed => break,
             }
         }
-        // It has ended when the other end is closed, and with it everything that the dead process had open.
-        wait_for(&far.as_fd(), Some(&PATIENCE));
         Ok(answers)
     }
 }
@@ -145,11 +149,13 @@ fn keep(reader: &PidFd, near: &SeqPacket, far_file: (u64, u64)) {
         return;
     }
     close_all(far_file);
-    if !wait_for(&near.as_fd(), Some(&PATIENCE)) {
-        return;
-    }
+    while wait_for(&near.as_fd(), None) && answer(near) {}
+}
+
+/// `false`: nobody can ask any more.
+fn answer(near: &SeqPacket) -> bool {
     let mut request = [0u8; 1 + 4 * NUMBERS_MAX];
-    let Ok(RecvStatus::Message { len, .. }) = near.recv(&mut request, &mut Vec::new(), 0) else { return };
+    let Ok(RecvStatus::Message { len, .. }) = near.recv(&mut request, &mut Vec::new(), 0) else { return false };
     for number in request[1..len.max(1)].chunks_exact(4) {
         let number = RawFd::from_ne_bytes([number[0], number[1], number[2], number[3]]);
         if number < 0 {
@@ -162,6 +168,7 @@ fn keep(reader: &PidFd, near: &SeqPacket, far_file: (u64, u64)) {
             drop(near.send(&[0], &[]));
         }
     }
+    true
 }
 
 #[cfg(test)]
@@ -195,7 +202,36 @@ mod tests {
         let late = taken.swap_remove(0).expect("the keeper had it");
         assert_eq!(memfd::len(late.as_fd()).unwrap(), 3 * 4096);
         let again = FdKeeper::take(fds[0].as_fd(), &numbers[..1]).unwrap();
-        assert!(again[0].is_none(), "the keeper has ended");
+        assert!(again[0].is_some(), "whoever asked may have died before it did anything with it");
+    }
+
+    #[test]
+    fn of_two_keepers_any_one_is_enough_and_both_end() {
+        let (ours, theirs) = SeqPacket::pair().unwrap();
+        let child = fork_child(|| {
+            let keepers = [FdKeeper::spawn().unwrap(), FdKeeper::spawn().unwrap()];
+            let late = memfd::create_sealed("uhmm-late", 4096).unwrap();
+            let numbers =
+                [late.as_raw_fd().to_ne_bytes(), keepers[0].0.pid.to_ne_bytes(), keepers[1].0.pid.to_ne_bytes()];
+            drop(theirs.send(&numbers.concat(), &[keepers[0].1.as_fd(), keepers[1].1.as_fd()]));
+            wait_for(&theirs.as_fd(), None);
+            0
+        })
+        .unwrap();
+        let (mut words, mut fds) = ([0; 12], Vec::new());
+        wait_for(&ours.as_fd(), None);
+        let RecvStatus::Message { .. } = ours.recv(&mut words, &mut fds, 2).unwrap() else { panic!("no message") };
+        let word = |at: usize| i32::from_ne_bytes(words[at..at + 4].try_into().unwrap());
+        let keepers = [4, 8].map(|at| PidFd::open(word(at) as u32).unwrap());
+        keepers[0].signal(Signal::KILL).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(FdKeeper::take(fds[0].as_fd(), &[word(0)]).unwrap()[0].is_none(), "it was killed");
+        assert!(FdKeeper::take(fds[1].as_fd(), &[word(0)]).unwrap()[0].is_some());
+        fds.clear();
+        for keeper in &keepers {
+            assert!(wait_for(&keeper.as_fd(), Some(&PATIENCE)), "a keeper goes on");
+        }
     }
 
     #[test]

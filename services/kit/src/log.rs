@@ -83,9 +83,11 @@ impl Write for LogWriter {
         let _ = match self {
             Self::Stderr => std::io::stderr().write_all(line),
             Self::Opened(file) => file.as_ref().write_all(line),
-            Self::Socket => rustix::net::send(std::io::stderr().as_fd(), line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-                .map(drop)
-                .map_err(Into::into),
+            Self::Socket => {
+                rustix::net::send(std::io::stderr().as_fd(), line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+                    .map(drop)
+                    .map_err(Into::into)
+            }
         };
         Ok(line.len())
     }

@@ -2,8 +2,8 @@
 //! too, so a reader that is killed between reading an event and acting on it leaves the event for its successor.
 //!
 //! ```text
-//!  0       8       64        96        ...      64 + 32 * 64        ...
-//!  | owner | batch | message | message | ...    | fork | fork |     a message or fork whose first word is zero is none
+//!  0       8       16       64        96        ...      64 + 32 * 64        ...
+//!  | owner | batch | reader | message | message | ...    | fork | fork |     a message or fork whose first word is zero is none
 //! ```
 
 use std::os::fd::AsRawFd;
@@ -16,6 +16,7 @@ use crate::range::PAGE_SIZE;
 use crate::window::Window;
 
 const BATCH: u64 = 8;
+const READER: u64 = 16;
 const MESSAGES: u64 = 64;
 const MESSAGE_BYTES: u64 = size_of::<abi::UffdMsg>() as u64;
 const FORKS: u64 = MESSAGES + READ_BATCH as u64 * MESSAGE_BYTES;
@@ -27,6 +28,7 @@ const FORKS_MAX: u64 = (PAGE_SIZE - FORKS) / FORK_BYTES;
 #[derive(Debug)]
 pub struct EventJournal {
     window: Window,
+    reader: u32,
 }
 
 /// An event that was read and perhaps not acted on.
@@ -47,7 +49,9 @@ pub struct KeptFork {
     pub owner: u64,
     /// The event, see [`EventJournal::id`].
     pub id: u64,
-    /// Number of the descriptor in the reader.
+    /// Which reader has it.
+    pub reader: u32,
+    /// Number of the descriptor there.
     pub fd: i32,
 }
 
@@ -65,6 +69,8 @@ pub enum Change {
     },
     /// fork. The descriptor was made in the reader, see [`FdKeeper`](crate::fd_keeper::FdKeeper).
     Fork {
+        /// Which reader.
+        reader: u32,
         /// Its number there.
         fd: i32,
     },
@@ -88,9 +94,9 @@ impl EventJournal {
     /// Length of its memory.
     pub const LEN_BYTES: u64 = PAGE_SIZE;
 
-    /// A journal in that memory, with what an earlier reader may have left in it.
-    pub fn new(window: Window) -> Self {
-        Self { window }
+    /// A journal in that memory, with what an earlier reader may have left in it. `reader`: the number of this one, which no other has.
+    pub fn new(window: Window, reader: u32) -> Self {
+        Self { window, reader }
     }
 
     /// Appends the waiting messages, at most 64, and returns how many; 0 when there are none. Call until it returns 0. The n-th
@@ -100,6 +106,7 @@ impl EventJournal {
     /// As [`Userfaultfd::read_events`].
     pub fn read(&self, uffd: &Userfaultfd, owner: u64, out: &mut Vec<UffdEvent>) -> Result<usize, HookError> {
         self.window.store_u64(0, owner)?;
+        self.window.store_u64(READER, u64::from(self.reader))?;
         self.window.store_u64(BATCH, self.window.load_u64(BATCH)?.wrapping_add(1))?;
         let len = READ_BATCH as u64 * MESSAGE_BYTES;
         let place = self.window.at_mut(MESSAGES, len)?;
@@ -160,7 +167,7 @@ impl EventJournal {
             let at = FORKS + place * FORK_BYTES;
             if self.window.load_u64(at)? == 0 {
                 self.window.store_u64(at + 8, fork.owner)?;
-                self.window.store_u64(at + 16, fork.fd as u32 as u64)?;
+                self.window.store_u64(at + 16, u64::from(fork.reader) << 32 | u64::from(fork.fd.cast_unsigned()))?;
                 self.window.store_u64(at, fork.id)?;
                 return Ok(true);
             }
@@ -191,7 +198,9 @@ impl EventJournal {
         for at in (0..FORKS_MAX).map(|place| FORKS + place * FORK_BYTES) {
             let word = |index: u64| self.window.load_u64(at + 8 * index);
             if word(0)? != 0 {
-                forks.push(KeptFork { id: word(0)?, owner: word(1)?, fd: word(2)? as u32 as i32 });
+                let place = word(2)?;
+                let (reader, fd) = ((place >> 32) as u32, (place as u32).cast_signed());
+                forks.push(KeptFork { id: word(0)?, owner: word(1)?, reader, fd });
             }
         }
         Ok(forks)
@@ -203,11 +212,12 @@ impl EventJournal {
     /// `OutOfWindow` for memory that is too short.
     pub fn kept(&self) -> Result<(u64, Vec<KeptEvent>), HookError> {
         let owner = self.window.load_u64(0)?;
+        let reader = self.window.load_u64(READER)? as u32;
         let mut kept = Vec::new();
         for slot in 0..READ_BATCH {
             let abi::UffdMsg { event, arg: [first, second, third], .. } = self.message(slot)?;
             let event = match event {
-                abi::EVENT_FORK => Change::Fork { fd: first as u32 as i32 },
+                abi::EVENT_FORK => Change::Fork { reader, fd: (first as u32).cast_signed() },
                 abi::EVENT_REMAP => Change::Remap { from: first, to: second, len: third },
                 abi::EVENT_UNMAP => Change::Unmap { start: first, end: second },
                 abi::EVENT_REMOVE => Change::Remove { start: first, end: second },
@@ -225,7 +235,7 @@ mod tests {
 
     #[test]
     fn what_was_handled_is_not_kept() {
-        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap());
+        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap(), 5);
         assert_eq!(journal.kept().unwrap(), (0, Vec::new()));
         let put = |slot: u64, kind: u8, words: [u64; 3]| {
             let at = MESSAGES + slot * MESSAGE_BYTES;
@@ -233,6 +243,7 @@ mod tests {
             (1..4).zip(words).for_each(|(n, word)| journal.window.store_u64(at + 8 * n, word).unwrap());
         };
         journal.window.store_u64(0, 9).unwrap();
+        journal.window.store_u64(READER, 4).unwrap();
         put(0, abi::EVENT_PAGEFAULT, [1, 2, 3]);
         put(1, abi::EVENT_REMAP, [1, 2, 3]);
         put(2, abi::EVENT_UNMAP, [4, 5, 0]);
@@ -242,7 +253,7 @@ mod tests {
         let remap = KeptEvent { slot: 1, id: 193, event: Change::Remap { from: 1, to: 2, len: 3 } };
         let unmap = KeptEvent { slot: 2, id: 194, event: Change::Unmap { start: 4, end: 5 } };
         let remove = KeptEvent { slot: 3, id: 195, event: Change::Remove { start: 6, end: 7 } };
-        let fork = KeptEvent { slot: 63, id: 255, event: Change::Fork { fd: 7 } };
+        let fork = KeptEvent { slot: 63, id: 255, event: Change::Fork { reader: 4, fd: 7 } };
         assert_eq!(journal.kept().unwrap(), (9, vec![remap, unmap, remove, fork]));
         assert_eq!(journal.id(63).unwrap(), 255);
         journal.handled(1).unwrap();
@@ -254,8 +265,8 @@ mod tests {
 
     #[test]
     fn a_forked_child_is_noted_until_it_is_kept_elsewhere() {
-        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap());
-        let fork = |id: u64| KeptFork { owner: 3, id, fd: id as i32 };
+        let journal = EventJournal::new(Window::anonymous(EventJournal::LEN_BYTES).unwrap(), 5);
+        let fork = |id: u64| KeptFork { owner: 3, id, reader: 5, fd: id as i32 };
         assert!((1..=FORKS_MAX).all(|id| journal.note_fork(fork(id)).unwrap()));
         assert!(!journal.note_fork(fork(999)).unwrap(), "no room");
         journal.fork_is_kept(4, 7).unwrap();
