@@ -43,6 +43,7 @@ mod child;
 mod device;
 mod error;
 mod forking;
+mod forsaken;
 mod frames;
 mod links;
 mod memory;

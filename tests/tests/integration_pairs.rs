@@ -5,14 +5,15 @@
 //! must come through a whole turn. (Whoever starts supervisors again must not be a client: a fork waits for the pager, with the C library's
 //! locks held.)
 //!
-//! `UHMM_PAIRS=300 [UHMM_PAIRS_SEED=7] cargo nextest run --release -p uhmm-tests random_pairs`: so many random pairs instead of few.
+//! `UHMM_PAIRS=300 [UHMM_PAIRS_SEED=7] [UHMM_PAIRS_OF=pager,soft0] cargo nextest run --release -p uhmm-tests random_pairs`: so many random
+//! pairs (of these alone) instead of few, with each kind of device.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -347,9 +348,11 @@ fn integration_pairs_of_every_kind_without_aperture() {
 fn integration_random_pairs() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let (count, seed) = (number("UHMM_PAIRS").unwrap_or(PAIRS), number("UHMM_PAIRS_SEED").unwrap_or(3));
+    let of = std::env::var("UHMM_PAIRS_OF").unwrap_or_default();
+    let wanted = |name: &str| of.is_empty() || of.split(',').any(|wanted| wanted == name);
     for aperture in [true, false] {
         let mut rng = Rng::new(seed + u64::from(aperture));
-        let all: Vec<_> = every_pair().collect();
+        let all: Vec<_> = every_pair().filter(|(first, second)| wanted(first) && wanted(second)).collect();
         let random: Vec<_> = (0..count).map(|_| all[rng.below(all.len() as u64) as usize]).collect();
         pairs(aperture, random, seed);
     }

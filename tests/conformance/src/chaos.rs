@@ -1,4 +1,5 @@
-//! The killer: kill -9 of a random service at random moments, seeded.
+//! The killer: kill -9 of a random service at random moments, seeded; now and then of two at once. (The holder is one of them, the
+//! supervisor is not: nobody would start it again.)
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,6 +16,9 @@ use crate::pattern::Rng;
 
 /// Shortest and longest time between two kills.
 const PAUSE_MS: (u64, u64) = (20, 300);
+
+/// Of so many kills one is of two.
+const PAIRS: u64 = 4;
 
 /// Kills until it is dropped.
 pub(crate) struct Killer {
@@ -41,7 +45,7 @@ impl Killer {
                 if operator.is_none() {
                     operator = Operator::connect(Some(&run_dir)).ok();
                 }
-                let killed = operator.as_mut().is_some_and(|operator| kill_one(operator, &mut rng));
+                let killed = operator.as_mut().is_some_and(|operator| kill_some(operator, &mut rng));
                 count.fetch_add(u64::from(killed), Ordering::Release);
             }
         });
@@ -64,10 +68,15 @@ impl Drop for Killer {
 }
 
 /// Without the way through the supervisor: the moment is the killer's own.
-fn kill_one(operator: &mut Operator, rng: &mut Rng) -> bool {
+fn kill_some(operator: &mut Operator, rng: &mut Rng) -> bool {
     let Ok(services) = operator.status() else { return false };
-    let alive: Vec<u32> = services.iter().map(|service| service.pid).filter(|pid| *pid != 0).collect();
-    let Some(pid) = alive.get(rng.below(alive.len() as u64) as usize) else { return false };
-    // The supervisor has not reaped a process that it lists, or its number is too young to be another one's.
-    PidFd::open(*pid).and_then(|process| process.signal(Signal::KILL)).unwrap_or(false)
+    let mut alive: Vec<u32> = services.iter().map(|service| service.pid).filter(|pid| *pid != 0).collect();
+    let count = if rng.below(PAIRS) == 0 { 2 } else { 1 };
+    let mut killed = false;
+    for _ in 0..count.min(alive.len()) {
+        let pid = alive.swap_remove(rng.below(alive.len() as u64) as usize);
+        // The supervisor has not reaped a process that it lists, or its number is too young to be another one's.
+        killed |= PidFd::open(pid).and_then(|process| process.signal(Signal::KILL)).unwrap_or(false);
+    }
+    killed
 }

@@ -9,7 +9,7 @@ use crate::{Action, CPU, DeviceId, Event, FillStop, Outcome, PageState, Pages, R
 pub(super) struct Pending {
     pub action: Action,
     /// Bytes that were read when it began; the rest of the work is done when it ends.
-    early: Option<Vec<u64>>,
+    pub early: Option<Vec<u64>>,
     /// It cannot succeed any more.
     pub fail: bool,
     /// When it was asked: a client's agent does one thing after the other.
@@ -209,7 +209,7 @@ impl World {
         self.pending.push(Pending { action, early, fail: false, order });
     }
 
-    fn source(&mut self, action: &Action) -> Vec<u64> {
+    pub(super) fn source(&mut self, action: &Action) -> Vec<u64> {
         match action {
             Action::CopyOut { region, pages, .. } => {
                 pages.iter().map(|page| self.page(*region, page).and_then(|p| p.cache).unwrap_or(0)).collect()

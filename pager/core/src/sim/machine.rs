@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::check::Violation;
 use super::execute::Pending;
+use super::leftover::Leftover;
 use super::{Faults, Rng};
 use crate::{Attr, DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
 
@@ -106,6 +107,7 @@ pub struct World {
     /// Actions applied so far.
     pub action_count: u64,
     pub(super) pending: Vec<Pending>,
+    pub(super) leftovers: Vec<Leftover>,
     pub(super) blocked: Vec<CpuAccess>,
     pub(super) open: BTreeMap<ReqId, Open>,
     pub(super) gone_spaces: BTreeSet<SpaceId>,
@@ -166,6 +168,7 @@ impl World {
             events: VecDeque::new(),
             action_count: 0,
             pending: Vec::new(),
+            leftovers: Vec::new(),
             blocked: Vec::new(),
             open: BTreeMap::new(),
             gone_spaces: BTreeSet::new(),

@@ -19,6 +19,7 @@
 
 mod check;
 mod execute;
+mod leftover;
 mod machine;
 mod simulator;
 

@@ -136,6 +136,7 @@ impl Simulator {
         }
         let frame_count = model.frames.len() as u32;
         let device = DeviceId(device as u8);
+        self.world.end_leftovers(device);
         let memory_known = memory_known && !memory_lost;
         let coherent = self.config.coherent && device.0 == 0;
         let event = Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent };
@@ -387,7 +388,8 @@ impl Simulator {
             if able && self.world.rng.chance(50) {
                 self.world.complete(0)?;
             } else {
-                self.world.pending.swap_remove(0);
+                let pending = self.world.pending.swap_remove(0);
+                self.world.leave_over(&pending);
             }
         }
         self.world.check()?;

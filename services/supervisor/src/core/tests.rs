@@ -153,3 +153,41 @@ fn a_stranger_is_not_registered_and_an_orphan_is_adopted() {
     assert!(out.contains(&Action::Spawn { service: 1 }), "who did not report is started: {out:?}");
     assert_eq!(core.services()[1].incarnation, 2);
 }
+
+#[test]
+fn what_an_older_supervisor_has_started_goes_on_or_is_started_again_at_once() {
+    let mut core = Core::new(Manifest::built_in().resolve().expect("built in"), &[3, 1, 2], Some(2_000));
+    let mut out = Vec::new();
+    core.found_alive(PAGER, 70, 0);
+    core.found_dead(1, 0, &mut out);
+    assert_eq!(out, [Action::Died { service: 1, incarnation: 1, held: false }]);
+    assert_eq!(core.dead().collect::<Vec<_>>(), [(1, 1, false)], "whoever comes later is told too");
+    out.clear();
+    core.tick(0, &mut out);
+    assert_eq!(out, [Action::Spawn { service: 1 }]);
+    assert_eq!(core.dead().count(), 0);
+    assert_eq!(core.registered(PAGER, 3, 70, 10), Ok(false), "it is watched already");
+    // One that lives and does not register is no reason to start another beside it.
+    out.clear();
+    core.found_alive(PAGER, 70, 0);
+    core.tick(20_001, &mut out);
+    assert!(
+        out.contains(&Action::Kill { service: PAGER }) && !out.contains(&Action::Spawn { service: PAGER }),
+        "{out:?}"
+    );
+}
+
+#[test]
+fn a_process_that_nobody_has_seen_die_is_not_told_to_be_dead() {
+    let adopting = || Core::new(Manifest::built_in().resolve().expect("built in"), &[3, 1, 2], Some(2_000));
+    let (mut core, mut out) = (adopting(), Vec::new());
+    assert!(core.condemn(2, 2, "it does not let go", &mut out), "it may live, and write");
+    assert!(out.is_empty());
+    assert_eq!(core.registered(2, 2, 90, 10), Ok(true));
+    assert!(core.is_condemned(2));
+    // And one that does not come is told when nobody waits for it any more.
+    let mut core = adopting();
+    assert!(core.condemn(2, 2, "it does not let go", &mut out));
+    core.tick(2_000, &mut out);
+    assert!(out.contains(&Action::Died { service: 2, incarnation: 2, held: false }), "{out:?}");
+}
