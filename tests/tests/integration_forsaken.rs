@@ -51,7 +51,10 @@ fn program() {
         say("touched");
         wait_for_a_line();
         assert!(waits.join().expect("no panic"), "adopted memory that was on a device is there: it must be zeros");
-        assert!(waits_too.join().expect("no panic"), "allocated memory that was on a device is there: it must be zeros");
+        assert!(
+            waits_too.join().expect("no panic"),
+            "allocated memory that was on a device is there: it must be zeros"
+        );
     });
     for index in LEN / 16..LEN / 8 {
         assert_eq!(memory.load_u64(index * 8).expect("inside"), word(2, index));
