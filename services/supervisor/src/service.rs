@@ -13,7 +13,7 @@ use uhmm_ipc::message::{
 };
 use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::signal::StopSignals;
-use uhmm_kernel_hook::{PidFd, SeqListener};
+use uhmm_kernel_hook::{HookError, PidFd, SeqListener};
 use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, WHOLE_NAME};
 use uhmm_manifest::{Kind, Manifest, Plan};
 
@@ -24,6 +24,9 @@ use crate::vault::Vault;
 
 /// Running services find a new supervisor within their reconnect interval (200 ms at most); this is ten times that.
 const ADOPT_GRACE_MS: u64 = 2_000;
+/// How long what a dead supervisor has left in between may hold its socket, and between two attempts.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(1);
+const BIND_PAUSE: Duration = Duration::from_millis(5);
 const TIMER_TICK: TimerToken = TimerToken(1);
 const TOKEN_SIGNALS: FdToken = FdToken(u64::MAX);
 
@@ -118,7 +121,8 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     }
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
-    let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
+    let patience = if options.adopt { PREDECESSOR_PATIENCE } else { Duration::ZERO };
+    let listener = bind_after(&path, patience).map_err(|source| SupervisorError::Socket { path, source })?;
     // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
     let vault = if options.adopt { Vault::default() } else { listen_for_all(&options.run_dir, &plan)? };
     let mut saved = SavedState::open(&options.run_dir, options.adopt)?;
@@ -140,6 +144,17 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     supervisor.end_holder();
     supervisor.clean_up();
     Ok(())
+}
+
+/// A process that the dead supervisor was just starting has its socket until it runs its own program; nobody tells when that is.
+fn bind_after(path: &Path, patience: Duration) -> Result<SeqListener, HookError> {
+    let until = Instant::now() + patience;
+    loop {
+        match SeqListener::bind(path) {
+            Err(HookError::AddrInUse { .. }) if Instant::now() < until => std::thread::sleep(BIND_PAUSE),
+            bound => return bound,
+        }
+    }
 }
 
 /// The listening socket of a service, into the vault.

@@ -132,7 +132,7 @@ pub fn split(name: &str) -> Option<(&str, &str)> {
     name.split_once(SEPARATOR)
 }
 
-fn cut<'a>(entries: &mut dyn Iterator<Item = (String, &'a Fd)>) -> (Vec<(String, Fd)>, bool) {
+fn cut(entries: &mut dyn Iterator<Item = (String, &Fd)>) -> (Vec<(String, Fd)>, bool) {
     let mut page: Vec<(String, Fd)> = entries.take(PAGE_ENTRIES + 1).map(|(name, fd)| (name, fd.clone())).collect();
     let more = page.len() > PAGE_ENTRIES;
     page.truncate(PAGE_ENTRIES);
