@@ -1,7 +1,7 @@
 //! The whole address space under management, as far as that can be: [`Session::adopt_all`].
 
 mod look;
-pub(crate) mod maps;
+mod maps;
 mod policy;
 mod watcher;
 

@@ -43,7 +43,6 @@ mod child;
 mod device;
 mod error;
 mod forking;
-mod forsaken;
 mod frames;
 mod links;
 mod memory;

@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, ErrorCode, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
+use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
 use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, fatal, signal};
@@ -35,7 +35,6 @@ use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, f
 use crate::Error;
 use crate::agent::{AgentHost, AgentKind};
 use crate::callbacks;
-use crate::forsaken;
 use crate::frames::{Allocations, Frames, Order};
 use crate::pending::{Completer, Pending, pair};
 use crate::validation::{Validated, Validations};
@@ -311,8 +310,6 @@ pub(crate) struct Loop {
     waiting: HashMap<(LinkId, CallId), Deliver>,
     validations: Validations,
     opening: Option<Completer<Space>>,
-    /// The pager has known us.
-    attached: bool,
     /// Who we are, for a forked child.
     child: Option<(u64, Vec<u8>)>,
     /// Never closed before the last region is gone: without any reference left the kernel would turn every page that is on a device
@@ -348,7 +345,6 @@ impl Loop {
             waiting: HashMap::new(),
             validations: Validations::default(),
             opening: Some(opened),
-            attached: false,
             child,
             uffd,
             sentinel,
@@ -578,9 +574,6 @@ impl Loop {
             Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
             Err(error) => {
                 tracing::error!(%error, "The pager refused this session");
-                if self.attached && error.code == ErrorCode::Permission {
-                    self.forsaken();
-                }
                 Err(error.into())
             }
         };
@@ -589,18 +582,7 @@ impl Loop {
         }
     }
 
-    /// It has lost us, and nobody will ever bring back what it had.
-    fn forsaken(&mut self) {
-        let Some(uffd) = self.uffd.as_ref() else { return };
-        tracing::error!(
-            "Nobody knows this process's memory any more: what was on devices is lost and poisoned, the rest is the program's own"
-        );
-        forsaken::give_up(uffd);
-        self.attached = false;
-    }
-
     fn attach_from_now_on(&mut self, space: u64, token: Vec<u8>) {
-        self.attached = true;
         let attach = pager::Call::AttachSpace { space, token, agent: None };
         self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
     }
