@@ -271,6 +271,8 @@
 
 /**
  * Advice: value 1, mostly read: reading devices get copies, the first write collapses them; value 0 ends it (the default). No device.
+ * End it before MADV_MERGEABLE (KSM takes away the write protection that copies live by; memory that is mergeable before is taken out of
+ * KSM when it is copied), and before MADV_GUARD_INSTALL on allocated memory, which Linux 6.18 tries for ever under that protection.
  */
 #define UHMM_ADVISE_READ_MOSTLY 9
 
@@ -974,7 +976,8 @@ int uhmm_discard(uhmm_session *session, void *addr, uint64_t len_bytes);
 
 /**
  * mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
- * UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
+ * UHMM_PROTECT_WRITE. (A plain mprotect counts from the next access or kernel of a device on;
+ * a kernel that runs already may go on until its next fault.)
  *
  * Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -ENOMEM a hole, or no mapping left
  * (vm.max_map_count); -EFAULT not managed (the protection is changed nevertheless); the services' own.

@@ -115,7 +115,8 @@ pub extern "C" fn uhmm_discard(session: *mut uhmm_session, addr: *mut c_void, le
 }
 
 /// mprotect(2) that devices obey too when it returns: `protection` is 0, UHMM_PROTECT_READ, or UHMM_PROTECT_READ |
-/// UHMM_PROTECT_WRITE. (A plain mprotect is seen at a device's next fault.)
+/// UHMM_PROTECT_WRITE. (A plain mprotect counts from the next access or kernel of a device on;
+/// a kernel that runs already may go on until its next fault.)
 ///
 /// Errors: -EINVAL not whole pages, or another protection; -EPERM the mapping does not allow it; -ENOMEM a hole, or no mapping left
 /// (vm.max_map_count); -EFAULT not managed (the protection is changed nevertheless); the services' own.

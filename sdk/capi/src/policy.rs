@@ -29,6 +29,8 @@ pub const UHMM_ADVISE_PREFER: u32 = 7;
 /// Advice: nowhere in particular (the default). No device, value 0.
 pub const UHMM_ADVISE_PREFER_NONE: u32 = 8;
 /// Advice: value 1, mostly read: reading devices get copies, the first write collapses them; value 0 ends it (the default). No device.
+/// End it before MADV_MERGEABLE (KSM takes away the write protection that copies live by; memory that is mergeable before is taken out of
+/// KSM when it is copied), and before MADV_GUARD_INSTALL on allocated memory, which Linux 6.18 tries for ever under that protection.
 pub const UHMM_ADVISE_READ_MOSTLY: u32 = 9;
 /// Advice: one CPU fault brings home an aligned block of 2^value pages, 0 to 63, or UHMM_GRANULARITY_ADAPTIVE. No device.
 pub const UHMM_ADVISE_GRANULARITY: u32 = 10;

@@ -108,6 +108,7 @@ impl Probe {
             punch(),
             procmap_query(),
             pagemap_scan(),
+            guards(),
             process_vm(),
             pidfd(),
             peer_pidfd(),
@@ -263,6 +264,15 @@ fn pagemap_scan() -> Item {
     });
     let consequence = "Private regions are copied in full when adopted, zero pages included";
     Item::tried("PAGEMAP_SCAN", tried.map(|runs| found(!runs.is_empty())), consequence, "Use Linux 6.7 or newer")
+}
+
+fn guards() -> Item {
+    if pagemap::tells_guards() {
+        return Item::yes("guards in PAGEMAP_SCAN", "told");
+    }
+    let consequence =
+        "A device may use pages that are under a guard (MADV_GUARD_INSTALL), and coming home they take its place";
+    Item::lacking("guards in PAGEMAP_SCAN", Status::Partly, "not told", consequence, "Use Linux 6.15 or newer")
 }
 
 fn process_vm() -> Item {

@@ -72,7 +72,8 @@ pub enum Advice {
     },
     /// Where the pages shall live if nobody has a better claim; `None`: nowhere in particular (the default).
     PreferredLocation(Option<Target>),
-    /// Mostly read: reading devices get a copy and the system page stays valid; the first write collapses the copies.
+    /// Mostly read: reading devices get a copy and the system page stays valid; the first write collapses the copies. End it before
+    /// MADV_MERGEABLE, and before MADV_GUARD_INSTALL on allocated memory (docs/kernel-view.md says why).
     ReadMostly(bool),
     /// One CPU fault brings home an aligned block of 2^n pages; 0..=63. `None`: adaptive (the default).
     Granularity(Option<u8>),
