@@ -18,6 +18,8 @@
 //! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
 //! `AttachSpace` when the space's token is known.
 
+mod introduced;
+
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -27,10 +29,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, WireError, driver, pager};
+use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, driver, pager};
 use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
-use uhmm_kernel_hook::{AddrRange, HookError, UffdKind, UffdState, Userfaultfd, fatal, signal};
+use uhmm_kernel_hook::{AddrRange, UffdKind, UffdState, Userfaultfd, fatal, signal};
 
 use crate::Error;
 use crate::agent::{AgentHost, AgentKind};
@@ -38,6 +40,7 @@ use crate::callbacks;
 use crate::frames::{Allocations, Frames, Order};
 use crate::pending::{Completer, Pending, pair};
 use crate::validation::{Validated, Validations};
+use introduced::clone_of;
 
 /// Name of the thread.
 pub(crate) const LINK_THREAD: &str = "uhmm-links";
@@ -465,28 +468,6 @@ impl Loop {
         self.agent.kind()
     }
 
-    fn watch_agent(&mut self) -> Result<(), Error> {
-        if let Some(pidfd) = self.agent.pidfd() {
-            self.reactor.add_fd(pidfd, AGENT)?;
-        }
-        Ok(())
-    }
-
-    /// Somebody has killed the agent alone: another one is started where the program still may.
-    fn agent_ended(&mut self) -> Result<(), Error> {
-        let Some(pidfd) = self.agent.pidfd().filter(|pidfd| pidfd.exited().unwrap_or(true)) else { return Ok(()) };
-        self.reactor.remove_fd(pidfd)?;
-        self.agent.start_again()?;
-        self.watch_agent()?;
-        self.tell_of_agent()
-    }
-
-    fn tell_of_agent(&mut self) -> Result<(), Error> {
-        let started = Call::Pager(pager::Call::AgentStarted { agent: self.agent.memory()?.agent });
-        self.reactor.call(self.pager, started, TraceId::default(), None);
-        Ok(())
-    }
-
     fn open_driver(&mut self, name: String, space: u64, token: Vec<u8>) {
         let (reactor, run_dir) = (&mut self.reactor, &self.run_dir);
         self.drivers.entry(name).or_insert_with_key(|name| {
@@ -562,48 +543,6 @@ impl Loop {
         self.send(Peer::Pager, Call::Pager(home), TraceId::fresh(), None, deliver);
     }
 
-    /// The pager knows us: from now on connections begin with `AttachSpace`.
-    fn on_introduced(&mut self, result: Result<Reply, WireError>) {
-        let result = match result {
-            Ok(Reply::Pager(pager::Reply::SpaceOpened { space, token, features })) => {
-                self.attach_from_now_on(space, token.clone());
-                Ok(Space { id: space, token, features })
-            }
-            Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
-            Ok(Reply::Pager(pager::Reply::Done)) => return,
-            Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
-            Err(error) => {
-                tracing::error!(%error, "The pager refused this session");
-                Err(error.into())
-            }
-        };
-        if let Some(opening) = self.opening.take() {
-            opening.complete(result);
-        }
-    }
-
-    fn attach_from_now_on(&mut self, space: u64, token: Vec<u8>) {
-        let attach = pager::Call::AttachSpace { space, token, agent: None };
-        self.reactor.set_preamble(self.pager, vec![Call::Pager(attach)]);
-    }
-
-    /// The pager had this process's userfaultfd, from the kernel; now we keep one too.
-    fn on_child_attached(&mut self, uffd: Fd, features: u64) -> Result<Space, Error> {
-        let Some((space, token)) = self.child.clone() else {
-            return Err(Error::StrangeReply { question: "OpenSpace" });
-        };
-        let keeping = || Error::kernel("Keeping the userfaultfd");
-        let own = uffd.try_clone().map_err(|source| keeping()(HookError::call("dup", None, source)))?;
-        let uffd = Userfaultfd::from_fd(own).map_err(keeping())?;
-        self.frames.know_uffd(clone_of(&uffd)?);
-        self.agent.start(&uffd)?;
-        self.uffd = Some(uffd);
-        self.attach_from_now_on(space, token.clone());
-        self.watch_agent()?;
-        self.tell_of_agent()?;
-        Ok(Space { id: space, token, features })
-    }
-
     /// The pager asks for memory to be mapped.
     fn on_order(&mut self, event: pager::Event) {
         let pager::Event::Frames { id, region, first_page, addr, page_count, op } = event else { return };
@@ -618,10 +557,6 @@ impl Loop {
         }
         self.drivers.iter().find(|(_, id)| **id == link).map_or("unknown", |(name, _)| name)
     }
-}
-
-fn clone_of(uffd: &Userfaultfd) -> Result<Userfaultfd, Error> {
-    uffd.try_clone().map_err(Error::kernel("Duplicating the userfaultfd"))
 }
 
 /// What a filter forbids is done without: the program's descriptors and folders are shared then, and closing or leaving them ends the session.

@@ -10,7 +10,7 @@ use crate::advise::revoke_all;
 use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
 use crate::kernel_view::{Ended, Part, Shown};
-use crate::requests::{Piece, Then};
+use crate::requests::{FaultKind, Piece, Then};
 use crate::service::Pager;
 
 /// The part of a window that a device may have.
@@ -26,21 +26,26 @@ pub(crate) struct Allowed {
 
 impl Pager {
     /// Cuts a device's window to the neighbouring pages that the client may use as it may use the faulting one: neither another
-    /// protection, nor a guard, nor what is not the segment's memory any more.
+    /// protection, nor a guard, nor what is not the segment's memory any more. A range that is read as a whole goes on over all that may
+    /// be read, and is writable only if all of it is: its first write asks again.
     pub(crate) fn allowed(
         &mut self,
         segment_id: u64,
         window: AddrRange,
         fault_addr: u64,
-        write: bool,
+        kind: FaultKind,
     ) -> Result<Allowed, WireError> {
+        let write = kind.write || kind.exclusive;
         let all = Allowed { skip: 0, count: window.len / PAGE_SIZE, writable: true };
         let Some(segment) = self.regions.segment(segment_id) else { return Ok(all) };
         let space = segment.space;
         let Some(parts) = self.view(segment, window) else { return Ok(all) };
-        let part = parts.into_iter().find(|part| part.range.contains(fault_addr));
+        let part = parts.iter().position(|part| part.range.contains(fault_addr));
+        let rest = &parts[part.unwrap_or(parts.len())..];
         let fault = |text: &str| Err(WireError::new(ErrorCode::Fault, format!("Address {fault_addr:#x} {text}")));
-        let Some(Part { range, shown }) = part else { return fault("is outside the window that was asked for") };
+        let Some(Part { range, shown }) = rest.first().copied() else {
+            return fault("is outside the window that was asked for");
+        };
         match shown {
             Shown::Guard => {
                 self.drop_guarded(space, &[range]);
@@ -60,7 +65,8 @@ impl Pager {
             }
             Shown::Ours { write: writable, .. } => {
                 let skip = (range.start - window.start) / PAGE_SIZE;
-                Ok(Allowed { skip, count: range.len / PAGE_SIZE, writable })
+                let (len, writable) = if kind.whole && !write { readable_front(rest) } else { (range.len, writable) };
+                Ok(Allowed { skip, count: len / PAGE_SIZE, writable })
             }
         }
     }
@@ -181,5 +187,29 @@ impl Pager {
         }
         // No device reads there any more when the caller goes on.
         self.revalidated(conn, call, range, false);
+    }
+}
+
+/// Bytes at the front that may be read, and whether all of them may be written.
+fn readable_front(parts: &[Part]) -> (u64, bool) {
+    let rights = parts.iter().map_while(|part| match part.shown {
+        Shown::Ours { read: true, write } => Some((part.range.len, write)),
+        _ => None,
+    });
+    rights.fold((0, true), |(len, all), (more, write)| (len + more, all && write))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_as_a_whole_ends_where_it_may_not_be_read() {
+        let part = |start: u64, shown| Part { range: AddrRange { start, len: PAGE_SIZE }, shown };
+        let ours = |read, write| Shown::Ours { read, write };
+        let parts = [part(0, ours(true, true)), part(4096, ours(true, false)), part(8192, ours(false, false))];
+        assert_eq!(readable_front(&parts), (2 * PAGE_SIZE, false));
+        assert_eq!(readable_front(&parts[..1]), (PAGE_SIZE, true));
+        assert_eq!(readable_front(&[part(0, Shown::Guard), parts[0]]), (0, true));
     }
 }

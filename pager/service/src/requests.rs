@@ -381,7 +381,7 @@ impl Pager {
         let (region, first_page, fault_addr) =
             (segment.region, segment.first_page, segment.addr + fault_page * PAGE_SIZE);
         let addrs = AddrRange { start: segment.addr + window.first * PAGE_SIZE, len: window.count * PAGE_SIZE };
-        let allowed = match self.allowed(segment_id, addrs, fault_addr, kind.write || kind.exclusive) {
+        let allowed = match self.allowed(segment_id, addrs, fault_addr, kind) {
             Ok(allowed) => allowed,
             Err(error) => return Some(Err(error)),
         };
