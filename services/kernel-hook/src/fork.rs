@@ -4,10 +4,11 @@
 use std::io;
 use std::sync::OnceLock;
 
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal};
 
 use crate::error::HookError;
 use crate::process::PidFd;
+use crate::sys::errno_of;
 
 /// What runs before every fork of this process, and whether that could be arranged (an errno otherwise).
 static BEFORE: OnceLock<(fn(), i32)> = OnceLock::new();
@@ -32,6 +33,35 @@ pub fn before_fork(before: fn()) -> Result<(), HookError> {
         0 => Ok(()),
         error => Err(HookError::failed("pthread_atfork", io::Error::from_raw_os_error(error))),
     }
+}
+
+/// A fork that the kernel gives up when the address space was copied already, as with a full control group of pids: there is no room
+/// for the child's pidfd. Returns the error number.
+///
+/// # Errors
+/// `Call` when the limit of descriptors cannot be set; `Strange` when a child was made after all (it has ended).
+pub fn fork_in_vain() -> Result<i32, HookError> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let set = |limit| {
+        rustix::process::setrlimit(Resource::Nofile, limit)
+            .map_err(|error| HookError::failed("setrlimit(NOFILE)", error))
+    };
+    set(Rlimit { current: Some(0), ..limit.clone() })?;
+    let mut pidfd: libc::c_int = -1;
+    let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: a fork without a stack of its own. A child that exists ends at once; `pidfd` outlives the call.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+    let error = io::Error::last_os_error();
+    if pid == 0 {
+        // SAFETY: ends this process at once.
+        unsafe { libc::_exit(0) };
+    }
+    set(limit)?;
+    if pid > 0 {
+        reap(pid as libc::pid_t)?;
+        return Err(HookError::Strange { call: "clone(CLONE_PIDFD)", detail: "a child was made".into() });
+    }
+    Ok(errno_of(&error))
 }
 
 /// A child made by [`fork_child`]. Dropping it kills and reaps it.

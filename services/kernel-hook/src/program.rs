@@ -384,6 +384,21 @@ impl ProgramMemory {
         Ok(Self::take(base, len))
     }
 
+    /// remap_file_pages: one page of shared memory shows another page of the file below. Linux tells no userfaultfd.
+    ///
+    /// # Errors
+    /// As [`Self::unmap`].
+    pub fn remap_file_page(&self, off: u64, file_page: u64) -> Result<(), HookError> {
+        let (place, range) = self.part(off, PAGE_SIZE)?;
+        // SAFETY: our own mapping, which holds plain data only; it stays mapped.
+        let answer =
+            unsafe { libc::syscall(libc::SYS_remap_file_pages, place, PAGE_SIZE as usize, 0, file_page as usize, 0) };
+        if answer == 0 {
+            return Ok(());
+        }
+        Err(HookError::on("remap_file_pages", range, io::Error::last_os_error(), ""))
+    }
+
     /// Fresh private memory at addresses that [`Self::unmap`] has left free.
     ///
     /// # Errors

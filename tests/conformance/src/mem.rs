@@ -239,6 +239,11 @@ impl Mem {
         own_memory::access_faults(self.addr() + off, write).during("Probe an access")
     }
 
+    /// A page of shared memory shows another page of what is below it.
+    pub(crate) fn remap_file_page(&self, off: u64, file_page: u64) -> CaseResult {
+        self.own("remap_file_pages")?.remap_file_page(off, file_page).during("remap_file_pages")
+    }
+
     pub(crate) fn lock(&self, off: u64, len: u64) -> CaseResult {
         self.own("mlock")?.lock(off, len).during("mlock")
     }

@@ -2,6 +2,7 @@
 //! and nothing that a device had comes back over it.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use uhmm_kernel_hook::smaps;
 use uhmm_kernel_hook::sysv::{self, SysvSegment};
@@ -39,9 +40,11 @@ pub(super) fn register(list: &mut Registry) {
     list.one("G23_mprotect_of_an_exclusive_page", mprotect_exclusive);
     list.one("G30_shmdt_and_a_successor", shmdt);
     list.one("G31_shm_remap_over_private_memory", shm_remap);
+    list.one("G32_remap_file_pages", remap_file_pages);
     list.one("G40_wipe_on_fork", wipe_on_fork);
     list.one("G41_dont_fork", dont_fork);
     list.one("G42_guards_are_inherited", guards_inherited);
+    list.one("G43_forks_that_fail", forks_that_fail);
     list.one("G50_no_copies_of_mergeable_memory", mergeable);
     list.one("G60_snapshot_says_who_may_write", snapshot_rights);
 }
@@ -336,6 +339,42 @@ fn shm_remap(ctx: &Ctx) -> CaseResult {
     ctx.adopt_at(addr, LEN)?;
     ensure_eq!(ctx.try_read(0, addr, LEN)?.during("Device read")?.bytes, pattern::bytes(6, 0, LEN), "The successor");
     Ok(())
+}
+
+fn remap_file_pages(ctx: &Ctx) -> CaseResult {
+    let mem = Mem::shared(LEN)?;
+    mem.fill(1)?;
+    ctx.adopt(&mem)?;
+    ctx.sees_all(0, &mem, 1)?;
+    mem.remap_file_page(2 * PAGE, 9)?;
+    ensure_eq!(mem.bytes(2 * PAGE, PAGE)?, pattern::bytes(1, 9 * PAGE, PAGE), "The CPU's page");
+    match ctx.try_read(0, mem.addr() + 2 * PAGE, PAGE)? {
+        Ok(access) => ensure_eq!(access.bytes, pattern::bytes(1, 9 * PAGE, PAGE), "The device's page"),
+        Err(error) => ensure_eq!(error.code(), ErrorCode::Fault, "A read of what is not managed any more"),
+    }
+    ctx.sees(0, &mem, 3 * PAGE, LEN - 3 * PAGE, 1)?;
+    Ok(())
+}
+
+/// The address space is copied, and then there is no child.
+fn forks_that_fail(ctx: &Ctx) -> CaseResult {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    ctx.needs_fork()?;
+    let mem = ctx.patterned_small(LEN, 1)?;
+    ctx.all_to_device(0, &mem)?;
+    let before = ctx.metric("pager", "spaces")?;
+    for _ in 0..30 {
+        let errno = uhmm_kernel_hook::fork::fork_in_vain().during("A fork in vain")?;
+        ensure_eq!(errno, rustix::io::Errno::MFILE.raw_os_error(), "The fork's error");
+        ctx.sees_all(0, &mem, 1)?;
+    }
+    let end = Instant::now() + PATIENCE;
+    while ctx.metric("pager", "spaces")? > before && Instant::now() < end {
+        std::thread::yield_now();
+    }
+    ensure_eq!(ctx.metric("pager", "spaces")?, before, "Processes that are managed");
+    ctx.writes(0, &mem, 0, LEN, 2)?;
+    mem.expect_all(2)
 }
 
 fn wipe_on_fork(ctx: &Ctx) -> CaseResult {
