@@ -174,11 +174,13 @@ fn the_engine_is_nearly_as_fast_as_a_bare_queue() {
     }
     let (raw, engine) = both(|times| times.single);
     let added = ratio(&engine, &raw) - 1.0;
+    let best = |times: &[Duration]| times.iter().min().map_or(0.0, Duration::as_secs_f64);
+    let added_at_best = best(&engine) / best(&raw) - 1.0;
     let each = |times: &[Duration]| median(times.iter().map(|time| time.as_secs_f64() * 1e6).collect());
     println!("one page: raw {:.1} us, engine {:.1} us, {:+.0} %", each(&raw), each(&engine), added * 100.0);
     // The goal is 20 %: some 2000 instructions, which cost 6 us where they are emulated and less than 1 us elsewhere. What is asserted
-    // leaves room for a busy machine and none for a sleep.
-    assert!(added < 1.0, "latency at queue depth 1");
+    // leaves room for a busy machine and none for a sleep, which the best turn would have too.
+    assert!(added_at_best < 1.0, "latency at queue depth 1: {:+.0} % in the best turn", added_at_best * 100.0);
 }
 
 #[test]
