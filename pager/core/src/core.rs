@@ -437,9 +437,15 @@ impl<P: Policy> Core<P> {
         let now_us = self.now_us;
         let due = self.later.extract_if(.., |(until_us, _)| *until_us <= now_us);
         self.again.extend(due.map(|(_, ticket)| ticket));
+        let ended = self.ended;
         for ticket in std::mem::take(&mut self.again) {
             self.stats.retries += 1;
             self.repeat_step(dir, ticket, out);
+        }
+        if ended != self.ended {
+            // All of a transfer was discarded while it waited. Who looked in this call would see its pages on the move, and wait for
+            // an end that has been.
+            return;
         }
         if !self.doomed.is_empty() {
             // These publish, so nobody looks at the directory in the same call.

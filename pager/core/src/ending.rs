@@ -139,6 +139,8 @@ impl<P: Policy> Core<P> {
             self.start_scrub(device, runs, out);
         }
         if ending.given_back == ending.frames.len() {
+            // Who has waited for the frames looks what has come of it, be it nothing.
+            self.unblock_all();
             return Next::Reply(Outcome::Done);
         }
         self.endings.insert(region, ending);

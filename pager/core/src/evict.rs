@@ -102,8 +102,9 @@ impl<P: Policy> Core<P> {
         (space, device, left): (SpaceId, DeviceId, u64),
         out: &mut Vec<Action>,
     ) -> Next {
-        // What is there nobody knows before the device has logged in.
-        if request.outstanding >= OUTSTANDING_MAX || self.table(device).is_none() {
+        // What is there nobody knows before the device has logged in; of one that is given up nothing is left.
+        let is_awaited = self.table(device).is_none() && !self.is_failed(device);
+        if request.outstanding >= OUTSTANDING_MAX || is_awaited {
             return Next::Wait;
         }
         if left > 0

@@ -150,7 +150,11 @@ impl<P: Policy> Core<P> {
             _ if done > 0 => self.found_at_home(ticket, out),
             Some(FillStop::Exists) => self.found_at_home(ticket, out),
             Some(FillStop::NoPage) => {
-                self.leave_on_device(ticket, 1, PageStatus::Io, out);
+                let first = self.transfers.get(&ticket).map(|transfer| Pages::one(transfer.pages.first));
+                let dropped = first.is_some_and(|first| self.alike_in_front(ticket, first).1);
+                if !dropped {
+                    self.leave_on_device(ticket, 1, PageStatus::Io, out);
+                }
                 self.fill_or_end(ticket, out);
             }
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),

@@ -94,11 +94,13 @@ impl<P: Policy> Core<P> {
         wish: Wish,
         out: &mut Vec<Action>,
     ) -> Leg {
-        let zero = Self::entry(dir, region, pages.first).state() == PageState::Absent && !wish.keep;
+        // A copy of what was never touched is a copy of a hole.
+        let untouched = Self::entry(dir, region, pages.first).state() == PageState::Absent;
+        let zero = untouched && !wish.keep;
         let pages = Self::to_huge_boundary(dir, region, pages);
         let mut mask = 0;
         let run = Self::run_while(dir, region, pages, |offset, entry| {
-            let same = entry.is_settled_system() && (entry.state() == PageState::Absent) == zero;
+            let same = entry.is_settled_system() && (entry.state() == PageState::Absent) == untouched;
             let free = !entry.pinned() && !self.busy(region, pages.first + offset, entry);
             if same && free {
                 mask |= entry.mapped_mask();
