@@ -181,8 +181,14 @@ fn lost_frames_are_taken_from_the_program_before_it_meets_the_poison() {
 }
 
 fn machine(seed: u64) -> Simulator {
-    let config =
-        Config { page_counts: vec![4, 4], frame_counts: vec![6, 3], faults: Faults::default(), coherent: true, seed };
+    let config = Config {
+        page_counts: vec![4, 4],
+        frame_counts: vec![6, 3],
+        faults: Faults::default(),
+        private_mask: 0,
+        coherent: true,
+        seed,
+    };
     let mut simulator = Simulator::new(config);
     simulator.finish().expect("an untouched machine is at rest");
     simulator

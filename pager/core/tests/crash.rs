@@ -5,8 +5,14 @@ use uhmm_pager_core::sim::{Config, Faults, Op, Simulator, Violation};
 const SEEDS: u64 = 12;
 
 fn machine(seed: u64) -> Simulator {
-    let config =
-        Config { page_counts: vec![4, 4], frame_counts: vec![6, 3], faults: Faults::default(), coherent: false, seed };
+    let config = Config {
+        page_counts: vec![4, 4],
+        frame_counts: vec![6, 3],
+        faults: Faults::default(),
+        private_mask: 0,
+        coherent: false,
+        seed,
+    };
     let mut simulator = Simulator::new(config);
     simulator.finish().expect("an untouched machine is at rest");
     simulator

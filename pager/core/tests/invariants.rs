@@ -8,8 +8,14 @@ const SURE_AGAIN: Faults = Faults { again: 100, io: 0, partial: 0 };
 const SURE_IO: Faults = Faults { again: 0, io: 100, partial: 0 };
 
 fn machine(seed: u64) -> Simulator {
-    let config =
-        Config { page_counts: vec![4, 4], frame_counts: vec![6, 3], faults: Faults::default(), coherent: false, seed };
+    let config = Config {
+        page_counts: vec![4, 4],
+        frame_counts: vec![6, 3],
+        faults: Faults::default(),
+        private_mask: 0,
+        coherent: false,
+        seed,
+    };
     let mut simulator = Simulator::new(config);
     simulator.finish().expect("an untouched machine is at rest");
     simulator.log = Some(Vec::new());

@@ -17,6 +17,13 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..2u8, page.clone(), 1..9u8, any::<bool>())
             .prop_map(|(region, page, count, on)| Op::Pin { region, page, count, on }),
         1 => (0..2u8, any::<bool>()).prop_map(|(region, in_place)| Op::Advise { region, in_place }),
+        2 => (0..2u8, any::<bool>()).prop_map(|(region, on)| Op::ReadMostly { region, on }),
+        3 => (0..2u8, page.clone(), 1..9u8, 1..4u8)
+            .prop_map(|(region, page, count, devices)| Op::Revoke { region, page, count, devices }),
+        1 => (0..2u8, 0..2u8, 0..4u8).prop_map(|(region, device, count)| Op::Evict { region, device, count }),
+        6 => (0..2u8, page.clone(), 1..5u8).prop_map(|(region, page, count)| Op::DontNeed { region, page, count }),
+        1 => (0..2u8, page.clone(), 1..4u8, any::<bool>())
+            .prop_map(|(region, page, count, on)| Op::Guard { region, page, count, on }),
         1 => (0..2u8, page, 1..4u8).prop_map(|(region, page, count)| Op::Unmap { region, page, count }),
         1 => (0..2u8, any::<bool>()).prop_map(|(region, end_space)| Op::Free { region, end_space }),
         1 => (0..2u8).prop_map(|region| Op::Create { region }),
@@ -50,9 +57,9 @@ proptest! {
     #[test]
     fn no_history_loses_a_write_or_leaves_anybody_waiting(
         ops in proptest::collection::vec(op(), 1..120), faults in faults(), seed in any::<u64>(),
-        pace in 0..4u8, coherent in any::<bool>(),
+        pace in 0..4u8, coherent in any::<bool>(), private_mask in 0..4u8,
     ) {
-        let config = Config { page_counts: vec![8, 6], frame_counts: vec![5, 3], faults, coherent, seed };
+        let config = Config { page_counts: vec![8, 6], frame_counts: vec![5, 3], private_mask, faults, coherent, seed };
         let mut simulator = Simulator::new(config);
         simulator.log = std::env::var_os("UHMM_SIM_LOG").map(|_| Vec::new());
         // From a pager that lags behind to one that has nearly everything done before the next thing happens.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::machine::{JUNK, Mapping, World};
+use super::machine::{Grant, JUNK, Mapping, World};
 use crate::policy::Policy;
 use crate::{Core, DeviceId, Entry, LOST_FRAME, PageState, RegionId};
 
@@ -65,13 +65,21 @@ impl World {
     /// The copy that the directory calls valid holds what was written last.
     fn check_valid_copy(&self, region: RegionId, page: u64, entry: Entry) -> Result<(), Violation> {
         let model = &self.regions[&region].pages[page as usize];
-        if model.gone || model.may_be_lost {
+        let leaves_a_guard = model.met_guard.is_some() && entry.state() == PageState::MovingHome;
+        if model.gone || model.may_be_lost || model.given_up || leaves_a_guard {
             return Ok(());
         }
         let frames = &self.devices[usize::from(entry.device().0)].frames;
         let frame = || frames.get(entry.frame() as usize).copied().unwrap_or(JUNK);
+        let in_place = model.cache.unwrap_or(0);
         let (valid, rule) = match entry.state() {
-            PageState::Absent | PageState::System | PageState::MovingOut => (model.cache.unwrap_or(0), "inv3"),
+            // Nothing may come of what its frame or scratch still hold.
+            _ if entry.discarded() => (in_place, "inv3"),
+            PageState::Absent | PageState::System => (in_place, "inv3"),
+            PageState::MovingOut => (model.scratch.unwrap_or(in_place), "inv3"),
+            // A copy in memory that was just lost is looked at by nobody.
+            PageState::Duplicated if ![in_place, JUNK].contains(&frame()) => (frame(), "inv3"),
+            PageState::Duplicated => (in_place, "inv3"),
             PageState::Device => (frame(), "inv3"),
             PageState::MovingHome => (model.cache.unwrap_or_else(frame), "inv4"),
             _ => return Ok(()),
@@ -86,12 +94,16 @@ impl World {
     /// Devices map what the directory says, and never what the CPU maps as something else.
     fn check_mappings(&self) -> Result<(), Violation> {
         for (id, device) in self.devices.iter().enumerate() {
-            for ((region, page), mapping) in &device.mappings {
+            for ((region, page), Grant { mapping, writable }) in &device.mappings {
                 let entry = self.entry(*region, *page);
                 let told = entry.mapped_mask() & (1 << id) != 0;
                 let right = match mapping {
                     Mapping::Frame(frame) => {
                         entry.owns_frame() && usize::from(entry.device().0) == id && entry.frame() == *frame
+                    }
+                    // The system page of a copy, until the copy's end has been told to everybody.
+                    Mapping::InPlace if entry.owns_frame() => {
+                        !writable && matches!(entry.state(), PageState::Duplicated | PageState::MovingHome)
                     }
                     Mapping::InPlace => matches!(entry.state(), PageState::System | PageState::MovingOut),
                 };
@@ -100,7 +112,8 @@ impl World {
                     return Err(Violation::new("inv2", text));
                 }
                 let model = &self.regions[region].pages[*page as usize];
-                if model.mapped && *mapping != Mapping::InPlace {
+                let copy = model.protected && !writable;
+                if model.mapped && *mapping != Mapping::InPlace && !copy {
                     let text = format!("CPU and device {id} map different copies of {region:?} page {page}");
                     return Err(Violation::new("inv1", text));
                 }
@@ -112,7 +125,9 @@ impl World {
     /// Nothing is in flight any more: nobody may wait, no frame may be lost, nothing of a dead client may be left.
     pub fn check_at_rest<P: Policy>(&self, core: &Core<P>) -> Result<(), Violation> {
         if !core.idle() {
-            return Err(Violation::new("inv7", "The core is not idle though nothing is in flight".into()));
+            let text =
+                format!("The core is not idle though nothing is in flight: {:?} {:?}", core.requests, core.transfers);
+            return Err(Violation::new("inv7", text));
         }
         if let Some(access) = self.blocked.first() {
             let entry = self.entry(access.region, access.page);
@@ -124,6 +139,10 @@ impl World {
         for (id, region) in &self.regions {
             if let Some(page) = (0..region.directory.len() as u64).find(|page| self.entry(*id, *page).is_moving()) {
                 let text = format!("{id:?} page {page} is on the move for ever: {:?}", self.entry(*id, page));
+                return Err(Violation::new("inv3", text));
+            }
+            if let Some(page) = (0..region.directory.len() as u64).find(|page| self.entry(*id, *page).discarded()) {
+                let text = format!("{id:?} page {page} was given up and is still there: {:?}", self.entry(*id, page));
                 return Err(Violation::new("inv3", text));
             }
         }

@@ -2,7 +2,11 @@
 
 use super::check::Violation;
 use super::machine::{JUNK, Mapping, RegionModel, World};
-use crate::{Action, CPU, DeviceId, Event, FillStop, Outcome, PageState, Pages, RegionId, ReqId, StepResult, Ticket};
+use super::private::Taken;
+use crate::{
+    Action, CPU, Core, DefaultPolicy, DeviceId, Event, FillStop, Outcome, PageState, Pages, RegionId, ReqId,
+    StepResult, Ticket,
+};
 
 /// An action that is answered later.
 #[derive(Clone, Debug)]
@@ -10,6 +14,8 @@ pub(super) struct Pending {
     pub action: Action,
     /// Bytes that were read when it began; the rest of the work is done when it ends.
     pub early: Option<Vec<u64>>,
+    /// The same of private pages that the agent has taken out.
+    pub taken: Option<Vec<Taken>>,
     /// It cannot succeed any more.
     pub fail: bool,
     /// When it was asked: a client's agent does one thing after the other.
@@ -50,7 +56,7 @@ impl World {
                 }
             }
             Action::WriteProtect { ticket, region, pages, on } => self.write_protect(ticket, region, pages, on)?,
-            Action::Punch { ticket, region, pages } => {
+            Action::Punch { ticket, region, pages } if !self.is_private(region) => {
                 let result = self.punch(region, pages);
                 self.events.push_back(Event::PunchDone { ticket, result });
             }
@@ -107,12 +113,16 @@ impl World {
                 format!("{region:?} page {page} is poisoned but was not lost: {old:?}"),
             ));
         }
+        if !entry.is_moving() {
+            target.pages[page as usize].met_guard = None;
+        }
         target.directory[page as usize] = old.followed_by(entry).bits();
         Ok(())
     }
 
     fn write_protect(&mut self, ticket: Ticket, region: RegionId, pages: Pages, on: bool) -> Result<(), Violation> {
-        let result = if self.rng.chance(self.faults.again) { StepResult::Again } else { StepResult::Ok };
+        let again = self.rng.chance(self.faults.again) || self.is_changing(region);
+        let result = if again { StepResult::Again } else { StepResult::Ok };
         if result == StepResult::Ok {
             for page in pages.iter() {
                 if let Some(model) = self.page(region, page) {
@@ -145,6 +155,9 @@ impl World {
         values: &[u64],
     ) -> Result<(u64, Option<FillStop>), Violation> {
         let mut done = 0;
+        if self.is_changing(region) {
+            return Ok((0, Some(FillStop::Again)));
+        }
         for (page, value) in pages.iter().zip(values) {
             if self.rng.chance(self.faults.again) {
                 let stop = if self.rng.chance(50) { FillStop::Again } else { FillStop::NoMemory };
@@ -154,6 +167,9 @@ impl World {
                 return Ok((done, None));
             }
             let Some(model) = self.page(region, page) else { return Ok((done, Some(FillStop::NoProcess))) };
+            if model.guard {
+                return Ok((done, Some(self.met_guards(region, pages.after(done)))));
+            }
             if model.cache.is_some() {
                 return Ok((done, Some(FillStop::Exists)));
             }
@@ -165,6 +181,10 @@ impl World {
     }
 
     fn continue_pages(&mut self, region: RegionId, pages: Pages) -> Result<(u64, Option<FillStop>), Violation> {
+        if self.is_private(region) {
+            let there = self.page(region, pages.first).is_some_and(|model| model.cache.is_some());
+            return Ok((0, Some(if there { FillStop::Exists } else { FillStop::NoPage })));
+        }
         for (done, page) in pages.iter().enumerate() {
             let done = done as u64;
             if self.rng.chance(self.faults.again) {
@@ -198,15 +218,26 @@ impl World {
                 let whole = next == open.pages.end();
                 if whole { Ok(()) } else { Err(Violation::new("inv5", format!("Pages without a fate: {runs:?}"))) }
             }
+            Outcome::Done if open.pages.count == 0 && self.regions.contains_key(&open.region) => {
+                Err(Violation::new("inv4", format!("{:?} is said to be gone and is not", open.region)))
+            }
             Outcome::Done | Outcome::Failed(_) => Ok(()),
         }
     }
 
     /// Copies may read their source at once and finish later, or do everything when they finish.
     fn begin(&mut self, action: Action) {
-        let early = self.rng.chance(50).then(|| self.source(&action));
+        let early = self.rng.chance(50);
         let order = self.action_count;
-        self.pending.push(Pending { action, early, fail: false, order });
+        let mut pending = Pending { action, early: None, taken: None, fail: false, order };
+        match pending.action {
+            Action::CopyOut { region, pages, keep, .. } if self.is_private(region) => {
+                let early = early && !self.is_changing(region);
+                pending.taken = early.then(|| self.take_out(region, pages, keep));
+            }
+            _ => pending.early = early.then(|| self.source(&pending.action)),
+        }
+        self.pending.push(pending);
     }
 
     pub(super) fn source(&mut self, action: &Action) -> Vec<u64> {
@@ -237,12 +268,18 @@ impl World {
         };
         let next = self.pending.iter().filter(|pending| pending.is_the_agents()).map(|pending| pending.order).min();
         let in_turn = |pending: &Pending| !pending.is_the_agents() || Some(pending.order) == next;
-        let able = |pending: &Pending| in_turn(pending) && ready(pending);
+        // While an event of the address space is unread the kernel moves nothing (EAGAIN).
+        let stands_still = |pending: &Pending| match pending.action {
+            Action::CopyOut { region, .. } => pending.taken.is_none() && self.is_changing(region),
+            Action::MoveBack { region, .. } => self.is_changing(region),
+            _ => false,
+        };
+        let able = |pending: &Pending| in_turn(pending) && ready(pending) && !stands_still(pending);
         (0..self.pending.len()).filter(|index| able(&self.pending[*index])).collect()
     }
 
     /// Finishes a pending action and returns the event that says so.
-    pub(super) fn complete(&mut self, index: usize) -> Result<Event, Violation> {
+    pub(super) fn complete(&mut self, core: &Core<DefaultPolicy>, index: usize) -> Result<Event, Violation> {
         let pending = self.pending.swap_remove(index);
         let dead = pending.device().is_some_and(|device| self.devices[usize::from(device.0)].failed);
         let source = pending.early.clone().unwrap_or_else(|| self.source(&pending.action));
@@ -272,6 +309,23 @@ impl World {
                 }
                 Event::CpuMapped { ticket, result: if fails { StepResult::Io } else { StepResult::Ok } }
             }
+            Action::CopyOut { ticket, region, pages, device, frame, keep, .. } if self.is_private(region) => {
+                self.no_mapping(region, pages, |_| true)?;
+                let taken = pending.taken.unwrap_or_else(|| self.take_out(region, pages, keep));
+                let runs = self.taken_to_frames(device, frame, &taken, broken);
+                Event::CopiedRuns { ticket, runs }
+            }
+            Action::MoveBack { ticket, region, pages } => {
+                let again = self.rng.chance(self.faults.again);
+                if !again {
+                    self.move_back(core, ticket, region, pages);
+                }
+                Event::MoveBackDone { ticket, result: if again { StepResult::Again } else { StepResult::Ok } }
+            }
+            Action::Punch { ticket, region, pages } => {
+                self.punch_private(region, pages);
+                Event::PunchDone { ticket, result: StepResult::Ok }
+            }
             Action::CopyOut { ticket, region, pages, device, frame, .. } => {
                 self.no_mapping(region, pages, |mapping| mapping == Mapping::InPlace)?;
                 let result = self.write_frames(device, frame, &source, broken);
@@ -300,6 +354,8 @@ impl World {
                     return Ok(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
                 }
                 self.no_mapping(region, pages, |_| true)?;
+                // The shell asks when it has the bytes: what was dropped since is not put in place.
+                let pages = Pages { count: pages.count.min(core.fill_limit(ticket)), ..pages };
                 let (done_pages, stop) = self.fill_pages(region, pages, &source)?;
                 Event::FillDone { ticket, done_pages, stop }
             }
@@ -326,7 +382,8 @@ impl World {
             return Err(Violation::new("inv2", text));
         }
         for (id, device) in self.devices.iter().enumerate() {
-            for ((of, page), mapping) in &device.mappings {
+            for ((of, page), grant) in &device.mappings {
+                let mapping = &grant.mapping;
                 if *of == region && pages.contains(*page) && bad(*mapping) {
                     let text = format!("device {id} maps {region:?} page {page} ({mapping:?}) during its copy");
                     return Err(Violation::new("inv2", text));
@@ -357,7 +414,9 @@ impl World {
         for region in self.regions.values_mut() {
             for (page, bits) in region.pages.iter_mut().zip(&region.directory) {
                 let entry = crate::Entry::decode(*bits).unwrap_or(crate::Entry::ABSENT);
-                let mine = entry.owns_frame() && entry.device() == device;
+                // (Of a hole's copy nobody can tell any more once its end has begun: on its way home a hole means that the frame counts.)
+                let copied = entry.state() == PageState::Duplicated && page.cache.is_some() || entry.discarded();
+                let mine = entry.owns_frame() && entry.device() == device && !copied;
                 let came_home = entry.state() == PageState::MovingHome && page.cache.is_some();
                 page.may_be_lost |= mine && !came_home;
             }

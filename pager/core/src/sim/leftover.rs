@@ -3,7 +3,7 @@
 
 use super::execute::Pending;
 use super::machine::World;
-use crate::{Action, DeviceId};
+use crate::{Action, DeviceId, RegionId};
 
 /// A write to frames that may still happen.
 #[derive(Clone, Debug)]
@@ -16,12 +16,21 @@ pub(super) struct Leftover {
 impl World {
     /// A pending action of a pager that has just died. What it would have read was read: the dead pager had it put into staging.
     pub(super) fn leave_over(&mut self, pending: &Pending) {
-        let values = pending.early.clone().unwrap_or_else(|| self.source(&pending.action));
+        // Asked of a driver that has died itself.
+        if pending.fail {
+            return;
+        }
+        let taken = pending.taken.as_ref().map(|taken| taken.iter().map(|(_, bytes)| *bytes).collect());
+        let values = pending.early.clone().or(taken).unwrap_or_else(|| self.source(&pending.action));
+        let privates: Vec<_> = self.regions.keys().copied().filter(|region| self.is_private(*region)).collect();
+        let private = |region: RegionId| privates.contains(&region);
         let zeros = |count: u32| vec![0; count as usize];
         let mut leave = |device: DeviceId, frame: u32, values: Vec<u64>| {
             self.leftovers.push(Leftover { device, frame, values });
         };
         match &pending.action {
+            // The agent was not asked in time: nothing was taken out.
+            Action::CopyOut { region, .. } if pending.taken.is_none() && private(*region) => {}
             Action::CopyOut { device, frame, .. } => leave(*device, *frame, values),
             Action::CopyAcross { to, frame, .. } => leave(*to, *frame, values),
             Action::ZeroFrames { device, frame, count, .. } => leave(*device, *frame, zeros(*count)),

@@ -7,7 +7,7 @@ use super::check::Violation;
 use super::execute::Pending;
 use super::leftover::Leftover;
 use super::{Faults, Rng};
-use crate::{Attr, DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
+use crate::{Attr, Backing, DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
 
 /// What memory that nobody may look at holds.
 pub(super) const JUNK: u64 = u64::MAX;
@@ -33,6 +33,16 @@ pub struct PageModel {
     pub gone: bool,
     /// It was on a device whose memory was lost: the core may poison it.
     pub may_be_lost: bool,
+    /// Private: what the agent has taken out of the address space.
+    pub scratch: Option<u64>,
+    /// Private: the pager knows that the agent has taken it out, be it a hole.
+    pub taken: bool,
+    /// The program dropped it, and the pager that has read so has not dealt with it.
+    pub given_up: bool,
+    /// The program has put a guard there.
+    pub guard: bool,
+    /// A fill has met the guard and its answer is on the way; what was written before.
+    pub met_guard: Option<u64>,
 }
 
 /// One region.
@@ -40,6 +50,8 @@ pub struct PageModel {
 pub struct RegionModel {
     /// Client.
     pub space: SpaceId,
+    /// Shared or private.
+    pub backing: Backing,
     /// Pages.
     pub pages: Vec<PageModel>,
     /// Directory of the vault.
@@ -59,13 +71,22 @@ pub enum Mapping {
     InPlace,
 }
 
+/// A device page table entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Where it points to.
+    pub mapping: Mapping,
+    /// The device may write.
+    pub writable: bool,
+}
+
 /// One device and its driver.
 #[derive(Clone, Debug)]
 pub struct DeviceModel {
     /// Device memory.
     pub frames: Vec<u64>,
     /// Device page table.
-    pub mappings: BTreeMap<(RegionId, u64), Mapping>,
+    pub mappings: BTreeMap<(RegionId, u64), Grant>,
     /// Accessed marks of the page table.
     pub used: RefCell<BTreeSet<(RegionId, u64)>>,
     /// The driver is logged in at this pager.
@@ -228,6 +249,9 @@ impl World {
             return self.through_aperture(access, model, device, frame);
         }
         let Some(model) = self.page(region, page) else { return Ok(()) };
+        if model.guard {
+            return Ok(());
+        }
         if model.mapped && (write.is_none() || !model.protected) {
             match write {
                 Some(token) => (model.cache, model.expected) = (Some(token), token),
@@ -299,7 +323,8 @@ impl World {
         if model.failed || self.regions.get(&region).is_none_or(|region| region.freeing) {
             return Ok(());
         }
-        if let Some(mapping) = model.mappings.get(&(region, page)).copied() {
+        if let Some(Grant { mapping, .. }) = model.mappings.get(&(region, page)).filter(|g| g.writable || !write) {
+            let mapping = *mapping;
             let write = write.then(|| self.token(region));
             return self.through(device, mapping, region, page, write);
         }
@@ -325,9 +350,12 @@ impl World {
         write: Option<u64>,
     ) -> Result<(), Violation> {
         self.devices[usize::from(device)].used.get_mut().insert((region, page));
+        let discarded = self.entry(region, page).discarded();
         let Some(model) = self.page(region, page) else { return Ok(()) };
-        let (expected, gone) = (model.expected, model.gone);
-        if let Some(token) = write {
+        // A job that goes on with what the program has dropped: the device is about to lose it.
+        let dropped = discarded || model.given_up;
+        let (expected, gone) = (model.expected, model.gone || dropped);
+        if let Some(token) = write.filter(|_| !dropped) {
             model.expected = token;
         }
         let seen = match (mapping, write) {
@@ -362,11 +390,22 @@ impl World {
                     MapKind::Frame(first) => Mapping::Frame(first + offset as u32),
                     MapKind::System => Mapping::InPlace,
                 };
-                model.mappings.insert((open.region, run.first + offset), mapping);
+                model.mappings.insert((open.region, run.first + offset), Grant { mapping, writable: run.writable });
             }
         }
-        match model.mappings.get(&(open.region, page)).copied() {
-            Some(mapping) => self.through(device, mapping, open.region, page, write),
+        let granted = model.mappings.get(&(open.region, page)).copied();
+        let mut pages = runs.iter().flat_map(|run| Pages { first: run.first, count: run.count }.iter());
+        if let Some(page) = pages.find(|page| self.entry(open.region, *page).discarded()) {
+            let text = format!("device {device} is given {:?} page {page}, whose content was given up", open.region);
+            return Err(Violation::new("inv3", text));
+        }
+        match granted {
+            Some(grant) if grant.writable || write.is_none() => {
+                self.through(device, grant.mapping, open.region, page, write)
+            }
+            Some(_) => {
+                Err(Violation::new("inv5", format!("Resolve of page {page} for a write was answered read-only")))
+            }
             None => Err(Violation::new("inv5", format!("Resolve of page {page} was answered without it"))),
         }
     }

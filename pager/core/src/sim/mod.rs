@@ -18,13 +18,16 @@
 //! userfaultfd watches) are not injected.
 
 mod check;
+mod crash;
 mod execute;
 mod leftover;
 mod machine;
+mod private;
+mod program;
 mod simulator;
 
 pub use check::Violation;
-pub use machine::{DeviceModel, Mapping, PageModel, RegionModel, World};
+pub use machine::{DeviceModel, Grant, Mapping, PageModel, RegionModel, World};
 pub use simulator::{Config, Op, Simulator};
 
 /// Small deterministic generator (splitmix64).

@@ -2,7 +2,7 @@
 
 use super::Faults;
 use super::check::Violation;
-use super::machine::{CpuAccess, Open, RegionModel, World};
+use super::machine::{Open, RegionModel, World};
 use crate::{Action, Backing, Core, DefaultPolicy, DeviceId, Event, Pages, RegionId, SpaceId, Target};
 
 /// Steps after which a machine that is left alone must have come to rest.
@@ -15,6 +15,8 @@ pub struct Config {
     pub page_counts: Vec<u64>,
     /// Frames of each device.
     pub frame_counts: Vec<u32>,
+    /// Bit n: region n is the client's private memory.
+    pub private_mask: u8,
     /// How often steps fail.
     pub faults: Faults,
     /// The CPU reaches the memory of device 0.
@@ -37,6 +39,16 @@ pub enum Op {
     Pin { region: u8, page: u8, count: u8, on: bool },
     /// Devices map the region's system pages in place.
     Advise { region: u8, in_place: bool },
+    /// Reading devices get copies of the region's pages, from now on; who has something mapped loses it.
+    ReadMostly { region: u8, on: bool },
+    /// Some devices lose their mappings (protection, advice). Bit n: device n.
+    Revoke { region: u8, page: u8, count: u8, devices: u8 },
+    /// A client wants its pages home from a device, coldest first.
+    Evict { region: u8, device: u8, count: u8 },
+    /// MADV_DONTNEED of private memory.
+    DontNeed { region: u8, page: u8, count: u8 },
+    /// Guards are put into private memory, or taken away. Nobody is told.
+    Guard { region: u8, page: u8, count: u8, on: bool },
     /// munmap of a part.
     Unmap { region: u8, page: u8, count: u8 },
     /// The region is freed; `end_space`: with its client.
@@ -65,14 +77,14 @@ pub struct Simulator {
     /// Everything else.
     pub world: World,
     config: Config,
-    slots: Vec<RegionId>,
-    spaces: Vec<SpaceId>,
+    pub(super) slots: Vec<RegionId>,
+    pub(super) spaces: Vec<SpaceId>,
     crash_in: Option<u64>,
     next_id: u64,
     /// The clock: a microsecond an event, so that histories without pauses look like a fight.
     now_us: u64,
     /// Drivers that have not found the new pager yet, and whether their mappings are void.
-    late: Vec<(usize, bool)>,
+    pub(super) late: Vec<(usize, bool)>,
     /// Pagers that died.
     pub crash_count: u32,
     /// Events and actions in order, when somebody wants to read them.
@@ -108,26 +120,29 @@ impl Simulator {
         simulator
     }
 
-    fn new_id(&mut self) -> u64 {
+    pub(super) fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
     }
 
-    fn make_region(&mut self, slot: usize) {
+    pub(super) fn make_region(&mut self, slot: usize) {
         let (region, space) = (self.slots[slot], self.spaces[slot]);
         let page_count = self.config.page_counts[slot];
+        let private = self.config.private_mask >> slot & 1 != 0;
+        let backing = if private { Backing::Private } else { Backing::Shared };
         let model = RegionModel {
             space,
+            backing,
             pages: vec![Default::default(); page_count as usize],
             directory: vec![0; page_count as usize],
             attr: Default::default(),
             freeing: false,
         };
         self.world.regions.insert(region, model);
-        self.world.events.push_back(Event::RegionAdded { region, space, page_count, backing: Backing::Shared });
+        self.world.events.push_back(Event::RegionAdded { region, space, page_count, backing });
     }
 
-    fn log_in(&mut self, device: usize, fresh_mappings: bool, memory_known: bool) {
+    pub(super) fn log_in(&mut self, device: usize, fresh_mappings: bool, memory_known: bool) {
         let model = &mut self.world.devices[device];
         let memory_lost = model.memory_is_new;
         if fresh_mappings {
@@ -148,18 +163,18 @@ impl Simulator {
         self.slots[usize::from(slot) % self.slots.len()]
     }
 
-    fn pages(&self, slot: u8, page: u8, count: u8) -> (RegionId, Pages) {
+    pub(super) fn pages(&self, slot: u8, page: u8, count: u8) -> (RegionId, Pages) {
         let slot = usize::from(slot) % self.slots.len();
         let page_count = self.config.page_counts[slot];
         let first = u64::from(page) % page_count;
         (self.slots[slot], Pages { first, count: (u64::from(count).max(1)).min(page_count - first) })
     }
 
-    fn device(&self, device: u8) -> u8 {
+    pub(super) fn device(&self, device: u8) -> u8 {
         device % self.config.frame_counts.len() as u8
     }
 
-    fn usable(&self, region: RegionId) -> bool {
+    pub(super) fn usable(&self, region: RegionId) -> bool {
         self.world.regions.get(&region).is_some_and(|region| !region.freeing)
     }
 
@@ -196,9 +211,18 @@ impl Simulator {
                     model.attr = model.attr.with_in_place_mask(mask);
                 }
             }
+            Op::ReadMostly { .. } | Op::Revoke { .. } | Op::Evict { .. } => self.advise(op),
             Op::Unmap { region, page, count } => {
                 let (region, pages) = self.pages(region, page, count);
                 self.unmap(region, pages);
+            }
+            Op::DontNeed { region, page, count } => {
+                let (region, pages) = self.pages(region, page, count);
+                self.dont_need(region, pages);
+            }
+            Op::Guard { region, page, count, on } => {
+                let (region, pages) = self.pages(region, page, count);
+                self.world.guard(region, pages, on);
             }
             Op::Free { region, end_space } => self.free(region, end_space),
             Op::Create { region } => self.create(region),
@@ -215,83 +239,6 @@ impl Simulator {
             Op::CrashAfter { actions } => self.crash_in = Some(u64::from(actions)),
         }
         self.world.check()
-    }
-
-    fn unmap(&mut self, region: RegionId, pages: Pages) {
-        if !self.usable(region) {
-            return;
-        }
-        let gone = |access: &CpuAccess| access.region == region && pages.contains(access.page);
-        self.world.blocked.retain(|access| !gone(access));
-        for page in pages.iter() {
-            if let Some(model) = self.world.page(region, page) {
-                (model.gone, model.mapped) = (true, false);
-            }
-        }
-        self.world.events.push_back(Event::Unmapped { region, pages });
-    }
-
-    fn free(&mut self, slot: u8, end_space: bool) {
-        let slot = usize::from(slot) % self.slots.len();
-        let region = self.slots[slot];
-        if !self.usable(region) {
-            return;
-        }
-        self.world.blocked.retain(|access| access.region != region);
-        if let Some(model) = self.world.regions.get_mut(&region) {
-            model.freeing = true;
-        }
-        self.ask_to_free(region);
-        if end_space {
-            self.world.gone_spaces.insert(self.spaces[slot]);
-        }
-    }
-
-    fn ask_to_free(&mut self, region: RegionId) {
-        let pages = Pages { first: 0, count: 0 };
-        let req = self.world.request(Open { region, pages, job: None });
-        self.world.events.push_back(Event::RegionFree { req: Some(req), region });
-    }
-
-    fn create(&mut self, slot: u8) {
-        let slot = usize::from(slot) % self.slots.len();
-        if self.world.regions.contains_key(&self.slots[slot]) {
-            return;
-        }
-        self.slots[slot] = RegionId(self.new_id());
-        if self.world.gone_spaces.contains(&self.spaces[slot]) {
-            self.spaces[slot] = SpaceId(self.new_id());
-        }
-        self.make_region(slot);
-    }
-
-    fn log_in_late(&mut self) {
-        if let Some((device, fresh)) = self.late.pop() {
-            self.log_in(device, fresh, true);
-        }
-    }
-
-    fn driver_dies(&mut self, device: u8, memory_lost: bool) {
-        self.late.retain(|(late, _)| *late != usize::from(device));
-        let id = DeviceId(device);
-        let model = &mut self.world.devices[usize::from(device)];
-        model.session = false;
-        model.mappings.clear();
-        model.memory_is_new |= memory_lost || model.failed;
-        self.world.events.push_back(Event::DeviceVoid { device: id });
-        self.log_in(usize::from(device), true, true);
-    }
-
-    fn driver_held(&mut self, device: u8) {
-        self.late.retain(|(late, _)| *late != usize::from(device));
-        let id = DeviceId(device);
-        let model = &mut self.world.devices[usize::from(device)];
-        model.session = false;
-        model.mappings.clear();
-        model.incarnation += 1;
-        model.memory_is_new = true;
-        self.world.events.push_back(Event::DeviceVoid { device: id });
-        self.world.events.push_back(Event::DeviceFailed { device: id });
     }
 
     /// Handles up to `count` events.
@@ -314,6 +261,7 @@ impl Simulator {
             if self.crash_in == Some(0) {
                 self.crash_in = None;
                 self.world.execute_torn(action)?;
+                self.keep(&event);
                 return self.crash();
             }
             self.crash_in = self.crash_in.map(|left| left - 1);
@@ -327,8 +275,14 @@ impl Simulator {
                 self.announce_end(region);
             }
         }
-        if let Event::DeviceUp { device, memory_lost: true, .. } = event {
-            self.world.devices[usize::from(device.0)].memory_is_new = false;
+        match event {
+            Event::DeviceUp { device, memory_lost: true, .. } => {
+                self.world.devices[usize::from(device.0)].memory_is_new = false;
+            }
+            Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
+                self.world.content_is_dropped(region, pages);
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -359,6 +313,9 @@ impl Simulator {
                 let model = &mut self.world.devices[usize::from(device.0)];
                 (model.session, model.failed) = (!died, false);
             }
+            Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
+                self.world.drop_content(region, pages);
+            }
             Event::DeviceFailed { device } => {
                 self.world.lose_memory(device);
                 let model = &mut self.world.devices[usize::from(device.0)];
@@ -372,83 +329,10 @@ impl Simulator {
     pub fn deliver(&mut self, index: usize) -> Result<(), Violation> {
         let ready = self.world.deliverable();
         if !ready.is_empty() {
-            let event = self.world.complete(ready[index % ready.len()])?;
+            let event = self.world.complete(&self.core, ready[index % ready.len()])?;
             self.world.events.push_back(event);
         }
         Ok(())
-    }
-
-    /// The pager dies and the next one recovers. What was pending may have happened, wholly or not at all.
-    pub fn crash(&mut self) -> Result<(), Violation> {
-        self.crash_count += 1;
-        let read = std::mem::take(&mut self.world.events);
-        while !self.world.pending.is_empty() {
-            // What the agent was asked it does before what the next pager asks, or never.
-            let able = self.world.deliverable().contains(&0);
-            if able && self.world.rng.chance(50) {
-                self.world.complete(0)?;
-            } else {
-                let pending = self.world.pending.swap_remove(0);
-                self.world.leave_over(&pending);
-            }
-        }
-        self.world.check()?;
-        self.world.open.clear();
-        self.late.clear();
-        self.core = Core::new(DefaultPolicy::default());
-        self.world.events.clear();
-        let regions: Vec<_> =
-            self.world.regions.iter().map(|(id, r)| (*id, r.space, r.directory.len() as u64)).collect();
-        for (region, space, page_count) in &regions {
-            let (region, space, page_count) = (*region, *space, *page_count);
-            self.world.events.push_back(Event::RecoverRegion {
-                region,
-                space,
-                page_count,
-                backing: Backing::Shared,
-                strays: Vec::new(),
-            });
-        }
-        self.world.events.push_back(Event::Recovered);
-        for (region, ..) in &regions {
-            if self.world.regions[region].freeing {
-                self.ask_to_free(*region);
-            }
-        }
-        self.repeat_faults(read);
-        for device in 0..self.world.devices.len() {
-            let held = self.world.devices[device].failed;
-            self.world.devices[device].session = false;
-            if held {
-                self.world.events.push_back(Event::DeviceFailed { device: DeviceId(device as u8) });
-            } else {
-                let fresh = self.world.rng.chance(50);
-                if self.world.rng.chance(50) {
-                    self.late.push((device, fresh));
-                } else {
-                    self.log_in(device, fresh, true);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Faults that the dead pager had not read are read by the next one; those that it had read are lost.
-    fn repeat_faults(&mut self, events: impl IntoIterator<Item = Event>) {
-        for event in events {
-            let lost = match event {
-                Event::CpuFault { .. } => self.world.rng.chance(50),
-                // The kernel's word about the address space is repeated by nobody, but a page without content harms nobody either.
-                Event::DeviceFailed { device } => {
-                    self.world.devices[usize::from(device.0)].failed = true;
-                    true
-                }
-                _ => true,
-            };
-            if !lost {
-                self.world.events.push_back(event);
-            }
-        }
     }
 
     /// From now on steps fail this often.
