@@ -4,12 +4,12 @@ use uhmm_pager_core::sim::{Config, Faults, Op, Simulator, Violation};
 
 const SEEDS: u64 = 12;
 
-fn machine(seed: u64) -> Simulator {
+fn machine(private_mask: u8, seed: u64) -> Simulator {
     let config = Config {
         page_counts: vec![4, 4],
         frame_counts: vec![6, 3],
         faults: Faults::default(),
-        private_mask: 0,
+        private_mask,
         coherent: false,
         seed,
     };
@@ -34,28 +34,34 @@ fn migrate(device: Option<u8>) -> Op {
     Op::Migrate { region: 0, page: 0, count: 4, device }
 }
 
-/// Runs `setup`, then `history` with a crash before its action 0, 1, 2 ... until there is no such action any more.
+/// Runs `setup`, then `history` with a crash before its action 0, 1, 2 ... until there is no such action any more; in shared and in
+/// private memory.
 fn die_everywhere(setup: &[Op], history: &[Op]) {
-    let mut points = 0;
-    for seed in 0..SEEDS {
-        for actions in 0..=u8::MAX {
-            let mut simulator = machine(seed);
-            simulator.log = Some(Vec::new());
-            let result = run(&mut simulator, setup)
-                .and_then(|()| simulator.apply(Op::CrashAfter { actions }))
-                .and_then(|()| run(&mut simulator, history))
-                .and_then(|()| simulator.finish_and_read_all());
-            if let Err(violation) = result {
-                let log = simulator.log.unwrap_or_default().join("\n");
-                panic!("seed {seed}, crash before action {actions}: {violation}\n{log}");
-            }
-            if simulator.crash_count == 0 {
-                break;
-            }
-            points += 1;
-        }
+    for private_mask in [0, 1] {
+        let points: u32 = (0..SEEDS).map(|seed| die_at_every_action(private_mask, seed, setup, history)).sum();
+        assert!(u64::from(points) > SEEDS * 4, "only {points} crashes happened");
     }
-    assert!(points > SEEDS * 4, "only {points} crashes happened");
+}
+
+fn die_at_every_action(private_mask: u8, seed: u64, setup: &[Op], history: &[Op]) -> u32 {
+    let mut points = 0;
+    for actions in 0..=u8::MAX {
+        let mut simulator = machine(private_mask, seed);
+        simulator.log = Some(Vec::new());
+        let result = run(&mut simulator, setup)
+            .and_then(|()| simulator.apply(Op::CrashAfter { actions }))
+            .and_then(|()| run(&mut simulator, history))
+            .and_then(|()| simulator.finish_and_read_all());
+        if let Err(violation) = result {
+            let log = simulator.log.unwrap_or_default().join("\n");
+            panic!("private {private_mask}, seed {seed}, crash before action {actions}: {violation}\n{log}");
+        }
+        if simulator.crash_count == 0 {
+            break;
+        }
+        points += 1;
+    }
+    points
 }
 
 #[test]
@@ -113,10 +119,44 @@ fn inv3_a_crash_while_a_device_comes_back_with_other_memory_poisons_only_what_wa
     die_everywhere(&setup, &[lost, write(1), write(2)]);
 }
 
+const DROP_TWO: Op = Op::DontNeed { region: 0, page: 1, count: 2 };
+
+#[test]
+fn inv3_a_crash_anywhere_in_a_discard_brings_nothing_back_and_harms_no_neighbour() {
+    let setup = [write(0), write(1), write(2), migrate(Some(0)), device_write(0, 1), device_write(0, 3)];
+    die_everywhere(&setup, &[DROP_TWO, write(2), device_write(0, 1)]);
+}
+
+#[test]
+fn inv3_a_crash_anywhere_in_a_discard_beside_a_revocation_brings_nothing_back() {
+    let setup = [write(0), write(1), write(2), migrate(Some(0)), device_write(0, 1), device_write(0, 2)];
+    for seed in 0..SEEDS {
+        for actions in 0..30 {
+            let mut simulator = machine(1, seed);
+            run(&mut simulator, &setup).expect("the pages are on the device");
+            simulator.apply(Op::CrashAfter { actions }).expect("armed");
+            let revoke = Op::Revoke { region: 0, page: 0, count: 4, devices: 1 };
+            for op in [revoke, Op::Pump { count: 1 }, Op::Tick, Op::Pump { count: 1 }, DROP_TWO, device_write(0, 0)] {
+                simulator.apply(op).expect("legal");
+            }
+            let end = simulator.finish_and_read_all();
+            assert_eq!(end, Ok(()), "seed {seed}, crash before action {actions}");
+            assert!((1..3).all(|page| !simulator.world.entry(simulator.region(0), page).discarded()));
+        }
+    }
+}
+
+#[test]
+fn inv3_a_crash_anywhere_beside_read_only_copies_keeps_every_byte() {
+    let read = |device, page| Op::Device { device, region: 0, page, around: 0, write: false };
+    let setup = [write(0), write(1), Op::ReadMostly { region: 0, on: true }, read(0, 0), read(1, 1), read(0, 3)];
+    die_everywhere(&setup, &[read(0, 2), write(0), DROP_TWO, device_write(1, 1), migrate(None)]);
+}
+
 #[test]
 fn inv3_a_cpu_write_between_fill_and_publish_survives_a_crash() {
     for seed in 0..SEEDS {
-        let mut simulator = machine(seed);
+        let mut simulator = machine(0, seed);
         run(&mut simulator, &[write(0), migrate(Some(0)), device_write(0, 0)]).expect("the page is on the device");
         simulator.apply(migrate(None)).expect("accepted");
         // The device maps the page: its revocation ends, then its fill; the answer to the fill stays unread.
