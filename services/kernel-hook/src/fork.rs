@@ -46,7 +46,7 @@ pub fn fork_in_vain() -> Result<i32, HookError> {
         rustix::process::setrlimit(Resource::Nofile, limit)
             .map_err(|error| HookError::failed("setrlimit(NOFILE)", error))
     };
-    set(Rlimit { current: Some(0), ..limit.clone() })?;
+    set(Rlimit { current: Some(0), ..limit })?;
     let mut pidfd: libc::c_int = -1;
     let flags = libc::CLONE_PIDFD | libc::SIGCHLD;
     // SAFETY: a fork without a stack of its own. A child that exists ends at once; `pidfd` outlives the call.
