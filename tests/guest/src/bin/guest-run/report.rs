@@ -16,6 +16,13 @@ pub struct Report {
     broken: Vec<String>,
 }
 
+/// The kernel panicked, and no suite has said anything.
+pub fn panicked_at_boot(out: &Path) -> Result<bool> {
+    let read = |name: &str| fs::read(out.join(name)).with_context(|| format!("Read {name}"));
+    let panicked = String::from_utf8_lossy(&read("console.log")?).contains("Kernel panic - not syncing");
+    Ok(panicked && read("results.jsonl")?.is_empty())
+}
+
 impl Report {
     /// Reads the results line. A guest that did not say that it has finished is a failure, however many tests passed.
     pub fn read(out: &Path, ended: Option<ExitStatus>) -> Result<Self> {
