@@ -9,16 +9,18 @@
 //!   Duplicated             System
 //!   Device, Exclusive      Device shared, and the parent's becomes Device shared
 //!   MovingHome             Device shared: nothing of it was filled before the event (fills fail while it is unread)
-//!   discarded              Absent
+//!                          since an earlier pager: on its way home too, since a page that is there already wins
+//!   discarded              Absent, or a hole
+//!   MovingOut, only copied System: it never leaves its place
 //!   MovingOut              waits for the parent's transfer: taken out before the fork, or after it? Then home, where a page that
-//!                          is there already wins
+//!                          is there already wins. So does a grandchild, if the child forks meanwhile
 //!   Poisoned               Poisoned
 //! ```
 //! The parent's device mappings are revoked before the child's faults are served ([`Action::ForkReady`]): what a device writes
 //! from then on meets a shared frame, goes home first and gets a frame of its own.
 
 use crate::core::Core;
-use crate::entry::{Entry, PageState};
+use crate::entry::{Entry, LOST_FRAME, PageState};
 use crate::event::{Action, DeviceId, Directory, Pages, RegionId, SpaceId, Ticket};
 use crate::frames::Owner;
 use crate::policy::Policy;
@@ -31,6 +33,10 @@ enum Fate {
     Present,
     Shared,
     Waits,
+    /// On its way home since an earlier pager: what is in place already is newer than the frame.
+    Returns,
+    /// The parent itself waits for its own parent's.
+    WaitsToo,
     Lost,
 }
 
@@ -63,7 +69,7 @@ impl<P: Policy> Core<P> {
             let run = self.fork_run(dir, parent, child, left, &mut mask, out);
             left = left.after(run);
         }
-        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child }) };
+        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child, devices: mask }) };
         let ticket = self.begin(transfer, out);
         self.revoke_or(ticket, out, Self::fork_is_done);
     }
@@ -84,13 +90,15 @@ impl<P: Policy> Core<P> {
         let entries = Self::alike_parts(dir, parent, all).map(|(_, entry)| entry);
         let shared = entries.filter(|entry| entry.lives_on_device() && entry.shared());
         let mask = shared.fold(0, |mask, entry| mask | entry.mapped_mask());
-        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child }) };
+        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child, devices: mask }) };
         let ticket = self.begin(transfer, out);
         self.revoke_or(ticket, out, Self::fork_is_done);
     }
 
     fn fork_is_done(&mut self, ticket: Ticket, out: &mut Vec<Action>) {
-        let Some(Transfer { kind: Kind::Fork { child }, .. }) = self.transfers.get(&ticket).copied() else { return };
+        let Some(Transfer { kind: Kind::Fork { child, .. }, .. }) = self.transfers.get(&ticket).copied() else {
+            return;
+        };
         self.end(ticket);
         out.push(Action::ForkReady { region: child });
     }
@@ -119,7 +127,7 @@ impl<P: Policy> Core<P> {
             true => Pages { count: alike, ..left },
             false => Self::run_while(dir, parent, left, narrow),
         };
-        if first.lives_on_device() {
+        if matches!(first_fate, Fate::Shared | Fate::Returns) {
             *mask |= run.iter().fold(0, |mask, page| mask | Self::entry(dir, parent, page).mapped_mask());
         }
         let shared = Entry::on_device(first.device(), first.frame()).with_shared(true);
@@ -130,6 +138,23 @@ impl<P: Policy> Core<P> {
             Fate::Waits => {
                 Self::publish_same(child, run, Entry::WAITS_FOR_PARENT, out);
                 self.fork_waits.push(ForkWait { parent, child, pages: run });
+            }
+            Fate::WaitsToo => {
+                Self::publish_same(child, run, Entry::WAITS_FOR_PARENT, out);
+                let of = self.fork_waits.iter().filter(|wait| wait.child == parent);
+                let too = |wait: &ForkWait| Some(ForkWait { child, pages: wait.pages.overlap(run)?, ..*wait });
+                let waits: Vec<_> = of.filter_map(too).collect();
+                self.fork_waits.extend(waits);
+            }
+            Fate::Returns => {
+                self.share_frames(child, run, first.device(), first.frame());
+                self.mark_shared(dir, parent, run, out);
+                let moving = shared.with_state(PageState::MovingHome);
+                Self::publish_frames(child, run, moving, out);
+                // Otherwise it goes on when the device has logged in.
+                if self.table(first.device()).is_some() || self.is_failed(first.device()) {
+                    self.continue_home(child, run, moving, first.frame() == LOST_FRAME, out);
+                }
             }
             Fate::Shared => {
                 self.share_frames(child, run, first.device(), first.frame());
@@ -169,20 +194,36 @@ impl<P: Policy> Core<P> {
             PageState::Absent => Fate::Nothing,
             PageState::System | PageState::Duplicated => Fate::Present,
             PageState::Poisoned => Fate::Lost,
+            PageState::MovingOut if entry.discarded() => Fate::Present,
+            PageState::MovingOut if entry.shared() => Fate::WaitsToo,
+            PageState::MovingOut if !self.is_taken_out(region, page) => Fate::Present,
             PageState::MovingOut => Fate::Waits,
             PageState::Device | PageState::Exclusive => Fate::Shared,
             PageState::MovingHome => {
-                let collapses = |t: &Transfer| t.kind == Kind::Collapse && t.region == region && t.pages.contains(page);
-                if self.transfers.values().any(collapses) { Fate::Present } else { Fate::Shared }
+                let transfer =
+                    self.transfers.values().find(|t| t.region == region && t.pages.contains(page) && !t.holds());
+                let lost = entry.frame() == LOST_FRAME || transfer.is_some_and(|transfer| transfer.lost);
+                match transfer.map(|transfer| transfer.kind) {
+                    Some(Kind::Collapse) => Fate::Present,
+                    _ if lost => Fate::Returns,
+                    None | Some(Kind::Home { recovering: true }) => Fate::Returns,
+                    Some(_) => Fate::Shared,
+                }
             }
         }
+    }
+
+    /// On its way out in earnest: neither is it only copied, nor dropped where it is.
+    fn is_taken_out(&self, region: RegionId, page: u64) -> bool {
+        let takes = |t: &Transfer| matches!(t.kind, Kind::Out { keep: false, .. });
+        self.transfers.values().any(|t| takes(t) && t.region == region && t.pages.contains(page))
     }
 
     pub(crate) fn finish_fork(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Transfer { region, pages, .. } = transfer;
-        let Kind::Fork { child } = transfer.kind else { return };
-        self.clear_mapped_of(dir, region, pages, u16::from(u8::MAX), out);
+        let Kind::Fork { child, devices } = transfer.kind else { return };
+        self.clear_mapped_of(dir, region, pages, devices, out);
         out.push(Action::Wake { region, pages });
         self.end_and_discard(dir, ticket, out);
         out.push(Action::ForkReady { region: child });
@@ -204,6 +245,9 @@ impl<P: Policy> Core<P> {
             let shared = Entry::on_device(device, frame).with_shared(true);
             let ahead = Pages { first: part.first, count: part.count };
             Self::publish_frames(parent, ahead, shared, out);
+            for transfer in self.transfers.values_mut().filter(|transfer| transfer.region == parent) {
+                transfer.shared |= transfer.pages.overlap(part).is_some();
+            }
             let moving = shared.with_state(PageState::MovingHome);
             Self::publish_frames(child, part, moving, out);
             self.continue_home(child, part, moving, false, out);

@@ -313,7 +313,8 @@ impl<P: Policy> Core<P> {
             }
         }
         orphans.retain(|orphan| {
-            let in_flight = |t: &Transfer| t.region == orphan.region && t.pages.contains(orphan.page);
+            // Those that only hold pages bring nothing home.
+            let in_flight = |t: &Transfer| !t.holds() && t.region == orphan.region && t.pages.contains(orphan.page);
             !self.transfers.values().any(in_flight)
         });
         self.finish_homecomings(&orphans, out);

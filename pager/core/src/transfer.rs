@@ -41,7 +41,7 @@ pub(crate) enum Kind {
     /// Some devices lose their mappings, the pages stay where they are.
     Revoke { devices: u16 },
     /// The process forked: what both own must not be written by devices.
-    Fork { child: RegionId },
+    Fork { child: RegionId, devices: u16 },
     /// The whole region goes.
     Teardown,
 }

@@ -9,24 +9,25 @@ const CASES: u32 = 10_000;
 fn op() -> impl Strategy<Value = Op> {
     let page = 0..8u8;
     prop_oneof![
-        8 => (0..2u8, page.clone(), any::<bool>()).prop_map(|(region, page, write)| Op::Cpu { region, page, write }),
-        8 => (0..2u8, 0..2u8, page.clone(), 0..5u8, any::<bool>())
+        8 => (0..4u8, page.clone(), any::<bool>()).prop_map(|(region, page, write)| Op::Cpu { region, page, write }),
+        8 => (0..2u8, 0..4u8, page.clone(), 0..5u8, any::<bool>())
             .prop_map(|(device, region, page, around, write)| Op::Device { device, region, page, around, write }),
-        6 => (0..2u8, page.clone(), 1..9u8, proptest::option::weighted(0.7, 0..2u8))
+        6 => (0..4u8, page.clone(), 1..9u8, proptest::option::weighted(0.7, 0..2u8))
             .prop_map(|(region, page, count, device)| Op::Migrate { region, page, count, device }),
-        2 => (0..2u8, page.clone(), 1..9u8, any::<bool>())
+        2 => (0..4u8, page.clone(), 1..9u8, any::<bool>())
             .prop_map(|(region, page, count, on)| Op::Pin { region, page, count, on }),
-        1 => (0..2u8, any::<bool>()).prop_map(|(region, in_place)| Op::Advise { region, in_place }),
-        2 => (0..2u8, any::<bool>()).prop_map(|(region, on)| Op::ReadMostly { region, on }),
-        3 => (0..2u8, page.clone(), 1..9u8, 1..4u8)
+        1 => (0..4u8, any::<bool>()).prop_map(|(region, in_place)| Op::Advise { region, in_place }),
+        2 => (0..4u8, any::<bool>()).prop_map(|(region, on)| Op::ReadMostly { region, on }),
+        3 => (0..4u8, page.clone(), 1..9u8, 1..4u8)
             .prop_map(|(region, page, count, devices)| Op::Revoke { region, page, count, devices }),
-        1 => (0..2u8, 0..2u8, 0..4u8).prop_map(|(region, device, count)| Op::Evict { region, device, count }),
-        6 => (0..2u8, page.clone(), 1..5u8).prop_map(|(region, page, count)| Op::DontNeed { region, page, count }),
-        1 => (0..2u8, page.clone(), 1..4u8, any::<bool>())
+        1 => (0..4u8, 0..2u8, 0..4u8).prop_map(|(region, device, count)| Op::Evict { region, device, count }),
+        6 => (0..4u8, page.clone(), 1..5u8).prop_map(|(region, page, count)| Op::DontNeed { region, page, count }),
+        1 => (0..4u8, page.clone(), 1..4u8, any::<bool>())
             .prop_map(|(region, page, count, on)| Op::Guard { region, page, count, on }),
-        1 => (0..2u8, page, 1..4u8).prop_map(|(region, page, count)| Op::Unmap { region, page, count }),
-        1 => (0..2u8, any::<bool>()).prop_map(|(region, end_space)| Op::Free { region, end_space }),
-        1 => (0..2u8).prop_map(|region| Op::Create { region }),
+        1 => (0..4u8).prop_map(|region| Op::Fork { region }),
+        1 => (0..4u8, page, 1..4u8).prop_map(|(region, page, count)| Op::Unmap { region, page, count }),
+        1 => (0..4u8, any::<bool>()).prop_map(|(region, end_space)| Op::Free { region, end_space }),
+        1 => (0..4u8).prop_map(|region| Op::Create { region }),
         1 => (0..2u8, proptest::bool::weighted(0.3))
             .prop_map(|(device, memory_lost)| Op::DriverDies { device, memory_lost }),
         1 => (0..2u8).prop_map(|device| Op::DriverHeld { device }),

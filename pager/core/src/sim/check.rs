@@ -1,6 +1,6 @@
 //! What must hold after every single action, whatever has crashed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::machine::{Grant, JUNK, Mapping, World};
 use crate::policy::Policy;
@@ -33,6 +33,7 @@ impl World {
                 if entry.owns_frame()
                     && entry.frame() != LOST_FRAME
                     && let Some(other) = owners.insert((entry.device(), entry.frame()), (*id, page))
+                    && !(entry.shared() && self.entry(other.0, other.1).shared())
                 {
                     let text = format!("{id:?} page {page} and {other:?} are both in {entry:?}");
                     return Err(Violation::new("inv1", text));
@@ -65,6 +66,9 @@ impl World {
     /// The copy that the directory calls valid holds what was written last.
     fn check_valid_copy(&self, region: RegionId, page: u64, entry: Entry) -> Result<(), Violation> {
         let model = &self.regions[&region].pages[page as usize];
+        if !self.regions[&region].complete || entry == Entry::WAITS_FOR_PARENT {
+            return Ok(());
+        }
         let leaves_a_guard = model.met_guard.is_some() && entry.state() == PageState::MovingHome;
         if model.gone || model.may_be_lost || model.given_up || leaves_a_guard {
             return Ok(());
@@ -137,6 +141,9 @@ impl World {
             return Err(Violation::new("inv5", format!("{req:?} was never answered: {open:?}")));
         }
         for (id, region) in &self.regions {
+            if !region.ready {
+                return Err(Violation::new("inv7", format!("{id:?} of a forked child is never served")));
+            }
             if let Some(page) = (0..region.directory.len() as u64).find(|page| self.entry(*id, *page).is_moving()) {
                 let text = format!("{id:?} page {page} is on the move for ever: {:?}", self.entry(*id, page));
                 return Err(Violation::new("inv3", text));
@@ -146,19 +153,22 @@ impl World {
                 return Err(Violation::new("inv3", text));
             }
         }
+        let is_gone = |space| self.gone_spaces.contains(&space) && !self.forked.contains(&space);
         for (id, device) in self.devices.iter().enumerate().filter(|(_, device)| !device.failed) {
             let Some(table) = &core.frames[id] else { continue };
             let entries = self.regions.values().flat_map(|region| &region.directory);
             let owned = entries
                 .filter_map(|bits| Entry::decode(*bits).ok())
                 .filter(|entry| entry.owns_frame() && usize::from(entry.device().0) == id)
-                .count();
+                .map(Entry::frame)
+                .collect::<BTreeSet<_>>()
+                .len();
             if owned as u32 + table.free_count() != table.frame_count() {
                 let text =
                     format!("device {id}: {owned} owned + {} free of {}", table.free_count(), table.frame_count());
                 return Err(Violation::new("inv4", text));
             }
-            if let Some(left) = device.frames.iter().find(|v| self.gone_spaces.contains(&Self::space_of_token(**v))) {
+            if let Some(left) = device.frames.iter().find(|v| is_gone(Self::space_of_token(**v))) {
                 let text = format!("device {id} still holds {left:#x} of a dead client: {:x?}", device.frames);
                 return Err(Violation::new("inv4", text));
             }

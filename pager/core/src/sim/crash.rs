@@ -25,6 +25,11 @@ impl Simulator {
         self.world.open.clear();
         self.late.clear();
         self.core = Core::new(DefaultPolicy::default());
+        for event in &read {
+            if let Event::Forked { child, .. } = event {
+                self.world.unborn(*child);
+            }
+        }
         let regions: Vec<_> = self.world.regions.keys().copied().collect();
         for region in &regions {
             let RegionModel { space, backing, ref directory, .. } = self.world.regions[region];
@@ -33,6 +38,7 @@ impl Simulator {
         }
         self.world.events.push_back(Event::Recovered);
         let (kept, read): (Vec<_>, Vec<_>) = read.into_iter().partition(|event| self.is_kept(event));
+        self.finish_births();
         self.world.events.extend(kept);
         for region in &regions {
             if self.world.regions[region].freeing {
@@ -61,6 +67,7 @@ impl Simulator {
     fn is_kept(&self, event: &Event) -> bool {
         match *event {
             Event::Removed { region, .. } | Event::Unmapped { region, .. } => self.world.is_private(region),
+            Event::Forked { .. } => true,
             _ => false,
         }
     }

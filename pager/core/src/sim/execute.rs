@@ -79,6 +79,7 @@ impl World {
                 self.events.push_back(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer(req, &outcome)?,
+            Action::ForkReady { region } => self.serve(region)?,
             Action::DropRegion { region } => {
                 let mapped = self.devices.iter().any(|d| d.mappings.keys().any(|(of, _)| *of == region));
                 let cpu = |region: &RegionModel| region.pages.iter().any(|page| page.cpu_frame.is_some());
@@ -113,9 +114,13 @@ impl World {
                 format!("{region:?} page {page} is poisoned but was not lost: {old:?}"),
             ));
         }
+        let model = &mut target.pages[page as usize];
         if !entry.is_moving() {
-            target.pages[page as usize].met_guard = None;
+            model.met_guard = None;
         }
+        // A child's page was on its parent's way out, and did not arrive: it is lost to the child, which is told so by poison.
+        let is_lost = old == crate::Entry::WAITS_FOR_PARENT && entry.state() == PageState::System;
+        model.may_be_lost |= is_lost && model.cache.is_none() && model.expected != 0;
         target.directory[page as usize] = old.followed_by(entry).bits();
         Ok(())
     }

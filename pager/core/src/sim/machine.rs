@@ -60,6 +60,12 @@ pub struct RegionModel {
     pub attr: Attr,
     /// The client freed it.
     pub freeing: bool,
+    /// Of a forked child: the parent's region.
+    pub parent: Option<RegionId>,
+    /// All entries are published.
+    pub complete: bool,
+    /// Faults are served.
+    pub ready: bool,
 }
 
 /// What a device page table entry points to.
@@ -132,6 +138,10 @@ pub struct World {
     pub(super) blocked: Vec<CpuAccess>,
     pub(super) open: BTreeMap<ReqId, Open>,
     pub(super) gone_spaces: BTreeSet<SpaceId>,
+    /// What children of forks that nobody has read of have in place.
+    pub(super) copies: BTreeMap<RegionId, Vec<PageModel>>,
+    /// Clients whose bytes others may have.
+    pub(super) forked: BTreeSet<SpaceId>,
     pub(super) faults: Faults,
     pub(super) rng: Rng,
     next_token: u64,
@@ -193,6 +203,8 @@ impl World {
             blocked: Vec::new(),
             open: BTreeMap::new(),
             gone_spaces: BTreeSet::new(),
+            copies: BTreeMap::new(),
+            forked: BTreeSet::new(),
             faults,
             rng: Rng::new(seed),
             next_token: 1,
@@ -270,6 +282,9 @@ impl World {
         }
         let (wp, minor) = (model.mapped, !model.mapped && model.cache.is_some());
         self.blocked.push(access);
+        if !self.regions.get(&region).is_some_and(|region| region.ready) {
+            return Ok(());
+        }
         self.events.push_back(Event::CpuFault { region, page, write: write.is_some(), wp, minor });
         Ok(())
     }
@@ -320,7 +335,7 @@ impl World {
     ) -> Result<(), Violation> {
         let model = &self.devices[usize::from(device)];
         let incarnation = model.incarnation;
-        if model.failed || self.regions.get(&region).is_none_or(|region| region.freeing) {
+        if model.failed || self.regions.get(&region).is_none_or(|region| region.freeing || !region.ready) {
             return Ok(());
         }
         if let Some(Grant { mapping, .. }) = model.mappings.get(&(region, page)).filter(|g| g.writable || !write) {
@@ -367,7 +382,11 @@ impl World {
             (Mapping::Frame(frame), _) => {
                 let slot = &mut self.devices[usize::from(device)].frames[frame as usize];
                 *slot = write.unwrap_or(*slot);
-                *slot
+                let seen = *slot;
+                if let Some(token) = write {
+                    self.others_see(DeviceId(device), frame, (region, page), token)?;
+                }
+                seen
             }
         };
         if write.is_none() && seen != expected && !gone {

@@ -20,6 +20,7 @@
 mod check;
 mod crash;
 mod execute;
+mod fork;
 mod leftover;
 mod machine;
 mod private;

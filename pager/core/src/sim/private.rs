@@ -35,6 +35,7 @@ impl World {
     pub(super) fn is_changing(&self, region: RegionId) -> bool {
         let concerns = |event: &Event| match *event {
             Event::Removed { region: of, .. } | Event::Unmapped { region: of, .. } => of == region,
+            Event::Forked { parent, .. } => parent == region,
             _ => false,
         };
         self.is_private(region) && self.events.iter().any(concerns)

@@ -43,7 +43,8 @@ impl Simulator {
 
     pub(super) fn create(&mut self, slot: u8) {
         let slot = usize::from(slot) % self.slots.len();
-        if self.world.regions.contains_key(&self.slots[slot]) {
+        let (region, world) = (self.slots[slot], &self.world);
+        if world.regions.contains_key(&region) || world.copies.contains_key(&region) {
             return;
         }
         self.slots[slot] = RegionId(self.new_id());

@@ -47,6 +47,8 @@ pub enum Op {
     Evict { region: u8, device: u8, count: u8 },
     /// MADV_DONTNEED of private memory.
     DontNeed { region: u8, page: u8, count: u8 },
+    /// The client of a private region forks: its child has one more region.
+    Fork { region: u8 },
     /// Guards are put into private memory, or taken away. Nobody is told.
     Guard { region: u8, page: u8, count: u8, on: bool },
     /// munmap of a part.
@@ -76,7 +78,7 @@ pub struct Simulator {
     pub core: Core<DefaultPolicy>,
     /// Everything else.
     pub world: World,
-    config: Config,
+    pub(super) config: Config,
     pub(super) slots: Vec<RegionId>,
     pub(super) spaces: Vec<SpaceId>,
     crash_in: Option<u64>,
@@ -137,6 +139,9 @@ impl Simulator {
             directory: vec![0; page_count as usize],
             attr: Default::default(),
             freeing: false,
+            parent: None,
+            complete: true,
+            ready: true,
         };
         self.world.regions.insert(region, model);
         self.world.events.push_back(Event::RegionAdded { region, space, page_count, backing });
@@ -175,7 +180,7 @@ impl Simulator {
     }
 
     pub(super) fn usable(&self, region: RegionId) -> bool {
-        self.world.regions.get(&region).is_some_and(|region| !region.freeing)
+        self.world.regions.get(&region).is_some_and(|region| !region.freeing && region.ready)
     }
 
     /// Something happens, and what the pager must do at once is done and checked.
@@ -220,6 +225,7 @@ impl Simulator {
                 let (region, pages) = self.pages(region, page, count);
                 self.dont_need(region, pages);
             }
+            Op::Fork { region } => self.fork(region),
             Op::Guard { region, page, count, on } => {
                 let (region, pages) = self.pages(region, page, count);
                 self.world.guard(region, pages, on);
@@ -282,6 +288,7 @@ impl Simulator {
             Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
                 self.world.content_is_dropped(region, pages);
             }
+            Event::Forked { child, .. } => self.world.is_born(child),
             _ => {}
         }
         Ok(())
@@ -316,6 +323,7 @@ impl Simulator {
             Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
                 self.world.drop_content(region, pages);
             }
+            Event::Forked { parent, child, space } => self.world.bear(parent, child, space),
             Event::DeviceFailed { device } => {
                 self.world.lose_memory(device);
                 let model = &mut self.world.devices[usize::from(device.0)];
