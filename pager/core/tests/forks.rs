@@ -111,3 +111,68 @@ fn a_device_that_asks_before_its_frames_are_known_gets_no_shared_frame_to_write(
         |action: &Action| matches!(action, Action::Fill { region: PARENT, pages, .. } if *pages == Pages::one(2));
     assert!(actions.iter().any(home), "the parent gets a page of its own: {actions:?}");
 }
+
+fn added(entries: &[(RegionId, u64, Entry)]) -> Machine {
+    let mut machine = Machine::with(entries);
+    recover(&mut machine, PARENT);
+    machine.send(Event::DeviceUp {
+        device: DeviceId(0),
+        frame_count: 8,
+        fresh_mappings: false,
+        memory_known: false,
+        memory_lost: false,
+        coherent: false,
+    });
+    machine
+}
+
+fn fork(machine: &mut Machine, parent: RegionId, child: RegionId) -> Vec<Action> {
+    machine.send(Event::Forked { parent, child, space: SpaceId(child.0) })
+}
+
+#[test]
+fn what_a_device_may_write_behind_a_page_on_its_way_home_is_revoked_too() {
+    let on_device = |frame| Entry::on_device(DeviceId(0), frame);
+    let mut machine = added(&[(PARENT, 0, on_device(4)), (PARENT, 1, on_device(5).with_mapped_mask(1))]);
+    machine.send(Event::Migrate {
+        req: ReqId(1),
+        region: PARENT,
+        pages: Pages::one(0),
+        target: uhmm_pager_core::Target::Home,
+    });
+    machine.send(Event::Tick);
+    assert_eq!(machine.entry(PARENT, 0).state(), PageState::MovingHome);
+    let actions = fork(&mut machine, PARENT, CHILD);
+    assert!(actions.iter().any(|action| matches!(action, Action::Revoke { region: PARENT, .. })), "{actions:?}");
+    assert!(!ready(&actions));
+}
+
+#[test]
+fn a_fork_forgets_no_mapping_that_it_did_not_revoke() {
+    let copy = Entry::on_device(DeviceId(1), 0).with_state(PageState::Duplicated).with_mapped_mask(0b10);
+    let mut machine = added(&[(PARENT, 0, Entry::on_device(DeviceId(0), 4).with_mapped_mask(1)), (PARENT, 1, copy)]);
+    let actions = fork(&mut machine, PARENT, CHILD);
+    let revoke = |action: &Action| if let Action::Revoke { ticket, .. } = action { Some(*ticket) } else { None };
+    let ticket = actions.iter().find_map(revoke).expect("a revocation");
+    assert!(ready(&machine.send(Event::RevokeDone { ticket, result: StepResult::Ok })));
+    assert_eq!(machine.entry(PARENT, 0).mapped_mask(), 0);
+    assert_eq!(machine.entry(PARENT, 1), copy, "device 1 was not asked");
+}
+
+#[test]
+fn a_grandchild_gets_what_its_grandparent_was_sending_out() {
+    let grandchild = RegionId(3);
+    let mut machine = added(&[(PARENT, 0, Entry::SYSTEM)]);
+    let target = uhmm_pager_core::Target::Device(DeviceId(0));
+    machine.send(Event::Migrate { req: ReqId(1), region: PARENT, pages: Pages::one(0), target });
+    let copy = |action: &Action| if let Action::CopyOut { ticket, .. } = action { Some(*ticket) } else { None };
+    let ticket = machine.send(Event::Tick).iter().find_map(copy).expect("a copy");
+    fork(&mut machine, PARENT, CHILD);
+    fork(&mut machine, CHILD, grandchild);
+    let runs = vec![uhmm_pager_core::CopyRun { count: 1, status: uhmm_pager_core::CopyStatus::Ok }];
+    let actions = machine.send(Event::CopiedRuns { ticket, runs });
+    for region in [CHILD, grandchild] {
+        let fills = |action: &Action| matches!(action, Action::Fill { region: of, .. } if *of == region);
+        assert!(actions.iter().any(fills), "{actions:?}");
+    }
+}
