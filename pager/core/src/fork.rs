@@ -269,8 +269,9 @@ impl<P: Policy> Core<P> {
 
     /// Loudly: the poison stays only where no page is.
     pub(crate) fn lost_to_child(child: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        Self::publish_same(child, pages, Entry::SYSTEM, out);
+        // In this order: a pager that dies in between finds pages that wait, and not holes that would read as zero.
         out.push(Action::Poison { region: child, pages });
+        Self::publish_same(child, pages, Entry::SYSTEM, out);
         out.push(Action::Wake { region: child, pages });
     }
 
