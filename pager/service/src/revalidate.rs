@@ -51,6 +51,8 @@ struct TakeBack {
     gone: Vec<AddrRange>,
     guards: Vec<AddrRange>,
     pieces: Vec<Piece>,
+    /// The same as parts of segments.
+    taken: Vec<(u64, std::ops::Range<u64>)>,
 }
 
 impl Pager {
@@ -78,6 +80,12 @@ impl Pager {
             }
             over = if over.len == 0 { *gone } else { AddrRange { start: over.start, len: gone.end() - over.start } };
         }
+        // Not before it is certain that they are revoked now: who waits for events finds them again.
+        for (id, part) in back.taken {
+            if let Some(segment) = self.regions.segment_mut(id) {
+                segment.granted.remove(part);
+            }
+        }
         let waiting = LettingGo { conn, call, space: space_id, range: over, tells: whole };
         if back.pieces.is_empty() {
             self.answer_when_let_go(waiting);
@@ -97,7 +105,7 @@ impl Pager {
         }
     }
 
-    fn find_excess(&mut self, space_id: u64, range: AddrRange, whole: bool) -> TakeBack {
+    fn find_excess(&self, space_id: u64, range: AddrRange, whole: bool) -> TakeBack {
         let mut back = TakeBack::default();
         let mut guard_pages_left = GUARD_PAGES_MAX;
         for id in self.touched(space_id, range.start, range.end()) {
@@ -131,9 +139,7 @@ impl Pager {
             for part in taken {
                 let pages = Pages { first: first_page + part.start, count: part.end - part.start };
                 back.pieces.push(Piece { located: Located { region, pages }, offset: 0 });
-                if let Some(segment) = self.regions.segment_mut(id) {
-                    segment.granted.remove(part);
-                }
+                back.taken.push((id, part));
             }
         }
         back
