@@ -172,6 +172,7 @@ impl<P: Policy> Core<P> {
             Event::PunchDone { ticket, result } => self.punch_done(dir, ticket, result, out),
             Event::NotPunched { ticket, left } => self.not_punched(dir, ticket, &left, out),
             Event::FillDone { ticket, done_pages, stop } => self.fill_done(ticket, done_pages, stop, out),
+            Event::PoisonDone { ticket, result } => self.poison_done(ticket, result, out),
             Event::ScrubDone { ticket, result } => self.scrub_done(ticket, result),
             Event::Tick => self.tick(dir, out),
             Event::CopiedRuns { ticket, runs } => self.copied_runs(ticket, &runs, out),

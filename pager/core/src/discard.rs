@@ -36,6 +36,7 @@ impl<P: Policy> Core<P> {
             Self::publish_same(region, waiting.pages, Entry::SYSTEM, out);
             out.push(Action::Wake { region, pages: waiting.pages });
         }
+        self.discard_lost(region, left, out);
         while left.count > 0 {
             let first = Self::entry(dir, region, left.first);
             let busy = self.busy(region, left.first, first);

@@ -117,6 +117,8 @@ pub enum StepResult {
     Gone,
     /// It failed.
     Io,
+    /// Not now (no memory, as a rule), and nobody tells when: later, and ever later.
+    Later,
 }
 
 /// Why a fill stopped before its end.
@@ -266,6 +268,8 @@ pub enum Event {
     /// Another answer to [`Action::Punch`] of private pages: nobody can, and these are still in the address space, as they were when they
     /// were copied.
     NotPunched { ticket: Ticket, left: Vec<Pages> },
+    /// Answer to [`Action::PoisonLost`].
+    PoisonDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Scrub`].
     ScrubDone { ticket: Ticket, result: StepResult },
     /// Answer to [`Action::Fill`] and [`Action::FillHuge`].
@@ -318,8 +322,10 @@ pub enum Action {
     Punch { ticket: Ticket, region: RegionId, pages: Pages },
     /// Let waiting CPU accesses fault again.
     Wake { region: RegionId, pages: Pages },
-    /// Accesses shall get SIGBUS.
+    /// Accesses shall get SIGBUS. The entries say that the pages are lost, so whoever is not kept from them faults, and it is said again.
     Poison { region: RegionId, pages: Pages },
+    /// The same where no page is, and done when it is answered: no entry will say it.
+    PoisonLost { ticket: Ticket, region: RegionId, pages: Pages },
     /// Remove mappings of devices, and with [`CPU`](crate::CPU) the program's mapping of frames; done when nobody uses them any more.
     Revoke { ticket: Ticket, region: RegionId, pages: Pages, devices: u16 },
     /// Show the program consecutive frames at the pages' addresses. Repeatable; not before every earlier `Revoke` of them is done.

@@ -14,6 +14,7 @@
 //!   MovingOut, only copied System: it never leaves its place
 //!   MovingOut              waits for the parent's transfer: taken out before the fork, or after it? Then home, where a page that
 //!                          is there already wins. So does a grandchild, if the child forks meanwhile
+//!   lost to a child        lost to its child too: poison is a page table's, and the kernel copied that before it was there
 //!   Poisoned               Poisoned
 //! ```
 //! The parent's device mappings are revoked before the child's faults are served ([`Action::ForkReady`]): what a device writes
@@ -21,10 +22,10 @@
 
 use crate::core::Core;
 use crate::entry::{Entry, LOST_FRAME, PageState};
-use crate::event::{Action, DeviceId, Directory, Pages, RegionId, SpaceId, Ticket};
+use crate::event::{Action, DeviceId, Directory, Pages, RegionId, SpaceId, StepResult, Ticket};
 use crate::frames::Owner;
 use crate::policy::Policy;
-use crate::transfer::{Kind, Transfer};
+use crate::transfer::{Kind, Phase, Transfer};
 
 /// What a page of the parent is for the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,8 @@ enum Fate {
     Returns,
     /// The parent itself waits for its own parent's.
     WaitsToo,
+    /// The parent itself has waited in vain, and its poison is not there yet.
+    LostToo,
     Lost,
 }
 
@@ -146,6 +149,10 @@ impl<P: Policy> Core<P> {
                 let waits: Vec<_> = of.filter_map(too).collect();
                 self.fork_waits.extend(waits);
             }
+            Fate::LostToo => {
+                Self::publish_same(child, run, Entry::WAITS_FOR_PARENT, out);
+                self.lost_to_child(child, run, out);
+            }
             Fate::Returns => {
                 self.share_frames(child, run, first.device(), first.frame());
                 self.mark_shared(dir, parent, run, out);
@@ -195,7 +202,8 @@ impl<P: Policy> Core<P> {
             PageState::System | PageState::Duplicated => Fate::Present,
             PageState::Poisoned => Fate::Lost,
             PageState::MovingOut if entry.discarded() => Fate::Present,
-            PageState::MovingOut if entry.shared() => Fate::WaitsToo,
+            PageState::MovingOut if entry.shared() && self.waits(region, page) => Fate::WaitsToo,
+            PageState::MovingOut if entry.shared() => Fate::LostToo,
             PageState::MovingOut if !self.is_taken_out(region, page) => Fate::Present,
             PageState::MovingOut => Fate::Waits,
             PageState::Device | PageState::Exclusive => Fate::Shared,
@@ -211,6 +219,11 @@ impl<P: Policy> Core<P> {
                 }
             }
         }
+    }
+
+    /// A child's page whose parent's is still on the way.
+    fn waits(&self, child: RegionId, page: u64) -> bool {
+        self.fork_waits.iter().any(|wait| wait.child == child && wait.pages.contains(page))
     }
 
     /// On its way out in earnest: neither is it only copied, nor dropped where it is.
@@ -262,17 +275,44 @@ impl<P: Policy> Core<P> {
                 Self::publish_same(child, part, Entry::SYSTEM, out);
                 out.push(Action::Wake { region: child, pages: part });
             } else {
-                Self::lost_to_child(child, part, out);
+                self.lost_to_child(child, part, out);
             }
         }
     }
 
-    /// Loudly: the poison stays only where no page is.
-    pub(crate) fn lost_to_child(child: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        // In this order: a pager that dies in between finds pages that wait, and not holes that would read as zero.
-        out.push(Action::Poison { region: child, pages });
-        Self::publish_same(child, pages, Entry::SYSTEM, out);
-        out.push(Action::Wake { region: child, pages });
+    /// Loudly: the poison stays only where no page is. Until it is there the pages wait: whoever looks before (the next pager, a fork of the
+    /// child) must not take them for holes, which read as zero.
+    pub(crate) fn lost_to_child(&mut self, child: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let transfer = Transfer { phase: Phase::Poison, ..Transfer::new(child, pages, Kind::Lost) };
+        let ticket = self.begin(transfer, out);
+        out.push(Action::PoisonLost { ticket, region: child, pages });
+    }
+
+    pub(crate) fn poison_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
+        let Some(Transfer { region, pages, .. }) = self.transfers.get(&ticket).copied() else { return };
+        match result {
+            StepResult::Again => self.again.push(ticket),
+            StepResult::Later | StepResult::Io => self.found_no_memory(ticket),
+            StepResult::Ok | StepResult::Gone => {
+                Self::publish_same(region, pages, Entry::SYSTEM, out);
+                out.push(Action::Wake { region, pages });
+                self.end(ticket);
+            }
+        }
+    }
+
+    /// A child has dropped pages that are not poisoned yet: a hole is right.
+    pub(crate) fn discard_lost(&mut self, child: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let lost = self.transfers.iter().filter(|(_, t)| t.region == child && t.kind == Kind::Lost);
+        let lost: Vec<_> = lost.filter_map(|(ticket, t)| Some((*ticket, t.pages, t.pages.overlap(pages)?))).collect();
+        for (ticket, all, part) in lost {
+            self.end(ticket);
+            Self::publish_same(child, part, Entry::SYSTEM, out);
+            out.push(Action::Wake { region: child, pages: part });
+            for rest in around(all, part) {
+                self.lost_to_child(child, rest, out);
+            }
+        }
     }
 
     /// Those of `mine` that wait for some of these pages, cut to them: they wait no more.
@@ -285,12 +325,16 @@ impl<P: Policy> Core<P> {
                 continue;
             };
             taken.push(ForkWait { pages: part, ..wait });
-            let before = Pages { first: wait.pages.first, count: part.first - wait.pages.first };
-            let after = Pages { first: part.end(), count: wait.pages.end() - part.end() };
-            let rest = [before, after].into_iter().filter(|rest| rest.count > 0);
-            kept.extend(rest.map(|pages| ForkWait { pages, ..wait }));
+            kept.extend(around(wait.pages, part).map(|pages| ForkWait { pages, ..wait }));
         }
         self.fork_waits = kept;
         taken
     }
+}
+
+/// What is left of some pages without a part of them.
+fn around(pages: Pages, part: Pages) -> impl Iterator<Item = Pages> {
+    let before = Pages { first: pages.first, count: part.first - pages.first };
+    let after = Pages { first: part.end(), count: pages.end() - part.end() };
+    [before, after].into_iter().filter(|rest| rest.count > 0)
 }

@@ -65,6 +65,7 @@ impl<P: Policy> Core<P> {
         match result {
             StepResult::Ok => self.revoke_or(ticket, out, Self::copy),
             StepResult::Again => self.again.push(ticket),
+            StepResult::Later => self.found_no_memory(ticket),
             StepResult::Gone => self.roll_back(ticket, PageStatus::Gone, out),
             StepResult::Io => self.roll_back(ticket, PageStatus::Io, out),
         }
@@ -196,7 +197,8 @@ impl<P: Policy> Core<P> {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let Phase::MoveBack(status) = transfer.phase else { return };
         match result {
-            StepResult::Again | StepResult::Io => self.again.push(ticket),
+            StepResult::Again => self.again.push(ticket),
+            StepResult::Later | StepResult::Io => self.found_no_memory(ticket),
             StepResult::Ok => self.rolled_back(ticket, status, out),
             StepResult::Gone => self.rolled_back(ticket, PageStatus::Gone, out),
         }
@@ -229,7 +231,7 @@ impl<P: Policy> Core<P> {
             Phase::MoveBack(_) => return self.move_back_done(ticket, result, out),
             _ => {}
         }
-        if matches!(result, StepResult::Io | StepResult::Again) {
+        if matches!(result, StepResult::Io | StepResult::Again | StepResult::Later) {
             // Some of the system pages may be gone already: the only way is forward.
             self.again.push(ticket);
             return;

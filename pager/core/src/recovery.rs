@@ -68,7 +68,7 @@ impl<P: Policy> Core<P> {
             let run = wide.unwrap_or_else(|| Self::run_while(dir, region, left, narrow));
             match first.state() {
                 // What the parent's agent had taken out for it goes back to the parent.
-                PageState::MovingOut if first.shared() => Self::lost_to_child(region, run, out),
+                PageState::MovingOut if first.shared() => self.lost_to_child(region, run, out),
                 PageState::MovingOut if self.is_private(region) => self.put_back(region, run, first, out),
                 PageState::MovingOut => {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());

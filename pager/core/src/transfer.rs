@@ -10,6 +10,7 @@
 //!  drop:     [Revoke] -> (publish Absent, free frames) -> wake, end                           discard.rs
 //!  revoke:   Revoke -> (publish unmapped) -> wake, end                                        discard.rs
 //!  fork:     [Revoke] -> (publish unmapped) -> ForkReady, wake, end                           fork.rs
+//!  lost:     Poison -> (publish System) -> wake, end                                           fork.rs
 //!  teardown: [Revoke] -> DropRegion -> scrub the frames                                       discard.rs
 //! ```
 //!
@@ -42,6 +43,8 @@ pub(crate) enum Kind {
     Revoke { devices: u16 },
     /// The process forked: what both own must not be written by devices.
     Fork { child: RegionId, devices: u16 },
+    /// What a forked child waited for does not come.
+    Lost,
     /// The whole region goes.
     Teardown,
 }
@@ -59,6 +62,7 @@ pub(crate) enum Phase {
     Fill,
     /// Asks whether the system page exists: `Continue`.
     Probe,
+    Poison,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -238,6 +242,8 @@ impl<P: Policy> Core<P> {
             Kind::Revoke { .. } => self.finish_revoke(dir, ticket, out),
             Kind::Fork { .. } => self.finish_fork(dir, ticket, out),
             Kind::Teardown => self.finish_teardown(ticket, out),
+            // Nobody maps what has never been there.
+            Kind::Lost => {}
         }
     }
 
@@ -265,10 +271,8 @@ impl<P: Policy> Core<P> {
     pub(crate) fn copy_done(&mut self, ticket: Ticket, result: StepResult, out: &mut Vec<Action>) {
         let Some(transfer) = self.transfers.get(&ticket).copied() else { return };
         let failed = match result {
-            StepResult::Again => {
-                self.again.push(ticket);
-                return;
-            }
+            StepResult::Again => return self.again.push(ticket),
+            StepResult::Later => return self.found_no_memory(ticket),
             _ if transfer.lost => Some(PageStatus::Io),
             StepResult::Ok => None,
             StepResult::Gone => Some(PageStatus::Gone),
@@ -299,6 +303,7 @@ impl<P: Policy> Core<P> {
             Phase::FillHuge | Phase::Fill => self.fill(ticket, out),
             Phase::Probe => self.probe(ticket, out),
             Phase::Punch => out.push(Action::Punch { ticket, region, pages }),
+            Phase::Poison => out.push(Action::PoisonLost { ticket, region, pages }),
             Phase::Revoke | Phase::PunchStray => {}
         }
     }

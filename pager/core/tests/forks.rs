@@ -4,7 +4,7 @@ mod machine;
 
 use machine::{Machine, PAGES};
 use uhmm_pager_core::{
-    Action, Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId, StepResult,
+    Action, Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId, StepResult, Ticket,
 };
 
 const PARENT: RegionId = RegionId(1);
@@ -60,14 +60,73 @@ fn a_childs_page_that_waited_for_its_parents_way_out_is_poisoned_and_not_zero() 
     let mut machine =
         Machine::with(&[(CHILD, 0, own), (CHILD, 1, Entry::WAITS_FOR_PARENT), (CHILD, 2, Entry::WAITS_FOR_PARENT)]);
     let actions = recover(&mut machine, CHILD);
-    let poisoned: Vec<Pages> = actions
-        .iter()
-        .filter_map(|action| if let Action::Poison { region: CHILD, pages } = action { Some(*pages) } else { None })
-        .collect();
-    assert_eq!(poisoned, [Pages { first: 1, count: 2 }]);
+    let (ticket, lost) = poison(&actions, CHILD);
+    assert_eq!(lost, Pages { first: 1, count: 2 });
     let back = actions.iter().any(|action| matches!(action, Action::MoveBack { pages, .. } if *pages == Pages::one(0)));
     assert!(back, "its own way out is undone: {actions:?}");
-    assert_eq!([1, 2].map(|page| machine.entry(CHILD, page).state()), [PageState::System; 2]);
+    assert_eq!([1, 2].map(|page| machine.entry(CHILD, page)), [Entry::WAITS_FOR_PARENT; 2], "no poison is there yet");
+    let actions = machine.send(Event::PoisonDone { ticket, result: StepResult::Ok });
+    assert_eq!([1, 2].map(|page| machine.entry(CHILD, page)), [Entry::SYSTEM; 2]);
+    assert!(actions.contains(&Action::Wake { region: CHILD, pages: lost }), "{actions:?}");
+}
+
+/// The one order to poison: its ticket, and what.
+fn poison(actions: &[Action], of: RegionId) -> (Ticket, Pages) {
+    let lost = |action: &Action| match action {
+        Action::PoisonLost { ticket, region, pages } if *region == of => Some((*ticket, *pages)),
+        _ => None,
+    };
+    let all: Vec<_> = actions.iter().filter_map(lost).collect();
+    assert_eq!(all.len(), 1, "{actions:?}");
+    all[0]
+}
+
+/// A child whose pages 1 and 2 are to be poisoned, by the ticket.
+fn losing() -> (Machine, Ticket) {
+    let mut machine = Machine::with(&[(CHILD, 1, Entry::WAITS_FOR_PARENT), (CHILD, 2, Entry::WAITS_FOR_PARENT)]);
+    let (ticket, _) = poison(&recover(&mut machine, CHILD), CHILD);
+    (machine, ticket)
+}
+
+#[test]
+fn poison_that_the_kernel_does_not_take_yet_is_tried_until_it_is_there() {
+    let (mut machine, ticket) = losing();
+    machine.send(Event::PoisonDone { ticket, result: StepResult::Again });
+    assert_eq!(poison(&machine.send(Event::Tick), CHILD), (ticket, Pages { first: 1, count: 2 }));
+    machine.send(Event::PoisonDone { ticket, result: StepResult::Later });
+    assert!(machine.send(Event::Tick).is_empty(), "later");
+    assert!(machine.core.next_deadline_us().is_some());
+    assert_eq!([1, 2].map(|page| machine.entry(CHILD, page)), [Entry::WAITS_FOR_PARENT; 2]);
+}
+
+/// The kernel has copied the child's page table before the poison was there.
+#[test]
+fn what_is_lost_to_a_child_is_lost_to_its_child() {
+    let (mut machine, ticket) = losing();
+    machine.send(Event::PoisonDone { ticket, result: StepResult::Again });
+    let grandchild = RegionId(3);
+    let actions = fork(&mut machine, CHILD, grandchild);
+    let (its, lost) = poison(&actions, grandchild);
+    assert_eq!(lost, Pages { first: 1, count: 2 });
+    assert_eq!([1, 2].map(|page| machine.entry(grandchild, page)), [Entry::WAITS_FOR_PARENT; 2]);
+    for (ticket, region) in [(ticket, CHILD), (its, grandchild)] {
+        machine.send(Event::PoisonDone { ticket, result: StepResult::Ok });
+        assert_eq!([1, 2].map(|page| machine.entry(region, page)), [Entry::SYSTEM; 2]);
+    }
+}
+
+#[test]
+fn a_child_that_drops_what_is_lost_to_it_finds_a_hole_and_no_poison() {
+    let (mut machine, old) = losing();
+    let actions = machine.send(Event::Removed { region: CHILD, pages: Pages::one(1) });
+    assert_eq!(machine.entry(CHILD, 1), Entry::SYSTEM);
+    let (ticket, lost) = poison(&actions, CHILD);
+    assert_eq!(lost, Pages::one(2), "its neighbour is not dropped");
+    machine.send(Event::PoisonDone { ticket: old, result: StepResult::Ok });
+    assert_eq!(machine.entry(CHILD, 2), Entry::WAITS_FOR_PARENT, "that answer is not its own");
+    machine.send(Event::PoisonDone { ticket, result: StepResult::Ok });
+    assert_eq!(machine.entry(CHILD, 2), Entry::SYSTEM);
+    assert!(machine.core.idle());
 }
 
 #[test]

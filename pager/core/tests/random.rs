@@ -6,11 +6,6 @@ use uhmm_pager_core::sim::{Config, Faults, Op, Simulator};
 /// A few seconds in the dev profile.
 const CASES: u32 = 10_000;
 
-/// Forks are tried when asked for (`UHMM_SIM_FORKS=1`): one finding is open, a child's lost page that reads as zero.
-fn fork(region: u8) -> Op {
-    if std::env::var_os("UHMM_SIM_FORKS").is_some() { Op::Fork { region } } else { Op::Tick }
-}
-
 fn op() -> impl Strategy<Value = Op> {
     let page = 0..8u8;
     prop_oneof![
@@ -29,7 +24,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (0..4u8, page.clone(), 1..5u8).prop_map(|(region, page, count)| Op::DontNeed { region, page, count }),
         1 => (0..4u8, page.clone(), 1..4u8, any::<bool>())
             .prop_map(|(region, page, count, on)| Op::Guard { region, page, count, on }),
-        1 => (0..4u8).prop_map(fork),
+        1 => (0..4u8).prop_map(|region| Op::Fork { region }),
         1 => (0..4u8, page, 1..4u8).prop_map(|(region, page, count)| Op::Unmap { region, page, count }),
         1 => (0..4u8, any::<bool>()).prop_map(|(region, end_space)| Op::Free { region, end_space }),
         1 => (0..4u8).prop_map(|region| Op::Create { region }),

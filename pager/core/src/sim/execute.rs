@@ -61,13 +61,10 @@ impl World {
                 self.events.push_back(Event::PunchDone { ticket, result });
             }
             Action::Wake { region, pages } => self.wake(region, pages)?,
-            Action::Poison { region, pages } => {
-                for page in pages.iter() {
-                    if let Some(model) = self.page(region, page) {
-                        model.poisoned |= !model.mapped;
-                    }
-                }
-                self.wake(region, pages)?;
+            Action::Poison { region, pages } => drop(self.poison(region, pages)?),
+            Action::PoisonLost { ticket, region, pages } => {
+                let result = self.poison(region, pages)?;
+                self.events.push_back(Event::PoisonDone { ticket, result });
             }
             Action::ZeroFill { ticket, region, pages } => {
                 let zeroes = vec![0; pages.count as usize];
@@ -140,6 +137,21 @@ impl World {
         }
         self.events.push_back(Event::WpDone { ticket, result });
         Ok(())
+    }
+
+    /// As every fill, not while an event of the address space is unread.
+    fn poison(&mut self, region: RegionId, pages: Pages) -> Result<StepResult, Violation> {
+        if self.rng.chance(self.faults.again) || self.is_changing(region) {
+            self.wake(region, pages)?;
+            return Ok(if self.rng.chance(50) { StepResult::Again } else { StepResult::Later });
+        }
+        for page in pages.iter() {
+            if let Some(model) = self.page(region, page) {
+                model.poisoned |= !model.mapped;
+            }
+        }
+        self.wake(region, pages)?;
+        Ok(StepResult::Ok)
     }
 
     fn punch(&mut self, region: RegionId, pages: Pages) -> StepResult {
@@ -321,11 +333,15 @@ impl World {
                 Event::CopiedRuns { ticket, runs }
             }
             Action::MoveBack { ticket, region, pages } => {
-                let again = self.rng.chance(self.faults.again);
-                if !again {
+                let result = match self.rng.chance(self.faults.again) {
+                    true if self.rng.chance(50) => StepResult::Again,
+                    true => StepResult::Later,
+                    false => StepResult::Ok,
+                };
+                if result == StepResult::Ok {
                     self.move_back(core, ticket, region, pages);
                 }
-                Event::MoveBackDone { ticket, result: if again { StepResult::Again } else { StepResult::Ok } }
+                Event::MoveBackDone { ticket, result }
             }
             Action::Punch { ticket, region, pages } => {
                 self.punch_private(region, pages);

@@ -46,7 +46,7 @@ impl World {
         for page in pages.iter().filter(|_| self.is_private(region)).collect::<Vec<_>>() {
             if let Some(model) = self.page(region, page) {
                 model.vacate();
-                (model.expected, model.given_up, model.met_guard) = (0, true, None);
+                (model.expected, model.given_up, model.met_guard, model.poisoned) = (0, true, None, false);
             }
         }
     }
@@ -75,9 +75,9 @@ impl World {
                 model.guard = false;
             } else if decides && !model.gone {
                 model.guard = true;
-                if model.cache.is_some() {
+                if model.cache.is_some() || model.poisoned {
                     model.vacate();
-                    model.expected = 0;
+                    (model.expected, model.poisoned) = (0, false);
                 }
             }
         }
@@ -104,8 +104,13 @@ impl World {
                 taken.push((CopyStatus::Gone, 0));
                 continue;
             };
-            if model.guard || is_pinned {
-                let status = if model.guard { CopyStatus::Gone } else { CopyStatus::Busy };
+            // Poison is no hole: the kernel refuses to move it, and to read it.
+            let stays = match (model.guard, model.poisoned) {
+                (true, _) => Some(CopyStatus::Gone),
+                (_, true) => Some(CopyStatus::Io),
+                _ => is_pinned.then_some(CopyStatus::Busy),
+            };
+            if let Some(status) = stays {
                 taken.push((status, 0));
                 continue;
             }
