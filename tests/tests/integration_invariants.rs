@@ -1,12 +1,17 @@
 //! The invariants of the design brief (section 4) that only a whole system can show; the others are in `pager/core/tests`.
 
-use std::time::Duration;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
-use uhmm_kernel_hook::PidFd;
-use uhmm_kernel_hook::program::ProgramMemory;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
+use uhmm_kernel_hook::pagemap::{self, Categories};
+use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
+use uhmm_kernel_hook::uffd::EventJournal;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd, Userfaultfd, Window};
 use uhmm_sdk::{Job, Region};
-use uhmm_tests::{TestBed, manifest, pattern::word};
+use uhmm_tests::{PATIENCE, TestBed, manifest, pattern::word};
 
 const MIB: u64 = 1 << 20;
 
@@ -119,5 +124,75 @@ fn integration_memory_adopted_at_an_old_address_is_never_taken_for_the_old_one()
         // Whoever did not wait has the mirror go on only now, so that the test ends.
         mirror.signal(Signal::CONT).expect("continue");
         assert_eq!(wrong, 0, "bytes of the old memory");
+    });
+}
+
+/// A file of a process's whose name begins so.
+fn descriptor(pid: u32, name: &str) -> Option<PathBuf> {
+    let all = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process's descriptors");
+    let is_it = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with(name));
+    all.flatten().map(|entry| entry.path()).find(is_it)
+}
+
+/// The userfaultfd of the only program, and the memory in which a pager reads its events: for who plays the pager in its last moment.
+fn eyes_of_the_pager(pager: u32) -> (Userfaultfd, EventJournal) {
+    let uffd = descriptor(pager, "anon_inode:[userfaultfd]").expect("the pager has the program's userfaultfd");
+    let number = uffd.file_name().and_then(|name| name.to_str()?.parse().ok()).expect("a number");
+    let process = Pid::from_raw(pager.cast_signed()).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let uffd = pidfd_getfd(process.expect("it runs"), number, PidfdGetfdFlags::empty()).expect("a copy");
+    let journal = descriptor(pager, "/memfd:uhmm-journal").expect("the pager's journal");
+    let journal = File::options().read(true).write(true).open(journal).expect("open");
+    let window = Window::map(journal.as_fd(), 0, EventJournal::LEN_BYTES, uhmm_kernel_hook::window::Prot::ReadWrite);
+    (Userfaultfd::from_fd(uffd).expect("a userfaultfd"), EventJournal::new(window.expect("map"), 1))
+}
+
+fn wait_until(what: &str, mut is: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// madvise returns when its event is read. A pager that is killed then leaves it in the journal, and the next one must know of it before it
+/// has pages put back that were on their way out.
+#[test]
+fn integration_inv3_what_was_dropped_before_the_eyes_of_a_pager_that_died_is_not_put_back_by_the_next_one() {
+    const DROPPED: std::ops::Range<u64> = 16..48;
+    let bed = TestBed::with_manifest(&manifest("16MiB", "aperture = false"));
+    let session = bed.session();
+    let device = session.device("soft0").expect("device");
+    let memory = ProgramMemory::private(MIB).expect("memory");
+    for page in 0..MIB / PAGE_SIZE {
+        memory.store_u64(page * PAGE_SIZE, word(3, page)).expect("inside");
+    }
+    let _adopted = session.adopt(memory.addr(), MIB).expect("adopt");
+    let process = |name: &str| {
+        let pid = bed.status(name).pid;
+        (pid, PidFd::open(pid).expect("it runs"))
+    };
+    let ((_, driver), (pager_pid, pager)) = (process("soft0"), process("pager"));
+    let (uffd, journal) = eyes_of_the_pager(pager_pid);
+    std::thread::scope(|scope| {
+        // The pages are taken out, and their copies are never made.
+        assert!(driver.signal(Signal::STOP).expect("stop"));
+        let (session, device, memory) = (&session, &device, &memory);
+        scope.spawn(move || session.migrate(memory.addr(), MIB, device));
+        let mine = pagemap::open_own_pagemap().expect("pagemap");
+        let range = AddrRange { start: memory.addr(), len: MIB };
+        let is_out = || pagemap::scan(mine.as_fd(), range, Categories::PRESENT).expect("scan").is_empty();
+        wait_until("the pages are not taken out", is_out);
+        assert!(pager.signal(Signal::STOP).expect("stop"));
+        let (from, len) = (DROPPED.start * PAGE_SIZE, (DROPPED.end - DROPPED.start) * PAGE_SIZE);
+        let drops = scope.spawn(move || memory.advise(from, len, ProgramAdvice::DontNeed).expect("madvise"));
+        let mut events = Vec::new();
+        wait_until("no event comes", || journal.read(&uffd, session.space(), &mut events).expect("read") > 0);
+        drops.join().expect("it goes on");
+        bed.kill("pager");
+        driver.signal(Signal::KILL).expect("kill");
+        for page in 0..MIB / PAGE_SIZE {
+            let wanted = if DROPPED.contains(&page) { 0 } else { word(3, page) };
+            assert_eq!(memory.load_u64(page * PAGE_SIZE).expect("inside"), wanted, "page {page}");
+        }
     });
 }

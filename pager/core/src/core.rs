@@ -554,27 +554,55 @@ impl<P: Policy> Core<P> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn who_finds_no_memory_is_tried_less_and_less_often_until_it_has_some() {
+    use crate::transfer::{Kind, Phase};
+    use crate::{FillStop, StepResult};
+
+    type AnyCore = Core<crate::DefaultPolicy>;
+
+    fn under_way(kind: Kind, phase: Phase) -> (AnyCore, Ticket) {
         let mut core = Core::new(crate::DefaultPolicy::default());
-        let kind = crate::transfer::Kind::Home { recovering: false };
-        let ticket = core.begin(Transfer::new(RegionId(1), Pages { first: 0, count: 9 }, kind), &mut Vec::new());
-        let tries = |core: &mut Core<crate::DefaultPolicy>, milliseconds: u64| {
+        let transfer = Transfer { phase, ..Transfer::new(RegionId(1), Pages { first: 0, count: 9 }, kind) };
+        let ticket = core.begin(transfer, &mut Vec::new());
+        (core, ticket)
+    }
+
+    /// `fail`: the answer to each try.
+    fn is_tried_less_and_less_often(core: &mut AnyCore, fail: impl Fn(&mut AnyCore)) {
+        let tries = |core: &mut AnyCore, milliseconds: u64| {
             let end_us = core.now_us + milliseconds * 1000;
             let mut count = 0;
             while core.now_us < end_us {
-                core.fill_done(ticket, 0, Some(crate::FillStop::NoMemory), &mut Vec::new());
+                fail(core);
                 core.now_us = core.next_deadline_us().expect("it is tried again");
                 core.later.clear();
                 count += 1;
             }
             count
         };
-        let first_second = tries(&mut core, 1000);
+        let first_second = tries(core, 1000);
         assert!((5..20).contains(&first_second), "{first_second} tries");
-        assert!(tries(&mut core, 10_000) <= 50, "no more than four a second from then on, and no fewer than that");
-        assert!(tries(&mut core, 10_000) >= 35);
-        core.fill_done(ticket, 3, Some(crate::FillStop::NoMemory), &mut Vec::new());
+        assert!(tries(core, 10_000) <= 50, "no more than four a second from then on, and no fewer than that");
+        assert!(tries(core, 10_000) >= 35);
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_is_asked_back_less_and_less_often() {
+        let kind = Kind::Out { zero: false, keep: false };
+        let (mut core, ticket) = under_way(kind, Phase::MoveBack(PageStatus::Busy));
+        is_tried_less_and_less_often(&mut core, |core| {
+            core.move_back_done(ticket, StepResult::Later, &mut Vec::new());
+        });
+        let (mut core, ticket) = under_way(Kind::Lost, Phase::Poison);
+        is_tried_less_and_less_often(&mut core, |core| core.poison_done(ticket, StepResult::Later, &mut Vec::new()));
+    }
+
+    #[test]
+    fn who_finds_no_memory_is_tried_less_and_less_often_until_it_has_some() {
+        let (mut core, ticket) = under_way(Kind::Home { recovering: false }, Phase::Fill);
+        is_tried_less_and_less_often(&mut core, |core| {
+            core.fill_done(ticket, 0, Some(FillStop::NoMemory), &mut Vec::new());
+        });
+        core.fill_done(ticket, 3, Some(FillStop::NoMemory), &mut Vec::new());
         assert_eq!(core.next_deadline_us(), Some(core.now_us + 1000), "there was some: it may be quick again");
     }
 }

@@ -16,7 +16,7 @@ use uhmm_ipc::{ConnId, FdToken, TimerToken};
 use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{Entry, PageState, Pages, RegionId};
+use uhmm_pager_core::{Entry, PageState, Pages, RegionId, StepResult};
 use uhmm_shared::agent::{Op, Status};
 
 use crate::agent::{Agent, AgentRun, Begun, Job, Life, Order, Purpose};
@@ -119,8 +119,11 @@ impl Pager {
         match (job.purpose, job.order) {
             // Those in place are where they belong. What is in scratch nobody can put back: loud, and never zeros.
             (_, Order::MoveBack) => {
-                self.missing(region, pages).into_iter().for_each(|lost| self.poison(region, lost));
-                self.job_done(space_id, job, &all(Status::Moved));
+                let missing = self.missing(region, pages);
+                let mut poisoned = true;
+                missing.into_iter().for_each(|lost| poisoned &= self.poison_now(region, lost) == StepResult::Ok);
+                // Until it is there the pages wait: a hole would read as zero.
+                self.job_done(space_id, job, &all(if poisoned { Status::Moved } else { Status::NoMemory }));
             }
             (Purpose::Punch { ticket }, Order::Drop { in_place: true }) => {
                 let left = self.in_place(region, pages).unwrap_or_default();

@@ -26,20 +26,19 @@ use crate::service::Pager;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Parts {
     /// Parts that are not done.
-    left: u32,
+    pub left: u32,
     /// What became of pages, by first page.
-    runs: Vec<(u64, CopyRun)>,
+    pub runs: Vec<(u64, CopyRun)>,
     /// Slots to free at the end.
     slots: Vec<u32>,
     space: u64,
     /// How often pages were asked back again.
-    again: u32,
+    pub again: u32,
+    /// Some could not be put back now, and nobody tells when they can.
+    pub later: bool,
     /// Pages that were to be punched and are still in the address space.
     left_in_place: Vec<Pages>,
 }
-
-/// After so many answers that a place is not there the space's record of its addresses is wrong (an event was lost).
-const PUT_BACK_TRIES: u32 = 1000;
 
 impl Pager {
     pub(crate) fn is_private(&self, region: RegionId) -> bool {
@@ -60,7 +59,7 @@ impl Pager {
     }
 
     /// One job for every part that has an address. What scratch holds of addresses that are gone is given up.
-    fn ask_parts(&mut self, space_id: u64, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
+    pub(crate) fn ask_parts(&mut self, space_id: u64, region: RegionId, pages: Pages, order: Order, purpose: Purpose) {
         let mut shown: Vec<Pages> = self.regions.showing(region.0, pages).map(|(_, part)| part).collect();
         let mut jobs: Vec<(Pages, Order)> = shown.iter().map(|part| (*part, order)).collect();
         if matches!(order, Order::Drop { .. } | Order::MoveBack) {
@@ -84,65 +83,11 @@ impl Pager {
         }
     }
 
-    /// Pages that moved while they were taken out are back, at their new addresses.
-    fn not_taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun]) {
-        let ticket = job.purpose.ticket();
-        let status = if job.order == Order::MoveBack { CopyStatus::Busy } else { CopyStatus::Gone };
-        let mut at = 0;
-        let mut fates = Vec::new();
-        for run in runs {
-            let count = run.page_count.min(job.pages.count - at);
-            let again = job.order == Order::MoveBack && matches!(run.status, Status::Gone | Status::Failed);
-            if count > 0 && !again {
-                fates.push((job.pages.first + at, CopyRun { count, status }));
-            }
-            at += count;
-        }
-        if at < job.pages.count {
-            // The process is gone.
-            fates.push((job.pages.first + at, CopyRun { count: job.pages.count - at, status: CopyStatus::Gone }));
-        }
-        if let Some(parts) = self.parts.get_mut(&ticket.0) {
-            parts.runs.extend(fates);
-        }
-        if job.order == Order::MoveBack {
-            self.put_back_again(space_id, job, runs);
-            self.send_to_agent(space_id);
-        }
-        self.part_done(ticket, job.purpose);
-    }
-
-    /// What could not be put back is in scratch still: moved to other addresses meanwhile (mremap), or not possible just now.
-    fn put_back_again(&mut self, space_id: u64, job: &Job, runs: &[AgentRun]) {
-        let mut at = 0;
-        for run in runs {
-            let pages = Pages { first: job.pages.first + at, count: run.page_count.min(job.pages.count - at) };
-            at += pages.count;
-            if pages.count == 0 || !matches!(run.status, Status::Gone | Status::Failed) {
-                continue;
-            }
-            let Some(parts) = self.parts.get_mut(&job.purpose.ticket().0) else { return };
-            parts.again += 1;
-            let given_up = parts.again >= PUT_BACK_TRIES;
-            if run.status == Status::Failed || given_up {
-                tracing::warn!(space = space_id, ?pages, given_up, status = ?run.status, "Pages could not be put back");
-            }
-            self.put_back_wanted(space_id, job, pages, given_up);
-        }
-    }
-
-    /// What was dropped since the order was given is not put back.
-    fn put_back_wanted(&mut self, space_id: u64, job: &Job, mut pages: Pages, given_up: bool) {
-        while pages.count > 0 {
-            let (count, discarded) = self.core.alike_in_front(job.purpose.ticket(), pages);
-            let order = if discarded || given_up { Order::Drop { in_place: false } } else { Order::MoveBack };
-            self.ask_parts(space_id, job.region, Pages { count, ..pages }, order, job.purpose);
-            pages = pages.after(count);
-        }
-    }
-
     /// Gives the agent what it can be given.
     pub(crate) fn send_to_agent(&mut self, space_id: u64) {
+        if self.is_recovering {
+            return;
+        }
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
         if agent.life == Life::Lost {
             return self.answer_for_agent(space_id);
@@ -293,6 +238,7 @@ impl Pager {
             Purpose::Tidy => {}
             Purpose::MoveBack { .. } => {
                 if job.order == Order::MoveBack {
+                    self.note_put_back(&job, runs);
                     self.put_back_again(space_id, &job, runs);
                     self.send_to_agent(space_id);
                 }
@@ -407,7 +353,7 @@ impl Pager {
     }
 
     /// One part of a ticket's work is through; the last one answers the core.
-    fn part_done(&mut self, ticket: Ticket, purpose: Purpose) {
+    pub(crate) fn part_done(&mut self, ticket: Ticket, purpose: Purpose) {
         let Some(parts) = self.parts.get_mut(&ticket.0) else { return };
         parts.left -= 1;
         if parts.left > 0 {
@@ -427,7 +373,10 @@ impl Pager {
                 self.push(Event::NotPunched { ticket, left: parts.left_in_place });
             }
             Purpose::Punch { .. } => self.push(Event::PunchDone { ticket, result: StepResult::Ok }),
-            Purpose::MoveBack { .. } => self.push(Event::MoveBackDone { ticket, result: StepResult::Ok }),
+            Purpose::MoveBack { .. } => {
+                let result = if parts.later { StepResult::Later } else { StepResult::Ok };
+                self.push(Event::MoveBackDone { ticket, result });
+            }
             Purpose::FillHuge { .. } => {
                 self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
             }

@@ -44,6 +44,10 @@ impl Pager {
             }
             Action::Wake { region, pages } => self.wake(region, pages),
             Action::Poison { region, pages } => self.poison(region, pages),
+            Action::PoisonLost { ticket, region, pages } => {
+                let result = self.poison_now(region, pages);
+                self.push(Event::PoisonDone { ticket, result });
+            }
             Action::Revoke { ticket, region, pages, devices } => self.revoke(ticket, region, pages, devices),
             Action::MapCpu { ticket, region, pages, device, frame } => {
                 self.map_cpu(ticket, region, pages, device.0, frame);

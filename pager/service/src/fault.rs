@@ -36,12 +36,17 @@ impl Pager {
             return;
         }
         self.read_share(space_id);
-        let overtaken = std::mem::take(&mut self.overtaken);
-        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
-        if let Some(agent) = agent {
-            overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
+        if let Some(agent) = self.tell_what_was_overtaken(space_id) {
             agent.end_reading();
         }
+    }
+
+    /// None of the agent's orders puts anything there any more.
+    fn tell_what_was_overtaken(&mut self, space_id: u64) -> Option<&Agent> {
+        let overtaken = std::mem::take(&mut self.overtaken);
+        let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut())?;
+        overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
+        Some(agent)
     }
 
     /// Its children die faster than their ends are worked off: it waits until they are, instead of everybody else.
@@ -138,8 +143,8 @@ impl Pager {
         }
         self.drain();
         slots.into_iter().for_each(|slot| self.event_handled(slot));
-        // No order of this pager's is out yet, and those of the dead one are refused anyway.
-        self.overtaken.clear();
+        // Orders that wait; none of this pager's is out yet, and those of the dead one are refused anyway.
+        self.tell_what_was_overtaken(space_id);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use uhmm_kernel_hook::uffd::{CopyMode, FillOutcome, FillStop as HookStop, Userfaultfd};
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
-use uhmm_pager_core::{Backing, FillStop, Pages, RegionId};
+use uhmm_pager_core::{Backing, FillStop, Pages, RegionId, StepResult};
 
 use crate::kernel_view::{Ended, Front};
 use crate::service::Pager;
@@ -263,7 +263,7 @@ impl Pager {
     }
 
     /// Once a time that a client is full, however often it is tried.
-    fn note_room(&mut self, region: RegionId, filled: bool, full: bool) {
+    pub(crate) fn note_room(&mut self, region: RegionId, filled: bool, full: bool) {
         if self.without_memory.is_empty() && !full {
             return;
         }
@@ -280,19 +280,36 @@ impl Pager {
         }
     }
 
-    /// Touches of what is not there raise SIGBUS from now on, through every mapping.
+    /// Touches of what is not there raise SIGBUS from now on, through every mapping; what cannot be done before events are read is done then.
     pub(crate) fn poison(&mut self, region: RegionId, pages: Pages) {
+        if self.poison_now(region, pages) == StepResult::Again {
+            self.poisons_due.push((region, pages));
+        }
+    }
+
+    /// `Ok`: nobody can touch any more of these pages than what is there.
+    pub(crate) fn poison_now(&mut self, region: RegionId, pages: Pages) -> StepResult {
+        if self.is_recovering {
+            self.note_again(region);
+            return StepResult::Again;
+        }
         let places: Vec<Place> =
             self.regions.showing(region.0, pages).map(|(segment, part)| Place::of(segment, part)).collect();
-        let page_count: u64 = places.into_iter().map(|place| self.poison_place(region, place)).sum();
+        let (mut page_count, mut result) = (0, StepResult::Ok);
+        for place in places {
+            let (poisoned, ended) = self.poison_place(region, place);
+            page_count += poisoned;
+            result = if result == StepResult::Ok { ended } else { result };
+        }
         // Where a page is it is the valid one, and a process that is gone misses none.
         if page_count > 0 {
             tracing::error!(region = region.0, first_page = pages.first, page_count, "Pages are poisoned");
         }
+        result
     }
 
-    /// Page by page where some are there, mapping by mapping; what cannot be done before events are read is noted.
-    fn poison_place(&mut self, region: RegionId, mut left: Place) -> u64 {
+    /// Page by page where some are there, mapping by mapping. Returns how many were poisoned now.
+    fn poison_place(&mut self, region: RegionId, mut left: Place) -> (u64, StepResult) {
         let (mut count, mut poisoned) = (left.pages.count, 0);
         while left.pages.count > 0 {
             let now = left.first(count.min(left.pages.count));
@@ -301,7 +318,7 @@ impl Pager {
                 Ok(outcome) => outcome,
                 Err(error) => {
                     tracing::warn!(%error, region = region.0, "Poisoning failed");
-                    break;
+                    return (poisoned, StepResult::Later);
                 }
             };
             let done = outcome.done_bytes / PAGE_SIZE;
@@ -312,8 +329,11 @@ impl Pager {
                 Some(HookStop::Again) if done > 0 => 0,
                 Some(HookStop::Again) => {
                     self.note_again(region);
-                    self.poisons_due.push((region, left.pages));
-                    break;
+                    return (poisoned, StepResult::Again);
+                }
+                Some(HookStop::NoMemory) => {
+                    self.note_room(region, false, true);
+                    return (poisoned, StepResult::Later);
                 }
                 Some(HookStop::Gone) => match self.mapping_end(now) {
                     Some(shorter) => {
@@ -326,13 +346,13 @@ impl Pager {
                 Some(HookStop::NoProcess) => break,
                 Some(stop) => {
                     tracing::warn!(?stop, region = region.0, "Poisoning failed");
-                    break;
+                    return (poisoned, StepResult::Later);
                 }
             };
             left = left.after(done + skipped);
             count = left.pages.count;
         }
-        poisoned
+        (poisoned, StepResult::Ok)
     }
 
     /// Before faults are served: what could not be poisoned while events were unread.

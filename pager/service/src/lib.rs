@@ -49,6 +49,7 @@ mod keepers;
 mod kernel_view;
 mod moved;
 mod protection;
+mod put_back;
 mod recover;
 mod registered;
 mod requests;

@@ -2,6 +2,13 @@
 //!
 //! Everything the dead pager knew is in the directories. The core finishes or rolls back what was in flight, and wakes every
 //! range, because the kernel does not repeat a fault that the dead pager had already read.
+//!
+//! ```text
+//!   vault -> spaces, regions -> core: what was in flight -> journal: what was read and not dealt with -> cuts -> orders, poison
+//!                               `--------------- nothing is put in place (`is_recovering`) -------------'
+//! ```
+//! The program has gone on behind what a dead pager had read: what it dropped, unmapped or moved must be known before anything of it is put
+//! back, and its forked children must have what was there when they were made.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -49,6 +56,7 @@ fn agent_memory(entries: &mut Entries) -> Option<AgentMemory> {
 impl Pager {
     /// Adopts the vault's content. Half-made spaces and regions are forgotten; their clients ask again.
     pub(crate) fn recover(&mut self) -> Result<(), PagerError> {
+        self.is_recovering = true;
         let mut spaces: BTreeMap<u64, Entries> = BTreeMap::new();
         for (name, fd) in self.service.vault.take("space/") {
             let mut parts = name.splitn(3, '/').skip(1);
@@ -100,6 +108,12 @@ impl Pager {
         self.tidy_scratch();
         self.repeat_kept_events()?;
         self.finish_cuts();
+        self.drain();
+        self.is_recovering = false;
+        for id in self.spaces.keys().copied().collect::<Vec<_>>() {
+            self.send_to_agent(id);
+        }
+        self.poison_what_is_due();
         self.drain();
         Ok(())
     }

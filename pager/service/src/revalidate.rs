@@ -22,6 +22,7 @@ use uhmm_pager_core::Pages;
 
 use crate::advise::revoke_all;
 use crate::calls::{Answer, refuse};
+use crate::granted::Granted;
 use crate::kernel_view::{Ended, Part, Shown};
 use crate::requests::{Located, Piece, Then};
 use crate::service::Pager;
@@ -55,6 +56,55 @@ struct TakeBack {
     taken: Vec<(u64, std::ops::Range<u64>)>,
 }
 
+impl TakeBack {
+    /// What devices may do with a part of a segment, and what the kernel shows there.
+    fn add(&mut self, segment: &Segment, Part { range, shown }: Part) {
+        let part = pages_of(segment, range);
+        let taken = match shown {
+            Shown::Other => {
+                self.gone.push(range);
+                return;
+            }
+            Shown::Guard => {
+                self.guards.push(range);
+                vec![part]
+            }
+            Shown::Ours { read: false, .. } => vec![part],
+            Shown::Ours { write: false, .. } => segment.granted.writable.within(part),
+            Shown::Ours { .. } => return,
+        };
+        for part in taken {
+            let pages = Pages { first: segment.first_page + part.start, count: part.end - part.start };
+            self.pieces.push(Piece { located: Located { region: segment.region, pages }, offset: 0 });
+            self.taken.push((segment.id, part));
+        }
+    }
+
+    /// Ends what is gone; what is to be revoked is granted no more from then on. Returns around what ended, from `start` on if nothing did, and
+    /// what to revoke. `None`: events must be read first, and nothing is forgotten: who asks again has to find all of it again.
+    fn take<W>(
+        self,
+        world: &mut W,
+        start: u64,
+        mut end: impl FnMut(&mut W, AddrRange) -> Ended,
+        granted: for<'a> fn(&'a mut W, u64) -> Option<&'a mut Granted>,
+    ) -> Option<(AddrRange, Vec<Piece>)> {
+        let mut over = AddrRange { start, len: 0 };
+        for gone in self.gone {
+            if end(world, gone) == Ended::NotYet {
+                return None;
+            }
+            over = if over.len == 0 { gone } else { AddrRange { start: over.start, len: gone.end() - over.start } };
+        }
+        for (id, part) in self.taken {
+            if let Some(granted) = granted(world, id) {
+                granted.remove(part);
+            }
+        }
+        Some((over, self.pieces))
+    }
+}
+
 impl Pager {
     pub(crate) fn revalidate(&mut self, conn: ConnId, call: CallId, addr: u64, len_bytes: u64) -> Answer {
         let space_id = match self.space_of(conn) {
@@ -72,26 +122,18 @@ impl Pager {
         };
         let back = self.find_excess(space_id, range, whole);
         self.drop_guarded(space_id, &back.guards);
-        let mut over = AddrRange { start: range.start, len: 0 };
-        for gone in &back.gone {
-            if self.end_what_is_gone(space_id, *gone, false) == Ended::NotYet {
-                self.waiting_revalidations.push((conn, call, addr, len_bytes));
-                return None;
-            }
-            over = if over.len == 0 { *gone } else { AddrRange { start: over.start, len: gone.end() - over.start } };
-        }
-        // Not before it is certain that they are revoked now: who waits for events finds them again.
-        for (id, part) in back.taken {
-            if let Some(segment) = self.regions.segment_mut(id) {
-                segment.granted.remove(part);
-            }
-        }
+        let end = |pager: &mut Self, gone| pager.end_what_is_gone(space_id, gone, false);
+        let taken = back.take(self, range.start, end, |pager, id| Some(&mut pager.regions.segment_mut(id)?.granted));
+        let Some((over, pieces)) = taken else {
+            self.waiting_revalidations.push((conn, call, addr, len_bytes));
+            return None;
+        };
         let waiting = LettingGo { conn, call, space: space_id, range: over, tells: whole };
-        if back.pieces.is_empty() {
+        if pieces.is_empty() {
             self.answer_when_let_go(waiting);
         } else {
             let then = Then::LetGo { addr: over.start, len_bytes: over.len, tells: whole };
-            self.ask_pieces((conn, call, TraceId::default()), &back.pieces, then, revoke_all);
+            self.ask_pieces((conn, call, TraceId::default()), &pieces, then, revoke_all);
         }
         None
     }
@@ -111,7 +153,6 @@ impl Pager {
         for id in self.touched(space_id, range.start, range.end()) {
             let Some(segment) = self.regions.segment(id).filter(|segment| segment.granted_mask != 0) else { continue };
             let Some(inside) = segment.range().intersection(&range) else { continue };
-            let mut taken = Vec::new();
             for pages in segment.granted.readable.within(pages_of(segment, inside)) {
                 let addrs = AddrRange {
                     start: segment.addr + pages.start * PAGE_SIZE,
@@ -121,25 +162,9 @@ impl Pager {
                 guard_pages_left = guard_pages_left.saturating_sub(pages.end - pages.start);
                 let parts =
                     if looks_for_guards { self.view(segment, addrs) } else { self.view_mappings(segment, addrs) };
-                for Part { range, shown } in parts.unwrap_or_default() {
-                    let part = pages_of(segment, range);
-                    match shown {
-                        Shown::Other => back.gone.push(range),
-                        Shown::Guard => {
-                            back.guards.push(range);
-                            taken.push(part);
-                        }
-                        Shown::Ours { read: false, .. } => taken.push(part),
-                        Shown::Ours { write: false, .. } => taken.extend(segment.granted.writable.within(part)),
-                        Shown::Ours { .. } => {}
-                    }
+                for part in parts.unwrap_or_default() {
+                    back.add(segment, part);
                 }
-            }
-            let (region, first_page) = (segment.region, segment.first_page);
-            for part in taken {
-                let pages = Pages { first: first_page + part.start, count: part.end - part.start };
-                back.pieces.push(Piece { located: Located { region, pages }, offset: 0 });
-                back.taken.push((id, part));
             }
         }
         back
@@ -200,4 +225,74 @@ impl Pager {
 /// Pages of a segment, from its first one on.
 fn pages_of(segment: &Segment, range: AddrRange) -> std::ops::Range<u64> {
     (range.start - segment.addr) / PAGE_SIZE..(range.end() - segment.addr) / PAGE_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADDR: u64 = 64 * PAGE_SIZE;
+
+    /// Eight pages of which devices may do everything.
+    fn segment() -> Segment {
+        let (tables, granted) = (Default::default(), Granted::all(8));
+        Segment {
+            id: 3,
+            space: 1,
+            region: 2,
+            addr: ADDR,
+            first_page: 100,
+            page_count: 8,
+            tables,
+            granted_mask: 1,
+            granted,
+        }
+    }
+
+    fn part(pages: std::ops::Range<u64>, shown: Shown) -> Part {
+        Part { range: range(pages), shown }
+    }
+
+    fn range(pages: std::ops::Range<u64>) -> AddrRange {
+        AddrRange { start: ADDR + pages.start * PAGE_SIZE, len: (pages.end - pages.start) * PAGE_SIZE }
+    }
+
+    /// Two pages may only be read, one not even that, one is a guard, two are something else, two are as they were.
+    fn find(segment: &Segment) -> TakeBack {
+        let mut back = TakeBack::default();
+        let ours = |read, write| Shown::Ours { read, write };
+        let parts = [(0..2, ours(true, false)), (2..3, ours(false, false)), (3..4, Shown::Guard), (4..6, Shown::Other)];
+        parts
+            .into_iter()
+            .chain([(6..8, ours(true, true))])
+            .for_each(|(pages, shown)| back.add(segment, part(pages, shown)));
+        back
+    }
+
+    fn take(segment: &mut Segment, ended: Ended) -> Option<(AddrRange, Vec<Pages>)> {
+        let back = find(segment);
+        let end = |segment: &mut Segment, gone| {
+            assert_eq!((gone, segment.id), (range(4..6), 3));
+            ended
+        };
+        let taken = back.take(segment, 0, end, |segment, id| (id == 3).then_some(&mut segment.granted));
+        taken.map(|(over, pieces)| (over, pieces.iter().map(|piece| piece.located.pages).collect()))
+    }
+
+    #[test]
+    fn who_waits_for_events_finds_again_what_has_to_be_revoked() {
+        let mut segment = segment();
+        for _ in 0..3 {
+            assert_eq!(take(&mut segment, Ended::NotYet), None);
+            assert_eq!(segment.granted, Granted::all(8), "nothing was taken back");
+        }
+        let revoked = [(100, 2), (102, 1), (103, 1)].map(|(first, count)| Pages { first, count });
+        assert_eq!(take(&mut segment, Ended::Yes), Some((range(4..6), revoked.to_vec())));
+        assert_eq!(segment.granted.writable.within(0..8), vec![4..8; 1]);
+        assert_eq!(
+            take(&mut segment, Ended::Yes).map(|(_, pieces)| pieces.len()),
+            Some(2),
+            "no right, no guard: always"
+        );
+    }
 }

@@ -140,6 +140,8 @@ pub struct Pager {
     pub(crate) without_memory: BTreeSet<u64>,
     /// Pages to be poisoned once events have been read.
     pub(crate) poisons_due: Vec<(RegionId, Pages)>,
+    /// A dead pager may have read what is not dealt with yet: nothing is put in place, and no agent is given orders.
+    pub(crate) is_recovering: bool,
     /// Pages of the faults that are being served: no guards.
     pub(crate) faulted: Vec<(RegionId, u64)>,
     /// Pages that the program has dropped, in the events that are being read.
@@ -275,6 +277,7 @@ impl Pager {
             marks_due: Vec::new(),
             without_memory: BTreeSet::new(),
             poisons_due: Vec::new(),
+            is_recovering: false,
             faulted: Vec::new(),
             overtaken: Vec::new(),
             // Ids are not given again: mirror and drivers may know those of a dead pager that the vault does not.

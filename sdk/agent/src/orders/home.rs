@@ -113,6 +113,13 @@ impl Agent<'_> {
             let from = from.wrapping_add(page.wrapping_mul(PAGE_BYTES));
             match self.put_back(order, to, from, end.wrapping_sub(page)) {
                 Ok(done) => page = page.wrapping_add(done.max(1)),
+                Err(Status::NoMemory) => {
+                    // Nor is there any for the next ones.
+                    for at in at..part.of_order.wrapping_add(part.count) {
+                        self.set(at, Status::NoMemory);
+                    }
+                    return;
+                }
                 Err(status) => {
                     self.set(at, status);
                     page = page.wrapping_add(1);
@@ -123,9 +130,10 @@ impl Agent<'_> {
 
     /// Puts some of `count` pages back, at least one; returns how many of them scratch need not keep. `Gone`: there is no such place, or
     /// not any more, or the program has changed it since; the pager knows whether there is another (mremap) and what is wanted.
-    /// `Failed`: not now; the page is safe where it is, and the pager may ask again.
+    /// `Failed`: not now; the page is safe where it is, and the pager may ask again. `NoMemory`: the same at once, since nobody tells when
+    /// there is some, and other orders wait.
     fn put_back(&mut self, order: &Order, to: u64, from: u64, count: u64) -> Result<u64, Status> {
-        let not_now = |outcome: &Outcome| outcome.done == 0 && matches!(outcome.stop, Some(EAGAIN | ENOMEM));
+        let not_now = |outcome: &Outcome| outcome.done == 0 && outcome.stop == Some(EAGAIN);
         let move_pages = |count: u64| {
             let call = || self.fill(order, || self.move_pages(to, from, count, MOVE_ALLOW_SRC_HOLES));
             self.patiently(call, not_now)
@@ -153,6 +161,7 @@ impl Agent<'_> {
                 Ok(1)
             }
             Some(ENOENT) => Err(Status::Gone),
+            Some(ENOMEM) => Err(Status::NoMemory),
             Some(_) => Err(Status::Failed),
         }
     }
