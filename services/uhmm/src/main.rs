@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use uhmm_kit::{LogFormat, ServiceArgs};
 use uhmm_supervisor::HolderOptions;
 
@@ -80,6 +80,16 @@ enum Command {
     DeviceModel(commands::Model),
     /// What this kernel and account offer, what is missing, what follows, and what fixes it
     Doctor,
+    /// Write the manual pages of this program and its commands (packages do)
+    Man {
+        /// Folder, which must exist; one file a command
+        dir: PathBuf,
+    },
+    /// Print the completions of a shell: `source <(uhmm completions bash)`
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
     /// (service) Answer CPU faults, keep directories, move pages
     #[command(hide = true)]
     Pager(ServiceFlags),
@@ -185,7 +195,7 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
-    if matches!(cli.command, Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor) {
+    if matches!(cli.command, Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor | Command::Completions { .. }) {
         uhmm_kernel_hook::signal::end_when_output_is_closed();
     }
     match cli.command {
@@ -202,6 +212,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Home { pid, release } => commands::home(&run_dir, pid, !release)?,
         Command::Empty { device } => commands::empty(&run_dir, &device)?,
         Command::Doctor => return Ok(commands::doctor()),
+        Command::Man { dir } => commands::man(Cli::command(), &dir)?,
+        Command::Completions { shell } => commands::completions(Cli::command(), shell)?,
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
         Command::Holder(ServiceFlags { incarnation, log, .. }) => {

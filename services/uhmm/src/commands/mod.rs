@@ -4,6 +4,7 @@ mod conformance;
 mod device_model;
 mod doctor;
 mod model_orders;
+mod manual;
 mod new_driver;
 mod show;
 
@@ -18,6 +19,7 @@ use uhmm_supervisor::SupervisorOptions;
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
+pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use show::{stats, status};
 
