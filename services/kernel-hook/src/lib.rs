@@ -18,6 +18,7 @@
 //!   bytes            MappedBytes: the safe accessors      -> window: Window, managed: ManagedMapping -> bump: Bump
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap, smaps: files and /proc
 //!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
+//!   disk             transfers between files and memory, many at once
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   agent            the SDK's agent: its memory and its process
@@ -38,6 +39,7 @@ mod abi;
 pub mod agent;
 pub mod bump;
 pub mod bytes;
+pub mod disk;
 pub mod error;
 pub mod event;
 pub mod fatal;
@@ -69,6 +71,7 @@ pub mod window;
 
 pub use bump::{Bump, Full};
 pub use bytes::{Advice, MappedBytes};
+pub use disk::{Disk, DiskMode};
 pub use error::HookError;
 pub use event::EventFd;
 pub use managed::ManagedMapping;
