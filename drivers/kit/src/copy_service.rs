@@ -19,11 +19,11 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 use uhmm_ipc::message::pager::CopyRing;
 use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
-use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyRequest, CopyStatus};
+use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
 use uhmm_kernel_hook::{EventFd, HookError};
 
 use crate::access::engine::{EngineLane, PIECE_PAGES};
-use crate::device::{CopyEngine, CopyWork, DeviceError, Frames, PAGE_BYTES, StagedCopy, Staging, StagingUse};
+use crate::device::{CopyEngine, CopyWork, DeviceError, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging, StagingUse};
 use crate::error::DriverError;
 use crate::stats::CopyCounters;
 
@@ -261,7 +261,12 @@ impl CopyWork for Asked {
             Ok(()) => CopyStatus::Ok,
             Err(error) => {
                 tracing::error!(%error, ?copy, "Copy failed");
-                CopyStatus::Io
+                match error.downcast_ref::<LostFrames>() {
+                    Some(LostFrames { good, lost, .. }) if copy.op == CopyOp::CopyOut => {
+                        CopyStatus::Lost { good: *good, lost: *lost }
+                    }
+                    _ => CopyStatus::Io,
+                }
             }
         };
         if let Err(error) = self.complete(CopyCompletion { ticket: copy.ticket, status }) {
@@ -275,7 +280,6 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
-    use uhmm_ipc::shared::copy_ring::CopyOp;
     use uhmm_kernel_hook::{Prot, Window};
 
     use crate::port::DevicePort;

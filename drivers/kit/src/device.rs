@@ -157,6 +157,19 @@ pub struct StagedCopy {
     pub staging_page: u32,
 }
 
+/// Why a copy out of frames failed, of an engine that knows: some of them cannot be had any more, however often they are asked for. The pager
+/// poisons exactly these pages.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{lost} frames behind the first {good} are lost: {reason}")]
+pub struct LostFrames {
+    /// Frames in front of them that were copied.
+    pub good: u32,
+    /// Frames that are lost. What lies behind them is to be asked for again.
+    pub lost: u32,
+    /// Why.
+    pub reason: String,
+}
+
 /// Where [`CopyEngine::serve`] gets its copies from.
 pub trait CopyWork {
     /// One to start now. `None`: there is none, or none shall be started before those in flight have ended.

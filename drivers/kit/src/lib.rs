@@ -12,12 +12,14 @@
 //! ```
 //! * [`device`]: the traits. [`SharedTable`] is a ready page table for devices whose threads run in this process.
 //! * [`fault`]: device faults as a pure state machine.
+//! * [`seal`]: for frames that lie where others can read or change them.
 //! * [`run_driver`]: the loop. [`DevicePort`]: how the device talks to it.
 
 pub mod device;
 pub mod fault;
 mod file_pages;
 pub mod port;
+pub mod seal;
 pub mod stats;
 pub mod table;
 
@@ -34,7 +36,7 @@ mod uplink;
 
 pub use device::{
     CopyEngine, CopyWork, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId,
-    Frames, InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES,
+    Frames, InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, LostFrames, MemoryOrigin, OpenContext, PAGE_BYTES,
     PageRange, Parts, Place, Quiescence, RegionKey, RegionMap, StagedCopy, Staging, StagingUse, SystemPages,
 };
 pub use error::DriverError;

@@ -144,6 +144,11 @@ pub enum FillStop {
     NoPage,
     /// The copy failed.
     Io,
+    /// The device has the next pages no more, however often it is asked; it goes on working.
+    Lost {
+        /// How many.
+        page_count: u64,
+    },
     /// `FillHuge` found no huge page, or the place is not one: fill small pages.
     NotHuge,
 }

@@ -8,6 +8,7 @@
 //!    |-- Exists, after a restart --------------> System: it came home before the crash and is newer
 //!    |-- Dropped ------------------------------> Absent, and Fill of what comes behind
 //!    |-- Exists otherwise ---------------------> a stray page: PunchStray, Fill, three times
+//!    |-- Lost ---------------------------------> Poisoned, exactly these, and Fill of what comes behind
 //!    |-- failed -------------------------------> Device again; poisoned when the device is given up
 //!    `-- failed after a restart, or memory lost: Probe (Continue of one page)
 //!                                                |-- there --> System, and on with the next page
@@ -109,6 +110,7 @@ impl<P: Policy> Core<P> {
             }
             Some(FillStop::Exists) => self.fill_met_a_page(ticket, out),
             Some(FillStop::Dropped { page_count }) => self.drop_in_front(ticket, page_count, out),
+            Some(FillStop::Lost { page_count }) => self.lost_in_front(ticket, page_count, out),
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             Some(FillStop::Io | FillStop::NoPage) => {
                 self.stats.copy_failures += 1;
@@ -122,6 +124,30 @@ impl<P: Policy> Core<P> {
         let Some(pages) = self.transfers.get(&ticket).map(|transfer| transfer.pages) else { return };
         self.note_discard(ticket, Pages { count: page_count.clamp(1, pages.count), ..pages });
         self.fill(ticket, out);
+    }
+
+    /// The device works, and has the first pages no more. What was discarded meanwhile is no loss.
+    fn lost_in_front(&mut self, ticket: Ticket, page_count: u64, out: &mut Vec<Action>) {
+        self.stats.copy_failures += 1;
+        let Some(transfer) = self.transfers.get(&ticket) else { return };
+        if transfer.lost || transfer.kind == (Kind::Home { recovering: true }) {
+            return self.probe(ticket, out);
+        }
+        let end = transfer.pages.first + page_count.clamp(1, transfer.pages.count);
+        let Some(wanted) = self.drop_discarded_prefix(ticket, out) else { return };
+        if let Some(transfer) = self.transfers.get_mut(&ticket) {
+            let before = *transfer;
+            let count = end.saturating_sub(before.pages.first).min(wanted);
+            if count > 0 {
+                transfer.skip(count);
+                let pages = Pages { count, ..before.pages };
+                self.poison(before.region, pages, out);
+                self.give_back(&before, count);
+                self.note(before.owner, pages, PageStatus::Poisoned);
+                out.push(Action::Wake { region: before.region, pages });
+            }
+        }
+        self.fill_or_end(ticket, out);
     }
 
     /// A failed copy says nothing about the system page, and after a restart that may be the newer one.
@@ -160,7 +186,9 @@ impl<P: Policy> Core<P> {
             Some(FillStop::NoProcess | FillStop::Gone) => self.stay_on_device(ticket, PageStatus::Gone, out),
             Some(FillStop::Dropped { page_count }) => self.drop_in_front(ticket, page_count, out),
             // Without an answer nothing can be decided.
-            None | Some(FillStop::Again | FillStop::Io | FillStop::NotHuge) => self.again.push(ticket),
+            None | Some(FillStop::Again | FillStop::Io | FillStop::Lost { .. } | FillStop::NotHuge) => {
+                self.again.push(ticket);
+            }
             Some(FillStop::NoMemory) => self.found_no_memory(ticket),
         }
     }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 
 use uhmm_ipc::message::pager::FaultPoint;
-use uhmm_ipc::shared::copy_ring::CopyOp;
+use uhmm_ipc::shared::copy_ring::{CopyOp, CopyStatus};
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{CopyRun, Event, FillStop, Pages, RegionId, StepResult, Ticket};
@@ -345,7 +345,7 @@ impl Pager {
             let popped = engine.completed();
             match popped {
                 Ok(None) => break,
-                Ok(Some((job, ok))) => self.finish_engine_job(device_id, job, ok),
+                Ok(Some((job, status))) => self.finish_engine_job(device_id, job, status),
                 Err(error) => {
                     tracing::error!(%error, device = device_id, "The driver completed nonsense");
                     self.fence(device_id, "it completed a copy that was never asked for");
@@ -356,8 +356,9 @@ impl Pager {
         self.submit_copies();
     }
 
-    fn finish_engine_job(&mut self, device_id: u8, job: EngineJob, ok: bool) {
+    fn finish_engine_job(&mut self, device_id: u8, job: EngineJob, status: CopyStatus) {
         let Some(deferred) = self.engine_jobs.remove(&job.ticket) else { return };
+        let ok = status == CopyStatus::Ok;
         let result = if ok { StepResult::Ok } else { StepResult::Io };
         if !ok {
             self.note_copy_failure(&deferred, "its driver's copy engine has failed it: see the driver's log");
@@ -371,7 +372,20 @@ impl Pager {
             _ => result,
         };
         let ok = result == StepResult::Ok;
+        let lost = match status {
+            CopyStatus::Lost { good, lost } => Some((u64::from(good), u64::from(lost))),
+            _ => None,
+        };
         match deferred.copy {
+            Copy::Home { ticket, region, pages, .. } if lost.is_some() => {
+                self.with_staging(device_id, |pager, staging| {
+                    pager.fetched_in_part(ticket, region, pages, staging, job.staging_page, lost.unwrap_or_default());
+                });
+            }
+            // Page by page it shows which ones.
+            Copy::HomeHuge { ticket, .. } if lost.is_some() => {
+                self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
+            }
             Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result }),
             Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, result),
             Copy::Staged { ticket, pages, run, .. } => self.staged_done(ticket, pages, run, ok),
@@ -415,6 +429,25 @@ impl Pager {
         let pages = Pages { count: pages.count.min(self.core.fill_limit(ticket)), ..pages };
         let (done_pages, stop) = self.fill(region, pages, FillFrom::Bytes(staging, from));
         self.push(Event::FillDone { ticket, done_pages, stop });
+    }
+
+    /// A driver has fetched what it has still: `good` pages, and the `lost` ones behind them nobody has any more. Numbers of a driver's are not believed.
+    fn fetched_in_part(
+        &mut self,
+        ticket: Ticket,
+        region: RegionId,
+        pages: Pages,
+        staging: &Window,
+        staging_page: u32,
+        (good, lost): (u64, u64),
+    ) {
+        let good = good.min(pages.count - 1);
+        if good == 0 {
+            let stop = Some(FillStop::Lost { page_count: lost });
+            return self.push(Event::FillDone { ticket, done_pages: 0, stop });
+        }
+        // What lies behind the good ones comes in the next round.
+        self.fetched(ticket, region, Pages { count: good, ..pages }, staging, staging_page);
     }
 
     /// The same, for the agent.

@@ -205,7 +205,7 @@ impl CopyEngine {
     }
 
     /// Next finished copy. A completion of something never asked for is an error: the driver is broken.
-    pub fn completed(&mut self) -> Result<Option<(EngineJob, bool)>, DeviceError> {
+    pub fn completed(&mut self) -> Result<Option<(EngineJob, CopyStatus)>, DeviceError> {
         let shared = |error: RingError| DeviceError::Shared(error.to_string());
         let slot = loop {
             if let Some(slot) = self.complete.pop().map_err(shared)? {
@@ -218,7 +218,7 @@ impl CopyEngine {
         let completion = CopyCompletion::decode(&slot).map_err(|error| DeviceError::Shared(error.to_string()))?;
         let job = self.jobs.remove(&completion.ticket);
         let job = job.ok_or_else(|| DeviceError::Shared(format!("copy {} was never asked for", completion.ticket)))?;
-        Ok(Some((job, completion.status == CopyStatus::Ok)))
+        Ok(Some((job, completion.status)))
     }
 
     /// What was in flight when the driver's session ended.

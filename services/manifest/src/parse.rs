@@ -1,5 +1,6 @@
 //! The manifest as it is written.
 
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -138,6 +139,25 @@ pub struct Service {
     pub sandbox: Sandbox,
 }
 
+/// `seal`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Seal {
+    /// What comes back is what was put there last, or an error; without the system's key nobody can read it.
+    #[default]
+    #[serde(rename = "aes-gcm")]
+    AesGcm,
+    /// Whoever reads the medium reads the pages, and whoever changes it changes them.
+    #[serde(rename = "none")]
+    None,
+}
+
+impl Seal {
+    /// Pages are sealed.
+    pub fn is_sealed(self) -> bool {
+        self == Self::AesGcm
+    }
+}
+
 /// `[[device]]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -157,9 +177,15 @@ pub struct Device {
     #[serde(default)]
     pub cmb: bool,
     /// A storage device is taken whatever it holds: **everything on it is destroyed**. Without it a device that holds anybody else's data is
-    /// refused. For drivers of PCI devices only.
+    /// refused. For drivers of PCI devices, and `"file"`.
     #[serde(default)]
     pub format: bool,
+    /// A file on a local disk, or a partition, whose blocks are the device's memory. For driver `"file"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether pages are sealed where they lie: `"aes-gcm"`, or `"none"`. For driver `"file"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seal: Option<Seal>,
     /// Device memory. A software device has exactly this much, 1 GiB if nothing is said; of a PCI device it is the most that is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<ByteSize>,
@@ -274,5 +300,18 @@ impl Manifest {
     /// Pager, mirror and one software device `soft0` of 1 GiB.
     pub fn built_in() -> Self {
         Self::parse(BUILT_IN).unwrap_or_else(|error| unreachable!("the built-in manifest is tested: {error}"))
+    }
+
+    /// Pager, mirror and one device `far0` in a file.
+    pub fn far_memory(size: ByteSize, path: &Path) -> Self {
+        let mut manifest = Self::built_in();
+        for service in manifest.services.iter_mut().filter(|service| service.kind == Kind::Driver) {
+            (service.name, service.driver) = ("far0".to_owned(), Some("file".to_owned()));
+        }
+        for device in &mut manifest.devices {
+            (device.name, device.service) = ("far0".to_owned(), "far0".to_owned());
+            (device.memory_bytes, device.path) = (Some(size), Some(path.to_owned()));
+        }
+        manifest
     }
 }

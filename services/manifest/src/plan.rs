@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uhmm_pci::PciPath;
 
 use crate::ManifestError;
-use crate::parse::{Kind, Quota, Restart, Sandbox, Supervisor};
+use crate::parse::{Kind, Quota, Restart, Sandbox, Seal, Supervisor};
 
 /// One service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +48,12 @@ pub struct DevicePlan {
     /// Taken whatever it holds.
     #[serde(default)]
     pub format: bool,
+    /// File or partition whose blocks are its memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether pages are sealed there.
+    #[serde(default)]
+    pub seal: Seal,
     /// Device memory, a multiple of the page size. Of a PCI device: use at most this much of what there is
     /// ([`crate::MEMORY_BYTES_MAX`]: all of it).
     pub memory_bytes: u64,

@@ -16,7 +16,7 @@ const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
 const STAGING_BYTES_MIN: u64 = 2 << 20;
 /// Built-in drivers and whether they drive PCI devices. `uhmm driver NAME` runs them.
 const BUILT_IN_DRIVERS: &[(&str, bool)] =
-    &[("soft", false), ("bar", true), ("nvme", true), ("edu", true), ("accel", true)];
+    &[("soft", false), ("bar", true), ("nvme", true), ("edu", true), ("accel", true), ("file", false)];
 
 impl Manifest {
     /// Checks everything and decides what was left open. Programs of third parties must exist now.
@@ -109,9 +109,11 @@ impl Manifest {
             bar: device.bar,
             cmb: device.cmb,
             format: device.format,
+            path: device.path.clone(),
+            seal: device.seal.unwrap_or_default(),
             memory_bytes: memory_bytes(device),
             populate: device.populate,
-            aperture: device.aperture,
+            aperture: device.aperture && device.path.is_none(),
             coherent: device.coherent,
             workers: device.workers,
             staging_bytes: device.staging_bytes.0,
@@ -189,6 +191,7 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
         return wrong(format!("service {:?} is no driver: give kind = \"driver\"", service.name));
     }
     check_pci(device, service)?;
+    check_path(device, service)?;
     let memory_bytes = memory_bytes(device);
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES) || memory_bytes > MEMORY_BYTES_MAX {
         return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
@@ -211,6 +214,21 @@ fn memory_bytes(device: &Device) -> u64 {
     device.memory_bytes.map_or(default, |given| given.0)
 }
 
+/// Third parties' drivers may have files of their own.
+fn check_path(device: &Device, service: &Service) -> Result<(), ManifestError> {
+    let wrong = |problem: String| Err(ManifestError::Device { device: device.name.clone(), problem });
+    let by_file = service.driver.as_deref() == Some("file");
+    match &device.path {
+        None if by_file => wrong("driver \"file\" needs a file or a partition: path = \"/var/lib/uhmm/far0\"".into()),
+        None if device.seal.is_some() => wrong("`seal` is for devices with `path`: remove it".into()),
+        Some(_) if !by_file && service.driver.is_some() => wrong("`path` is for driver \"file\": remove it, or use that driver".into()),
+        Some(path) if !path.is_absolute() => wrong(format!("path = {path:?} must begin with /")),
+        Some(_) if device.coherent => wrong("coherent = true needs memory that programs can map, and blocks of a file are not: remove it".into()),
+        Some(_) if device.populate => wrong("a file's room is always reserved at the start: remove `populate`".into()),
+        _ => Ok(()),
+    }
+}
+
 /// Third parties' drivers may drive either kind of device.
 fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
     let wrong = |problem: String| Err(ManifestError::Device { device: device.name.clone(), problem });
@@ -227,7 +245,7 @@ fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
     if device.pci.is_some() && (!device.aperture || device.populate) {
         return wrong("a PCI device decides about its memory itself: remove `aperture` and `populate`".into());
     }
-    for (key, given) in [("format", device.format), ("cmb", device.cmb)] {
+    for (key, given) in [("format", device.format && device.path.is_none()), ("cmb", device.cmb)] {
         if given && device.pci.is_none() {
             return wrong(format!("`{key}` is for PCI devices: remove it, or give `pci`"));
         }

@@ -9,7 +9,10 @@ fn line(device: &DevicePlan) -> String {
     let DevicePlan { id, name, service, coherent, populate, workers, .. } = device;
     let mib = device.memory_bytes >> 20;
     let (mib, aperture, pci) = match &device.pci {
-        None => (mib.to_string(), device.aperture.to_string(), "-".to_owned()),
+        None => {
+            let path = device.path.as_ref().map_or("-".to_owned(), |path| path.display().to_string());
+            (mib.to_string(), device.aperture.to_string(), path)
+        }
         Some(pci) => {
             let most = if device.memory_bytes == MEMORY_BYTES_MAX { "all".to_owned() } else { format!("<= {mib}") };
             (most, "device".to_owned(), device.bar.map_or(pci.to_string(), |bar| format!("{pci}, BAR {bar}")))
@@ -45,7 +48,7 @@ impl Plan {
             );
         }
         text += &format!(
-            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} {:<8} PCI\n",
+            "\n{:<4} {:<16} {:<16} {:>10} {:<9} {:<9} {:<9} {:<8} PCI OR PATH\n",
             "ID", "DEVICE", "SERVICE", "MIB", "APERTURE", "COHERENT", "POPULATE", "WORKERS"
         );
         for device in &self.devices {

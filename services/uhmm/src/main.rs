@@ -33,6 +33,9 @@ enum Command {
         /// Manifest (TOML); without it: pager, mirror and one software device `soft0`
         #[arg(long)]
         manifest: Option<PathBuf>,
+        /// Without a manifest: far memory in a file instead of the software device, as in 64GiB or 64GiB:/var/lib/uhmm/far0
+        #[arg(long, value_name = "SIZE[:PATH]", conflicts_with = "manifest")]
+        file: Option<commands::FarFile>,
         /// Take over services that outlived an earlier supervisor
         #[arg(long)]
         adopt: bool,
@@ -120,6 +123,9 @@ enum Driver {
     /// (service) PCI devices whose BAR is plain memory
     #[command(hide = true)]
     Bar(ServiceFlags),
+    /// (service) Files on local disks, and partitions
+    #[command(hide = true)]
+    File(ServiceFlags),
     /// (service) NVMe namespaces
     #[command(hide = true)]
     Nvme(ServiceFlags),
@@ -138,6 +144,7 @@ impl Driver {
             Self::New(args) => commands::new_driver(&args)?,
             Self::Soft(flags) => uhmm_driver_soft::run(flags.into_args(run_dir))?,
             Self::Bar(flags) => uhmm_driver_bar::run(flags.into_args(run_dir))?,
+            Self::File(flags) => uhmm_driver_block::run(flags.into_args(run_dir))?,
             Self::Nvme(flags) => uhmm_driver_nvme::run(flags.into_args(run_dir))?,
             Self::Edu(flags) => uhmm_driver_edu::run(flags.into_args(run_dir))?,
             Self::Accel(flags) => uhmm_driver_accel::run(flags.into_args(run_dir))?,
@@ -203,7 +210,10 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::ConformanceCase(args) => commands::conformance_case(args, run_dir)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
-        Command::Up { manifest, adopt, log } => commands::up(manifest.as_deref(), run_dir, adopt, log.into())?,
+        Command::Up { manifest, file, adopt, log } => {
+            let manifest = commands::manifest_or_file(manifest.as_deref(), file)?;
+            commands::up(manifest, run_dir, adopt, log.into())?;
+        }
         Command::Down => commands::down(&run_dir)?,
         Command::Plan { manifest } => commands::plan(manifest.as_deref())?,
         Command::Status => commands::status(&run_dir)?,

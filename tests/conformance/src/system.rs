@@ -37,7 +37,8 @@ struct Own {
     coherent: bool,
 }
 
-fn manifest(driver: &str, coherent: bool) -> String {
+/// `folder`: for what devices need of their own.
+fn manifest(driver: &str, coherent: bool, folder: &Path) -> String {
     // Drills kill often: short waits, never held.
     let restart = "restart = { backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 100000 }";
     let mut text = format!(
@@ -50,6 +51,9 @@ fn manifest(driver: &str, coherent: bool) -> String {
              [[device]]\nname = \"{driver}{index}\"\nservice = \"{driver}{index}\"\nmemory_bytes = \"{DEVICE_MEMORY}\"\n\
              coherent = {coherent}\n"
         );
+        if driver == "file" {
+            text += &format!("path = {:?}\n", folder.join(format!("far{index}")));
+        }
     }
     text
 }
@@ -70,7 +74,7 @@ impl System {
 
     fn spawn(&self, exe: &Path, driver: &str, coherent: bool) -> Result<Child, ConformanceError> {
         let manifest_path = self.run_dir.join("manifest.toml");
-        std::fs::write(&manifest_path, manifest(driver, coherent)).map_err(ConformanceError::path(&manifest_path))?;
+        std::fs::write(&manifest_path, manifest(driver, coherent, &self.run_dir)).map_err(ConformanceError::path(&manifest_path))?;
         let log_path = self.log_path();
         let log = File::options().append(true).create(true).open(&log_path);
         let log = log.map_err(ConformanceError::path(&log_path))?;
@@ -187,13 +191,16 @@ mod tests {
 
     #[test]
     fn the_manifest_has_two_devices_of_the_driver_and_test_hooks() {
-        let text = manifest("nvme", true);
+        let folder = Path::new("/run/here");
+        let text = manifest("nvme", true, folder);
         assert!(text.starts_with("fault_injection = true"));
         assert_eq!(text.matches("driver = \"nvme\"").count(), 2);
         assert_eq!(
-            (text.matches("coherent = true").count(), manifest("nvme", false).matches("= true").count()),
+            (text.matches("coherent = true").count(), manifest("nvme", false, folder).matches("= true").count()),
             (2, 1)
         );
         assert!(text.contains("name = \"nvme0\"") && text.contains("name = \"nvme1\""));
+        let files = manifest("file", false, folder);
+        assert!(files.contains("path = \"/run/here/far0\"") && files.contains("path = \"/run/here/far1\""), "{files}");
     }
 }

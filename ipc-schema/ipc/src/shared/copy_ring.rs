@@ -10,7 +10,7 @@
 //!
 //! ```text
 //!   request      op u32 @0 | count u32 @4 | ticket u64 @8 | frame u32 @16 | staging_page u32 @20 | zero to 64
-//!   completion   ticket u64 @0 | status u32 @8 | zero to 64
+//!   completion   ticket u64 @0 | status u32 @8 | good u32 @12 | lost u32 @16 | zero to 64
 //! ```
 
 /// Bytes of a descriptor in either direction.
@@ -120,6 +120,14 @@ pub enum CopyStatus {
     OutOfRange,
     /// The device failed; the destination holds undefined bytes.
     Io,
+    /// Of [`CopyOp::CopyOut`]: the first `good` frames were copied, and the `lost` ones behind them cannot be had any more. The rest was not
+    /// copied, or was; it is asked for again.
+    Lost {
+        /// Frames that were copied.
+        good: u32,
+        /// Frames that are lost; one at least.
+        lost: u32,
+    },
 }
 
 /// One answer of the driver.
@@ -134,12 +142,17 @@ pub struct CopyCompletion {
 impl CopyCompletion {
     /// The slot's bytes.
     pub fn encode(&self) -> [u8; DESCRIPTOR_BYTES] {
+        let mut slot = [0; DESCRIPTOR_BYTES];
         let status: u32 = match self.status {
             CopyStatus::Ok => 0,
             CopyStatus::OutOfRange => 1,
             CopyStatus::Io => 2,
+            CopyStatus::Lost { good, lost } => {
+                slot[12..16].copy_from_slice(&good.to_le_bytes());
+                slot[16..20].copy_from_slice(&lost.to_le_bytes());
+                3
+            }
         };
-        let mut slot = [0; DESCRIPTOR_BYTES];
         slot[0..8].copy_from_slice(&self.ticket.to_le_bytes());
         slot[8..12].copy_from_slice(&status.to_le_bytes());
         slot
@@ -151,6 +164,7 @@ impl CopyCompletion {
             0 => CopyStatus::Ok,
             1 => CopyStatus::OutOfRange,
             2 => CopyStatus::Io,
+            3 => CopyStatus::Lost { good: u32_at(slot, 12), lost: u32_at(slot, 16) },
             status => return Err(CopyRingError::UnknownStatus { status }),
         };
         Ok(Self { ticket: u64_at(slot, 0), status })
@@ -179,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_completion_survives_the_ring() {
-        for status in [CopyStatus::Ok, CopyStatus::OutOfRange, CopyStatus::Io] {
+        for status in [CopyStatus::Ok, CopyStatus::OutOfRange, CopyStatus::Io, CopyStatus::Lost { good: 7, lost: 1 << 20 }] {
             let completion = CopyCompletion { ticket: 0x0102_0304_0506_0708, status };
             assert_eq!(CopyCompletion::decode(&completion.encode()), Ok(completion));
         }
@@ -191,8 +205,8 @@ mod tests {
         slot[0] = 9;
         assert_eq!(CopyRequest::decode(&slot), Err(CopyRingError::UnknownOp { op: 9 }));
         let mut slot = CopyCompletion { ticket: 1, status: CopyStatus::Ok }.encode();
-        slot[8] = 3;
-        assert_eq!(CopyCompletion::decode(&slot), Err(CopyRingError::UnknownStatus { status: 3 }));
+        slot[8] = 4;
+        assert_eq!(CopyCompletion::decode(&slot), Err(CopyRingError::UnknownStatus { status: 4 }));
     }
 
     #[test]

@@ -21,7 +21,8 @@ pub fn completions(command: Command, shell: clap_complete::Shell) -> anyhow::Res
 
 /// Without services' own commands, which the supervisor alone gives.
 fn visible(command: Command) -> Command {
-    let shown: Vec<Command> = command.get_subcommands().filter(|sub| !sub.is_hide_set()).cloned().map(visible).collect();
+    let shown: Vec<Command> =
+        command.get_subcommands().filter(|sub| !sub.is_hide_set()).cloned().map(visible).collect();
     let mut copy = Command::new(command.get_name().to_owned()).args(command.get_arguments().cloned());
     if let Some(about) = command.get_about() {
         copy = copy.about(about.clone());

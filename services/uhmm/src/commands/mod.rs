@@ -3,8 +3,9 @@
 mod conformance;
 mod device_model;
 mod doctor;
-mod model_orders;
+mod far_file;
 mod manual;
+mod model_orders;
 mod new_driver;
 mod show;
 
@@ -19,6 +20,7 @@ use uhmm_supervisor::SupervisorOptions;
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
+pub use far_file::{FarFile, manifest_or_file};
 pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use show::{stats, status};
@@ -30,10 +32,10 @@ fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
 }
 
 /// `uhmm up`: runs until it is stopped.
-pub fn up(path: Option<&Path>, run_dir: PathBuf, adopt: bool, log: LogFormat) -> anyhow::Result<()> {
+pub fn up(manifest: Manifest, run_dir: PathBuf, adopt: bool, log: LogFormat) -> anyhow::Result<()> {
     let exe = std::env::current_exe().context("The path of this program is unknown")?;
     let options = SupervisorOptions { run_dir, exe, adopt, log };
-    uhmm_supervisor::run(manifest(path)?, options, || uhmm_kit::say("ready"))?;
+    uhmm_supervisor::run(manifest, options, || uhmm_kit::say("ready"))?;
     Ok(())
 }
 
