@@ -254,11 +254,16 @@ impl Agent<'_> {
             let to = staging_addr(self.config.staging, slot, page);
             let len_bytes = end.wrapping_sub(page).wrapping_mul(PAGE_BYTES);
             let read = sys::read_memory(self.config.mem, from, to, len_bytes).unwrap_or(0) / PAGE_BYTES;
-            for at in page..end {
-                let status = if at.wrapping_sub(page) < read { Status::Moved } else { Status::Busy };
-                self.set(at, status);
+            let read_end = page.wrapping_add(read).min(end);
+            for at in page..read_end {
+                self.set(at, Status::Moved);
             }
-            page = end;
+            page = read_end;
+            if page < end {
+                // Poison, or gone just now; what lies behind it can be read.
+                self.set(page, Status::Busy);
+                page = page.wrapping_add(1);
+            }
         }
         self.refuse_unprotected(order, count);
         self.settle();

@@ -5,11 +5,14 @@ use std::os::fd::AsFd;
 use crate::agent_bed::{
     Bed, Desk, HUGE_BYTES, HUGE_PAGES, check, filled, huge, locked_bytes, pages_of, present, range_of,
 };
-use crate::common::{Child, become_nobody, hear, is_root, tell};
+use rustix::process::Signal;
+
+use crate::common::{Child, become_nobody, hear, is_root, tell, wait_readable};
 use uhmm_kernel_hook::own_memory::{self, RangeAdvice};
 use uhmm_kernel_hook::pagemap::{self, Categories};
+use uhmm_kernel_hook::process::vm_read;
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_kernel_hook::{CopyMode, PAGE_SIZE, SeqPacket, UffdEvent, Userfaultfd, Window, WpOutcome};
+use uhmm_kernel_hook::{AddrRange, CopyMode, PAGE_SIZE, SeqPacket, UffdEvent, Userfaultfd, Window, WpOutcome};
 use uhmm_shared::agent::{DEAD_PAGERS, DIARY, Op, Order, Status};
 use uhmm_shared::words::Words;
 
@@ -138,6 +141,69 @@ fn integration_agent_pages_find_their_way_back_to_memory_that_may_not_be_written
     assert_eq!(bed.run(&memory, 0, 4, Op::MoveBack), [(4, Status::Moved)]);
     check(&memory);
     assert_eq!((bed.in_scratch(), bed.records()), (0, 0));
+}
+
+/// This thread, and whoever it starts from now on, finds no memory when pages shall be moved (UFFDIO_MOVE).
+fn without_memory_for_moves() {
+    const UFFDIO_MOVE: u32 = 0xc028_aa05;
+    let step = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let load = |offset: u32| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let unless = |value: u32, skip: u8| libc::sock_filter {
+        jf: skip,
+        ..step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value)
+    };
+    let answer = |what: u32| step(libc::BPF_RET | libc::BPF_K, what);
+    // Number of the call, lower half of its second argument.
+    let (number, command) = (load(0), load(24));
+    let mut steps = [
+        number,
+        unless(libc::SYS_ioctl as u32, 3),
+        command,
+        unless(UFFDIO_MOVE, 1),
+        answer(libc::SECCOMP_RET_ERRNO | libc::ENOMEM as u32),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: a program that lives through the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program), 0);
+    }
+}
+
+/// Nobody tells when there is memory: the pager knows how to wait, and the agent has other things to do.
+#[test]
+fn integration_agent_pages_that_there_is_no_memory_for_stay_in_scratch_and_keep_nobody_waiting() {
+    let (mut bed, memory) = Bed::with(8);
+    assert_eq!(bed.run(&memory, 0, 6, OUT), [(6, Status::Moved)]);
+    without_memory_for_moves();
+    assert!(bed.agent().pidfd().signal(Signal::KILL).unwrap());
+    wait_readable(bed.agent().pidfd().as_fd());
+    bed.start_agent();
+    assert_eq!(bed.run(&memory, 0, 6, Op::MoveBack), [(6, Status::NoMemory)]);
+    assert_eq!((present(&memory), bed.in_scratch(), bed.records()), (2, 6, 1), "nothing is lost");
+    let block = bed.block(1).start;
+    let mut first = [0; 8];
+    assert_eq!(vm_read(std::process::id(), block + 5 * P, &mut first).unwrap(), 8);
+    assert_eq!(u64::from_ne_bytes(first), 6);
+}
+
+/// Poison says that content is lost: it is no hole, which would be zero on a device.
+#[test]
+fn integration_agent_poison_is_not_taken_for_a_hole() {
+    let (mut bed, memory) = Bed::with(4);
+    memory.advise(P, P, ProgramAdvice::DontNeed).unwrap();
+    let poisoned = AddrRange { start: memory.addr() + P, len: P };
+    assert!(bed.uffd.poison(poisoned).unwrap().is_complete());
+    let taken = [(1, Status::Moved), (1, Status::Failed), (2, Status::Moved)];
+    assert_eq!(bed.run(&memory, 0, 4, OUT), taken);
+    assert_eq!(bed.run(&memory, 0, 4, Op::MoveBack), [(4, Status::Moved)]);
+    let found = [0, 2, 3].map(|page| memory.load_u64(page * P).unwrap());
+    assert_eq!(found, [1, 3, 4]);
+    assert_eq!(bed.uffd.write_protect(range_of(&memory), true, false).unwrap(), WpOutcome::Done);
+    let copied = [(1, Status::Moved), (1, Status::Busy), (2, Status::Moved)];
+    assert_eq!(bed.run(&memory, 0, 4, Op::CopyOut { slot: 0 }), copied);
+    assert!(memory.access_faults(P, false).unwrap(), "it is poison still");
 }
 
 #[test]
