@@ -14,7 +14,8 @@
 //!
 //! What the world takes for granted, because the shell promises it: a copy that a dead pager asked for does not start after the next
 //! pager has met its device; a copy asked of memory that was lost meanwhile fails and never touches the new memory; a mapping is
-//! installed at the instant of the reply that grants it. Stray zero pages in holes (somebody reads a hole through a mapping that no
+//! installed at the instant of the reply that grants it; a pager that comes after a dead one puts nothing in place, and poisons nothing, before
+//! it has told the core what that one had read. Stray zero pages in holes (somebody reads a hole through a mapping that no
 //! userfaultfd watches) are not injected.
 
 mod check;

@@ -116,3 +116,27 @@ fn integration_a_fork_whose_event_nobody_reads_ends_with_its_process() {
     assert!(forks.is_empty(), "the kernel withdraws the event of a fork that was killed while it waited");
     assert_eq!(uffd.zeropage(page, true).unwrap().stop, Some(uhmm_kernel_hook::FillStop::NoProcess));
 }
+
+/// What a child is told of a page that is lost is its own matter: the kernel copies poison that is there, takes none while an event is
+/// unread, and what is poisoned afterwards is the parent's alone.
+#[test]
+fn integration_poison_is_inherited_by_forks_that_come_after_it_and_refused_before_their_event_is_read() {
+    if !may_ask_for_forks() {
+        return;
+    }
+    let (mut child, uffd, page) = client(|page| {
+        let read = || i32::from(page.load_u8(0).unwrap());
+        let before = Child::fork(read).wait().code();
+        let after = Child::fork(read).wait().signal();
+        if after == Some(libc::SIGBUS) { before.unwrap_or(102) } else { 103 }
+    });
+    wait_readable(uffd.as_fd());
+    let refused = uffd.poison(page).unwrap();
+    assert_eq!((refused.done_bytes, refused.stop), (0, Some(uhmm_kernel_hook::FillStop::Again)));
+    let before = next_fork(&uffd);
+    assert!(uffd.poison(page).unwrap().is_complete());
+    assert_eq!(next_event(&before).fault_page(), Some(page), "a hole, and no poison");
+    answer(&before, page, 33);
+    next_fork(&uffd);
+    assert_eq!(child.wait().code(), Some(33));
+}
