@@ -9,6 +9,8 @@
 //! * What a read brings is checked by whoever has the key; wrong pages are read once more, alone, and then they are lost: exactly these.
 //! * Whatever answers twice, too late or about something unknown changes nothing.
 //!
+//! Its tests are those of the lane (`lane/tests.rs`), over media that do all of this.
+//!
 //! Copies on several servers have their place here: a piece would have a request for each, and end with the last write or the first good read.
 
 use std::collections::{HashMap, VecDeque};
@@ -253,7 +255,8 @@ impl Machine {
     /// When [`Event::Tick`] has something to do.
     pub fn wakes_at(&self) -> Option<u64> {
         let deadlines = self.flights.values().filter(|flight| !flight.given_up).map(|flight| flight.deadline_us);
-        deadlines.chain(self.later.iter().map(|(due, _)| *due)).min()
+        let queued = self.reads.iter().chain(&self.writes).map(|piece| piece.since_us.saturating_add(self.limits.deadline_us));
+        deadlines.chain(self.later.iter().map(|(due, _)| *due)).chain(queued).min()
     }
 
     /// One step. What is to be done is appended to `out`, in order.
@@ -263,7 +266,7 @@ impl Machine {
             Event::Done(id, outcome) => self.answered(store, now_us, id, outcome, out),
             Event::Tick => {}
         }
-        self.give_up(now_us, out);
+        self.give_up(store, now_us, out);
         let (due, later) = std::mem::take(&mut self.later).into_iter().partition(|(due, _)| *due <= now_us);
         self.later = later;
         let due: Vec<(u64, Piece)> = due;
@@ -434,7 +437,8 @@ impl Machine {
         piece.tries += 1;
         if piece.tries < self.limits.tries {
             self.counts.retries += u64::from(piece.frames.count);
-            self.later.push((now_us + self.pause(piece.tries), piece));
+            piece.since_us = now_us + self.pause(piece.tries);
+            self.later.push((piece.since_us, piece));
             return;
         }
         piece.avoid.drain(..).for_each(|run| store.release(run));
@@ -463,12 +467,13 @@ impl Machine {
                 let pin = store.pin(Run { first: first + at, count: 1 });
                 let frames = Frames { first: piece.frames.first + at, count: 1 };
                 let place = piece.place + u64::from(at);
-                let again = Piece { frames, place, pinned: Some((pin, first + at)), tries, ..piece.clone() };
+                let since_us = now_us + self.pause(tries);
+                let again = Piece { frames, place, pinned: Some((pin, first + at)), tries, since_us, ..piece.clone() };
                 self.counts.retries += 1;
                 if let Some(job) = self.jobs.get_mut(&piece.ticket) {
                     job.pieces += 1;
                 }
-                self.later.push((now_us + self.pause(tries), again));
+                self.later.push((since_us, again));
             }
         }
         store.unpin(pin);
@@ -479,8 +484,18 @@ impl Machine {
         self.limits.pause_us << (2 * (tries - 1)).min(20)
     }
 
-    /// What is not answered in time is not waited for. The request keeps what it may still use.
-    fn give_up(&mut self, now_us: u64, out: &mut Vec<Action>) {
+    /// What is not answered in time is not waited for. The request keeps what it may still use. Nor is a slot waited for any longer, when all have
+    /// such requests.
+    fn give_up(&mut self, store: &mut Store, now_us: u64, out: &mut Vec<Action>) {
+        let patient = |piece: &Piece| piece.since_us.saturating_add(self.limits.deadline_us) > now_us;
+        let (reads, writes) = (std::mem::take(&mut self.reads), std::mem::take(&mut self.writes));
+        let (kept, queued): (VecDeque<Piece>, VecDeque<Piece>) = reads.into_iter().chain(writes).partition(patient);
+        kept.into_iter().for_each(|piece| self.queue(piece));
+        for piece in queued {
+            piece.pinned.into_iter().for_each(|(pin, _)| store.unpin(pin));
+            piece.avoid.iter().for_each(|run| store.release(*run));
+            self.too_late(&piece, out);
+        }
         let late = |flight: &&mut Flight| !flight.given_up && flight.deadline_us <= now_us;
         let mut given_up = Vec::new();
         for flight in self.flights.values_mut().filter(late) {
@@ -489,12 +504,14 @@ impl Machine {
         }
         // In the order of their frames: a hash map has none.
         given_up.sort_by_key(|piece| (piece.ticket, piece.frames.first));
-        for piece in given_up {
-            self.counts.late += 1;
-            let all: Vec<u32> = (0..piece.frames.count).collect();
-            self.failed(&piece, &all, Fault::Late(self.limits.deadline_us));
-            self.piece_ended(piece.ticket, out);
-        }
+        given_up.iter().for_each(|piece| self.too_late(piece, out));
+    }
+
+    fn too_late(&mut self, piece: &Piece, out: &mut Vec<Action>) {
+        self.counts.late += 1;
+        let all: Vec<u32> = (0..piece.frames.count).collect();
+        self.failed(piece, &all, Fault::Late(self.limits.deadline_us));
+        self.piece_ended(piece.ticket, out);
     }
 
     fn failed(&mut self, piece: &Piece, pages: &[u32], fault: Fault) {
@@ -520,6 +537,3 @@ impl Machine {
         out.push(Action::Ended(ticket, fault.map_or(Ok(()), |fault| Err(Failure { fault, pages: failed }))));
     }
 }
-
-#[cfg(test)]
-mod tests;
