@@ -28,6 +28,7 @@
 //!   huge_file        writing to files of huge pages
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
 //!   vfio             a PCI device and what it may reach
+//!   manager          what a service manager and a service tell each other
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
@@ -49,6 +50,7 @@ mod guarded;
 pub mod huge_file;
 pub mod huge_pool;
 pub mod managed;
+pub mod manager;
 pub mod memfd;
 pub mod own_memory;
 pub mod pagemap;

@@ -66,6 +66,14 @@ pub fn check_sealed(fd: BorrowedFd<'_>, expected_len: u64) -> Result<(), HookErr
     }
 }
 
+/// The same memory file once more, as a file description of its own; `None`: it is none, or this account cannot.
+pub fn reopened(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let sealable = rustix::fs::fcntl_get_seals(fd).is_ok();
+    let flags = rustix::fs::fcntl_getfl(fd).ok().filter(|_| sealable)?;
+    let flags = (flags & rustix::fs::OFlags::ACCMODE) | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(format!("/proc/self/fd/{}", fd.as_raw_fd()), flags, rustix::fs::Mode::empty()).ok()
+}
+
 /// Size of the huge pages that a file of hugetlbfs consists of (memfds of huge pages and shared anonymous ones too); `None` for any
 /// other file.
 ///

@@ -16,6 +16,7 @@ use uhmm_kernel_hook::{HookError, PidFd, SendStatus, SeqListener, SeqPacket, mem
 use uhmm_kit::{HOLDER_SOCKET, WHOLE_NAME};
 
 use crate::holder::keys_text;
+use crate::manager::not_for_children;
 use crate::service::{Supervisor, SupervisorError};
 use crate::state::{Fate, HOLDER};
 use crate::vault::{Vault, split};
@@ -67,7 +68,24 @@ impl<F: FnOnce()> Supervisor<F> {
         let runs = matches!(found, Fate::Alive(..)) || self.options.adopt && answers();
         if !runs {
             if self.options.adopt {
-                tracing::warn!("The holder has died with the older supervisor: what dead services had kept is lost");
+                if let Some((vault, state)) = self.manager.take_left() {
+                    tracing::warn!(
+                        "The holder has died with the older supervisor: the service manager's descriptor store has what it kept"
+                    );
+                    self.vault = vault;
+                    if let Some(state) = state.as_ref().and_then(read_state) {
+                        self.saved.replace_by_younger(&state);
+                    }
+                    // As below; what dead services had given, the store alone knows.
+                    let alive = |name: &String| matches!(self.saved.fate(name), Fate::Alive(..));
+                    for name in self.plan.services.iter().map(|service| &service.name).filter(|name| alive(name)) {
+                        self.vault.doubt(name);
+                    }
+                } else {
+                    tracing::warn!(
+                        "The holder has died with the older supervisor: what dead services had kept is lost"
+                    );
+                }
             }
             self.start_holder()?;
         }
@@ -133,6 +151,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let mut command = Command::new(&self.options.exe);
         command.arg("holder").arg("--run-dir").arg(&self.options.run_dir);
         command.args(["--name", HOLDER, "--incarnation", &incarnation.to_string(), "--log", self.log_name()]);
+        not_for_children(&mut command);
         command.stdin(Stdio::from(far.into_fd())).stdout(Stdio::null()).process_group(0);
         let child = command.spawn().map_err(|source| HookError::call("spawn", None, source))?;
         let pid = child.id();
@@ -209,14 +228,9 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// The holder has the saved state too. (One that is not there gets it when it comes.)
     pub(crate) fn keep_state(&mut self) {
+        self.manager.keep_state(self.saved.text());
         let Some(link) = self.keeping.link.filter(|_| self.keeping.up) else { return };
-        let text = self.saved.text();
-        let made = memfd::create_sealed("uhmm-state", text.len() as u64).and_then(|fd| {
-            let file = std::fs::File::from(fd);
-            file.write_all_at(text.as_bytes(), 0).map_err(|source| HookError::call("write", None, source))?;
-            Ok(Arc::new(std::os::fd::OwnedFd::from(file)))
-        });
-        match made {
+        match text_file("uhmm-state", &self.saved.text()) {
             Ok(fd) => {
                 for name in [STATE_NAME, WHOLE_NAME] {
                     let put = supervisor::Call::VaultPut { name: name.to_owned(), fd: Fd::clone(&fd) };
@@ -345,6 +359,13 @@ fn answer(reactor: &mut Reactor, link: LinkId, call: Call, until: Instant) -> Re
             }
         }
     }
+}
+
+/// A memory file with this in it.
+pub(crate) fn text_file(name: &str, text: &str) -> Result<Fd, HookError> {
+    let file = std::fs::File::from(memfd::create_sealed(name, text.len() as u64)?);
+    file.write_all_at(text.as_bytes(), 0).map_err(|source| HookError::call("write", None, source))?;
+    Ok(Arc::new(std::os::fd::OwnedFd::from(file)))
 }
 
 fn read_state(fd: &Fd) -> Option<String> {

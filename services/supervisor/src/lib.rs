@@ -2,14 +2,17 @@
 //!
 //! [`core`] decides (start order, heartbeats, restarts), [`service`] does. What the next supervisor must know lies in
 //! `supervisor.toml` of the run directory: channel keys, incarnations, processes. Descriptors lie in a second process too, the
-//! [`holder`]: it gives them to the next supervisor, and services that live hand theirs back.
+//! [`holder`]: it gives them to the next supervisor, and services that live hand theirs back. A service manager that has started the
+//! supervisor hears how it is ([`manager`]) and keeps the vault a third time, for the death of all at once ([`store`]).
 
 pub mod core;
 mod holder;
 mod keeping;
+mod manager;
 mod processes;
 mod service;
 mod state;
+mod store;
 mod vault;
 
 pub use holder::{HolderOptions, run_holder};

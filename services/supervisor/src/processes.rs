@@ -10,6 +10,7 @@ use uhmm_kernel_hook::PidFd;
 use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
 use uhmm_manifest::Sandbox;
 
+use crate::manager::not_for_children;
 use crate::service::{Supervisor, SupervisorError, listen};
 use crate::state::{Fate, hex};
 
@@ -37,6 +38,7 @@ impl<F: FnOnce()> Supervisor<F> {
         command.args(words).arg("--run-dir").arg(&self.options.run_dir);
         command.args(["--name", &plan.name, "--incarnation", &incarnation.to_string(), "--log", self.log_name()]);
         command.env(KEY_VARIABLE, hex(&self.saved.key(&plan.name, "supervisor")));
+        not_for_children(&mut command);
         // Its own group: Ctrl-C reaches the supervisor alone, which stops the services in order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let now_ms = self.now_ms();

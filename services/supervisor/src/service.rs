@@ -19,6 +19,7 @@ use uhmm_manifest::{Kind, Manifest, Plan};
 
 use crate::core::{Action, Core, State};
 use crate::keeping::{Keeping, TIMER_HOLDER, TIMER_HOLDER_PING, TOKEN_HOLDER};
+use crate::manager::{Manager, TIMER_RETRY, TIMER_WATCHDOG};
 use crate::state::{HOLDER, SavedState};
 use crate::vault::Vault;
 
@@ -103,6 +104,7 @@ pub(crate) struct Supervisor<F> {
     /// Dead services whose last words are being read: how they ended.
     pub(crate) ending: HashMap<usize, String>,
     pub(crate) keeping: Keeping,
+    pub(crate) manager: Manager,
     pub(crate) actions: Vec<Action>,
     pub(crate) started: Instant,
     pub(crate) restarts: u64,
@@ -112,7 +114,8 @@ pub(crate) struct Supervisor<F> {
 }
 
 /// Runs until SIGTERM, SIGINT or the operator's `Shutdown`. `ready` is called once, when every service is.
-pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce()) -> Result<(), SupervisorError> {
+pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnce()) -> Result<(), SupervisorError> {
+    let inherited = uhmm_kernel_hook::manager::inherited()?;
     let plan = manifest.resolve()?;
     let signals = StopSignals::block()?;
     uhmm_kit::init_log(options.log, "supervisor", 1);
@@ -121,6 +124,7 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     }
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
+    options.adopt = options.adopt && !is_fresh(&options.run_dir);
     let patience = if options.adopt { PREDECESSOR_PATIENCE } else { Duration::ZERO };
     let listener = bind_after(&path, patience).map_err(|source| SupervisorError::Socket { path, source })?;
     // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
@@ -129,7 +133,9 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
     saved.make_keys(&plan)?;
     saved.save()?;
     let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
+    supervisor.manager = Manager::find(inherited)?;
     supervisor.find_holder()?;
+    supervisor.begin_store()?;
     supervisor.begin()?;
     supervisor.reactor.listen(listener)?;
     supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
@@ -140,10 +146,20 @@ pub fn run(manifest: Manifest, options: SupervisorOptions, ready: impl FnOnce())
         for wake in wakes.drain(..) {
             supervisor.on_wake(wake)?;
         }
+        supervisor.tell_manager();
     }
     supervisor.end_holder();
     supervisor.clean_up();
     Ok(())
+}
+
+/// Nothing of uhmm has run there: there is nothing to adopt, and nothing to wait for.
+fn is_fresh(run_dir: &Path) -> bool {
+    let left = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        name == "supervisor.toml" || Path::new(&name).extension().is_some_and(|extension| extension == "sock")
+    };
+    std::fs::read_dir(run_dir).is_ok_and(|mut entries| !entries.any(|entry| entry.is_ok_and(left)))
 }
 
 /// A process that the dead supervisor was just starting has its socket until it runs its own program; nobody tells when that is.
@@ -220,6 +236,7 @@ impl<F: FnOnce()> Supervisor<F> {
             registered: HashMap::new(),
             ending: HashMap::new(),
             keeping: Keeping::default(),
+            manager: Manager::default(),
             actions: Vec::new(),
             started: Instant::now(),
             restarts: 0,
@@ -269,6 +286,8 @@ impl<F: FnOnce()> Supervisor<F> {
             Wake::Timer(TIMER_TICK) => self.tick_armed_ms = None,
             Wake::Timer(TIMER_HOLDER) => self.holder_due()?,
             Wake::Timer(TIMER_HOLDER_PING) => self.ping_holder(),
+            Wake::Timer(TIMER_WATCHDOG) => self.sign_of_life(),
+            Wake::Timer(TIMER_RETRY) => self.tell_rest(),
             Wake::Fd(TOKEN_SIGNALS) => self.shutdown()?,
             Wake::Fd(TOKEN_HOLDER) => self.check_holder()?,
             Wake::Fd(FdToken(service)) => self.check_exit(service as usize)?,
@@ -282,6 +301,8 @@ impl<F: FnOnce()> Supervisor<F> {
                     Call::Supervisor(request) => self.request(conn, request)?.map(Reply::Supervisor),
                     _ => Err(WireError::new(ErrorCode::Protocol, "Not a call of the supervisor interface")),
                 };
+                // Whoever is told that something is kept can rely on it.
+                self.tell_manager();
                 self.reactor.reply(conn, call, answer);
                 self.act()?;
             }
@@ -291,6 +312,7 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     fn shutdown(&mut self) -> Result<(), SupervisorError> {
+        self.manager.stopping();
         let now_ms = self.now_ms();
         self.core.shutdown(now_ms, &mut self.actions);
         self.act()
@@ -320,6 +342,7 @@ impl<F: FnOnce()> Supervisor<F> {
             supervisor::Call::Register { service, incarnation } => self.register(conn, &peer, &service, incarnation)?,
             supervisor::Call::Status => Ok(supervisor::Reply::Status(self.status())),
             supervisor::Call::Shutdown => {
+                self.manager.stopping();
                 let now_ms = self.now_ms();
                 self.core.shutdown(now_ms, &mut self.actions);
                 Ok(supervisor::Reply::Done)

@@ -6,7 +6,7 @@
 //!        \____ owner is gone before the mark: the old set stays
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
 use uhmm_ipc::message::Fd;
@@ -34,23 +34,45 @@ struct Owner {
 #[derive(Debug, Default)]
 pub struct Vault {
     owners: BTreeMap<String, Owner>,
+    /// Owner and name of what was put or removed, while somebody wants to know.
+    changed: Option<BTreeSet<(String, String)>>,
 }
 
 impl Vault {
+    /// From now on [`Vault::take_changed`] tells; first of all that there is.
+    pub fn tell_changes(&mut self) {
+        let all = self.owners.iter().flat_map(|(owner, of)| of.kept.keys().map(|name| (owner.clone(), name.clone())));
+        self.changed = Some(all.collect());
+    }
+
+    /// Owner and name of what was put, replaced or removed since the last call.
+    pub fn take_changed(&mut self) -> BTreeSet<(String, String)> {
+        self.changed.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
     /// Keeps, or replaces.
     pub fn put(&mut self, owner: &str, name: String, fd: Fd) -> Result<(), String> {
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(format!("Vault name of {} bytes is not allowed: use 1 to {NAME_BYTES_MAX}", name.len()));
         }
+        // Names are parts of lines that the service manager reads (`store.rs`).
+        if !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b':') {
+            return Err(format!("Vault name {name:?} is not allowed: use visible ASCII characters without ':'"));
+        }
         let of = self.owners.entry(owner.to_owned()).or_default();
         if name == WHOLE_NAME
             && let Some(coming) = of.coming.take()
         {
-            of.kept = coming;
+            let before = std::mem::replace(&mut of.kept, coming);
+            note(&mut self.changed, owner, before.keys().chain(of.kept.keys()));
         }
+        let coming = of.coming.is_some();
         let entries = of.coming.as_mut().unwrap_or(&mut of.kept);
         if entries.len() >= ENTRIES_MAX && !entries.contains_key(&name) {
             return Err(format!("{owner} keeps {ENTRIES_MAX} descriptors already: remove some"));
+        }
+        if !coming {
+            note(&mut self.changed, owner, [&name]);
         }
         entries.insert(name, fd);
         Ok(())
@@ -73,10 +95,15 @@ impl Vault {
         self.get(owner, WHOLE_NAME).is_some()
     }
 
-    /// What was copied from somewhere else may lack what its owners have given meanwhile.
+    /// What was copied from somewhere else may lack what its owner has given meanwhile.
+    pub fn doubt(&mut self, owner: &str) {
+        self.remove(owner, WHOLE_NAME);
+    }
+
+    /// The same for every owner.
     pub fn doubt_all(&mut self) {
-        for of in self.owners.values_mut() {
-            of.kept.remove(WHOLE_NAME);
+        for owner in self.owners.keys().cloned().collect::<Vec<_>>() {
+            self.doubt(&owner);
         }
     }
 
@@ -94,7 +121,7 @@ impl Vault {
         let mut all = owners.flat_map(|(of, entries)| {
             let seen = if of == owner { Bound::Excluded(name) } else { Bound::Unbounded };
             let left = entries.kept.range::<str, _>((seen, Bound::Unbounded));
-            left.map(move |(name, fd)| (format!("{of}{SEPARATOR}{name}"), fd))
+            left.map(move |(name, fd)| (joined(of, name), fd))
         });
         cut(&mut all)
     }
@@ -102,10 +129,14 @@ impl Vault {
     /// Forgets what is below a prefix.
     pub fn remove(&mut self, owner: &str, prefix: &str) {
         if let Some(of) = self.owners.get_mut(owner) {
+            let coming = of.coming.is_some();
             let entries = of.coming.as_mut().unwrap_or(&mut of.kept);
             let below = entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
             let below = below.map(|(name, _)| name).take_while(|name| name.starts_with(prefix));
             for name in below.cloned().collect::<Vec<_>>() {
+                if !coming {
+                    note(&mut self.changed, owner, [&name]);
+                }
                 entries.remove(&name);
             }
         }
@@ -114,6 +145,14 @@ impl Vault {
     /// By owner and name.
     pub fn get(&self, owner: &str, name: &str) -> Option<Fd> {
         self.owners.get(owner)?.kept.get(name).cloned()
+    }
+
+    /// Everything, under joined names.
+    pub fn all(&self) -> Vec<(String, Option<Fd>)> {
+        let of = |(owner, of): (&String, &Owner)| {
+            of.kept.iter().map(|(name, fd)| (joined(owner, name), Some(fd.clone()))).collect::<Vec<_>>()
+        };
+        self.owners.iter().flat_map(of).collect()
     }
 
     /// How many an owner keeps.
@@ -125,6 +164,21 @@ impl Vault {
     pub fn len(&self) -> usize {
         self.owners.values().map(|of| of.kept.len()).sum()
     }
+}
+
+fn note<'a>(
+    changed: &mut Option<BTreeSet<(String, String)>>,
+    owner: &str,
+    names: impl IntoIterator<Item = &'a String>,
+) {
+    if let Some(changed) = changed {
+        changed.extend(names.into_iter().map(|name| (owner.to_owned(), name.clone())));
+    }
+}
+
+/// The other direction of [`split`].
+pub fn joined(owner: &str, name: &str) -> String {
+    format!("{owner}{SEPARATOR}{name}")
 }
 
 /// Owner and name of an entry of [`Vault::page_of_all`].
@@ -177,6 +231,9 @@ mod tests {
         let mut vault = Vault::default();
         assert!(vault.put("pager", String::new(), fd()).is_err());
         assert!(vault.put("pager", "x".repeat(129), fd()).is_err());
+        for name in ["two\nlines", "a:b", "a b", "\u{fc}"] {
+            assert!(vault.put("pager", name.into(), fd()).is_err_and(|text| text.contains("ASCII")), "{name}");
+        }
         let shared = fd();
         for index in 0..ENTRIES_MAX {
             vault.put("pager", format!("{index}"), shared.clone()).expect("put");
@@ -210,6 +267,28 @@ mod tests {
         assert!(vault.is_whole("pager") && vault.get("pager", "later").is_some());
         vault.doubt_all();
         assert!(!vault.is_whole("pager") && vault.get("pager", "later").is_some());
+    }
+
+    #[test]
+    fn changes_are_told_once_and_a_set_that_is_coming_is_none_before_its_end() {
+        let pair = |owner: &str, name: &str| (owner.to_owned(), name.to_owned());
+        let mut vault = Vault::default();
+        vault.put("pager", "old".into(), fd()).expect("put");
+        assert!(vault.take_changed().is_empty(), "nobody has asked");
+        vault.tell_changes();
+        assert_eq!(vault.take_changed(), [pair("pager", "old")].into());
+        vault.begin("pager");
+        vault.put("pager", "new".into(), fd()).expect("put");
+        vault.remove("pager", "new");
+        vault.put("pager", "new".into(), fd()).expect("put");
+        assert!(vault.take_changed().is_empty());
+        vault.put("pager", WHOLE_NAME.into(), fd()).expect("put");
+        assert_eq!(vault.take_changed(), ["old", "new", WHOLE_NAME].map(|name| pair("pager", name)).into());
+        vault.remove("pager", "n");
+        assert_eq!(vault.take_changed(), [pair("pager", "new")].into());
+        vault.doubt_all();
+        assert_eq!(vault.take_changed(), [pair("pager", WHOLE_NAME)].into());
+        assert!(vault.take_changed().is_empty());
     }
 
     #[test]

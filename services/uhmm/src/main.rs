@@ -50,6 +50,8 @@ enum Command {
         /// Manifest (TOML); without it the built-in one
         manifest: Option<PathBuf>,
     },
+    /// Print a Container Device Interface file: a container gets a device by its name (`uhmm cdi >/etc/cdi/uhmm.json`)
+    Cdi(commands::CdiArgs),
     /// Services, incarnations, regions and where their pages are
     Status,
     /// Counters of every service
@@ -63,6 +65,8 @@ enum Command {
         /// Service name
         service: String,
     },
+    /// Start every service again, one after the other, from this program as it is installed now; no program that uses them ends
+    Renew,
     /// Bring every page of a process home and keep it there, for gcore, gdb and whatever else reads /proc/PID/mem
     Home {
         /// Process id
@@ -202,7 +206,10 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
-    if matches!(cli.command, Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor | Command::Completions { .. }) {
+    if matches!(
+        cli.command,
+        Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor | Command::Completions { .. }
+    ) {
         uhmm_kernel_hook::signal::end_when_output_is_closed();
     }
     match cli.command {
@@ -216,9 +223,11 @@ fn run() -> anyhow::Result<ExitCode> {
         }
         Command::Down => commands::down(&run_dir)?,
         Command::Plan { manifest } => commands::plan(manifest.as_deref())?,
+        Command::Cdi(args) => commands::cdi(&args, &run_dir)?,
         Command::Status => commands::status(&run_dir)?,
         Command::Stats { json } => commands::stats(&run_dir, json)?,
         Command::Kill { service } => commands::kill(&run_dir, &service)?,
+        Command::Renew => commands::renew(&run_dir)?,
         Command::Home { pid, release } => commands::home(&run_dir, pid, !release)?,
         Command::Empty { device } => commands::empty(&run_dir, &device)?,
         Command::Doctor => return Ok(commands::doctor()),

@@ -1,5 +1,6 @@
 //! The operator's commands: each prints something a person can act on.
 
+mod cdi;
 mod conformance;
 mod device_model;
 mod doctor;
@@ -7,6 +8,7 @@ mod far_file;
 mod manual;
 mod model_orders;
 mod new_driver;
+mod renew;
 mod show;
 
 use std::path::{Path, PathBuf};
@@ -17,12 +19,14 @@ use uhmm_manifest::Manifest;
 use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
+pub use cdi::{CdiArgs, cdi};
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
 pub use far_file::{FarFile, manifest_or_file};
 pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
+pub use renew::renew;
 pub use show::{stats, status};
 
 fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
