@@ -1,9 +1,8 @@
-//! Which private ranges this session has adopted: while there are any, its agent must live, whoever drops the session.
+//! Which private ranges this session has adopted.
 
 use uhmm_kernel_hook::AddrRange;
 
-/// Adopted ranges, apart from each other. Memory that the program has unmapped without releasing it stays in here: that costs an
-/// agent that lives longer, never bytes.
+/// Adopted ranges, apart from each other. Memory that the program has unmapped without releasing it stays in here.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AdoptedRanges {
     ranges: Vec<AddrRange>,

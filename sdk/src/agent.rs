@@ -83,6 +83,8 @@ pub(crate) struct AgentHost {
     done: Fd,
     files: Option<AgentFiles>,
     process: Option<AgentProcess>,
+    /// Number of the one before.
+    dead: u32,
     thread: Option<JoinHandle<()>>,
     only_one: Option<OnlyOne>,
     started: Instant,
@@ -131,6 +133,7 @@ impl AgentHost {
             done,
             files: None,
             process: None,
+            dead: 0,
             thread: None,
             only_one: OnlyOne::take(),
             started: Instant::now(),
@@ -206,33 +209,31 @@ impl AgentHost {
         Ok(())
     }
 
-    /// The agent's process has ended: takes its status, and starts another one if the program still may.
+    /// The agent's process has ended: takes its status, and starts another one if the program still may. An error that is
+    /// [for want of processes](is_limit) may pass: then this is to be called again.
     pub(crate) fn start_again(&mut self) -> Result<(), Error> {
-        let Some(dead) = self.process.take() else { return Ok(()) };
-        let pid = dead.pid();
+        if let Some(dead) = self.process.take() {
+            self.dead = dead.pid();
+            self.has_ended(dead);
+        }
+        if self.short_lives >= SHORT_LIVES_MAX {
+            return Err(not_again(format!("{SHORT_LIVES_MAX} agents in a row ended at once")));
+        }
+        if filter_count() != self.filters {
+            let detail = "a seccomp filter was installed since the first one began, and it may kill who calls clone";
+            return Err(not_again(detail.into()));
+        }
+        self.start_process().map_err(Error::kernel("Starting another agent"))?;
+        tracing::warn!(dead = self.dead, kind = ?self.kind(), "The agent was killed: another one goes on with its orders");
+        Ok(())
+    }
+
+    fn has_ended(&mut self, dead: AgentProcess) {
         dead.reap();
         if let Some(seat) = &self.seat {
             seat.has_ended();
         }
         self.short_lives = if self.started.elapsed() < SHORT_LIFE { self.short_lives + 1 } else { 0 };
-        if self.short_lives >= SHORT_LIVES_MAX {
-            let detail = format!("{SHORT_LIVES_MAX} agents in a row ended at once");
-            return Err(Error::kernel("Starting another agent")(HookError::Strange {
-                call: "clone(CLONE_VM)",
-                detail,
-            }));
-        }
-        if filter_count() != self.filters {
-            let detail =
-                "a seccomp filter was installed since the first one began, and it may kill who calls clone".into();
-            return Err(Error::kernel("Starting another agent")(HookError::Strange {
-                call: "clone(CLONE_VM)",
-                detail,
-            }));
-        }
-        self.start_process().map_err(Error::kernel("Starting another agent"))?;
-        tracing::warn!(dead = pid, kind = ?self.kind(), "The agent was killed: another one goes on with its orders");
-        Ok(())
     }
 
     /// Test hook: it does nothing for a while.
@@ -259,7 +260,17 @@ impl AgentHost {
     }
 }
 
+fn not_again(detail: String) -> Error {
+    Error::kernel("Starting another agent")(HookError::Strange { call: "clone(CLONE_VM)", detail })
+}
+
+/// As many processes and threads are there as may be.
+pub(crate) fn is_limit(error: &Error) -> bool {
+    matches!(error, Error::Kernel { source, .. } if source.errno() == Some(EAGAIN))
+}
+
 /// Errors of the kernel without a libc dependency in this crate.
 const EPERM: i32 = 1;
+const EAGAIN: i32 = 11;
 const ENOSYS: i32 = 38;
 const EACCES: i32 = 13;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use uhmm_ipc::IpcError;
 use uhmm_ipc::message::{ErrorCode, WireError};
+use uhmm_kernel_hook::error::making_processes;
 use uhmm_kernel_hook::{Full, HookError};
 
 /// Why a call was not done. Local checks come before anything is sent; [`Error::Service`] is a service's own answer.
@@ -103,7 +104,7 @@ pub enum Error {
     #[error("The connection to the services failed")]
     Ipc(#[from] IpcError),
     /// A thread of the SDK could not be started.
-    #[error("A thread of uhmm could not be started")]
+    #[error("A thread of uhmm could not be started{}", what_limits(.0))]
     Thread(#[source] std::io::Error),
     /// The link thread has ended, or was killed alone (a seccomp filter of the program's).
     #[error("The session has ended, or its thread was killed: connect again")]
@@ -152,6 +153,13 @@ impl Error {
     /// Wraps a kernel hook's error with what the SDK was doing.
     pub(crate) fn kernel(doing: &'static str) -> impl FnOnce(HookError) -> Error {
         move |source| Error::Kernel { doing, source }
+    }
+}
+
+fn what_limits(error: &std::io::Error) -> String {
+    match making_processes(error.raw_os_error().unwrap_or(0)) {
+        "" => String::new(),
+        hint => format!(". {hint}"),
     }
 }
 

@@ -18,6 +18,7 @@
 //! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
 //! `AttachSpace` when the space's token is known.
 
+mod closing;
 mod introduced;
 
 use std::collections::HashMap;
@@ -25,27 +26,32 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::{Call, Event, Fd, Reply, Role, TraceId, driver, pager};
-use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, Wake};
+use uhmm_ipc::{CallId, Endpoint, FdToken, Identity, Limits, LinkId, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::secluded::{self, LifeWatch, Summons, SummonsFd};
 use uhmm_kernel_hook::{AddrRange, UffdKind, UffdState, Userfaultfd, fatal, signal};
 
 use crate::Error;
 use crate::agent::{AgentHost, AgentKind};
 use crate::callbacks;
+use crate::child::Sentinel;
 use crate::frames::{Allocations, Frames, Order};
+use crate::own::{self, Noted};
 use crate::pending::{Completer, Pending, pair};
 use crate::validation::{Validated, Validations};
+pub(crate) use closing::Left;
+use closing::{Closing, Goodbye, Standing};
 use introduced::clone_of;
 
 /// Name of the thread.
 pub(crate) const LINK_THREAD: &str = "uhmm-links";
 const SUMMONS: FdToken = FdToken(1);
 const AGENT: FdToken = FdToken(2);
+const AGENT_ROOM: TimerToken = TimerToken(1);
 
 /// Turns an answer into what the app asked for and delivers it.
 pub(crate) type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
@@ -92,10 +98,11 @@ enum Command {
     },
     /// Whatever needs the thread's own descriptors.
     Do(Box<dyn FnOnce(&mut Loop) + Send>),
-    Stop,
+    /// The session is over.
+    Close(Goodbye),
 }
 
-/// The app's side of the thread; dropping it stops it.
+/// The app's side of the thread, until [`Links::close`].
 pub(crate) struct Links {
     commands: Sender<Command>,
     summons: Summons,
@@ -140,7 +147,7 @@ pub(crate) enum Identification {
 pub(crate) struct Introduction {
     pub(crate) run_dir: PathBuf,
     pub(crate) who: Identification,
-    pub(crate) sentinel: AddrRange,
+    pub(crate) sentinel: Sentinel,
     /// What the session allocates.
     pub(crate) allocations: Arc<Allocations>,
 }
@@ -286,22 +293,6 @@ impl Links {
     }
 }
 
-impl Drop for Links {
-    fn drop(&mut self) {
-        self.send(Command::Stop);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The last handle may be dropped by something that runs on the link thread itself, which cannot wait for its own end; and one that was
-        // killed does not end.
-        let waits =
-            |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id() && !self.life.is_orphaned();
-        if let Some(thread) = thread.filter(waits)
-            && thread.join().is_err()
-        {
-            tracing::error!("The link thread panicked");
-        }
-    }
-}
-
 /// What lives on the link thread.
 pub(crate) struct Loop {
     reactor: Reactor,
@@ -318,10 +309,14 @@ pub(crate) struct Loop {
     /// Never closed before the last region is gone: without any reference left the kernel would turn every page that is on a device
     /// into zeros. (The agent and the vault have one too.)
     uffd: Option<Userfaultfd>,
-    sentinel: AddrRange,
+    sentinel: Sentinel,
+    /// Its entry in the registry of what is never managed for the program.
+    _sentinel_noted: Noted,
     held: HashMap<u64, Fd>,
     agent: AgentHost,
     frames: Frames,
+    standing: Standing,
+    goodbye: Option<Closing>,
 }
 
 impl Loop {
@@ -338,6 +333,7 @@ impl Loop {
         let pager = reactor.link(endpoint(&run_dir, "pager"));
         let mut agent = AgentHost::new()?;
         let life = agent.life();
+        let sentinel_addr = sentinel.range().start;
         let links = |uffd, child, frames, agent| Self {
             reactor,
             run_dir,
@@ -350,10 +346,13 @@ impl Loop {
             opening: Some(opened),
             child,
             uffd,
+            _sentinel_noted: own::note(sentinel.range(), "uhmm's sentinel page"),
             sentinel,
             held: HashMap::new(),
             agent,
             frames,
+            standing: Standing::default(),
+            goodbye: None,
         };
         let (mut links, hello, kind) = match who {
             Identification::Open { nonce } => {
@@ -362,7 +361,7 @@ impl Loop {
                 agent.start(&uffd)?;
                 let sent = clone_of(&uffd)?.into_fd();
                 let frames = Frames::new(Some(clone_of(&uffd)?), allocations);
-                let (full, sentinel_addr, memory) = (kind == UffdKind::Full, sentinel.start, agent.memory()?);
+                let (full, memory) = (kind == UffdKind::Full, agent.memory()?);
                 let open = pager::Call::OpenSpace { nonce, uffd: Arc::new(sent), full, sentinel_addr, agent: memory };
                 (links(Some(uffd), None, frames, agent), open, kind)
             }
@@ -419,22 +418,11 @@ impl Loop {
                     self.validations.asked(id, range, view, Validated { driver, make, trace, until, deliver });
                 }
                 Ok(Command::Do(what)) => what(self),
-                Err(TryRecvError::Empty) => return true,
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(Command::Close(goodbye)) => self.say_goodbye(goodbye),
+                Err(TryRecvError::Empty) => return !self.is_over(),
+                Err(TryRecvError::Disconnected) => return self.goodbye.is_some() && !self.is_over(),
             }
         }
-    }
-
-    /// The session is over, and nobody may be left to read of what is unmapped: the kernel would hold us until somebody had.
-    fn end(mut self) {
-        if let Some(uffd) = &self.uffd
-            && let Err(error) = uffd.unregister(self.sentinel)
-        {
-            tracing::debug!(%error, "The sentinel page stays registered");
-        }
-        // Whoever waits for an answer hears that there will be none.
-        self.waiting.clear();
-        self.agent.close(self.uffd.as_ref());
     }
 
     /// A descriptor that is [held](Links::hold).
@@ -496,13 +484,13 @@ impl Loop {
                     self.home_before_the_end();
                 }
             }
-            Wake::Fd(AGENT) => {
-                if let Err(error) = self.agent_ended() {
-                    tracing::error!(%error, "The agent has ended and no other one can be started: private memory moves to no device any more");
-                }
-            }
+            Wake::Fd(AGENT) => self.agent_ended(),
+            Wake::Timer(AGENT_ROOM) => self.start_agent_again(),
             Wake::Done { link, call, result } if link == self.pager && self.validations.answered(call, &result) => {
                 self.send_validated();
+            }
+            Wake::Done { link, call, result } if link == self.pager && self.is_goodbye(call) => {
+                self.goodbye_answered(result)
             }
             Wake::Done { link, call, result } => {
                 if let Some(deliver) = self.waiting.remove(&(link, call)) {
@@ -521,8 +509,16 @@ impl Loop {
             Wake::Refused { link, error } if link == self.pager && self.opening.is_some() => {
                 self.on_introduced(Err(error));
             }
-            Wake::LinkUp { link, reconnected: true, .. } => tracing::info!(service = self.name_of(link), "Reconnected"),
-            Wake::LinkDown { link } => tracing::info!(service = self.name_of(link), "Connection lost"),
+            Wake::LinkUp { link, reconnected, .. } => {
+                self.standing.pager_is_up |= link == self.pager;
+                if reconnected {
+                    tracing::info!(service = self.name_of(link), "Reconnected");
+                }
+            }
+            Wake::LinkDown { link } => {
+                self.standing.pager_is_up &= link != self.pager;
+                tracing::info!(service = self.name_of(link), "Connection lost");
+            }
             _ => {}
         }
     }

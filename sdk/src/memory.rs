@@ -185,12 +185,7 @@ impl Session {
         let range = AddrRange { start: addr, len: len_bytes };
         self.inner.note_released(range);
         if !self.fork_supported() {
-            let failed = || Error::kernel("Letting children have a range");
-            let vmas = own_memory::mappings(range).map_err(failed())?;
-            // Allocated memory stays out of them.
-            for part in vmas.iter().filter(|vma| !vma.shared).filter_map(|vma| vma.range().intersection(&range)) {
-                own_memory::advise(part, RangeAdvice::DoFork).map_err(failed())?;
-            }
+            let_children_have(range)?;
         }
         Ok(())
     }
@@ -354,6 +349,16 @@ impl Session {
             other => other,
         }
     }
+}
+
+/// Ends [`RangeAdvice::DontFork`] of what was adopted. Allocated memory stays out of children.
+pub(crate) fn let_children_have(range: AddrRange) -> Result<(), Error> {
+    let failed = || Error::kernel("Letting children have a range");
+    let vmas = own_memory::mappings(range).map_err(failed())?;
+    for part in vmas.iter().filter(|vma| !vma.shared).filter_map(|vma| vma.range().intersection(&range)) {
+        own_memory::advise(part, RangeAdvice::DoFork).map_err(failed())?;
+    }
+    Ok(())
 }
 
 /// What whole pages an allocation has lies inside it, not around it.

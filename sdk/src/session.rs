@@ -15,8 +15,7 @@ use crate::agent::AgentKind;
 use crate::child::Sentinel;
 use crate::device::{Device, DeviceInfo, ask_info};
 use crate::frames::Allocations;
-use crate::links::{Identification, Introduction, Links, Peer, Space};
-use crate::own::{self, Noted};
+use crate::links::{Identification, Introduction, Left, Links, Peer, Space};
 use crate::pending::Pending;
 use crate::range::{PAGE_BYTES, check_range};
 use crate::region::Region;
@@ -39,8 +38,6 @@ pub(crate) struct Inner {
     devices: Mutex<HashMap<String, DeviceInfo>>,
     kind: UffdKind,
     pub(crate) sentinel: Sentinel,
-    /// The sentinel's entry in the registry of what is never managed for the program.
-    _sentinel_noted: Noted,
     adopted: Mutex<Adopted>,
     pub(crate) allocations: Arc<Allocations>,
 }
@@ -50,15 +47,17 @@ struct Adopted {
     ranges: AdoptedRanges,
     /// What the program has given back by itself: `adopt_all` leaves it alone as long as it is mapped.
     released: AdoptedRanges,
-    /// The session itself, while there is adopted memory: its agent is needed.
-    keep: Option<Arc<Inner>>,
 }
 
 /// A process's connection to uhmm: regions are allocated here, moved by address and used by devices.
 ///
-/// One a process is enough; it can be shared by all threads. Regions, devices and adopted private memory keep what they need of it
-/// alive: its agent and its thread end when all of them are dropped or released. It survives restarts of every service: calls wait for the
-/// service to come back, unless they carry a deadline.
+/// One a process is enough; it can be shared by all threads. It survives restarts of every service: calls wait for the service to come
+/// back, unless they carry a deadline.
+///
+/// Regions and devices keep what they need of it alive. When the last of them and the session itself are dropped, it ends: what was adopted comes
+/// home and belongs to the program alone again, with its bytes, then agent and thread end and the quota is free. That is waited for, ten seconds at
+/// most and not at all while the pager is away; otherwise it goes on behind the program's back. What cannot come home (its device is lost) stays
+/// managed as long as the process lives, and so does a forked child that shows memory which its parent allocated.
 pub struct Session {
     /// Of `adopt_all`. Its thread ends before the rest goes.
     pub(crate) everything: Mutex<Option<Everything>>,
@@ -85,31 +84,22 @@ impl Session {
         // The program may go elsewhere.
         let run_dir = std::path::absolute(&run_dir).unwrap_or(run_dir);
         let allocations = Arc::<Allocations>::default();
-        let (range, known) = (sentinel.range(), allocations.clone());
-        let introduction = Introduction { run_dir: run_dir.clone(), who, sentinel: range, allocations: known };
+        let known = allocations.clone();
+        let introduction =
+            Introduction { run_dir: run_dir.clone(), who, sentinel: sentinel.clone(), allocations: known };
         let (links, space, made) = Links::start(introduction)?;
         let kind = kind.unwrap_or(made);
         let space = space.wait_timeout(OPEN_DEADLINE).unwrap_or_else(|| {
             let text = format!("The pager in {} does not answer: see `uhmm status`", run_dir.display());
             Err(Error::Service { code: ErrorCode::TimedOut, text })
-        })?;
+        });
+        let space = space.inspect_err(|_| links.close(Left::default()))?;
         tracing::info!(space = space.id, features = format_args!("{:#x}", space.features), ?kind, "Session opened");
         let devices = Mutex::new(HashMap::new());
         let adopted = Mutex::default();
-        let _sentinel_noted = own::note(sentinel.range(), "uhmm's sentinel page");
         Ok(Self {
             everything: Mutex::default(),
-            inner: Arc::new(Inner {
-                links,
-                space,
-                run_dir,
-                devices,
-                kind,
-                sentinel,
-                _sentinel_noted,
-                adopted,
-                allocations,
-            }),
+            inner: Arc::new(Inner { links, space, run_dir, devices, kind, sentinel, adopted, allocations }),
         })
     }
 
@@ -128,10 +118,7 @@ impl Session {
         }
         let who = Identification::Child { space, token };
         let run_dir = self.inner.run_dir.clone();
-        let session = Self::begin(run_dir, who, self.inner.sentinel.clone(), Some(self.inner.kind))?;
-        // What the parent has adopted is inherited, and needs an agent as long as this process lives.
-        std::mem::forget(Arc::clone(&session.inner));
-        Ok(session)
+        Self::begin(run_dir, who, self.inner.sentinel.clone(), Some(self.inner.kind))
     }
 
     /// Whether forked children are managed too. Without it managed memory is left out of children.
@@ -354,6 +341,12 @@ impl Session {
     }
 }
 
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.links.close(Left { adopted: self.adopted_list(), kept_out: !self.forks() });
+    }
+}
+
 impl Inner {
     /// Waits until the pager has read all that other threads' munmap, mremap and fork have to tell it. New memory may lie where
     /// other memory was a moment ago, and its management must not be taken for the other's.
@@ -379,27 +372,22 @@ impl Inner {
         Ok(true)
     }
 
-    /// Private memory needs the agent from now on.
-    pub(crate) fn note_adopted(self: &Arc<Self>, range: AddrRange) {
+    /// Private memory is managed from now on.
+    pub(crate) fn note_adopted(&self, range: AddrRange) {
         let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
         adopted.ranges.insert(range);
         adopted.released.remove(range);
-        adopted.keep.get_or_insert_with(|| Arc::clone(self));
     }
 
-    /// And does not any more, by the program's will.
+    /// And is not any more, by the program's will.
     pub(crate) fn note_released(&self, range: AddrRange) {
         self.adopted.lock().unwrap_or_else(PoisonError::into_inner).released.insert(range);
         self.forget_adopted(range);
     }
 
-    /// And does not any more.
+    /// And is not any more.
     pub(crate) fn forget_adopted(&self, range: AddrRange) {
-        let mut adopted = self.adopted.lock().unwrap_or_else(PoisonError::into_inner);
-        adopted.ranges.remove(range);
-        let kept = if adopted.ranges.is_empty() { adopted.keep.take() } else { None };
-        // The caller has a handle of its own, so this is never the last one.
-        drop((adopted, kept));
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner).ranges.remove(range);
     }
 
     /// What this session has adopted, with what the program has unmapped since.

@@ -64,6 +64,7 @@ PART(mlockall_onfault);
 PART(mlockall_before);
 PART(memlock_limit);
 PART(address_space_limit);
+PART(process_limit);
 PART(pid_namespace);
 /* agent_signals.c */
 PART(signalfd_term);

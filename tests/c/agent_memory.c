@@ -255,6 +255,54 @@ void address_space_limit(struct bench *bench)
     moves(bench, put_out(bench, MIB, 1), MIB, 1);
 }
 
+/* The user has as many processes and threads as it may: of some that it takes to connect, the last one is not made. Expected: an error that names the
+ * limit, not a filter; with room it connects, and an agent that is killed where there is none is followed by another one when there is. */
+void process_limit(struct bench *bench)
+{
+    struct rlimit limit;
+    int refused = 0, answer = 0;
+    ask("open to others");
+    /* Nobody else's processes count. */
+    uid_t alone = 100000 + (uid_t)getpid();
+    OK(setresgid(alone, alone, alone));
+    OK(setresuid(alone, alone, alone));
+    OK(prctl(PR_SET_DUMPABLE, 1, 0, 0, 0));
+    OK(getrlimit(RLIMIT_NPROC, &limit));
+    for (limit.rlim_cur = 1; limit.rlim_cur < 10; limit.rlim_cur++) {
+        OK(setrlimit(RLIMIT_NPROC, &limit));
+        answer = uhmm_connect(bench->run_dir, &bench->session);
+        if (answer == 0)
+            break;
+        said(answer, EAGAIN, "ulimit -u");
+        said(answer, EAGAIN, "pids.max");
+        refused++;
+    }
+    OK(answer);
+    TRUE_THAT(refused >= 2);
+    OK(uhmm_device_open(bench->session, "soft0", &bench->device));
+    void *memory = put_out(bench, MIB, 1);
+    pid_t first = agent_pid();
+    TRUE_THAT(first > 0);
+    rlim_t room = limit.rlim_cur;
+    limit.rlim_cur = 1;
+    OK(setrlimit(RLIMIT_NPROC, &limit));
+    OK(kill(first, SIGKILL));
+    /* Longer than it takes to find that there is no room, and than the pager waits. */
+    for (double end = now() + 1.5; now() < end;)
+        usleep(10000);
+    EXPECT(memory, MIB, 1);
+    limit.rlim_cur = room;
+    OK(setrlimit(RLIMIT_NPROC, &limit));
+    uhmm_migrate_report report = {0};
+    for (double end = now() + 20; report.moved_pages != MIB / PAGE;) {
+        TRUE_THAT(now() < end);
+        migrates(bench, memory, MIB, &report);
+        usleep(10000);
+    }
+    TRUE_THAT(agent_pid() != first);
+    EXPECT(memory, MIB, 1);
+}
+
 #define FIXED ((void *)0x500000000000)
 
 static void *fixed(uint64_t len)

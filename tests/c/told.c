@@ -125,6 +125,34 @@ static void reasons(const struct bench *bench)
     OK(uhmm_migrate(s, memory, 8 * PAGE, bench->device, &report, NULL, 0));
     TRUE_THAT(report.pages[UHMM_PAGE_NO_MEMORY] > 0);
     TRUE_THAT(strstr(words(), "full") != NULL);
+    TRUE_THAT(strstr(words(), "injection") == NULL);
+    EXPECT(memory, 8 * PAGE, 4);
+    OK(uhmm_release(s, memory, 8 * PAGE));
+
+    /* One call, two reasons: each page has its own. */
+    uint8_t fates[8];
+    OK(uhmm_adopt(s, memory, 4 * PAGE));
+    OK(uhmm_adopt(s, memory + 4 * PAGE, 4 * PAGE));
+    OK(uhmm_inject(s, UHMM_FAIL_COPY_OUT, 1));
+    OK(uhmm_inject(s, UHMM_FAIL_FRAMES, 2));
+    OK(uhmm_migrate(s, memory, 8 * PAGE, bench->device, &report, fates, 8));
+    SAME(fates[0], UHMM_PAGE_IO);
+    SAME(fates[4], UHMM_PAGE_NO_MEMORY);
+    TRUE_THAT(strstr(words(), "injection") != NULL);
+    TRUE_THAT(strstr(words(), "full") != NULL);
+    /* What failed before is no reason for what fails now. */
+    OK(uhmm_inject(s, UHMM_FAIL_FRAMES, 1));
+    OK(uhmm_migrate(s, memory, 4 * PAGE, bench->device, &report, fates, 4));
+    SAME(fates[0], UHMM_PAGE_NO_MEMORY);
+    TRUE_THAT(strstr(words(), "injection") == NULL);
+    OK(uhmm_migrate(s, memory, 8 * PAGE, bench->device, NULL, NULL, 0));
+    /* Bringing home all there is does not begin with a migration. */
+    OK(uhmm_inject(s, UHMM_FAIL_COPY_HOME, 1));
+    int answer = uhmm_release(s, memory, 8 * PAGE);
+    if (answer != 0) {
+        SAME(answer, -EIO);
+        TRUE_THAT(strstr(words(), "injection") != NULL);
+    }
     EXPECT(memory, 8 * PAGE, 4);
 }
 

@@ -203,6 +203,11 @@ fn integration_connect_names_the_limit_on_addresses() {
 }
 
 #[test]
+fn integration_a_limit_of_processes_is_named_and_may_pass() {
+    pass(&["process_limit"]);
+}
+
+#[test]
 fn integration_in_a_pid_namespace_bytes_are_right() {
     pass(&["pid_namespace"]);
 }

@@ -91,12 +91,34 @@ fn home_is_home(options: &str) {
         assert_eq!((report.moved_pages, report.pages_with(PageStatus::Pinned)), (0, 64), "{report:?}");
         assert!(report.why.contains("uhmm home"), "{}", report.why);
     }
+    // What comes under management later is at home as well, all of it, and stays; so does what another session manages.
+    let other = bed.session();
+    let later = ProgramMemory::private(len).expect("mmap");
+    let others = ProgramMemory::private(len).expect("mmap");
+    let allocated = session.allocate(len).expect("allocate");
+    later.write(PAGE, &bytes[..PAGE as usize]).expect("write");
+    session.adopt(later.addr(), len).expect("adopt");
+    other.adopt(others.addr(), len).expect("adopt");
+    let all_there = || {
+        for addr in [later.addr(), others.addr(), allocated.addr()] {
+            let found = read_as_debugger(addr, len).expect("everything can be read");
+            let expected = if addr == later.addr() { &bytes[..PAGE as usize] } else { &[0; PAGE as usize] };
+            assert!(found[PAGE as usize..2 * PAGE as usize] == *expected, "the bytes are the program's");
+            assert!(found[2 * PAGE as usize..].iter().all(|byte| *byte == 0), "what was never touched is zero");
+        }
+    };
+    all_there();
+    for (session, addr) in [(&session, later.addr()), (&other, others.addr()), (&session, allocated.addr())] {
+        let report = session.migrate(addr, len, &device).expect("migrate");
+        assert_eq!((report.moved_pages, report.pages_with(PageStatus::Pinned)), (0, 64), "{report:?}");
+    }
     // Not even a new pager lets it go.
     let killed = bed.kill("pager");
     bed.wait_ready("pager", killed);
     let job = device.read_at(private.addr(), len, None).expect("a read begins");
     assert_eq!(session.migrate(private.addr(), len, &device).expect("migrate").moved_pages, 0);
     assert!(!job.is_ready(), "a device fault waits");
+    all_there();
     assert_eq!(read_as_debugger(private.addr(), len).expect("still there")[..bytes.len()], bytes[..]);
     operator(&bed, &["home", "--release", &pid]);
     let (seen, _) = job.wait().expect("the fault is answered");

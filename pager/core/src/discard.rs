@@ -97,6 +97,12 @@ impl<P: Policy> Core<P> {
         (pages.iter().take_while(|page| gone(*page) == first).count() as u64, first)
     }
 
+    /// What a ticket is about, if it is about pages.
+    #[must_use]
+    pub fn pages_of(&self, ticket: Ticket) -> Option<(RegionId, Pages)> {
+        self.transfers.get(&ticket).map(|transfer| (transfer.region, transfer.pages))
+    }
+
     /// How many pages at the front of a transfer the shell may put in place now. It asks when bytes that a driver fetched have
     /// arrived: what was discarded since [`Action::Fill`] is not wanted any more. After 0 the answer is `FillDone` of no page.
     #[must_use]

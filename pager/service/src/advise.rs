@@ -164,8 +164,8 @@ impl Pager {
         if self.service.plan.device(device).is_none() {
             return refuse(ErrorCode::NotFound, format!("The plan has no device {device}"));
         }
-        let pending =
-            PendingRequest { conn, call, trace: TraceId::default(), first_page: 0, then: Then::CountEvicted, group: 0 };
+        let (trace, then) = (TraceId::default(), Then::CountEvicted);
+        let pending = PendingRequest { conn, call, trace, region: 0, first_page: 0, then, group: 0 };
         let req = self.ask_core(pending);
         self.push(Event::Evict { req, space, device: DeviceId(device), page_count });
         None
@@ -193,16 +193,12 @@ impl Pager {
     }
 
     /// The result of a copy, or a failure that somebody ordered.
-    pub(crate) fn injected(&mut self, region: RegionId, point: FaultPoint, result: StepResult) -> StepResult {
+    pub(crate) fn injected(&mut self, of: (RegionId, Pages), point: FaultPoint, result: StepResult) -> StepResult {
         if self.injections.is_empty() {
             return result;
         }
+        let (region, pages) = of;
         let space = self.regions.get(region.0).map_or(0, |region| region.space);
-        self.injected_in_space(space, point, result)
-    }
-
-    /// The same, by space.
-    pub(crate) fn injected_in_space(&mut self, space: u64, point: FaultPoint, result: StepResult) -> StepResult {
         let Some(left) = self.injections.get_mut(&(space, point)) else { return result };
         let fails = *left == 1;
         *left = left.saturating_sub(1);
@@ -210,7 +206,7 @@ impl Pager {
             self.injections.remove(&(space, point));
         }
         if fails {
-            self.note_failure_in(space, "A failure was ordered by injection");
+            self.note_failure(region, pages, "A failure was ordered by injection");
             return StepResult::Io;
         }
         result

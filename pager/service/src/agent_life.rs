@@ -143,8 +143,8 @@ impl Pager {
         if agent.is_none_or(|agent| agent.life != Life::Lost) || !pieces.iter().any(is_private) {
             return Ok(());
         }
-        let text = "This process's agent was killed and cannot be started again (a seccomp filter of the program's may forbid it): its private \
-                    memory moves to no device any more. What is on a device comes home when it is touched";
+        let text = "This process's agent was killed and no other one has been started (the program's log says why: a seccomp filter, or a limit of \
+                    processes): its private memory moves to no device any more. What is on a device comes home when it is touched";
         Err(WireError::new(ErrorCode::Io, text))
     }
 

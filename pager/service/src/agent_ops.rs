@@ -272,28 +272,11 @@ impl Pager {
         self.send_to_agent(space_id);
     }
 
-    /// Limits of the client's that keep pages where they are, by name: the fate of a page says no more than that.
-    fn tell_limits(&self, space_id: u64, runs: &[AgentRun]) {
-        let pid = self.spaces.get(&space_id).map_or(0, |space| space.state.pid);
-        let met = |status| runs.iter().any(|run| run.status == status);
-        if met(Status::LockLimit) {
-            tracing::warn!(space = space_id, pid, "{LOCK_LIMIT}");
-        }
-        if met(Status::MapLimit) {
-            tracing::warn!(space = space_id, pid, "{MAP_LIMIT}");
-        }
-        if met(Status::NoMemory) {
-            tracing::warn!(space = space_id, pid, "{NO_MEMORY}");
-        }
-    }
-
     /// The agent has put what it could into the slot.
     fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], device: u8, frame: u32) {
         let Purpose::Out { ticket, .. } = job.purpose else { return };
         self.tell_limits(space_id, runs);
-        if let Some(why) = runs.iter().find_map(|run| why_not_taken(run.status)) {
-            self.note_failure_in(space_id, why);
-        }
+        self.note_not_taken(space_id, job, runs);
         let slot = job.slot.unwrap_or(0);
         let mut at = 0;
         let mut copies = Vec::new();
@@ -318,7 +301,8 @@ impl Pager {
                 (_, CopyStatus::Ok | CopyStatus::OkHuge) => {
                     let zero = runs_zero(runs, at);
                     let staging_page = u64::from(slot) * SLOT_PAGES + at;
-                    copies.push(Copy::Staged { ticket, space: space_id, pages, frame, staging_page, zero, run });
+                    let (region, space) = (job.region, space_id);
+                    copies.push(Copy::Staged { ticket, region, space, pages, frame, staging_page, zero, run });
                 }
                 _ => fates.push((pages.first, run)),
             }
@@ -460,7 +444,7 @@ impl Pager {
             let copy = Copy::HomeHuge { ticket, region, pages, frame };
             return self.start_copy(Deferred { device, copy });
         };
-        if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) == StepResult::Ok {
+        if self.injected((region, pages), FaultPoint::CopyHome, StepResult::Ok) == StepResult::Ok {
             self.fill_huge_from(ticket, region, pages, &aperture, u64::from(frame) * PAGE_SIZE);
         } else {
             self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
@@ -479,7 +463,7 @@ impl Pager {
         offset: u64,
     ) {
         let not_huge = Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) };
-        if self.injected(region, FaultPoint::SystemHuge, StepResult::Ok) != StepResult::Ok {
+        if self.injected((region, pages), FaultPoint::SystemHuge, StepResult::Ok) != StepResult::Ok {
             return self.push(not_huge);
         }
         let space_id = self.regions.get(region.0).map_or(0, |region| region.space);
@@ -495,22 +479,6 @@ impl Pager {
             return self.push(not_huge);
         }
         self.ask_single(region, pages, Order::FillHuge { slot }, Purpose::FillHuge { ticket });
-    }
-}
-
-const LOCK_LIMIT: &str =
-    "Locked memory stays: RLIMIT_MEMLOCK has no room for it a second time while it moves (ulimit -l)";
-const MAP_LIMIT: &str = "Memory stays: the process has as many mappings as vm.max_map_count allows";
-const NO_MEMORY: &str = "Memory stays: the system, or the process's control group, has no memory for the way out";
-
-/// Why pages stay that the agent was to take out, where somebody can do something about it.
-fn why_not_taken(status: Status) -> Option<&'static str> {
-    match status {
-        Status::LockLimit => Some(LOCK_LIMIT),
-        Status::MapLimit => Some(MAP_LIMIT),
-        Status::NoMemory => Some(NO_MEMORY),
-        Status::Failed => Some("The kernel refused to take pages out of the process: see the pager's log"),
-        _ => None,
     }
 }
 

@@ -8,11 +8,15 @@
 
 use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kernel_hook::window::Window;
-use uhmm_pager_core::{Event, StepResult};
+use uhmm_pager_core::{Event, StepResult, Ticket};
 
 use crate::copies::{Copy, Deferred};
 use crate::devices::EngineJob;
 use crate::service::Pager;
+
+/// Why a copy from device to device has failed on its way.
+pub(crate) const NOT_BOUNCED: &str =
+    "Copying from device to device failed: there is no memory for it, or one of the two is lost";
 
 impl Pager {
     /// The source has an aperture, the target has none.
@@ -27,7 +31,7 @@ impl Pager {
         };
         match read() {
             Some(buffer) => self.bounce_write(deferred, buffer),
-            None => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
+            None => self.not_bounced(ticket),
         }
     }
 
@@ -43,8 +47,13 @@ impl Pager {
         };
         match ok.then(read).flatten() {
             Some(buffer) => self.bounce_write(deferred, buffer),
-            None => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
+            None => self.not_bounced(ticket),
         }
+    }
+
+    fn not_bounced(&mut self, ticket: Ticket) {
+        self.note_failure_of(ticket, NOT_BOUNCED);
+        self.push(Event::CopyDone { ticket, result: StepResult::Io });
     }
 
     fn bounce_write(&mut self, deferred: Deferred, buffer: Window) {
@@ -57,7 +66,7 @@ impl Pager {
     }
 
     /// The second half is done.
-    pub(crate) fn bounced(&mut self, ticket: uhmm_pager_core::Ticket, buffer: u64, ok: bool) {
+    pub(crate) fn bounced(&mut self, ticket: Ticket, buffer: u64, ok: bool) {
         self.bounces.remove(&buffer);
         let result = if ok { StepResult::Ok } else { StepResult::Io };
         self.push(Event::CopyDone { ticket, result });

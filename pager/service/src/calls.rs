@@ -82,7 +82,7 @@ impl Pager {
                 self.open_space(conn, call, Opening { nonce, uffd, full, sentinel_addr, agent })
             }
             pager::Call::AttachSpace { space, token, agent } => self.attach_space(conn, call, space, &token, agent),
-            pager::Call::CloseSpace => self.close_space(conn),
+            pager::Call::CloseSpace => self.close_space(conn, call),
             pager::Call::CreateRegion { addr, len_bytes, memory } => {
                 let (backing, file) = (Backing::Shared, Some(memory));
                 self.make_region(conn, call, Wanted { addr, len_bytes, backing, file, offset_bytes: 0 })

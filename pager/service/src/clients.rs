@@ -136,6 +136,8 @@ impl Pager {
             let text = format!("The sentinel page at {sentinel_addr:#x} cannot be registered: {error}");
             WireError::new(ErrorCode::Invalid, text)
         })?;
+        // Another session of this process is: the process is.
+        let at_home = self.spaces.values().any(|space| space.state.pid == pid && space.state.at_home && !space.dying);
         let mut token = [0u8; TOKEN_BYTES];
         random_bytes(&mut token).map_err(|error| io_error("No randomness for the token", &error))?;
         let id = self.next_space;
@@ -152,7 +154,7 @@ impl Pager {
             birth: Birth::Done,
             parent: 0,
             fork_event: 0,
-            at_home: false,
+            at_home,
         };
         let space = Space {
             state,
@@ -282,22 +284,6 @@ impl Pager {
         Ok(())
     }
 
-    pub(crate) fn close_space(&mut self, conn: ConnId) -> Answer {
-        let space_id = match self.space_of(conn) {
-            Ok(id) => id,
-            Err(error) => return Some(Err(error)),
-        };
-        let left = self.spaces.get(&space_id).map_or(0, |space| space.segments.len());
-        if left > 0 {
-            return refuse(ErrorCode::Busy, format!("{left} regions are still managed: free them first"));
-        }
-        self.end_space(space_id);
-        if let Some(session) = self.sessions.get_mut(&conn) {
-            session.space = None;
-        }
-        Some(Ok(pager::Reply::Done))
-    }
-
     /// The vault has everything: finish.
     pub(crate) fn creation_kept(&mut self, wait: VaultWait) {
         match wait {
@@ -316,12 +302,12 @@ impl Pager {
             }
             VaultWait::Region { region, conn, call } => match self.start_region(region) {
                 Ok(()) => {
+                    self.made_at_home(conn, call, region);
                     let Some(left) = self.makings.get_mut(&(conn, call)) else { return };
                     *left -= 1;
                     if *left == 0 {
                         self.makings.remove(&(conn, call));
-                        let created = pager::Reply::RegionCreated { region };
-                        self.service.reactor.reply(conn, call, Ok(Reply::Pager(created)));
+                        self.answer_when_at_home(conn, call, pager::Reply::RegionCreated { region });
                     }
                 }
                 Err(error) => self.creation_failed(wait, error),

@@ -14,7 +14,8 @@ use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{CopyRun, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 
-use crate::devices::EngineJob;
+use crate::bounce::NOT_BOUNCED;
+use crate::devices::{CopyEngine, EngineJob};
 use crate::fill::FillFrom;
 use crate::service::Pager;
 
@@ -42,7 +43,16 @@ pub enum Copy {
     /// Frames to a huge page that the client's agent makes.
     HomeHuge { ticket: Ticket, region: RegionId, pages: Pages, frame: u32 },
     /// A run of private pages that the agent has put into the staging memory of its space (or found to be zeros) to frames.
-    Staged { ticket: Ticket, space: u64, pages: Pages, frame: u32, staging_page: u64, zero: bool, run: CopyRun },
+    Staged {
+        ticket: Ticket,
+        region: RegionId,
+        space: u64,
+        pages: Pages,
+        frame: u32,
+        staging_page: u64,
+        zero: bool,
+        run: CopyRun,
+    },
     /// Frames of one device to frames of another: the first half brings them to the bounce buffer.
     Across { ticket: Ticket, from_frame: u32, to: u8, frame: u32, count: u32 },
     /// The second half of a copy from device to device: the pager's own buffer to frames.
@@ -99,61 +109,29 @@ impl Pager {
     }
 
     fn copy_by_aperture(&mut self, deferred: Deferred) {
-        let Some(device) = &self.devices[usize::from(deferred.device)] else { return };
-        let Some(aperture) = &device.aperture else { return };
         match deferred.copy {
             Copy::Out { ticket, region, pages, frame } => {
-                let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
-                let copied = memory.map(|memory| {
-                    let (from, to) = (pages.first * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
-                    memfd::read_to_window(memory.fd.as_fd(), from, aperture, to, pages.count * PAGE_SIZE)
-                });
-                if let Some(Err(error)) = &copied {
-                    self.note_failure(region, format!("Copying pages to the device failed: {error}"));
-                }
-                let result = step_result(copied, region);
-                let result = self.injected(region, FaultPoint::CopyOut, result);
-                self.push(Event::CopyDone { ticket, result });
+                self.out_by_aperture(deferred.device, ticket, region, pages, frame);
             }
-            Copy::Staged { ticket, space, pages, frame, staging_page, zero, run } => {
-                let staging =
-                    self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
-                let (from, to) = (staging_page * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
-                let len = pages.count * PAGE_SIZE;
-                let copied = match staging {
-                    _ if zero => aperture.fill(to, len, 0),
-                    Some(staging) => staging.copy_to(from, aperture, to, len),
-                    None => return self.staged_done(ticket, pages, run, false),
-                };
-                if let Err(error) = &copied {
-                    tracing::error!(%error, device = deferred.device, frame, "Copying staged pages failed");
-                    self.note_failure_in(space, format!("Copying pages to the device failed: {error}"));
-                }
-                let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
-                let result = self.injected_in_space(space, FaultPoint::CopyOut, result);
-                self.staged_done(ticket, pages, run, result == StepResult::Ok);
+            Copy::Staged { ticket, pages, run, .. } => {
+                let ok = self.staged_by_aperture(deferred);
+                self.staged_done(ticket, pages, run, ok);
             }
             Copy::Bounced { ticket, buffer, frame, count } => {
                 let (to, len) = (u64::from(frame) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
-                let ok = self.bounces.get(&buffer).is_some_and(|from| from.copy_to(0, aperture, to, len).is_ok());
+                let (from, aperture) = (self.bounces.get(&buffer), self.aperture(deferred.device));
+                let ok = from.zip(aperture).is_some_and(|(from, aperture)| from.copy_to(0, aperture, to, len).is_ok());
+                if !ok {
+                    self.note_failure_of(ticket, NOT_BOUNCED);
+                }
                 self.bounced(ticket, buffer, ok);
             }
-            Copy::Across { ticket, from_frame, to, frame, count } => {
-                let target = self.devices[usize::from(to)].as_ref().and_then(|device| device.aperture.as_ref());
-                let Some(target) = target else { return self.bounce(deferred) };
-                let (from, to) = (u64::from(from_frame) * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
-                let copied = aperture.copy_to(from, target, to, u64::from(count) * PAGE_SIZE);
-                if let Err(error) = &copied {
-                    tracing::error!(%error, from = deferred.device, "Copying from device to device failed");
-                }
-                let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
-                self.push(Event::CopyDone { ticket, result });
-            }
+            Copy::Across { .. } => self.across_by_aperture(deferred),
             Copy::Home { ticket, region, pages, frame } => {
-                if self.injected(region, FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
+                if self.injected((region, pages), FaultPoint::CopyHome, StepResult::Ok) != StepResult::Ok {
                     return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
                 }
-                if self.no_system_pages(region) {
+                if self.no_system_pages(region, pages) {
                     return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Again) });
                 }
                 let (done_pages, stop) = self.fill_from_device(deferred.device, region, pages, frame);
@@ -164,14 +142,70 @@ impl Pager {
             }
             Copy::Zero { ticket, frame, count, scrub, last } => {
                 let (from, len) = (u64::from(frame) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
-                let result = match aperture.fill(from, len, 0) {
-                    Ok(()) => StepResult::Ok,
-                    Err(error) => {
-                        tracing::error!(%error, device = deferred.device, frame, "Zeroing device memory failed");
-                        StepResult::Io
-                    }
-                };
+                let zeroed = self.aperture(deferred.device).map(|aperture| aperture.fill(from, len, 0));
+                if let Some(Err(error)) = &zeroed {
+                    tracing::error!(%error, device = deferred.device, frame, "Zeroing device memory failed");
+                }
+                let result = if matches!(zeroed, Some(Ok(()))) { StepResult::Ok } else { StepResult::Io };
                 self.zero_done(ticket, scrub, last, result);
+            }
+        }
+    }
+
+    fn aperture(&self, device: u8) -> Option<&Window> {
+        self.devices[usize::from(device)].as_ref()?.aperture.as_ref()
+    }
+
+    fn out_by_aperture(&mut self, device: u8, ticket: Ticket, region: RegionId, pages: Pages, frame: u32) {
+        let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
+        let copied = memory.zip(self.aperture(device)).map(|(memory, aperture)| {
+            let (from, to) = (pages.first * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
+            memfd::read_to_window(memory.fd.as_fd(), from, aperture, to, pages.count * PAGE_SIZE)
+        });
+        let result = self.step_result(copied, region, pages);
+        let result = self.injected((region, pages), FaultPoint::CopyOut, result);
+        self.push(Event::CopyDone { ticket, result });
+    }
+
+    /// What the agent has put into staging memory goes to its frames.
+    fn staged_by_aperture(&mut self, deferred: Deferred) -> bool {
+        let Copy::Staged { region, space, pages, frame, staging_page, zero, .. } = deferred.copy else { return false };
+        let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
+        let Some(aperture) = self.aperture(deferred.device) else { return false };
+        let (from, to) = (staging_page * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
+        let len = pages.count * PAGE_SIZE;
+        let copied = match staging {
+            _ if zero => aperture.fill(to, len, 0),
+            Some(staging) => staging.copy_to(from, aperture, to, len),
+            None => return false,
+        };
+        let result = self.step_result(Some(copied), region, pages);
+        self.injected((region, pages), FaultPoint::CopyOut, result) == StepResult::Ok
+    }
+
+    fn across_by_aperture(&mut self, deferred: Deferred) {
+        let Copy::Across { ticket, from_frame, to, frame, count } = deferred.copy else { return };
+        let (aperture, target) = (self.aperture(deferred.device), self.aperture(to));
+        let Some((aperture, target)) = aperture.zip(target) else { return self.bounce(deferred) };
+        let (from, to) = (u64::from(from_frame) * PAGE_SIZE, u64::from(frame) * PAGE_SIZE);
+        let copied = aperture.copy_to(from, target, to, u64::from(count) * PAGE_SIZE);
+        if let Err(error) = &copied {
+            tracing::error!(%error, from = deferred.device, "Copying from device to device failed");
+            self.note_failure_of(ticket, format!("Copying from device to device failed: {error}"));
+        }
+        let result = if copied.is_ok() { StepResult::Ok } else { StepResult::Io };
+        self.push(Event::CopyDone { ticket, result });
+    }
+
+    /// What copying pages to a device comes to; nothing: there is nothing to copy from any more.
+    fn step_result(&mut self, copied: Option<Result<(), HookError>>, region: RegionId, pages: Pages) -> StepResult {
+        match copied {
+            None => StepResult::Gone,
+            Some(Ok(())) => StepResult::Ok,
+            Some(Err(error)) => {
+                tracing::warn!(%error, region = region.0, first_page = pages.first, "Copying pages to the device failed");
+                self.note_failure(region, pages, format!("Copying pages to the device failed: {error}"));
+                StepResult::Io
             }
         }
     }
@@ -180,17 +214,19 @@ impl Pager {
     fn note_copy_failure(&mut self, deferred: &Deferred, why: &str) {
         let why = format!("A copy of device {} failed: {why}", deferred.device);
         match deferred.copy {
-            Copy::Out { region, .. } | Copy::Home { region, .. } | Copy::HomeHuge { region, .. } => {
-                self.note_failure(region, why);
+            Copy::Out { region, pages, .. }
+            | Copy::Home { region, pages, .. }
+            | Copy::HomeHuge { region, pages, .. }
+            | Copy::Staged { region, pages, .. } => self.note_failure(region, pages, why),
+            Copy::Across { ticket, .. } | Copy::Bounced { ticket, .. } | Copy::Zero { ticket, .. } => {
+                self.note_failure_of(ticket, why);
             }
-            Copy::Staged { space, .. } => self.note_failure_in(space, why),
-            Copy::Across { .. } | Copy::Bounced { .. } | Copy::Zero { .. } => {}
         }
     }
 
     /// The system has no page for what comes home: somebody has ordered that.
-    fn no_system_pages(&mut self, region: RegionId) -> bool {
-        self.injected(region, FaultPoint::SystemPages, StepResult::Ok) != StepResult::Ok
+    fn no_system_pages(&mut self, region: RegionId, pages: Pages) -> bool {
+        self.injected((region, pages), FaultPoint::SystemPages, StepResult::Ok) != StepResult::Ok
     }
 
     /// UFFDIO_COPY straight from the aperture.
@@ -259,81 +295,85 @@ impl Pager {
 
     /// `false`: not now.
     fn submit_copy(&mut self, deferred: Deferred) -> bool {
-        let Some(device) = &mut self.devices[usize::from(deferred.device)] else { return false };
-        let Some(engine) = &mut device.engine else { return false };
-        let (op, frame, count, staged) = match deferred.copy {
-            Copy::Out { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
-            Copy::Home { frame, pages, .. } | Copy::HomeHuge { frame, pages, .. } => {
-                (CopyOp::CopyOut, frame, pages.count as u32, true)
-            }
-            Copy::Zero { frame, count, .. } => (CopyOp::Scrub, frame, count, false),
-            Copy::Staged { frame, pages, zero: true, .. } => (CopyOp::Scrub, frame, pages.count as u32, false),
-            Copy::Staged { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
-            Copy::Across { from_frame, count, .. } => (CopyOp::CopyOut, from_frame, count, true),
-            Copy::Bounced { frame, count, .. } => (CopyOp::CopyIn, frame, count, true),
-        };
-        let staging_page = if staged {
-            let Some(page) = engine.take_staging(count) else { return false };
-            page
-        } else {
-            0
+        let (op, frame, count, staged) = order_of(deferred.copy);
+        let Some(engine) = self.engine(deferred.device) else { return false };
+        let staging_page = match staged.then(|| engine.take_staging(count)) {
+            Some(None) => return false,
+            Some(Some(page)) => page,
+            None => 0,
         };
         let staged_count = if staged { count } else { 0 };
-        if let Copy::Staged { ticket, space, pages, staging_page: from, zero: false, run, .. } = deferred.copy {
-            let staging = self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
-            let to = u64::from(staging_page) * PAGE_SIZE;
-            let len = pages.count * PAGE_SIZE;
-            if staging.is_none_or(|staging| staging.copy_to(from * PAGE_SIZE, &engine.staging, to, len).is_err()) {
+        if !self.put_into_staging(deferred, staging_page) {
+            if let Some(engine) = self.engine(deferred.device) {
                 engine.give_staging(staging_page, staged_count);
-                self.staged_done(ticket, pages, run, false);
-                return true;
             }
-        }
-        if let Copy::Bounced { ticket, buffer, count, .. } = deferred.copy {
-            let (to, len) = (u64::from(staging_page) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
-            if self.bounces.get(&buffer).is_none_or(|from| from.copy_to(0, &engine.staging, to, len).is_err()) {
-                engine.give_staging(staging_page, staged_count);
-                self.bounced(ticket, buffer, false);
-                return true;
-            }
-        }
-        if let Copy::Out { ticket, region, pages, .. } = deferred.copy {
-            let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
-            let copied = memory.map(|memory| {
-                let to = u64::from(staging_page) * PAGE_SIZE;
-                let len = pages.count * PAGE_SIZE;
-                memfd::read_to_window(memory.fd.as_fd(), pages.first * PAGE_SIZE, &engine.staging, to, len)
-            });
-            let failure = copied.as_ref().and_then(|copied| copied.as_ref().err()).map(ToString::to_string);
-            let result = step_result(copied, region);
-            if result != StepResult::Ok {
-                engine.give_staging(staging_page, staged_count);
-                if let Some(error) = failure {
-                    self.note_failure(region, format!("Copying pages to the device failed: {error}"));
-                }
-                self.push(Event::CopyDone { ticket, result });
-                return true;
-            }
+            return true;
         }
         let id = self.next_engine_job;
         let job = EngineJob { ticket: id, op, staging_page, count: staged_count };
-        match engine.submit(job, frame, count) {
+        let Some(engine) = self.engine(deferred.device) else { return false };
+        let submitted = engine.submit(job, frame, count);
+        if !matches!(submitted, Ok(true)) {
+            engine.give_staging(staging_page, staged_count);
+        }
+        match submitted {
             Ok(true) => {
                 self.next_engine_job += 1;
                 self.engine_jobs.insert(id, deferred);
                 true
             }
-            Ok(false) => {
-                engine.give_staging(staging_page, staged_count);
-                false
-            }
+            Ok(false) => false,
             Err(error) => {
-                engine.give_staging(staging_page, staged_count);
                 tracing::error!(%error, device = deferred.device, "The driver's copy ring is broken");
-                let device = deferred.device;
-                self.fence(device, "its copy ring is broken");
+                self.fence(deferred.device, "its copy ring is broken");
                 false
             }
+        }
+    }
+
+    fn engine(&mut self, device: u8) -> Option<&mut CopyEngine> {
+        self.devices[usize::from(device)].as_mut()?.engine.as_mut()
+    }
+
+    /// What a driver shall bring to its device lies in its staging area then. `false`: it cannot, and that has been told.
+    fn put_into_staging(&mut self, deferred: Deferred, staging_page: u32) -> bool {
+        let to = u64::from(staging_page) * PAGE_SIZE;
+        let engine = self.devices[usize::from(deferred.device)].as_ref().and_then(|device| device.engine.as_ref());
+        let Some(into) = engine.map(|engine| &engine.staging) else { return false };
+        match deferred.copy {
+            Copy::Staged { ticket, region, space, pages, staging_page: from, zero: false, run, .. } => {
+                let staging =
+                    self.spaces.get(&space).and_then(|space| space.agent.as_ref()).map(|agent| &agent.staging);
+                let copied =
+                    staging.map(|staging| staging.copy_to(from * PAGE_SIZE, into, to, pages.count * PAGE_SIZE));
+                let ok = self.step_result(copied, region, pages) == StepResult::Ok;
+                if !ok {
+                    self.staged_done(ticket, pages, run, false);
+                }
+                ok
+            }
+            Copy::Bounced { ticket, buffer, count, .. } => {
+                let len = u64::from(count) * PAGE_SIZE;
+                let ok = self.bounces.get(&buffer).is_some_and(|from| from.copy_to(0, into, to, len).is_ok());
+                if !ok {
+                    self.note_failure_of(ticket, NOT_BOUNCED);
+                    self.bounced(ticket, buffer, false);
+                }
+                ok
+            }
+            Copy::Out { ticket, region, pages, .. } => {
+                let memory = self.regions.get(region.0).and_then(|target| target.memory.as_ref());
+                let copied = memory.map(|memory| {
+                    let len = pages.count * PAGE_SIZE;
+                    memfd::read_to_window(memory.fd.as_fd(), pages.first * PAGE_SIZE, into, to, len)
+                });
+                let result = self.step_result(copied, region, pages);
+                if result != StepResult::Ok {
+                    self.push(Event::CopyDone { ticket, result });
+                }
+                result == StepResult::Ok
+            }
+            _ => true,
         }
     }
 
@@ -364,10 +404,11 @@ impl Pager {
             self.note_copy_failure(&deferred, "its driver's copy engine has failed it: see the driver's log");
         }
         let result = match deferred.copy {
-            Copy::Out { region, .. } => self.injected(region, FaultPoint::CopyOut, result),
-            Copy::Staged { space, .. } => self.injected_in_space(space, FaultPoint::CopyOut, result),
-            Copy::Home { region, .. } | Copy::HomeHuge { region, .. } => {
-                self.injected(region, FaultPoint::CopyHome, result)
+            Copy::Out { region, pages, .. } | Copy::Staged { region, pages, .. } => {
+                self.injected((region, pages), FaultPoint::CopyOut, result)
+            }
+            Copy::Home { region, pages, .. } | Copy::HomeHuge { region, pages, .. } => {
+                self.injected((region, pages), FaultPoint::CopyHome, result)
             }
             _ => result,
         };
@@ -423,7 +464,7 @@ impl Pager {
     /// A driver has fetched what comes home.
     fn fetched(&mut self, ticket: Ticket, region: RegionId, pages: Pages, staging: &Window, staging_page: u32) {
         let from = u64::from(staging_page) * PAGE_SIZE;
-        if self.no_system_pages(region) {
+        if self.no_system_pages(region, pages) {
             return self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Again) });
         }
         let pages = Pages { count: pages.count.min(self.core.fill_limit(ticket)), ..pages };
@@ -459,13 +500,17 @@ impl Pager {
     }
 }
 
-fn step_result(copied: Option<Result<(), HookError>>, region: RegionId) -> StepResult {
-    match copied {
-        None => StepResult::Gone,
-        Some(Ok(())) => StepResult::Ok,
-        Some(Err(error)) => {
-            tracing::warn!(%error, region = region.0, "Copying pages to the device failed");
-            StepResult::Io
+/// What a driver is asked for a copy: operation, frames, and whether they go through its staging area.
+fn order_of(copy: Copy) -> (CopyOp, u32, u32, bool) {
+    match copy {
+        Copy::Out { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
+        Copy::Home { frame, pages, .. } | Copy::HomeHuge { frame, pages, .. } => {
+            (CopyOp::CopyOut, frame, pages.count as u32, true)
         }
+        Copy::Zero { frame, count, .. } => (CopyOp::Scrub, frame, count, false),
+        Copy::Staged { frame, pages, zero: true, .. } => (CopyOp::Scrub, frame, pages.count as u32, false),
+        Copy::Staged { frame, pages, .. } => (CopyOp::CopyIn, frame, pages.count as u32, true),
+        Copy::Across { from_frame, count, .. } => (CopyOp::CopyOut, from_frame, count, true),
+        Copy::Bounced { frame, count, .. } => (CopyOp::CopyIn, frame, count, true),
     }
 }

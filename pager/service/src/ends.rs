@@ -138,9 +138,10 @@ impl Pager {
         }
         self.service.vault.remove(&mut self.service.reactor, &Space::vault_prefix(space_id));
         self.traces.remove(&space_id);
-        self.home.failures.remove(&space_id);
+        self.failures.forget_space(space_id);
         self.without_memory.remove(&space_id);
         self.injections.retain(|(of, _), _| *of != space_id);
         self.push(Event::SpaceGone { space: SpaceId(space_id) });
+        self.answer_closing(space_id, Ok(pager::Reply::Done));
     }
 }

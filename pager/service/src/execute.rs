@@ -139,7 +139,7 @@ impl Pager {
                 }
                 Err(error) => {
                     tracing::warn!(%error, region = region.0, "Write-protect failed");
-                    self.note_failure(region, format!("Protecting pages failed: {error}"));
+                    self.note_failure(region, pages, format!("Protecting pages failed: {error}"));
                     return StepResult::Io;
                 }
             }
@@ -159,7 +159,7 @@ impl Pager {
             }
             Err(error) => {
                 tracing::warn!(%error, region = region.0, "Punching system pages failed");
-                self.note_failure(region, format!("Giving system pages back failed: {error}"));
+                self.note_failure(region, pages, format!("Giving system pages back failed: {error}"));
                 StepResult::Io
             }
         }

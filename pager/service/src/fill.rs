@@ -218,7 +218,11 @@ impl Pager {
             };
             if let Err(error) = written {
                 tracing::warn!(%error, region = region.0, page, "A page behind a guard cannot be written");
-                self.note_failure(region, format!("Bringing a page home behind a guard failed: {error}"));
+                self.note_failure(
+                    region,
+                    Pages::one(page),
+                    format!("Bringing a page home behind a guard failed: {error}"),
+                );
                 return Some(FillStop::Io);
             }
         }
@@ -234,7 +238,7 @@ impl Pager {
         let outcome = match outcome {
             Err(error) => {
                 tracing::warn!(%error, region = region.0, first_page = pages.first, "Filling pages failed");
-                self.note_failure(region, format!("Bringing pages home failed: {error}"));
+                self.note_failure(region, pages, format!("Bringing pages home failed: {error}"));
                 return (0, Some(FillStop::Io));
             }
             Ok(outcome) => outcome,
@@ -254,7 +258,7 @@ impl Pager {
             HookStop::Other(errno) => {
                 tracing::warn!(errno, region = region.0, first_page = pages.first, "Filling pages failed");
                 let error = std::io::Error::from_raw_os_error(errno);
-                self.note_failure(region, format!("Bringing pages home failed: {error}"));
+                self.note_failure(region, pages, format!("Bringing pages home failed: {error}"));
                 FillStop::Io
             }
         });

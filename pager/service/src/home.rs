@@ -1,4 +1,4 @@
-//! A process that stays at home, a device that is emptied, and why pages stayed where they are.
+//! A process that stays at home, and a device that is emptied.
 //!
 //! ```text
 //!   Home{pid, stay} --> the space is marked (also in the vault): no migration begins, device faults wait
@@ -9,18 +9,14 @@
 //! Debuggers and core dumps read a process by ways that cannot wait for a page (/proc/PID/mem, ptrace): for them a page on a device is an
 //! error, and so is one that was never touched, because its first touch is a fault that the pager answers.
 
-use std::collections::{HashMap, VecDeque};
-use std::fmt::Display;
+use std::collections::VecDeque;
 
 use uhmm_ipc::message::pager::{PageStatus, StatusRun};
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::uffd::FillStop as HookStop;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{
-    Backing, DeviceId, Entry, Event, PageState, PageStatus as CoreStatus, Pages, RegionId, SpaceId,
-    StatusRun as CoreRun, Target,
-};
+use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, SpaceId, Target};
 
 use crate::calls::{Answer, refuse};
 use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece, Then};
@@ -30,8 +26,6 @@ use crate::space::Phase;
 /// System calls of one turn for pages that nobody has touched, and bytes of one of them.
 const TURN_CALLS: u32 = 2048;
 const CALL_BYTES: u64 = 32 << 20;
-/// Longest reason that is told.
-const WHY_BYTES: usize = 1000;
 
 /// Whose pages come home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,20 +53,19 @@ pub(crate) struct AtHomeFault {
 /// What is going on of all this.
 #[derive(Debug, Default)]
 pub(crate) struct HomeBook {
-    /// Why something of a space could not be done, until somebody is told.
-    pub failures: HashMap<u64, String>,
     /// Device faults of processes that stay at home.
     pub faults: Vec<AtHomeFault>,
     /// Processes that come home.
     pub homings: VecDeque<Homing>,
 }
 
-/// Somebody waits until all of a process is there.
+/// Pages that nobody has touched are to be there, and then somebody is answered.
 #[derive(Debug)]
 pub(crate) struct Homing {
-    conn: ConnId,
-    call: CallId,
-    moved_pages: u64,
+    /// Nobody: a pager before had begun.
+    caller: Option<(ConnId, CallId)>,
+    /// What the caller hears; not yet known while more may come.
+    answer: Option<pager::Reply>,
     untouched: VecDeque<Untouched>,
 }
 
@@ -167,7 +160,49 @@ impl Pager {
             return self.come_home(conn, call, who, moved_pages);
         }
         let untouched = self.perhaps_untouched(who, &pieces);
-        self.home.homings.push_back(Homing { conn, call, moved_pages, untouched });
+        let answer = Some(pager::Reply::Evicted { page_count: moved_pages });
+        self.home.homings.push_back(Homing { caller: Some((conn, call)), answer, untouched });
+    }
+
+    /// Memory that comes under management of a process that is kept at home: all of it is there, and shall be there to be read.
+    pub(crate) fn made_at_home(&mut self, conn: ConnId, call: CallId, region_id: u64) {
+        let Some(region) = self.regions.get(region_id) else { return };
+        let space = region.space;
+        if region.backing == Backing::File || !self.spaces.get(&space).is_some_and(|space| space.state.at_home) {
+            return;
+        }
+        let pieces = [Piece { located: Located { region: region_id, pages: self.all_pages(region_id) }, offset: 0 }];
+        let mut untouched = self.perhaps_untouched(Whose::Space(space), &pieces);
+        let mine = |part: &Untouched| match part {
+            Untouched::Private { left, .. } => {
+                self.segment_at(space, left.start).is_some_and(|s| s.region == region_id)
+            }
+            Untouched::Shared { region, .. } => *region == region_id,
+        };
+        untouched.retain(mine);
+        let caller = Some((conn, call));
+        match self.home.homings.iter_mut().find(|homing| homing.caller == caller) {
+            Some(homing) => homing.untouched.extend(untouched),
+            None => self.home.homings.push_back(Homing { caller, answer: None, untouched }),
+        }
+    }
+
+    /// Answers a call that has made regions, as soon as everything is there that shall be.
+    pub(crate) fn answer_when_at_home(&mut self, conn: ConnId, call: CallId, answer: pager::Reply) {
+        match self.home.homings.iter_mut().find(|homing| homing.caller == Some((conn, call))) {
+            Some(homing) => homing.answer = Some(answer),
+            None => drop(self.service.reactor.reply(conn, call, Ok(Reply::Pager(answer)))),
+        }
+    }
+
+    /// A pager before had kept these at home, and may not have come to its end.
+    pub(crate) fn go_on_being_home(&mut self) {
+        let kept = self.spaces.iter().filter(|(_, space)| space.state.at_home && !space.dying);
+        for id in kept.map(|(id, _)| *id).collect::<Vec<_>>() {
+            let whose = Whose::Space(id);
+            let untouched = self.perhaps_untouched(whose, &self.movable(whose));
+            self.home.homings.push_back(Homing { caller: None, answer: None, untouched });
+        }
     }
 
     fn perhaps_untouched(&self, who: Whose, pieces: &[Piece]) -> VecDeque<Untouched> {
@@ -191,8 +226,9 @@ impl Pager {
         let mut calls = TURN_CALLS;
         while calls > 0 {
             let Some(part) = homing.untouched.pop_front() else {
-                let done = Reply::Pager(pager::Reply::Evicted { page_count: homing.moved_pages });
-                self.service.reactor.reply(homing.conn, homing.call, Ok(done));
+                if let (Some((conn, call)), Some(answer)) = (homing.caller, homing.answer) {
+                    self.service.reactor.reply(conn, call, Ok(Reply::Pager(answer)));
+                }
                 return;
             };
             let left = match part {
@@ -282,70 +318,9 @@ impl Pager {
         let group = self.open_group(Group::new(conn, call, Then::CountEvicted, spaces.len()));
         for space in spaces {
             let (trace, then) = (TraceId::default(), Then::CountEvicted);
-            let req = self.ask_core(PendingRequest { conn, call, trace, first_page: 0, then, group });
+            let req = self.ask_core(PendingRequest { conn, call, trace, region: 0, first_page: 0, then, group });
             self.push(Event::Evict { req, space: SpaceId(space), device: DeviceId(device), page_count: 0 });
         }
         None
-    }
-
-    /// Why something could not be done, for whoever is told that it was not.
-    pub(crate) fn note_failure(&mut self, region: RegionId, why: impl Display) {
-        let space = self.regions.get(region.0).map(|region| region.space);
-        if let Some(space) = space {
-            self.note_failure_in(space, why);
-        }
-    }
-
-    /// The same, by space.
-    pub(crate) fn note_failure_in(&mut self, space: u64, why: impl Display) {
-        self.home.failures.insert(space, why.to_string());
-    }
-
-    /// What failed before has nothing to do with what begins now.
-    pub(crate) fn forget_failure(&mut self, conn: ConnId) {
-        if let Ok(space) = self.space_of(conn) {
-            self.home.failures.remove(&space);
-        }
-    }
-
-    /// Why some of the pages of a migration stayed, also for the log.
-    pub(crate) fn why_stayed(&mut self, conn: ConnId, trace: TraceId, runs: &[CoreRun]) -> String {
-        let noted = self.space_of(conn).ok().and_then(|space| self.home.failures.get(&space));
-        let why = why_of(runs, noted.map(String::as_str));
-        if runs.iter().any(|run| run.status == CoreStatus::Io) {
-            tracing::warn!(request = trace.0, why, "Pages stay where they are");
-        } else if !why.is_empty() {
-            tracing::info!(request = trace.0, why, "Pages stay where they are");
-        }
-        why
-    }
-}
-
-fn why_of(runs: &[CoreRun], noted: Option<&str>) -> String {
-    let met = |status: CoreStatus| runs.iter().any(|run| run.status == status);
-    let why = match noted {
-        _ if met(CoreStatus::Io) => noted.unwrap_or("The device is lost, or has failed a copy: see its driver's log"),
-        _ if met(CoreStatus::NoMemory) => noted.unwrap_or("The device is full, and nothing of it could be evicted"),
-        Some(noted) if met(CoreStatus::Pinned) => noted,
-        _ => "",
-    };
-    let end = (0..=WHY_BYTES.min(why.len())).rev().find(|at| why.is_char_boundary(*at)).unwrap_or(0);
-    why[..end].to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_page_that_stays_for_a_failure_has_a_reason() {
-        let run = |status| CoreRun { first: 0, count: 1, status };
-        let ok = run(CoreStatus::Ok);
-        assert_eq!(why_of(&[ok, run(CoreStatus::Busy)], Some("old")), "");
-        assert_eq!(why_of(&[ok, run(CoreStatus::Io)], Some("The ring is broken")), "The ring is broken");
-        assert!(why_of(&[run(CoreStatus::Io)], None).contains("driver's log"));
-        assert!(why_of(&[run(CoreStatus::NoMemory)], None).contains("full"));
-        assert_eq!(why_of(&[run(CoreStatus::Pinned)], None), "", "the program's own doing");
-        assert_eq!(why_of(&[run(CoreStatus::Io)], Some(&"é".repeat(600))).len(), WHY_BYTES);
     }
 }

@@ -4,11 +4,11 @@
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
-use uhmm_pager_core::{Backing, Entry, Event, PageState, Target};
+use uhmm_pager_core::{Backing, Event, Target};
 
 use crate::advise::revoke_all;
 use crate::calls::{Answer, refuse};
-use crate::directory::DirectoryFile;
+use crate::closing::Away;
 use crate::kernel_view::{Ended, Part, Shown};
 use crate::requests::{FaultKind, Piece, Then};
 use crate::service::Pager;
@@ -158,14 +158,7 @@ impl Pager {
         let Ok(pieces) = self.managed_pieces(conn, addr, len_bytes) else {
             return answer(self, Ok(pager::Reply::Done));
         };
-        let (mut moving, mut lost) = (false, false);
-        for (_, region, pages) in self.alike_pieces(&pieces, DirectoryFile::alike) {
-            match Entry::decode(region.directory.load(pages.first)) {
-                Ok(entry) if entry.is_settled_system() => {}
-                Ok(entry) if entry.state() != PageState::Poisoned => moving = true,
-                _ => lost = true,
-            }
-        }
+        let Away { moving, lost } = self.away(&pieces);
         if lost {
             let text = format!(
                 "Pages of [{addr:#x}, +{len_bytes:#x}) were lost with their device: release the range around them"
@@ -177,14 +170,7 @@ impl Pager {
         }
         let Ok(space_id) = self.space_of(conn) else { return };
         let range = AddrRange { start: addr, len: len_bytes };
-        if let Some(space) = self.spaces.get(&space_id)
-            && let Err(error) = space.uffd.unregister(range)
-        {
-            tracing::debug!(%error, %range, "A released range was not registered");
-        }
-        for cut in self.cut(space_id, addr, addr + len_bytes) {
-            self.settle_cut(cut);
-        }
+        self.not_managed_any_more(space_id, range);
         // No device reads there any more when the caller goes on.
         self.revalidated(conn, call, range, false);
     }

@@ -11,6 +11,7 @@ use uhmm_pager_core::{
 
 use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
+use crate::failures::add_reason;
 use crate::home::{AtHomeFault, Whose};
 use crate::service::Pager;
 use crate::space::{DEVICE_SLOTS, Phase, Region, Segment};
@@ -24,6 +25,8 @@ pub(crate) struct PendingRequest {
     pub conn: ConnId,
     pub call: CallId,
     pub trace: TraceId,
+    /// Whose pages; 0: a whole space's.
+    pub region: u64,
     /// First page that was asked for: answers count from it.
     pub first_page: u64,
     /// What to do with the answer.
@@ -80,6 +83,11 @@ pub(crate) enum Then {
         who: Whose,
         /// Pages that have come before.
         before: u64,
+    },
+    /// Every page of a space is at home: it ends, and its process goes on.
+    Close {
+        /// Which.
+        space: u64,
     },
     /// The range is at home: it is not managed any more.
     Release {
@@ -204,7 +212,9 @@ impl Pager {
         for Piece { located, offset } in pieces {
             // Answers of the core count from the region's start, those to the client from the range's.
             let first_page = located.pages.first.wrapping_sub(*offset);
-            let req = self.ask_core(PendingRequest { conn, call, trace, first_page, then: Then::Tell, group });
+            self.forget_failures(located.region, located.pages);
+            let (region, then) = (located.region, Then::Tell);
+            let req = self.ask_core(PendingRequest { conn, call, trace, region, first_page, then, group });
             self.push(event(req, RegionId(located.region), located.pages));
         }
     }
@@ -224,9 +234,7 @@ impl Pager {
             Ok(pager::Reply::Migrated { moved_pages, runs, why }) => {
                 group.moved_pages += moved_pages;
                 group.runs.extend(runs);
-                if group.why.is_empty() {
-                    group.why = why;
-                }
+                add_reason(&mut group.why, &why);
             }
             Ok(pager::Reply::Evicted { page_count }) => group.moved_pages += page_count,
             Ok(_) => {}
@@ -252,8 +260,10 @@ impl Pager {
             return self.revalidated(conn, call, AddrRange { start: addr, len: len_bytes }, tells);
         }
         if let (Then::Home { who, before }, None) = (then, &error) {
-            let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
             return self.homed(conn, call, who, before + moved_pages, stuck.then_some(why));
+        }
+        if let Then::Close { space } = then {
+            return self.came_home_to_close(space, error, stuck.then_some(&why));
         }
         runs.sort_unstable_by_key(|run| run.first_page);
         let answer = match error {
@@ -300,7 +310,6 @@ impl Pager {
         if let (CoreTarget::Device(_), Some(kept)) = (target, self.kept_at_home(conn, len_bytes / PAGE_SIZE)) {
             return Some(Ok(kept));
         }
-        self.forget_failure(conn);
         if let CoreTarget::Device(device) = target
             && let Err(error) = self.may_use(conn, device.0).and_then(|()| self.can_take_out(conn, &pieces))
         {
@@ -360,12 +369,16 @@ impl Pager {
         let segment = self.regions.segment(segment_id).filter(|segment| segment.space == space);
         let live = segment.and_then(|s| self.regions.get(s.region)).filter(|region| region.phase == Phase::Live);
         let (in_place, live) = (live.is_some_and(|r| r.backing == Backing::File), live.is_some());
-        if live && !in_place && self.spaces.get(&space).is_some_and(|space| space.state.at_home) {
+        if live
+            && !in_place
+            && self.spaces.get(&space).is_some_and(|space| space.state.at_home)
+            && !self.closing.has(space)
+        {
             let fault = AtHomeFault { conn, call, trace, space, segment_id, window, fault_page, device, kind };
             self.home.faults.push(fault);
             return None;
         }
-        let Some(segment) = segment.filter(|_| live) else {
+        let Some(segment) = segment.filter(|_| live && !self.closing.has(space)) else {
             return refuse(ErrorCode::NotFound, format!("Region {segment_id} of space {space} does not exist"));
         };
         let end = window.first.checked_add(window.count).filter(|end| *end <= segment.page_count);
@@ -400,7 +413,8 @@ impl Pager {
             agent.count_grant();
         }
         let then = Then::Map { read_only };
-        let pending = PendingRequest { conn, call, trace, first_page, then, group: 0 };
+        self.forget_failures(region, pages);
+        let pending = PendingRequest { conn, call, trace, region, first_page, then, group: 0 };
         let req = self.ask_core(pending);
         let FaultKind { write, whole, exclusive } = kind;
         let (device, fault_page) = (DeviceId(device), first_page + fault_page);
@@ -433,7 +447,7 @@ impl Pager {
             }
             Outcome::Migrated { runs, moved_pages } => {
                 tracing::debug!(request = pending.trace.0, moved_pages, "Migrated");
-                let why = self.why_stayed(pending.conn, pending.trace, &runs);
+                let why = self.why_stayed(pending.conn, pending.trace, RegionId(pending.region), &runs);
                 let runs = runs.iter().map(|run| StatusRun {
                     first_page: run.first.wrapping_sub(pending.first_page),
                     page_count: run.count,
@@ -454,7 +468,17 @@ impl Pager {
                 });
                 Ok(pager::Reply::Resolved { runs: runs.take(ANSWER_RUNS_MAX).collect() })
             }
-            Outcome::Failed(error) => Err(WireError::new(wire_code(&error), error.to_string())),
+            Outcome::Failed(error) => {
+                let reason = match error {
+                    CoreError::Io { page } => self.why_failed(RegionId(pending.region), page),
+                    _ => None,
+                };
+                let text = reason.map_or_else(|| error.to_string(), |why| format!("{error}: {why}"));
+                if matches!(error, CoreError::Io { .. }) {
+                    tracing::warn!(request = pending.trace.0, region = pending.region, text, "A device gets no page");
+                }
+                Err(WireError::new(wire_code(&error), text))
+            }
         };
         if pending.group != 0 {
             return self.group_answered(pending.group, answer);

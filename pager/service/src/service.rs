@@ -24,10 +24,12 @@ use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId
 
 use crate::agent_life::TIMER_AGENT;
 use crate::agent_ops::Parts;
+use crate::closing::ClosingBook;
 use crate::copies::Deferred;
 use crate::create::Wanted;
 use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
+use crate::failures::Failures;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
@@ -169,6 +171,8 @@ pub struct Pager {
     /// Copies that shall fail, by space.
     pub(crate) injections: HashMap<(u64, FaultPoint), u32>,
     pub(crate) home: HomeBook,
+    pub(crate) failures: Failures,
+    pub(crate) closing: ClosingBook,
     pub(crate) traces: HashMap<u64, TraceRing>,
     /// Spaces whose hot ranges are asked for.
     pub(crate) watches: BTreeMap<u64, Watch>,
@@ -194,6 +198,7 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
     }
     let mut pager = Pager::new(service)?;
     pager.recover()?;
+    pager.go_on_being_home();
     pager.service.ready();
     let mut wakes = Vec::new();
     loop {
@@ -295,6 +300,8 @@ impl Pager {
             next_bounce: 1,
             injections: HashMap::new(),
             home: HomeBook::default(),
+            failures: Failures::default(),
+            closing: ClosingBook::default(),
             traces: HashMap::new(),
             watches: BTreeMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
@@ -316,6 +323,7 @@ impl Pager {
         self.end_some();
         self.scrub_some();
         self.go_on_homing();
+        self.go_on_closing();
         self.push(Event::Tick);
         self.drain();
     }
@@ -326,7 +334,7 @@ impl Pager {
 
     /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
     fn poll_timeout(&mut self) -> Option<Duration> {
-        let homes = !self.home.homings.is_empty();
+        let homes = !self.home.homings.is_empty() || self.closing.works();
         let works = homes || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs();
         if self.core.has_runnable_work() || works {
             return Some(Duration::ZERO);

@@ -8,7 +8,7 @@
  *   -EINVAL    misaligned, a hole, a wrong argument       -ESTALE    the service died; the call may or may not be done
  *   -ENOENT    nothing there                              -ETIMEDOUT the deadline passed
  *   -EBUSY     invalidated meanwhile: try again           -EPROTO    the service speaks another protocol
- *   -ENOTCONN  no system runs in the run directory
+ *   -ENOTCONN  no system runs in the run directory        -EAGAIN    no process or thread can be made: a limit is reached
  * What each function gives is listed with it. Beside that, every function gives -EINVAL for a handle, pointer, length or value that is wrong, and
  * -EIO where a bug was met. "The services' own" are: -ESTALE, the session's thread was killed, or a service died in the middle of something
  * that must not be done twice; -EPERM, this process may not connect any more (it became another user, or a filter forbids it); -ENOMEM, no memory
@@ -850,14 +850,17 @@ size_t uhmm_last_error(char *buffer,
  * to come back.
  *
  * Errors: -ENOTCONN no system runs there; -EPERM the run directory cannot be entered, or this account may not make a userfaultfd (the text says what
- * to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); the services' own.
+ * to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); -EAGAIN no process or
+ * thread can be made (pids.max, ulimit -u); the services' own.
  */
 int uhmm_connect(const char *run_dir,
                  uhmm_session **session);
 
 /**
- * Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
- * and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
+ * Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Adopted memory comes home with its bytes and is the
+ * program's alone. That is waited for, ten seconds at most and not at all while the pager is away; then it goes on by itself. Devices
+ * and pending calls of the session stay usable until they are closed and freed, and the session lives as long as they do; so it does in a forked
+ * child as long as that has memory which its parent allocated.
  * A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
  *
  * Errors: -EINVAL a wrong handle.

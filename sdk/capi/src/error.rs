@@ -71,7 +71,7 @@ impl Failure {
     pub(crate) fn errno(&self) -> c_int {
         match self {
             Failure::Sdk(uhmm_sdk::Error::NotRunning { .. }) => libc::ENOTCONN,
-            Failure::Sdk(error @ uhmm_sdk::Error::Kernel { .. }) => kernels_errno(error),
+            Failure::Sdk(error @ (uhmm_sdk::Error::Kernel { .. } | uhmm_sdk::Error::Thread(_))) => kernels_errno(error),
             Failure::Sdk(error) => errno_of(error.code()),
             Failure::Null { .. }
             | Failure::Misaligned { .. }
@@ -121,6 +121,7 @@ fn kernels_errno(error: &uhmm_sdk::Error) -> c_int {
     match kernels {
         Some(libc::ENOMEM) => libc::ENOMEM,
         Some(libc::EPERM | libc::EACCES) => libc::EPERM,
+        Some(libc::EAGAIN) => libc::EAGAIN,
         _ => errno_of(error.code()),
     }
 }
@@ -250,6 +251,7 @@ mod tests {
             (libc::ENOMEM, libc::ENOMEM),
             (libc::EPERM, libc::EPERM),
             (libc::EACCES, libc::EPERM),
+            (libc::EAGAIN, libc::EAGAIN),
             (libc::ENODEV, libc::EIO),
         ] {
             assert_eq!(of(number).errno(), expected);

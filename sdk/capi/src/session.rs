@@ -43,7 +43,8 @@ impl Session {
 /// to come back.
 ///
 /// Errors: -ENOTCONN no system runs there; -EPERM the run directory cannot be entered, or this account may not make a userfaultfd (the text says what
-/// to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); the services' own.
+/// to change); -ETIMEDOUT its pager does not answer for ten seconds; -ENOMEM no memory, or no mapping left (vm.max_map_count); -EAGAIN no process or
+/// thread can be made (pids.max, ulimit -u); the services' own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut uhmm_session) -> c_int {
     guard(|| {
@@ -58,8 +59,10 @@ pub unsafe extern "C" fn uhmm_connect(run_dir: *const c_char, session: *mut *mut
     })
 }
 
-/// Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Release adopted memory before. Devices
-/// and pending calls of the session stay usable until they are closed and freed, and the agent lives as long as they do.
+/// Ends a session and frees all memory that uhmm_allocate() gave: its addresses are gone. Adopted memory comes home with its bytes and is the
+/// program's alone. That is waited for, ten seconds at most and not at all while the pager is away; then it goes on by itself. Devices
+/// and pending calls of the session stay usable until they are closed and freed, and the session lives as long as they do; so it does in a forked
+/// child as long as that has memory which its parent allocated.
 /// A call that another thread is inside ends first. In a forked child, a handle of the parent is left alone and 0 is answered.
 ///
 /// Errors: -EINVAL a wrong handle.

@@ -32,7 +32,7 @@ const HEAD: &str = "\
  *   -EINVAL    misaligned, a hole, a wrong argument       -ESTALE    the service died; the call may or may not be done
  *   -ENOENT    nothing there                              -ETIMEDOUT the deadline passed
  *   -EBUSY     invalidated meanwhile: try again           -EPROTO    the service speaks another protocol
- *   -ENOTCONN  no system runs in the run directory
+ *   -ENOTCONN  no system runs in the run directory        -EAGAIN    no process or thread can be made: a limit is reached
  * What each function gives is listed with it. Beside that, every function gives -EINVAL for a handle, pointer, length or value that is wrong, and
  * -EIO where a bug was met. \"The services' own\" are: -ESTALE, the session's thread was killed, or a service died in the middle of something
  * that must not be done twice; -EPERM, this process may not connect any more (it became another user, or a filter forbids it); -ENOMEM, no memory

@@ -1,11 +1,17 @@
 //! How the link thread introduces this process to the pager, and who works for it there: a new client, a forked child, an agent that
 //! was started again.
 
+use std::time::Duration;
+
 use uhmm_ipc::message::{Call, Fd, Reply, TraceId, WireError, pager};
 use uhmm_kernel_hook::{HookError, Userfaultfd};
 
-use super::{AGENT, Loop, Space};
+use super::{AGENT, AGENT_ROOM, Loop, Space};
 use crate::Error;
+use crate::agent::is_limit;
+
+/// How often room for another agent is looked for.
+const ROOM_PAUSE: Duration = Duration::from_millis(500);
 
 impl Loop {
     pub(super) fn watch_agent(&mut self) -> Result<(), Error> {
@@ -16,12 +22,31 @@ impl Loop {
     }
 
     /// Somebody has killed the agent alone: another one is started where the program still may.
-    pub(super) fn agent_ended(&mut self) -> Result<(), Error> {
-        let Some(pidfd) = self.agent.pidfd().filter(|pidfd| pidfd.exited().unwrap_or(true)) else { return Ok(()) };
-        self.reactor.remove_fd(pidfd)?;
-        self.agent.start_again()?;
-        self.watch_agent()?;
-        self.tell_of_agent()
+    pub(super) fn agent_ended(&mut self) {
+        let Some(pidfd) = self.agent.pidfd().filter(|pidfd| pidfd.exited().unwrap_or(true)) else { return };
+        if let Err(error) = self.reactor.remove_fd(pidfd) {
+            tracing::debug!(%error, "The agent was not watched");
+        }
+        self.start_agent_again();
+    }
+
+    /// Where there are as many processes as may be: again and again until there is room, since nothing tells of that.
+    pub(super) fn start_agent_again(&mut self) {
+        match self.agent.start_again() {
+            Ok(()) => {}
+            Err(error) if is_limit(&error) => {
+                tracing::warn!(%error, "The agent was killed, and there is no room for another one yet");
+                self.reactor.add_timer(ROOM_PAUSE, AGENT_ROOM);
+                return;
+            }
+            Err(error) => {
+                tracing::error!(%error, "The agent has ended and no other one can be started: private memory moves to no device any more");
+                return;
+            }
+        }
+        if let Err(error) = self.watch_agent().and_then(|()| self.tell_of_agent()) {
+            tracing::error!(%error, "The pager does not hear of the new agent");
+        }
     }
 
     pub(super) fn tell_of_agent(&mut self) -> Result<(), Error> {
@@ -38,13 +63,18 @@ impl Loop {
                 Ok(Space { id: space, token, features })
             }
             Ok(Reply::Pager(pager::Reply::ChildAttached { uffd, features })) => self.on_child_attached(uffd, features),
-            Ok(Reply::Pager(pager::Reply::Done)) => return,
+            Ok(Reply::Pager(pager::Reply::Done)) => {
+                self.standing.refused = false;
+                return;
+            }
             Ok(_) => Err(Error::StrangeReply { question: "OpenSpace" }),
             Err(error) => {
                 tracing::error!(%error, "The pager refused this session");
                 Err(error.into())
             }
         };
+        self.standing.refused = result.is_err();
+        self.standing.was_known |= result.is_ok();
         if let Some(opening) = self.opening.take() {
             opening.complete(result);
         }

@@ -18,7 +18,7 @@ use uhmm_agent::{BLOCK_BYTES, Config, SCRATCH_BYTES, Work};
 use uhmm_shared::agent::{BELL, GRANTS, PAUSE_UNTIL_NS, SLOTS, STOP, WORDS};
 
 use crate::bytes::Advice;
-use crate::error::HookError;
+use crate::error::{HookError, making_processes};
 use crate::own_memory;
 use crate::process::PidFd;
 use crate::range::{AddrRange, PAGE_SIZE};
@@ -163,8 +163,8 @@ impl AgentSeat {
         // SAFETY: memory and stack stay until this seat is dropped, which waits for the agent; libuhmm is linked so that dlclose leaves
         // it mapped.
         let spawned = unsafe { uhmm_agent::spawn(config, stack_top) }.map_err(|errno| {
-            let hint = "A seccomp filter may forbid clone: connect before it is installed";
-            HookError::hinted("clone(CLONE_VM)", io::Error::from_raw_os_error(errno as i32), hint)
+            let errno = errno as i32;
+            HookError::hinted("clone(CLONE_VM)", io::Error::from_raw_os_error(errno), making_processes(errno))
         })?;
         // SAFETY: clone returned a new descriptor that nobody else owns.
         let pidfd = PidFd::from_fd(unsafe { OwnedFd::from_raw_fd(spawned.pidfd) });

@@ -174,6 +174,21 @@ impl HookError {
     }
 }
 
+/// What to do when no process and no thread can be made. Empty where it is not for a limit.
+#[must_use]
+pub fn making_processes(errno: i32) -> &'static str {
+    match errno {
+        libc::EAGAIN => {
+            "This program's control group (pids.max) or user (RLIMIT_NPROC, `ulimit -u`) has as many processes and threads as it may: raise that limit, or end some"
+        }
+        libc::ENOMEM => "Check free memory and the control group's limit",
+        libc::EPERM | libc::EACCES | libc::ENOSYS => {
+            "A seccomp filter may forbid clone: connect before it is installed"
+        }
+        _ => "",
+    }
+}
+
 const NO_MEMORY: &str = "Check free memory and vm.max_map_count (sysctl), the most mappings that a process may have";
 
 fn on_range(range: &Option<AddrRange>) -> String {
@@ -200,5 +215,16 @@ mod tests {
             |hint| HookError::on("mprotect", range, io::Error::from_raw_os_error(libc::ENOMEM), hint).to_string();
         assert!(full("").contains("vm.max_map_count") && full("Unmap it").ends_with(". Unmap it"));
         assert_eq!(HookError::ReadOnly.errno(), None);
+    }
+
+    #[test]
+    fn a_limit_of_processes_is_not_taken_for_a_filter() {
+        assert!(
+            making_processes(libc::EAGAIN).contains("pids.max") && making_processes(libc::EAGAIN).contains("ulimit -u")
+        );
+        assert!(
+            !making_processes(libc::EAGAIN).contains("seccomp") && !making_processes(libc::ENOMEM).contains("seccomp")
+        );
+        assert!(making_processes(libc::EPERM).contains("seccomp"));
     }
 }

@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
-use crate::error::HookError;
+use crate::error::{HookError, making_processes};
 use crate::process::{self, PidFd};
 use crate::socket::{RecvStatus, SendStatus, SeqPacket};
 
@@ -56,7 +56,9 @@ impl FdKeeper {
         // allocates nor takes locks that another thread may have held, and closes nothing) and never returns.
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
         if pid < 0 {
-            return Err(HookError::failed("clone", io::Error::last_os_error()));
+            let error = io::Error::last_os_error();
+            let hint = making_processes(error.raw_os_error().unwrap_or(0));
+            return Err(HookError::hinted("clone", error, hint));
         }
         if pid == 0 {
             keep(&own_pidfd, &near, far_file);

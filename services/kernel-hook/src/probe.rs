@@ -340,7 +340,11 @@ fn agent() -> Item {
         Ok::<_, crate::HookError>("a process of its own".to_string())
     })();
     let consequence = "The agent is a thread of its program: it shares the program's filters and its death";
-    Item::tried("agent", tried, consequence, "Allow clone(CLONE_VM) in the container's seccomp profile")
+    let fix = match &tried {
+        Err(error) if error.errno() == Some(libc::EAGAIN) => "Raise the limit of processes (pids.max, ulimit -u)",
+        _ => "Allow clone(CLONE_VM) in the container's seccomp profile",
+    };
+    Item::tried("agent", tried, consequence, fix)
 }
 
 fn memlock() -> Item {
