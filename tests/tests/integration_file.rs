@@ -294,27 +294,61 @@ fn integration_file_what_cannot_be_had_is_refused_at_the_start() {
     scene.compare(1, "the first one goes on");
 }
 
-#[test]
-fn integration_file_up_needs_two_words() {
+/// `uhmm up --file`, some pages out and home, `uhmm down`; returns what was logged. `before`: what comes before the program on the command line.
+fn up_with_two_words(before: &[&str]) -> String {
     let folder = folder();
-    let path = folder.path().join("far0");
-    let mut command = std::process::Command::new(uhmm_exe());
-    command.arg("--run-dir").arg(folder.path().join("run")).arg("up").arg("--file").arg(format!("16MiB:{}", path.display()));
-    let mut up = command.stdout(std::process::Stdio::piped()).spawn().expect("uhmm up starts");
+    let run_dir = folder.path().join("run");
+    let exe = uhmm_exe();
+    let words: Vec<&std::ffi::OsStr> = before.iter().map(std::ffi::OsStr::new).chain([exe.as_os_str()]).collect();
+    let mut command = std::process::Command::new(words[0]);
+    command.args(&words[1..]).arg("--run-dir").arg(&run_dir).arg("up");
+    command.arg("--file").arg(format!("16MiB:{}", folder.path().join("far0").display())).env("UHMM_LOG", "info");
+    let log = folder.path().join("log");
+    let errors = File::create(&log).expect("a file");
+    let mut up = command.stdout(std::process::Stdio::piped()).stderr(errors).spawn().expect("uhmm up starts");
     let mut line = String::new();
     let mut said = std::io::BufReader::new(up.stdout.take().expect("piped"));
     std::io::BufRead::read_line(&mut said, &mut line).expect("it says something");
-    assert_eq!(line.trim(), "ready");
-    let run_dir = folder.path().join("run");
+    assert_eq!(line.trim(), "ready", "{}", std::fs::read_to_string(&log).expect("a log"));
     let session = Session::connect(Some(&run_dir)).expect("a session");
     let region = session.allocate(MIB).expect("region");
-    region.write_u64(0, 3).expect("write");
+    for index in 0..MIB / 8 {
+        region.write_u64(index * 8, word(5, index)).expect("write");
+    }
     let device = session.device("far0").expect("device");
     assert!(session.migrate(region.addr(), MIB, &device).expect("migrate").complete());
-    assert_eq!(region.read_u64(0).expect("read"), 3);
+    let sum = (0..MIB / 8).fold(0u64, |sum, index| sum.wrapping_add(word(5, index)));
+    assert_eq!(device.run(Job::new("sum", [region.addr(), MIB]).idempotent()).expect("sum").results, [sum]);
+    for index in 0..MIB / 8 {
+        assert_eq!(region.read_u64(index * 8).expect("read"), word(5, index));
+    }
     drop((region, session));
     uhmm_sdk::Operator::connect(Some(&run_dir)).expect("operator").shutdown().expect("down");
     assert!(up.wait().expect("it ends").success());
+    std::fs::read_to_string(&log).expect("a log")
+}
+
+#[test]
+fn integration_file_up_needs_two_words() {
+    let log = up_with_two_words(&[]);
+    assert!(log.contains("io_uring"), "{log}");
+}
+
+/// What container runtimes do: io_uring_setup answers EPERM. (PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with four instructions.)
+const WITHOUT_IO_URING: &str = "
+import ctypes, os, struct, sys
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)]
+text = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *one) for one in code))
+program = ctypes.create_string_buffer(struct.pack('HxxxxxxQ', len(code), ctypes.addressof(text)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+os.execv(sys.argv[1], sys.argv[1:])
+";
+
+#[test]
+fn integration_file_works_where_io_uring_is_refused() {
+    let log = up_with_two_words(&["python3", "-c", WITHOUT_IO_URING]);
+    assert!(log.contains("threads with pread and pwrite"), "{log}");
 }
 
 /// One or two cases of every group; `uhmm conformance --driver file` holds for all.

@@ -2,7 +2,8 @@
 //!
 //! [`open`]: who may have it and how much room it has. Here: requests as transfers of the kernel hook's disk.
 //!
-//! The kernel ends requests of a process before it is reaped, so a successor finds a medium on which nothing of its predecessor lands any more.
+//! A successor must find a medium on which nothing of its killed predecessor lands any more. Threads are not reaped before their calls have
+//! ended. Requests of io_uring may outlive their process, so it is used where a successor can wait for them ([`open`]): on ext4 and xfs.
 
 pub mod open;
 
@@ -42,6 +43,7 @@ impl FileBackend {
         buffers: Buffers,
         mode: DiskMode,
     ) -> Result<Self, HookError> {
+        let mode = if medium.settles { mode } else { DiskMode::Threads };
         let disk = Disk::open(medium.file.clone(), depth, std::slice::from_ref(&buffers.window), mode)?;
         let len_bytes = medium.regular.then_some(HEADER_BYTES + u64::from(medium.blocks) * PAGE_BYTES);
         let (file, refused, clock) = (medium.file.clone(), Vec::new(), Clock::default());

@@ -28,6 +28,8 @@ const SPARE_MIN: u32 = 512;
 /// Enough for everything in flight.
 const SPARE_MAX: u32 = 65_536;
 
+/// File systems whose fallocate waits for direct I/O in flight, whoever began it.
+const WAITING: [i64; 2] = [0xef53, 0x5846_5342];
 const TMPFS: i64 = 0x0102_1994;
 const RAMFS: i64 = 0x8584_58f6;
 const HUGETLBFS: i64 = 0x9584_58f6;
@@ -120,6 +122,8 @@ pub struct Medium {
     found: Found,
     /// It was shorter than it should be, and is not any more.
     pub was_short: bool,
+    /// io_uring may be used: a successor can wait for what it leaves in flight.
+    pub settles: bool,
 }
 
 /// Frames of a device of that size, and blocks for them.
@@ -148,17 +152,17 @@ impl Medium {
     pub fn open(path: &Path, memory_bytes: u64, format: bool, kept: Option<Arc<OwnedFd>>) -> Result<Self, FileError> {
         let Some(file) = kept else {
             let made = create(path)?;
-            let opened = open_file(path).and_then(|file| Self::take(path, memory_bytes, format, file));
+            let opened = open_file(path).and_then(|file| Self::take(path, memory_bytes, format, file, false));
             return opened.inspect_err(|_| {
                 if made {
                     drop(std::fs::remove_file(path));
                 }
             });
         };
-        Self::take(path, memory_bytes, format, file)
+        Self::take(path, memory_bytes, format, file, true)
     }
 
-    fn take(path: &Path, memory_bytes: u64, format: bool, file: Arc<OwnedFd>) -> Result<Self, FileError> {
+    fn take(path: &Path, memory_bytes: u64, format: bool, file: Arc<OwnedFd>, kept: bool) -> Result<Self, FileError> {
         let stat = fs::fstat(&file).map_err(call(path, "fstat"))?;
         let regular = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => true,
@@ -171,8 +175,9 @@ impl Medium {
             Err(Errno::WOULDBLOCK) => return Err(FileError::Locked(path.to_owned())),
             Err(error) => return Err(call(path, "flock")(error)),
         }
-        if regular {
-            check_place(path, &file)?;
+        let settles = regular && check_place(path, &file)?;
+        if settles && kept {
+            settle(path, &file)?;
         }
         let len = fs::seek(&file, SeekFrom::End(0)).map_err(call(path, "lseek"))?;
         let found = read_begin(path, &file, len)?;
@@ -189,7 +194,7 @@ impl Medium {
             let fitted = fitting(len.saturating_sub(HEADER_BYTES) / PAGE_BYTES, frames);
             (frames, blocks) = fitted.ok_or(FileError::NoRoom { path: path.to_owned(), needed, room: len })?;
         }
-        Ok(Self { file, regular, frames, blocks, path: path.to_owned(), found, was_short: len < needed && regular })
+        Ok(Self { file, regular, frames, blocks, path: path.to_owned(), found, was_short: len < needed && regular, settles })
     }
 
     /// The header says that the blocks are of this life.
@@ -269,21 +274,31 @@ fn open_file(path: &Path) -> Result<Arc<OwnedFd>, FileError> {
     }
 }
 
-/// On a disk, and in units that divide a page.
-fn check_place(path: &Path, file: &OwnedFd) -> Result<(), FileError> {
+/// The kernel reaps a killed process while writes of its io_uring are in flight still. One that landed after a successor has used the block for
+/// something else would destroy that. So the successor waits for them: fallocate does, on the file systems where io_uring is used.
+fn settle(path: &Path, file: &OwnedFd) -> Result<(), FileError> {
+    let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+    let waited = fs::fallocate(file, flags, HEADER_BYTES - PAGE_BYTES, PAGE_BYTES);
+    waited.map_err(call(path, "waiting for an earlier driver's writes"))
+}
+
+/// On a disk, and in units that divide a page. True: see [`settle`].
+fn check_place(path: &Path, file: &OwnedFd) -> Result<bool, FileError> {
     let system = fs::fstatfs(file).map_err(call(path, "fstatfs"))?;
-    if [TMPFS, RAMFS, HUGETLBFS].contains(&(system.f_type as i64 & 0xffff_ffff)) {
+    let kind = system.f_type as i64 & 0xffff_ffff;
+    if [TMPFS, RAMFS, HUGETLBFS].contains(&kind) {
         return Err(FileError::InMemory(path.to_owned()));
     }
+    let settles = WAITING.contains(&kind);
     let asked = fs::StatxFlags::from_bits_retain(0x2000); // STATX_DIOALIGN
     let told = fs::statx(file, c"", fs::AtFlags::EMPTY_PATH, asked).map_err(call(path, "statx"))?;
     if told.stx_mask & asked.bits() == 0 {
-        return Ok(());
+        return Ok(settles);
     }
     match told.stx_dio_mem_align.max(told.stx_dio_offset_align) {
         0 => Err(FileError::NoDirect(path.to_owned())),
         unit if u64::from(unit) > PAGE_BYTES => Err(FileError::Unit { path: path.to_owned(), unit }),
-        _ => Ok(()),
+        _ => Ok(settles),
     }
 }
 

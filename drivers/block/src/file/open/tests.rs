@@ -115,3 +115,36 @@ fn as_many_frames_as_have_room() {
         assert!(frames == wanted || u64::from(more) > room, "{frames} of {room} could be more");
     }
 }
+
+/// Runs the test of that name again, in a mount namespace that these commands make.
+fn in_a_namespace(commands: &str, test: &str, folder: &Path) {
+    let exe = std::env::current_exe().unwrap();
+    let script = format!("set -e; cd '{}'; {commands}; exec '{}' --ignored --exact '{test}'", folder.display(), exe.display());
+    let output = std::process::Command::new("unshare").args(["-r", "-m", "sh", "-c", &script]).output();
+    let output = output.expect("unshare (util-linux) starts");
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
+fn file_systems_without_direct_io_and_read_only_ones_are_refused() {
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::create_dir(path("ramfs")).unwrap();
+    std::fs::create_dir(path("read-only")).unwrap();
+    open(&path("read-only/there")).unwrap();
+    let commands = "mount -t ramfs ramfs ramfs; mount --bind read-only read-only; mount -o remount,ro,bind read-only";
+    in_a_namespace(commands, "file::open::tests::in_a_namespace_with_such_file_systems", folder.path());
+}
+
+#[test]
+#[ignore = "the test above runs it, in a namespace"]
+fn in_a_namespace_with_such_file_systems() {
+    let error = open(Path::new("ramfs/far0")).unwrap_err();
+    assert!(matches!(error, FileError::NoDirect(_) | FileError::InMemory(_)), "{error}");
+    assert!(!Path::new("ramfs/far0").exists());
+    for name in ["new", "there"] {
+        let error = open(&Path::new("read-only").join(name)).unwrap_err();
+        assert!(matches!(error, FileError::NotWritable { reason: Errno::ROFS, .. }), "{name}: {error}");
+    }
+}
