@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::FdFlags;
@@ -22,30 +23,47 @@ const PARKED_FD: i32 = 2000;
 
 /// See the module head.
 pub struct Manager {
-    socket: UnixDatagram,
     dir: tempfile::TempDir,
+    heard: Arc<(Mutex<Heard>, Condvar)>,
+}
+
+/// What has come so far.
+#[derive(Default)]
+pub struct Heard {
     /// The store: descriptors by name.
     pub kept: BTreeMap<String, OwnedFd>,
     /// Every other line, in order.
     pub lines: Vec<String>,
-    /// How often each store name was given.
+    /// How many descriptors were given.
     pub given: usize,
+    datagrams: usize,
+    read_lines: usize,
 }
 
 impl Default for Manager {
+    /// Listens from now on: a manager is always there.
     fn default() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let socket = UnixDatagram::bind(dir.path().join("notify")).expect("bind");
-        Self { socket, dir, kept: BTreeMap::new(), lines: Vec::new(), given: 0 }
+        let heard = Arc::new((Mutex::new(Heard::default()), Condvar::new()));
+        let to = Arc::clone(&heard);
+        std::thread::spawn(move || listen(&socket, &to));
+        Self { dir, heard }
     }
 }
 
 impl Manager {
+    /// What has come so far; nothing comes while it is looked at.
+    pub fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// `uhmm up --adopt` as a unit's main process, with all that is in the store.
     pub fn start(&self, run_dir: &Path, manifest: &Path, watchdog: Duration) -> Child {
         let mut script = String::new();
         let mut parked = Vec::new();
-        for (index, fd) in self.kept.values().enumerate() {
+        let heard = self.heard();
+        for (index, fd) in heard.kept.values().enumerate() {
             let fd = rustix::io::fcntl_dupfd_cloexec(fd, PARKED_FD).expect("a descriptor");
             rustix::io::fcntl_setfd(&fd, FdFlags::empty()).expect("it is inherited");
             script += &format!("exec {}<&{raw} {raw}<&-\n", FIRST_FD + index, raw = fd.as_raw_fd());
@@ -57,7 +75,7 @@ impl Manager {
         command.args(["up", "--adopt", "--manifest"]).arg(manifest);
         command.env("NOTIFY_SOCKET", self.dir.path().join("notify")).env("FDSTORE", "4096");
         command.env("WATCHDOG_USEC", watchdog.as_micros().to_string());
-        let names: Vec<&str> = self.kept.keys().map(String::as_str).collect();
+        let names: Vec<&str> = heard.kept.keys().map(String::as_str).collect();
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("bash starts");
         let stdout = child.stdout.take().expect("stdout is piped");
@@ -66,48 +84,68 @@ impl Manager {
         child
     }
 
-    /// Listens until a line begins so, and returns it.
-    pub fn wait_for(&mut self, start: &str) -> String {
-        let (from, deadline) = (self.lines.len(), Instant::now() + PATIENCE);
+    /// Waits for a line that begins so, among those that came after what was waited for last, and returns it.
+    pub fn wait_for(&self, start: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut heard = self.heard();
         loop {
-            if let Some(line) = self.lines[from..].iter().find(|line| line.starts_with(start)) {
-                return line.clone();
+            let from = heard.read_lines;
+            if let Some(at) = heard.lines[from..].iter().position(|line| line.starts_with(start)) {
+                heard.read_lines = from + at + 1;
+                return heard.lines[from + at].clone();
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "nothing begins with {start:?}: {:?}", self.lines);
-            self.listen(left);
+            assert!(!left.is_zero(), "nothing begins with {start:?}: {:?}", &heard.lines[from..]);
+            heard = self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Listens until nothing has come for so long; returns how many datagrams came.
-    pub fn listen_until_quiet(&mut self, quiet: Duration) -> usize {
-        (0..).take_while(|_| self.listen(quiet)).count()
+    /// Waits until nothing has come for so long.
+    pub fn wait_until_quiet(&self, quiet: Duration) {
+        let mut heard = self.heard();
+        loop {
+            let before = heard.datagrams;
+            let waited = self.heard.1.wait_timeout_while(heard, quiet, |heard| heard.datagrams == before);
+            let (now, result) = waited.unwrap_or_else(PoisonError::into_inner);
+            if result.timed_out() {
+                return;
+            }
+            heard = now;
+        }
     }
+}
 
-    /// One datagram; false: none came in time.
-    fn listen(&mut self, timeout: Duration) -> bool {
-        self.socket.set_read_timeout(Some(timeout)).expect("a timeout");
+fn listen(socket: &UnixDatagram, to: &(Mutex<Heard>, Condvar)) {
+    loop {
         let mut bytes = [0; 8192];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let got = rustix::net::recvmsg(self.socket.as_fd(), &mut [IoSliceMut::new(&mut bytes)], &mut control, flags);
-        let Ok(got) = got else { return false };
+        let got = rustix::net::recvmsg(socket.as_fd(), &mut [IoSliceMut::new(&mut bytes)], &mut control, flags);
+        let Ok(got) = got else { continue };
         let fd = control.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
             _ => None,
         });
-        let text = std::str::from_utf8(&bytes[..got.bytes]).expect("text").to_owned();
+        let text = String::from_utf8_lossy(&bytes[..got.bytes]);
+        let mut heard = to.0.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.hear(&text, fd);
+        to.1.notify_all();
+    }
+}
+
+impl Heard {
+    fn hear(&mut self, text: &str, fd: Option<OwnedFd>) {
         let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key));
-        match (value("FDSTORE="), value("FDSTOREREMOVE="), value("FDNAME=")) {
-            (Some("1"), None, Some(name)) => {
-                assert_eq!(value("FDPOLL="), Some("0"), "the manager would drop what hangs up: {text}");
+        self.datagrams += 1;
+        match (value("FDSTORE="), value("FDSTOREREMOVE="), value("FDNAME="), fd) {
+            // (Without FDPOLL=0 it would be dropped when it hangs up.)
+            (Some("1"), None, Some(name), Some(fd)) if value("FDPOLL=") == Some("0") => {
                 self.given += 1;
-                self.kept.insert(name.to_owned(), fd.expect("a descriptor to store"));
+                self.kept.insert(name.to_owned(), fd);
             }
-            (None, Some("1"), Some(name)) => drop(self.kept.remove(name)),
+            (None, Some("1"), Some(name), None) => drop(self.kept.remove(name)),
             _ => self.lines.extend(text.lines().map(str::to_owned)),
         }
-        true
     }
 }

@@ -71,20 +71,24 @@ impl Unit {
 
 #[test]
 fn integration_manager_hears_that_all_is_ready_and_signs_of_life_until_the_loop_hangs() {
-    let mut unit = Unit::start();
+    let unit = Unit::start();
     unit.manager.wait_for("READY=1");
     // Services that are no part of the core come later, and the first words may say that they are missing.
-    while !unit.manager.lines.iter().any(|line| line == "STATUS=3 of 3 services are ready") {
-        unit.manager.wait_for("STATUS=");
+    let all_ready = |line: &String| line == "STATUS=3 of 3 services are ready";
+    if !unit.manager.heard().lines.iter().any(all_ready) {
+        unit.manager.wait_for("STATUS=3 of 3 services are ready");
     }
     for _ in 0..3 {
         unit.manager.wait_for("WATCHDOG=1");
     }
     let supervisor = PidFd::open(unit.main.id()).expect("it runs");
     supervisor.signal(Signal::STOP).expect("stop");
-    unit.manager.listen_until_quiet(QUIET);
+    unit.manager.wait_until_quiet(QUIET);
     supervisor.signal(Signal::CONT).expect("continue");
-    unit.manager.wait_for("WATCHDOG=1");
+    let before = unit.manager.heard().lines.len();
+    while unit.manager.heard().lines.len() < before + 2 {
+        unit.manager.wait_for("WATCHDOG=1");
+    }
     let killed = unit.operator().kill("soft0").expect("kill");
     assert!(unit.manager.wait_for("STATUS=2 of 3").contains("not soft0"), "incarnation {}", killed.incarnation);
     unit.manager.wait_for("STATUS=3 of 3");
@@ -105,11 +109,13 @@ fn integration_manager_keeps_the_vault_when_every_process_dies_at_once() {
         session.migrate(region.addr(), region.len_bytes(), &device).expect("migrate");
         unit.kill_all();
         // What they had sent lies in the socket.
-        unit.manager.listen_until_quiet(Duration::from_millis(200));
+        unit.manager.wait_until_quiet(Duration::from_millis(200));
+        let heard = unit.manager.heard();
         for name in ["pager!journal", "pager!kit/whole", "soft0!kit/listener", "supervisor!state"] {
-            assert!(unit.manager.kept.contains_key(name), "{name}: {:?}", unit.manager.kept.keys());
+            assert!(heard.kept.contains_key(name), "{name}: {:?}", heard.kept.keys());
         }
-        assert!(!unit.manager.kept.contains_key("supervisor!moving"));
+        assert!(!heard.kept.contains_key("supervisor!moving"));
+        drop(heard);
         unit.start_again();
         let wrong = words.iter().enumerate().filter(|(index, word)| **word != round << 32 | *index as u64).count();
         assert_eq!(wrong, 0, "words that are not what was written, in round {round}");
@@ -119,25 +125,25 @@ fn integration_manager_keeps_the_vault_when_every_process_dies_at_once() {
 
 #[test]
 fn integration_manager_store_follows_what_comes_and_goes() {
-    let mut unit = Unit::start();
+    let unit = Unit::start();
     unit.manager.wait_for("READY=1");
-    let settle = |unit: &mut Unit| {
-        // Signs of life never end; the store is quiet when several of them came without anything else.
-        loop {
-            let given = unit.manager.given;
-            (0..4).for_each(|_| drop(unit.manager.wait_for("WATCHDOG=1")));
-            if unit.manager.given == given {
-                return unit.manager.kept.len();
-            }
+    // Signs of life never end; the store is quiet when several of them came without anything else.
+    let settle = |unit: &Unit| loop {
+        let given = unit.manager.heard().given;
+        (0..4).for_each(|_| drop(unit.manager.wait_for("WATCHDOG=1")));
+        let heard = unit.manager.heard();
+        if heard.given == given {
+            break heard.kept.len();
         }
     };
-    let before = settle(&mut unit);
+    let names = |unit: &Unit| unit.manager.heard().kept.keys().cloned().collect::<Vec<_>>();
+    let before = settle(&unit);
     let session = Session::connect(Some(unit.dir.path())).expect("a session");
-    let with_space = settle(&mut unit);
-    assert!(with_space >= before + 2, "userfaultfd and state: {:?}", unit.manager.kept.keys());
+    let with_space = settle(&unit);
+    assert!(with_space >= before + 2, "userfaultfd and state: {:?}", names(&unit));
     let region = session.allocate(1 << 20).expect("memory");
-    assert_eq!(settle(&mut unit), with_space + 2, "memory and directory: {:?}", unit.manager.kept.keys());
+    assert_eq!(settle(&unit), with_space + 2, "memory and directory: {:?}", names(&unit));
     drop(region);
-    assert_eq!(settle(&mut unit), with_space, "{:?}", unit.manager.kept.keys());
+    assert_eq!(settle(&unit), with_space, "{:?}", names(&unit));
     unit.stop();
 }
