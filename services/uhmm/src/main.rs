@@ -82,6 +82,8 @@ enum Command {
     },
     /// Hold a driver against HMM's semantics: the acceptance test of a driver's author
     Conformance(commands::ConformanceArgs),
+    /// Measure uhmm beside the floor of the same run
+    Bench(commands::BenchArgs),
     /// Play a PCI device for drivers in other processes, over a vfio-user socket
     #[command(subcommand)]
     DeviceModel(commands::Model),
@@ -112,6 +114,12 @@ enum Command {
     /// (internal) The demo's client process
     #[command(hide = true)]
     DemoClient(demo::ClientArgs),
+    /// (internal) A client process of a bench
+    #[command(hide = true)]
+    BenchClient(commands::BenchClientArgs),
+    /// (internal) What answers the faults of a bench's floor
+    #[command(hide = true)]
+    BenchFloor(commands::BenchFloorArgs),
     /// (internal) One case of the conformance suite
     #[command(hide = true)]
     ConformanceCase(commands::ConformanceCaseArgs),
@@ -215,6 +223,9 @@ fn run() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Conformance(args) => return commands::conformance(args, cli.run_dir),
         Command::ConformanceCase(args) => commands::conformance_case(args, run_dir)?,
+        Command::Bench(args) => return commands::bench(&args),
+        Command::BenchClient(args) => commands::bench_client(&args)?,
+        Command::BenchFloor(args) => commands::bench_floor(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
         Command::Up { manifest, file, adopt, log } => {

@@ -1,5 +1,6 @@
 //! The operator's commands: each prints something a person can act on.
 
+mod bench;
 mod cdi;
 mod conformance;
 mod device_model;
@@ -19,6 +20,7 @@ use uhmm_manifest::Manifest;
 use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
+pub use bench::{BenchArgs, BenchClientArgs, BenchFloorArgs, bench, bench_client, bench_floor};
 pub use cdi::{CdiArgs, cdi};
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};

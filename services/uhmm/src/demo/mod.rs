@@ -105,13 +105,14 @@ fn plan(args: &DemoArgs) -> anyhow::Result<(String, Vec<String>)> {
 }
 
 /// Ends the system by asking its supervisor, or by its pid.
-struct System {
+pub(crate) struct System {
     supervisor: Child,
     run_dir: PathBuf,
 }
 
 impl System {
-    fn start(run_dir: PathBuf, text: &str) -> anyhow::Result<Self> {
+    /// Makes its private run directory, and waits until every service of the manifest is ready.
+    pub(crate) fn start(run_dir: PathBuf, text: &str) -> anyhow::Result<Self> {
         // Not recursive and private: a folder that somebody else has put there must not be used.
         std::fs::DirBuilder::new()
             .mode(0o700)
@@ -136,6 +137,11 @@ impl System {
             bail!("The supervisor ended before its services were ready: see its messages above");
         }
         Ok(system)
+    }
+
+    /// Where its sockets are.
+    pub(crate) fn run_dir(&self) -> &Path {
+        &self.run_dir
     }
 }
 

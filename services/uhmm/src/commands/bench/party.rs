@@ -1,0 +1,113 @@
+//! Some client processes of one side, which do their rounds together.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+/// How a side's clients find what serves them.
+#[derive(Clone, Copy)]
+pub(super) enum Side<'a> {
+    /// The run directory of a system.
+    Uhmm(&'a Path),
+    /// The socket of the bare handler.
+    Floor(&'a Path),
+}
+
+/// How many clients, and what each has.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub clients: u64,
+    pub regions: u64,
+    pub pages: u64,
+}
+
+/// What a round of all clients took.
+pub(super) struct Round {
+    pub took: Duration,
+    /// The p50 of a touch, of each client.
+    pub p50_ns: Vec<u64>,
+}
+
+/// A child that ends with its input.
+pub(super) struct Helper {
+    child: Child,
+    input: Option<ChildStdin>,
+}
+
+impl Helper {
+    pub fn start(command: &mut Command) -> anyhow::Result<Self> {
+        let mut child = command.stdin(Stdio::piped()).spawn().context("A process of the bench cannot be started")?;
+        Ok(Self { input: child.stdin.take(), child })
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        drop(self.input.take());
+        if let Err(error) = self.child.wait() {
+            tracing::debug!(%error, "A process of the bench cannot be waited for");
+        }
+    }
+}
+
+struct Client {
+    helper: Helper,
+    output: BufReader<ChildStdout>,
+}
+
+impl Client {
+    fn say(&mut self, line: &str) -> anyhow::Result<()> {
+        let input = self.helper.input.as_mut().context("A client of the bench has no input")?;
+        input.write_all(line.as_bytes()).context("A client of the bench has ended: see its message above")
+    }
+
+    fn hear(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        self.output.read_line(&mut line)?;
+        anyhow::ensure!(!line.is_empty(), "A client of the bench has ended: see its message above");
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+/// The clients of one side.
+pub(super) struct Party(Vec<Client>);
+
+impl Party {
+    pub fn start(side: Side<'_>, shape: Shape) -> anyhow::Result<Self> {
+        let exe = std::env::current_exe()?;
+        let client = |_| {
+            let mut command = Command::new(&exe);
+            command.arg("bench-client").stdout(Stdio::piped());
+            match side {
+                Side::Uhmm(run_dir) => command.arg("--system").arg(run_dir),
+                Side::Floor(socket) => command.arg("--floor").arg(socket),
+            };
+            command.args(["--regions", &shape.regions.to_string(), "--pages", &shape.pages.to_string()]);
+            let mut helper = Helper::start(&mut command)?;
+            let output = helper.child.stdout.take().context("A client of the bench has no output")?;
+            Ok(Client { helper, output: BufReader::new(output) })
+        };
+        (0..shape.clients).map(client).collect::<anyhow::Result<_>>().map(Self)
+    }
+
+    /// All pages of all clients leave, then all are touched by all clients at once.
+    pub fn round(&mut self) -> anyhow::Result<Round> {
+        for client in &mut self.0 {
+            client.say("away\n")?;
+        }
+        for client in &mut self.0 {
+            client.hear()?;
+        }
+        let begun = Instant::now();
+        for client in &mut self.0 {
+            client.say("go\n")?;
+        }
+        let answers = self.0.iter_mut().map(Client::hear).collect::<anyhow::Result<Vec<_>>>()?;
+        let took = begun.elapsed();
+        let p50_ns = answers.iter().map(|answer| answer.parse()).collect::<Result<_, _>>()?;
+        Ok(Round { took, p50_ns })
+    }
+}
