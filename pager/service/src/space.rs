@@ -318,7 +318,8 @@ impl Space {
 /// All regions and segments by id: what the core reads through [`Directory`].
 #[derive(Default)]
 pub struct Regions {
-    by_id: BTreeMap<u64, Region>,
+    /// Boxed, as segments are: they are large, and a search that passes them by would touch as many cache lines as it passes.
+    by_id: BTreeMap<u64, Box<Region>>,
     /// Their ids by space.
     by_space: BTreeMap<u64, BTreeSet<u64>>,
     /// Regions on their end, by the spaces in which they may be registered; and the other way round.
@@ -326,7 +327,7 @@ pub struct Regions {
     dying_in: BTreeMap<u64, Vec<u64>>,
     /// Regions with retired segments.
     with_retired: BTreeSet<u64>,
-    segments: BTreeMap<u64, Segment>,
+    segments: BTreeMap<u64, Box<Segment>>,
     /// Marks of devices that eviction takes are heat too; it looks through [`Directory`], which changes nothing else.
     pub(crate) heat: RefCell<Heat>,
 }
@@ -334,18 +335,18 @@ pub struct Regions {
 impl Regions {
     /// By id.
     pub fn get(&self, id: u64) -> Option<&Region> {
-        self.by_id.get(&id)
+        self.by_id.get(&id).map(Box::as_ref)
     }
 
     /// By id.
     pub fn get_mut(&mut self, id: u64) -> Option<&mut Region> {
-        self.by_id.get_mut(&id)
+        self.by_id.get_mut(&id).map(Box::as_mut)
     }
 
     /// Adds one.
     pub fn insert(&mut self, region: Region) {
         self.by_space.entry(region.space).or_default().insert(region.id);
-        self.by_id.insert(region.id, region);
+        self.by_id.insert(region.id, Box::new(region));
     }
 
     /// Removes one, with what is left of its segments.
@@ -356,7 +357,7 @@ impl Regions {
         self.with_retired.remove(&id);
         let dying_in = self.dying_in.remove(&id).unwrap_or_default();
         dying_in.into_iter().for_each(|space| forget(&mut self.dying, space, id));
-        Some(region)
+        Some(*region)
     }
 
     /// Ids of those that belong to a space.
@@ -396,27 +397,27 @@ impl Regions {
 
     /// All, by id.
     pub fn iter(&self) -> impl Iterator<Item = &Region> {
-        self.by_id.values()
+        self.by_id.values().map(Box::as_ref)
     }
 
     /// All, by id.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Region> {
-        self.by_id.values_mut()
+        self.by_id.values_mut().map(Box::as_mut)
     }
 
     /// A segment that is shown.
     pub fn segment(&self, id: u64) -> Option<&Segment> {
-        self.segments.get(&id)
+        self.segments.get(&id).map(Box::as_ref)
     }
 
     /// A segment that is shown.
     pub fn segment_mut(&mut self, id: u64) -> Option<&mut Segment> {
-        self.segments.get_mut(&id)
+        self.segments.get_mut(&id).map(Box::as_mut)
     }
 
     /// All segments that are shown.
     pub fn segments_mut(&mut self) -> impl Iterator<Item = &mut Segment> {
-        self.segments.values_mut()
+        self.segments.values_mut().map(Box::as_mut)
     }
 
     /// Shows one.
@@ -424,7 +425,7 @@ impl Regions {
         if let Some(region) = self.by_id.get_mut(&segment.region) {
             region.segments.push(segment.id);
         }
-        self.segments.insert(segment.id, segment);
+        self.segments.insert(segment.id, Box::new(segment));
     }
 
     /// Hides one.
@@ -433,13 +434,13 @@ impl Regions {
         if let Some(region) = self.by_id.get_mut(&segment.region) {
             region.segments.retain(|other| *other != id);
         }
-        Some(segment)
+        Some(*segment)
     }
 
     /// Segments of a region that show any of the pages.
     pub fn showing(&self, region: u64, pages: Pages) -> impl Iterator<Item = (&Segment, Pages)> {
         let ids = self.by_id.get(&region).map_or(&[][..], |region| &region.segments);
-        let segments = ids.iter().filter_map(|id| self.segments.get(id));
+        let segments = ids.iter().filter_map(|id| self.segment(*id));
         segments.filter_map(move |segment| Some((segment, segment.pages().overlap(pages)?)))
     }
 

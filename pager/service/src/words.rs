@@ -31,8 +31,35 @@ pub struct Words {
     count: u64,
     /// What was never written is.
     default: u64,
-    /// Pages of block words that may have been written.
-    written: Vec<Cell<bool>>,
+    /// What is known of the blocks of each page of block words. The first one lies here: most arrays have no other.
+    sheet: Sheet,
+    sheets: Vec<Sheet>,
+}
+
+/// What is known of a page of block words.
+#[derive(Clone, Debug, Default)]
+struct Sheet {
+    /// Some may have been written.
+    written: Cell<bool>,
+    /// Blocks that are known to be MIXED, a bit each: their words need not be looked at.
+    mixed: [Cell<u64>; SHEET as usize / 64],
+}
+
+impl Sheet {
+    fn bit(&self, block: u64) -> (&Cell<u64>, u64) {
+        let in_sheet = block % SHEET;
+        (&self.mixed[(in_sheet / 64) as usize], 1 << (in_sheet % 64))
+    }
+
+    fn is_mixed(&self, block: u64) -> bool {
+        let (word, bit) = self.bit(block);
+        word.get() & bit != 0
+    }
+
+    fn set_mixed(&self, block: u64, on: bool) {
+        let (word, bit) = self.bit(block);
+        word.set(if on { word.get() | bit } else { word.get() & !bit });
+    }
 }
 
 /// A block, as its word says.
@@ -54,7 +81,9 @@ impl Words {
 
     /// The array at an offset. `fresh`: nothing of it was ever written.
     pub fn at(offset: u64, count: u64, default: u64, fresh: bool) -> Self {
-        Self { offset, count, default, written: vec![Cell::new(!fresh); blocks(count).div_ceil(SHEET) as usize] }
+        let sheet = Sheet { written: Cell::new(!fresh), ..Sheet::default() };
+        let more = blocks(count).div_ceil(SHEET).saturating_sub(1);
+        Self { offset, count, default, sheets: vec![sheet.clone(); more as usize], sheet }
     }
 
     fn block_offset(&self, block: u64) -> u64 {
@@ -65,17 +94,32 @@ impl Words {
         self.offset + (blocks(self.count) * 8).next_multiple_of(PAGE_SIZE) + page * 8
     }
 
+    /// Of a block of this array.
+    fn sheet(&self, block: u64) -> &Sheet {
+        match (block / SHEET).checked_sub(1) {
+            None => &self.sheet,
+            Some(more) => self.sheets.get(more as usize).unwrap_or(&self.sheet),
+        }
+    }
+
     fn was_written(&self, block: u64) -> bool {
-        self.written.get((block / SHEET) as usize).is_some_and(Cell::get)
+        self.sheet(block).written.get()
     }
 
     fn block(&self, window: &Window, block: u64) -> Block {
-        if !self.was_written(block) {
+        let sheet = self.sheet(block);
+        if !sheet.written.get() {
             return Block::All(self.default);
+        }
+        if sheet.is_mixed(block) {
+            return Block::Mixed;
         }
         match window.atomic_u64(self.block_offset(block)).map_or(0, |word| word.load(Acquire)) {
             0 => Block::All(self.default),
-            MIXED => Block::Mixed,
+            MIXED => {
+                sheet.set_mixed(block, true);
+                Block::Mixed
+            }
             word => Block::All(!word),
         }
     }
@@ -185,9 +229,10 @@ impl Words {
     }
 
     fn set_block(&self, window: &Window, block: u64, value: Block) -> Result<(), HookError> {
-        if let Some(written) = self.written.get((block / SHEET) as usize) {
-            written.set(true);
-        }
+        let sheet = self.sheet(block);
+        sheet.written.set(true);
+        // The word itself is stored below; what is known of it is this pager's alone.
+        sheet.set_mixed(block, value == Block::Mixed);
         let word = match value {
             Block::Mixed => MIXED,
             Block::All(word) if word == self.default => 0,
