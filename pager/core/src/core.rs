@@ -4,8 +4,9 @@
 //! publishes and never again in the same call. That is why one call starts the work of one request only, and why the
 //! end of a transfer merely marks waiting requests as ready.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::clock::Search;
 use crate::coherent::CpuMap;
 use crate::ending::Endings;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
@@ -22,11 +23,12 @@ use crate::request::Request;
 use crate::resolve::Resolve;
 use crate::stats::Stats;
 use crate::transfer::Transfer;
+use crate::walk::Walk;
 
 /// Most pages of one transfer: 2 MiB.
 pub const CHUNK_PAGES: u64 = 512;
-/// Between two tries of a step that finds no memory.
-const NO_MEMORY_PAUSE_US: std::ops::Range<u64> = 1_000..256_000;
+/// Entries that one step looks at: well below a millisecond.
+const STEP_PAGES: u64 = 8192;
 /// Owner of frames under scrub.
 pub(crate) const KEEPER: Owner = Owner { region: RegionId(u64::MAX), page: 0 };
 
@@ -58,13 +60,27 @@ pub struct Core<P> {
     pub(crate) transfers: BTreeMap<Ticket, Transfer>,
     pub(crate) cpu_ops: BTreeMap<Ticket, CpuOp>,
     pub(crate) scrubs: BTreeMap<Ticket, (DeviceId, Vec<(u32, u32)>)>,
+    /// Clients whose frames are to be scrubbed, some each turn.
+    pub(crate) gone_spaces: VecDeque<SpaceId>,
     pub(crate) requests: BTreeMap<u64, Request>,
+    /// Searches for somebody who makes room that are not through, by request.
+    pub(crate) searches: BTreeMap<u64, Search>,
     /// Requests that can go on, in turn.
     pub(crate) ready: Ready,
     /// Requests that wait until a transfer ends.
     pub(crate) blocked: BTreeSet<u64>,
     /// Requests that wait for the clock.
     pub(crate) paused: BTreeSet<u64>,
+    /// What is done to every page because of a device, some pages each turn.
+    pub(crate) walks: VecDeque<Walk>,
+    /// The last turn was a walk's.
+    pub(crate) walked: bool,
+    /// Pages that one step looks at before others get their turn.
+    pub(crate) budget: u64,
+    /// Requests that bring home what did not come with a CPU fault, by region, first page and count.
+    pub(crate) follows: BTreeMap<(RegionId, u64, u64), u64>,
+    /// Range faults that have mapped a part of their window.
+    pub(crate) half_mapped: BTreeSet<u64>,
     /// Regions on their end.
     pub(crate) endings: Endings,
     /// Steps that met EAGAIN.
@@ -108,10 +124,17 @@ impl<P: Policy> Core<P> {
             transfers: BTreeMap::new(),
             cpu_ops: BTreeMap::new(),
             scrubs: BTreeMap::new(),
+            gone_spaces: VecDeque::new(),
             requests: BTreeMap::new(),
+            searches: BTreeMap::new(),
             ready: Ready::default(),
             blocked: BTreeSet::new(),
             paused: BTreeSet::new(),
+            walks: VecDeque::new(),
+            walked: false,
+            budget: STEP_PAGES,
+            follows: BTreeMap::new(),
+            half_mapped: BTreeSet::new(),
             endings: Endings::new(),
             again: Vec::new(),
             later: Vec::new(),
@@ -130,6 +153,12 @@ impl<P: Policy> Core<P> {
         }
     }
 
+    /// Another number of pages than usual that one step looks at before others get their turn: with few, small regions take many turns too.
+    #[must_use]
+    pub fn with_budget(self, pages: u64) -> Self {
+        Self { budget: pages.max(1), ..self }
+    }
+
     /// Counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
@@ -137,7 +166,8 @@ impl<P: Policy> Core<P> {
 
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
-        !self.ready.is_empty() || !self.doomed.is_empty() || self.may_scrub_unknown()
+        let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty();
+        !self.ready.is_empty() || !self.doomed.is_empty() || walks || self.may_scrub_unknown()
     }
 
     /// When a [`Event::Tick`] would do something that it would not do now, on the clock of `handle`.
@@ -230,7 +260,7 @@ impl<P: Policy> Core<P> {
                 self.note_coherent(device, coherent);
                 self.device_up(dir, device, frame_count, fresh_mappings, memory_known, memory_lost, out);
             }
-            Event::DeviceVoid { device } => self.clear_mapped(dir, device, out),
+            Event::DeviceVoid { device } => self.device_void(dir, device, out),
             Event::DeviceFailed { device } => self.device_failed(dir, device, out),
         }
     }
@@ -394,8 +424,12 @@ impl<P: Policy> Core<P> {
         }
         let Some(info) = self.regions.get_mut(&request.region) else { return order };
         info.requests += 1;
+        let (space, goes_away) = (info.space, request.goes_away());
+        if goes_away {
+            self.stop_following(request.region);
+        }
         let mut request = request;
-        request.lane = Lane::Space(info.space);
+        request.lane = Lane::Space(space);
         self.queue(order, request);
         order
     }
@@ -433,62 +467,6 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    /// One step of one request, and whatever met EAGAIN once more.
-    fn tick(&mut self, dir: &impl Directory, out: &mut Vec<Action>) {
-        let now_us = self.now_us;
-        let due = self.later.extract_if(.., |(until_us, _)| *until_us <= now_us);
-        self.again.extend(due.map(|(_, ticket)| ticket));
-        let ended = self.ended;
-        for ticket in std::mem::take(&mut self.again) {
-            self.stats.retries += 1;
-            self.repeat_step(dir, ticket, out);
-        }
-        if ended != self.ended {
-            // All of a transfer was discarded while it waited. Who looked in this call would see its pages on the move, and wait for
-            // an end that has been.
-            return;
-        }
-        if !self.doomed.is_empty() {
-            // These publish, so nobody looks at the directory in the same call.
-            for ticket in std::mem::take(&mut self.doomed) {
-                self.end_doomed(ticket, out);
-            }
-            return;
-        }
-        self.wake_delayed();
-        self.wake_late(out);
-        if let Some(order) = self.ready.pop() {
-            self.step(dir, order, out);
-        } else if self.may_scrub_unknown() {
-            self.scrub_unknown(out);
-        }
-    }
-
-    /// The client may have no more memory, and nobody tells when it may: a step is tried again less and less often.
-    pub(crate) fn found_no_memory(&mut self, ticket: Ticket) {
-        let op = self.cpu_ops.get_mut(&ticket).map(|op| &mut op.pause_us);
-        let Some(pause_us) = op.or(self.transfers.get_mut(&ticket).map(|transfer| &mut transfer.pause_us)) else {
-            return;
-        };
-        *pause_us = (*pause_us * 2).clamp(NO_MEMORY_PAUSE_US.start, NO_MEMORY_PAUSE_US.end);
-        let until_us = self.now_us + *pause_us;
-        self.later.push((until_us, ticket));
-    }
-
-    /// Requests whose pause is over look again.
-    fn wake_delayed(&mut self) {
-        let now_us = self.now_us;
-        let (requests, ready) = (&mut self.requests, &mut self.ready);
-        self.paused.retain(|order| {
-            let Some(request) = requests.get_mut(order) else { return false };
-            let over = request.end_pause(now_us);
-            if over {
-                ready.push(request.lane, *order);
-            }
-            !over
-        });
-    }
-
     fn step_now(&mut self, dir: &impl Directory, order: u64, out: &mut Vec<Action>) {
         let lane = self.requests.get(&order).map(|request| request.lane);
         if lane.is_some_and(|lane| self.ready.take_newest(lane, order)) {
@@ -517,7 +495,9 @@ impl<P: Policy> Core<P> {
     }
 
     pub(crate) fn release(&mut self, device: DeviceId, first: u32, count: u64, owner: Owner) {
-        if self.table(device).is_some_and(|table| table.release(first, count as u32, owner)) {
+        if let Some(table) = self.rebuilding(device) {
+            table.release_claimed(first, count as u32, owner);
+        } else if self.table(device).is_some_and(|table| table.release(first, count as u32, owner)) {
             self.note_unknown(device);
         }
     }
@@ -547,62 +527,5 @@ impl<P: Policy> Core<P> {
             let entries = EntryRun::Frames { entry_of_first, count: pages.count };
             out.push(Action::Publish { region, first: pages.first, entries });
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    use crate::transfer::{Kind, Phase};
-    use crate::{FillStop, StepResult};
-
-    type AnyCore = Core<crate::DefaultPolicy>;
-
-    fn under_way(kind: Kind, phase: Phase) -> (AnyCore, Ticket) {
-        let mut core = Core::new(crate::DefaultPolicy::default());
-        let transfer = Transfer { phase, ..Transfer::new(RegionId(1), Pages { first: 0, count: 9 }, kind) };
-        let ticket = core.begin(transfer, &mut Vec::new());
-        (core, ticket)
-    }
-
-    /// `fail`: the answer to each try.
-    fn is_tried_less_and_less_often(core: &mut AnyCore, fail: impl Fn(&mut AnyCore)) {
-        let tries = |core: &mut AnyCore, milliseconds: u64| {
-            let end_us = core.now_us + milliseconds * 1000;
-            let mut count = 0;
-            while core.now_us < end_us {
-                fail(core);
-                core.now_us = core.next_deadline_us().expect("it is tried again");
-                core.later.clear();
-                count += 1;
-            }
-            count
-        };
-        let first_second = tries(core, 1000);
-        assert!((5..20).contains(&first_second), "{first_second} tries");
-        assert!(tries(core, 10_000) <= 50, "no more than four a second from then on, and no fewer than that");
-        assert!(tries(core, 10_000) >= 35);
-    }
-
-    #[test]
-    fn what_cannot_be_put_back_is_asked_back_less_and_less_often() {
-        let kind = Kind::Out { zero: false, keep: false };
-        let (mut core, ticket) = under_way(kind, Phase::MoveBack(PageStatus::Busy));
-        is_tried_less_and_less_often(&mut core, |core| {
-            core.move_back_done(ticket, StepResult::Later, &mut Vec::new());
-        });
-        let (mut core, ticket) = under_way(Kind::Lost, Phase::Poison);
-        is_tried_less_and_less_often(&mut core, |core| core.poison_done(ticket, StepResult::Later, &mut Vec::new()));
-    }
-
-    #[test]
-    fn who_finds_no_memory_is_tried_less_and_less_often_until_it_has_some() {
-        let (mut core, ticket) = under_way(Kind::Home { recovering: false }, Phase::Fill);
-        is_tried_less_and_less_often(&mut core, |core| {
-            core.fill_done(ticket, 0, Some(FillStop::NoMemory), &mut Vec::new());
-        });
-        core.fill_done(ticket, 3, Some(FillStop::NoMemory), &mut Vec::new());
-        assert_eq!(core.next_deadline_us(), Some(core.now_us + 1000), "there was some: it may be quick again");
     }
 }

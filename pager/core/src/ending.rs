@@ -1,5 +1,5 @@
 //! The end of a region: nobody begins anything any more, devices let go, its frames are scrubbed. It costs what the region is large, cut
-//! into steps of [`SLICE_PAGES`]; how large devices are, and how many regions there are, does not matter.
+//! into steps; how large devices are, and how many regions there are, does not matter.
 //!
 //! ```text
 //!   wait until nothing of it moves -> look at its entries, slice by slice: who maps it, which frames -> [Revoke]
@@ -15,9 +15,6 @@ use crate::frames::Owner;
 use crate::policy::Policy;
 use crate::request::{Next, Request};
 use crate::transfer::{Kind, Transfer};
-
-/// Entries looked at in one step: well below a millisecond.
-const SLICE_PAGES: u64 = 8192;
 
 /// Longest run of frames that is given back at a time.
 const RUN_PAGES: u64 = 512;
@@ -50,6 +47,7 @@ impl<P: Policy> Core<P> {
 
     /// Begins the end of a region: nothing new, and everybody who waits for it is told.
     pub(crate) fn begin_teardown(&mut self, req: Option<ReqId>, region: RegionId, out: &mut Vec<Action>) {
+        self.stop_following(region);
         let known = self.regions.get_mut(&region).filter(|info| !info.dying);
         let Some(info) = known else {
             let error = CoreError::NoSuchRegion { region: region.0 };
@@ -62,6 +60,8 @@ impl<P: Policy> Core<P> {
             let waiting = self.requests.iter().filter(|(_, request)| request.region == region);
             let orders: Vec<u64> = waiting.map(|(order, _)| *order).collect();
             for order in orders {
+                self.searches.remove(&order);
+                self.half_mapped.remove(&order);
                 if let Some(request) = self.requests.remove(&order) {
                     self.reply(request.id, Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }), out);
                 }
@@ -84,6 +84,7 @@ impl<P: Policy> Core<P> {
         if self.regions.get(&region).is_none_or(|info| info.transfers > 0) {
             return Next::Wait;
         }
+        let budget = self.budget;
         let Some(ending) = self.endings.get_mut(&region) else { return Next::Reply(Outcome::Done) };
         let left = request.left();
         let mut looked_at = 0;
@@ -94,7 +95,7 @@ impl<P: Policy> Core<P> {
             }
             request.cursor = run.end();
             looked_at += 1;
-            if looked_at == SLICE_PAGES {
+            if looked_at == budget {
                 break;
             }
         }
@@ -124,12 +125,12 @@ impl<P: Policy> Core<P> {
     fn hand_over(&mut self, region: RegionId, out: &mut Vec<Action>) -> Next {
         let Some(mut ending) = self.endings.remove(&region) else { return Next::Reply(Outcome::Done) };
         let mut scrubs: [Vec<(u32, u32)>; DEVICE_COUNT_MAX as usize] = Default::default();
-        let mut left = SLICE_PAGES;
+        let mut left = self.budget;
         for Named { device, frame, pages } in &ending.frames[ending.given_back..] {
             if left == 0 {
                 break;
             }
-            if let (Some(table), Some(runs)) = (self.table(*device), scrubs.get_mut(usize::from(device.0))) {
+            if let (Some(table), Some(runs)) = (self.claimed_table(*device), scrubs.get_mut(usize::from(device.0))) {
                 table.hand_over(*frame, pages.count as u32, Owner { region, page: pages.first }, KEEPER, runs);
             }
             left = left.saturating_sub(pages.count);

@@ -2,15 +2,27 @@
 //! picks them: what was not used since it last came by goes first. Used is what a device was given lately, and what it has marked
 //! in its page table since ([`Directory::take_used`], [`crate::Event::Used`]).
 
+use crate::clock::Found;
 use crate::core::Core;
 use crate::entry::PageState;
-use crate::event::{Action, Cause, CoreError, DeviceId, Directory, Outcome, Pages, RegionId, ReqId, SpaceId};
+use crate::event::{Action, Cause, CoreError, DeviceId, Directory, Outcome, Pages, RegionId, ReqId, SpaceId, Ticket};
 use crate::frames::Owner;
 use crate::policy::Policy;
 use crate::request::{Next, OUTSTANDING_MAX, Request};
 
+/// What has come of a search for somebody who makes room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// Pages have begun to leave.
+    Coming(Ticket),
+    /// The search goes on at the next step.
+    Looking,
+    /// There is nothing to take.
+    None,
+}
+
 impl<P: Policy> Core<P> {
-    /// Takes a run that a device must give up for the request `order`: starts it home. Returns false when there is nothing to take.
+    /// Takes a run that a device must give up for the request `order`: starts it home.
     pub(crate) fn evict(
         &mut self,
         dir: &impl Directory,
@@ -18,22 +30,26 @@ impl<P: Policy> Core<P> {
         want: u64,
         order: u64,
         out: &mut Vec<Action>,
-    ) -> bool {
-        let ticket = self.evict_run(dir, device, want, None, None, out);
-        let Some(transfer) = ticket.and_then(|ticket| self.transfers.get_mut(&ticket)) else { return ticket.is_some() };
-        transfer.sponsor = Some(order);
-        true
+    ) -> Room {
+        let room = self.evict_run(dir, device, want, order, None, out);
+        if let Room::Coming(ticket) = room
+            && let Some(transfer) = self.transfers.get_mut(&ticket)
+        {
+            transfer.sponsor = Some(order);
+        }
+        room
     }
 
+    /// `only`: of this space, and the request is the owner of what it starts.
     fn evict_run(
         &mut self,
         dir: &impl Directory,
         device: DeviceId,
         want: u64,
+        order: u64,
         only: Option<SpaceId>,
-        owner: Option<u64>,
         out: &mut Vec<Action>,
-    ) -> Option<crate::Ticket> {
+    ) -> Room {
         let held: Vec<(RegionId, Pages)> =
             self.transfers.values().filter(|transfer| transfer.holds()).map(|t| (t.region, t.pages)).collect();
         let regions = &self.regions;
@@ -48,20 +64,32 @@ impl<P: Policy> Core<P> {
                 && may_go(owner)
                 && !held.iter().any(|(region, pages)| *region == owner.region && pages.contains(owner.page))
         };
-        let table = self.frames.get_mut(usize::from(device.0))?.as_mut()?;
+        let Some(table) = self.frames.get_mut(usize::from(device.0)).and_then(Option::as_mut) else {
+            return Room::None;
+        };
         let used = |owner: Owner| dir.take_used(owner.region, owner.page, device);
         let want = want.min(u64::from(u32::MAX)) as u32;
-        let (victim, chances) = table.victims(want, |owner| !settled(owner), used);
-        self.stats.second_chances += u64::from(chances);
-        let (first, count) = victim?;
+        let mut search = self.searches.remove(&order).unwrap_or_default();
+        let before = search.chances;
+        let found = table.victims(want, &mut search, |owner| !settled(owner), used);
+        self.stats.second_chances += u64::from(search.chances - before);
+        let (first, count) = match found {
+            Found::Victim(first, count) => (first, count),
+            Found::Nothing => return Room::None,
+            Found::NotYet => {
+                self.searches.insert(order, search);
+                return Room::Looking;
+            }
+        };
+        let owner = only.map(|_| order);
         let region = first.region;
         let (run, entry, mask) = self.frame_run(dir, region, Pages { first: first.page, count: u64::from(count) });
         self.stats.evicted += run.count;
         if entry.state() == PageState::Duplicated {
-            return Some(self.start_collapse(region, run, entry, mask, owner, out));
+            return Room::Coming(self.start_collapse(region, run, entry, mask, owner, out));
         }
         self.split_huge(dir, region, run, out);
-        Some(self.start_home(region, run, entry, mask, owner, Cause::Eviction, out))
+        Room::Coming(self.start_home(region, run, entry, mask, owner, Cause::Eviction, out))
     }
 
     /// Marks that somebody else has taken off the device's page table.
@@ -107,13 +135,16 @@ impl<P: Policy> Core<P> {
         if request.outstanding >= OUTSTANDING_MAX || is_awaited {
             return Next::Wait;
         }
-        if left > 0
-            && let Some(ticket) =
-                self.evict_run(dir, device, left.min(crate::CHUNK_PAGES), Some(space), Some(order), out)
-        {
-            let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
-            request.take_from_eviction(count);
-            return Next::Again;
+        if left > 0 {
+            match self.evict_run(dir, device, left.min(crate::CHUNK_PAGES), order, Some(space), out) {
+                Room::Coming(ticket) => {
+                    let count = self.transfers.get(&ticket).map_or(0, |transfer| transfer.pages.count);
+                    request.take_from_eviction(count);
+                    return Next::Again;
+                }
+                Room::Looking => return Next::Again,
+                Room::None => {}
+            }
         }
         if request.outstanding > 0 {
             return Next::Wait;

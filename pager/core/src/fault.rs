@@ -13,10 +13,11 @@
 //!   Poisoned         anything else           Poison: SIGBUS
 //! ```
 
-use crate::core::Core;
+use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{Entry, PageState};
 use crate::event::{Action, Cause, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
 use crate::policy::{CpuFault, Policy};
+use crate::request::Request;
 
 /// How often one fault changes its mind between zero fill and continue before it is simply raised again.
 const TURNS_MAX: u8 = 4;
@@ -138,7 +139,13 @@ impl<P: Policy> Core<P> {
         let (attr, huge_phase) = (dir.attr(region, page), dir.huge_phase(region));
         let window = self.policy.cpu_fault(CpuFault { region, page, attr, huge: entry.huge(), huge_phase });
         let all = Pages { first: 0, count: page_count };
-        let window = window.overlap(all).filter(|window| window.contains(page)).unwrap_or(Pages::one(page));
+        let whole = window.overlap(all).filter(|window| window.contains(page)).unwrap_or(Pages::one(page));
+        let most = CHUNK_PAGES.min(self.budget);
+        let window = match whole.count > most {
+            // The rest follows, after whoever else has something to be done.
+            true => Pages { first: page, count: most.min(whole.end() - page) },
+            false => whole,
+        };
         self.split_huge(dir, region, window, out);
         let from_page = Pages { first: page, count: window.end() - page };
         let before_page = Pages { first: window.first, count: page - window.first };
@@ -152,6 +159,31 @@ impl<P: Policy> Core<P> {
                 }
                 let alike = dir.alike(region, left.first).max(1);
                 left = left.after(if run.count > 0 { run.count } else { alike });
+            }
+        }
+        if window.count < whole.count {
+            self.follow(region, whole, out);
+        }
+    }
+
+    /// What did not come with a fault comes later, as if it were asked for.
+    fn follow(&mut self, region: RegionId, pages: Pages, out: &mut Vec<Action>) {
+        let key = (region, pages.first, pages.count);
+        if !self.follows.contains_key(&key) {
+            let order = self.accept(Request::follow(region, pages), out);
+            self.follows.insert(key, order);
+        }
+    }
+
+    /// Whoever sends pages away wants them to stay there.
+    pub(crate) fn stop_following(&mut self, region: RegionId) {
+        let mine: Vec<_> = self.follows.range((region, 0, 0)..=(region, u64::MAX, u64::MAX)).collect();
+        let mine: Vec<_> = mine.into_iter().map(|(key, order)| (*key, *order)).collect();
+        for (key, order) in mine {
+            self.follows.remove(&key);
+            self.requests.remove(&order);
+            if let Some(info) = self.regions.get_mut(&region) {
+                info.requests -= 1;
             }
         }
     }

@@ -7,13 +7,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::event::{RegionId, SpaceId};
+use crate::free::FreeFrames;
 
 /// Frames and pages of a huge page.
 pub const HUGE_PAGES: u32 = 512;
-
-/// Most frames that one search for a victim passes over because the device has used them. Asking takes about 0.1 us each: no more
-/// than the copy of the chunk that makes the room.
-pub const SECOND_CHANCES_MAX: u32 = 4096;
 
 /// Owner of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +22,12 @@ pub struct Owner {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Frame {
-    owner: Option<Owner>,
+pub(crate) struct Frame {
+    pub owner: Option<Owner>,
     /// Whose bytes it may still hold while free.
     last_space: Holder,
     /// Used lately: the clock passes once.
-    referenced: bool,
+    pub referenced: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,14 +42,15 @@ enum Holder {
 /// Frames of one device.
 #[derive(Debug)]
 pub struct FrameTable {
-    frames: Vec<Frame>,
+    pub(crate) frames: Vec<Frame>,
+    free: FreeFrames,
     free_count: u32,
     /// Where the next search begins.
     next: u32,
     /// Hand of the eviction clock.
-    hand: u32,
+    pub(crate) hand: u32,
     /// Owners beside the one that stands in the frame.
-    sharers: HashMap<u32, Vec<Owner>>,
+    pub(crate) sharers: HashMap<u32, Vec<Owner>>,
     /// Free frames that hold something.
     dirty: BTreeMap<Holder, Dirty>,
 }
@@ -71,6 +69,7 @@ impl FrameTable {
         let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false };
         Self {
             frames: vec![frame; frame_count as usize],
+            free: FreeFrames::new(frame_count),
             free_count: frame_count,
             next: 0,
             hand: 0,
@@ -127,21 +126,14 @@ impl FrameTable {
         if self.free_count == 0 || want == 0 {
             return None;
         }
-        let (start, count) = self.find_run(want)?;
+        let (start, count) = self.free.find(want, self.next)?;
         self.occupy(start, count, first, space);
         Some((start, count))
     }
 
     /// Takes 512 aligned frames for 512 pages, or none.
     pub fn allocate_huge(&mut self, first: Owner, space: SpaceId) -> Option<u32> {
-        if self.free_count < HUGE_PAGES {
-            return None;
-        }
-        let free = |start: &u32| {
-            let block = &self.frames[*start as usize..(*start + HUGE_PAGES) as usize];
-            block.iter().all(|frame| frame.owner.is_none())
-        };
-        let start = (0..self.frame_count() / HUGE_PAGES).map(|block| block * HUGE_PAGES).find(free)?;
+        let start = self.free.find_block()?;
         self.occupy(start, HUGE_PAGES, first, space);
         Some(start)
     }
@@ -153,49 +145,31 @@ impl FrameTable {
             let frame = &mut self.frames[(start + offset) as usize];
             *frame = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: true };
         }
+        self.free.set(start, count, false);
         self.free_count -= count;
         self.next = (start + count) % self.frame_count();
     }
 
-    /// First run long enough after `next`, wrapping; otherwise the longest one seen.
-    fn find_run(&self, want: u32) -> Option<(u32, u32)> {
-        let total = self.frame_count();
-        let mut best: Option<(u32, u32)> = None;
-        for (from, to) in [(self.next, total), (0, self.next)] {
-            let mut at = from;
-            while at < to {
-                if self.frames[at as usize].owner.is_some() {
-                    at += 1;
-                    continue;
-                }
-                let run = self.frames[at as usize..to as usize].iter().take(want as usize);
-                let count = run.take_while(|frame| frame.owner.is_none()).count() as u32;
-                if best.is_none_or(|(_, longest)| count > longest) {
-                    best = Some((at, count));
-                }
-                if count == want {
-                    return best;
-                }
-                at += count;
-            }
-        }
-        best
-    }
-
     /// Recovery: the directory says who owns the frame; `shared` entries may name one together. `false`: out of range or owned
-    /// already.
+    /// already. All claims come before [`Self::claimed`].
     pub fn claim(&mut self, frame: u32, owner: Owner, space: SpaceId, shared: bool) -> bool {
         match self.frames.get(frame as usize) {
             Some(slot) if slot.owner.is_none() => {
                 self.no_longer_dirty(frame);
                 let last_space = Holder::Space(space);
                 self.frames[frame as usize] = Frame { owner: Some(owner), last_space, referenced: false };
+                self.free.take(frame);
                 self.free_count -= 1;
                 true
             }
-            Some(_) if shared => self.share(frame, owner),
+            Some(_) if shared => self.has(frame, owner) || self.share(frame, owner),
             _ => false,
         }
+    }
+
+    /// All that is in use was claimed.
+    pub fn claimed(&mut self) {
+        self.free.settle();
     }
 
     /// Another entry names the frame from now on. `false`: nobody owns it.
@@ -205,6 +179,11 @@ impl FrameTable {
         slot.last_space = Holder::Unknown;
         self.sharers.entry(frame).or_default().push(owner);
         true
+    }
+
+    /// Whether it is one of the frame's owners.
+    fn has(&self, frame: u32, owner: Owner) -> bool {
+        self.owner(frame) == Some(owner) || self.sharers.get(&frame).is_some_and(|others| others.contains(&owner))
     }
 
     /// Several entries name the frame.
@@ -234,6 +213,7 @@ impl FrameTable {
         // Frames that were used lately are warm in every mapping of the device: they go out again first.
         self.next = self.next.min(frame);
         let mut unknown = false;
+        let mut freed = (frame, 0);
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             if self.unshare(frame + offset, owner) {
@@ -246,9 +226,30 @@ impl FrameTable {
             if was_used {
                 self.free_count += 1;
                 self.is_dirty(frame + offset);
+                freed = self.grown(freed, frame + offset);
             }
         }
+        self.free.set(freed.0, freed.1, true);
         unknown
+    }
+
+    /// As `release`, of those that were claimed: while others are still being claimed.
+    pub fn release_claimed(&mut self, frame: u32, count: u32, first: Owner) {
+        for offset in 0..count {
+            let owner = Owner { page: first.page + u64::from(offset), ..first };
+            if self.has(frame + offset, owner) {
+                self.release(frame + offset, 1, owner);
+            }
+        }
+    }
+
+    /// A run of frames to be freed with one more; what it does not follow is freed.
+    fn grown(&mut self, run: (u32, u32), frame: u32) -> (u32, u32) {
+        if run.0 + run.1 == frame {
+            return (run.0, run.1 + 1);
+        }
+        self.free.set(run.0, run.1, true);
+        (frame, 1)
     }
 
     /// Gives frames back whose content is anybody's guess: they need a scrub.
@@ -298,6 +299,7 @@ impl FrameTable {
                 _ => runs.push((at, 1)),
             }
         }
+        runs.iter().for_each(|(first, count)| self.free.set(*first, *count, false));
         runs
     }
 
@@ -323,68 +325,9 @@ impl FrameTable {
             for slot in &mut self.frames[*first as usize..(*first + *count) as usize] {
                 self.free_count += u32::from(slot.owner.take().is_some());
             }
+            self.free.set(*first, *count, true);
             self.next = self.next.min(*first);
         }
-    }
-
-    /// Next victims by the clock: owners of consecutive frames that hold consecutive pages, `want` at most in one run.
-    /// `spare` says which owners must not be taken; `used` whether the device used an owner's page since it was asked last.
-    /// Four rounds at most: the first one clears reference bits, in the last two nobody is asked any more. Also returns how many
-    /// frames got a second chance by `used`: no more than [`SECOND_CHANCES_MAX`], so that a device that uses all of its memory
-    /// costs no long search.
-    pub fn victims(
-        &mut self,
-        want: u32,
-        spare: impl Fn(Owner) -> bool,
-        used: impl Fn(Owner) -> bool,
-    ) -> (Option<(Owner, u32)>, u32) {
-        let total = self.frame_count();
-        let mut chances = 0;
-        for step in 0..u64::from(total) * 4 {
-            let may_ask = step < u64::from(total) * 2;
-            let at = self.hand;
-            self.hand = (self.hand + 1) % total;
-            let Some(owner) = self.frames[at as usize].owner else { continue };
-            // What must stay is not asked about: its mark is of use when it may go.
-            let passes = std::mem::take(&mut self.frames[at as usize].referenced) || spare(owner);
-            if passes {
-                continue;
-            }
-            if may_ask && chances < SECOND_CHANCES_MAX && self.any_owner(at, owner, &used) {
-                // As good as new: the hand may come by again before the device has had time to mark it.
-                self.frames[at as usize].referenced = true;
-                chances += 1;
-                continue;
-            }
-            let mut count = 1;
-            while count < want && self.follows(at, owner, count, &spare) {
-                let next = at + count;
-                let expected = Owner { page: owner.page + u64::from(count), ..owner };
-                if may_ask && chances < SECOND_CHANCES_MAX && self.any_owner(next, expected, &used) {
-                    // The mark is taken: it is kept here until the hand comes by.
-                    self.frames[next as usize].referenced = true;
-                    chances += 1;
-                    break;
-                }
-                count += 1;
-            }
-            self.hand = (at + count) % total;
-            return (Some((owner, count)), chances);
-        }
-        (None, chances)
-    }
-
-    /// The frame `offset` frames on holds the page `offset` pages on and may be taken with it.
-    fn follows(&self, at: u32, owner: Owner, offset: u32, spare: impl Fn(Owner) -> bool) -> bool {
-        let expected = Owner { page: owner.page + u64::from(offset), ..owner };
-        let next = self.frames.get((at + offset) as usize);
-        next.is_some_and(|next| next.owner == Some(expected) && !next.referenced) && !spare(expected)
-    }
-
-    /// Asks for every page that the frame holds, so that all marks are taken.
-    fn any_owner(&self, frame: u32, owner: Owner, used: impl Fn(Owner) -> bool) -> bool {
-        let others = self.sharers.get(&frame).map_or(&[][..], Vec::as_slice);
-        others.iter().fold(used(owner), |any, other| used(*other) || any)
     }
 }
 
@@ -431,65 +374,6 @@ mod tests {
         table.scrubbed(&runs);
         assert_eq!(table.free_count(), 6);
         assert_eq!(table.begin_scrub(Some(SpaceId(1)), owner(0), usize::MAX), []);
-    }
-
-    #[test]
-    fn the_clock_gives_a_second_chance_and_takes_runs() {
-        let mut table = FrameTable::new(8);
-        table.allocate(8, owner(0), SpaceId(1));
-        let unused = |_| false;
-        let (all, none) = (|_| true, |_| false);
-        let first = table.victims(4, none, unused);
-        assert_eq!(first, (Some((owner(0), 4)), 0), "all were referenced: one round clears");
-        table.touch(4);
-        assert_eq!(table.victims(4, none, unused).0, Some((owner(5), 3)));
-        assert_eq!(table.victims(4, all, unused).0, None, "nothing may be taken");
-    }
-
-    #[test]
-    fn what_the_device_uses_is_passed_over_once_for_each_mark() {
-        let mut table = FrameTable::new(8);
-        table.allocate(8, owner(0), SpaceId(1));
-        assert_eq!(table.victims(8, |_| false, |_| false).0, Some((owner(0), 8)), "the reference bits are gone now");
-        let marks = std::cell::RefCell::new(std::collections::BTreeSet::from([0, 1, 4]));
-        let used = |owner: Owner| marks.borrow_mut().remove(&owner.page);
-        assert_eq!(table.victims(8, |_| false, used), (Some((owner(2), 2)), 3), "pages 0, 1 and 4 are hot");
-        assert_eq!(table.victims(8, |_| false, used), (Some((owner(5), 3)), 0), "the mark of page 4 was not lost");
-        assert_eq!(table.victims(8, |_| false, used).0, Some((owner(2), 6)), "pages 0 and 1 are passed once more");
-        assert_eq!(table.victims(8, |_| false, used), (Some((owner(0), 8)), 0), "not used again: all may go");
-    }
-
-    #[test]
-    fn a_device_that_uses_everything_still_gives_something_up() {
-        let frame_count = SECOND_CHANCES_MAX + 100;
-        let mut table = FrameTable::new(frame_count);
-        table.allocate(frame_count, owner(0), SpaceId(1));
-        let asked = std::cell::Cell::new(0);
-        let used = |_| {
-            asked.set(asked.get() + 1);
-            true
-        };
-        let (victim, chances) = table.victims(4, |_| false, used);
-        assert_eq!((victim, chances), (Some((owner(u64::from(SECOND_CHANCES_MAX)), 4)), SECOND_CHANCES_MAX));
-        assert_eq!(asked.get(), SECOND_CHANCES_MAX, "nobody is asked more often than that");
-    }
-
-    #[test]
-    fn a_small_device_that_is_used_all_the_time_gives_something_up_too() {
-        let mut table = FrameTable::new(8);
-        table.allocate(8, owner(0), SpaceId(1));
-        let only_the_last_two = |owner: Owner| owner.page < 6;
-        assert_eq!(table.victims(4, only_the_last_two, |_| true).0, Some((owner(6), 2)));
-    }
-
-    #[test]
-    fn a_shared_frame_is_used_if_any_of_its_owners_is() {
-        let other = Owner { region: RegionId(2), page: 0 };
-        let mut table = FrameTable::new(2);
-        table.allocate(2, owner(0), SpaceId(1));
-        assert!(table.share(0, other));
-        assert_eq!(table.victims(2, |_| false, |_| false).0, Some((owner(0), 2)));
-        assert_eq!(table.victims(2, |_| false, |owner| owner == other).0, Some((owner(1), 1)));
     }
 
     #[test]

@@ -39,7 +39,8 @@ impl<P: Policy> Core<P> {
         let moving = first.with_state(PageState::MovingHome).with_huge(false).with_mapped_mask(mask);
         Self::publish_frames(region, pages, moving, out);
         // One huge page for a request that has time; a CPU fault is not kept waiting for the agent.
-        let huge = first.huge() && owner.is_some() && cause == Cause::Prefetch && self.is_private(region);
+        let has_time = owner.is_some() && matches!(cause, Cause::Prefetch | Cause::CpuFault);
+        let huge = first.huge() && has_time && self.is_private(region);
         let kind = Kind::Home { recovering: false };
         let transfer = Transfer { owner, cause, huge, ..Transfer::of(region, pages, moving, mask, kind) };
         let ticket = self.begin(transfer, out);

@@ -21,6 +21,7 @@
 
 mod across;
 mod attr;
+mod clock;
 mod coherent;
 mod core;
 mod discard;
@@ -31,8 +32,10 @@ mod evict;
 mod fault;
 mod fork;
 mod frames;
+mod free;
 mod home;
 mod out;
+mod pace;
 mod policy;
 mod ready;
 mod recovery;
@@ -43,9 +46,11 @@ mod scrub;
 pub mod sim;
 mod stats;
 mod transfer;
+mod walk;
 mod way;
 
 pub use attr::Attr;
+pub use clock::{Found, LOOKS_PER_TURN, SECOND_CHANCES_MAX, Search};
 pub use core::{CHUNK_PAGES, Core};
 pub use entry::{BadEntry, CPU, DEVICE_COUNT_MAX, Entry, LOST_FRAME, PageState, PoisonReason};
 pub use event::{
@@ -53,6 +58,6 @@ pub use event::{
     MapRun, Only, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, StatusRun, StepResult, Target, Ticket,
     TraceKind,
 };
-pub use frames::{FrameTable, Owner, SECOND_CHANCES_MAX};
+pub use frames::{FrameTable, Owner};
 pub use policy::{CpuFault, DefaultPolicy, DeviceFault, DeviceFaultAction, Policy};
 pub use stats::Stats;

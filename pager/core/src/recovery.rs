@@ -12,35 +12,28 @@
 //!   any other     settled                         -
 //! ```
 //!
-//! Frames are claimed when their device logs in, because only then its size is known.
+//! Frames are claimed when their device logs in (`walk`), because only then its size is known.
 
-use crate::core::{CHUNK_PAGES, Core};
+use crate::core::Core;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PageState, PoisonReason};
 use crate::event::{Action, Backing, DeviceId, Directory, PageStatus, Pages, RegionId};
-use crate::frames::{FrameTable, Owner};
+use crate::frames::FrameTable;
 use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
-/// The entry of a page that a dead device maps no more; nothing is exclusive to it either.
-fn without_device(entry: Entry, bit: u16) -> Entry {
-    let mine = entry.mapped_mask() & bit != 0;
-    let state = if mine && entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
-    entry.with_state(state).with_mapped_mask(entry.mapped_mask() & !bit)
-}
-
 /// A page that a dead pager left on its way home.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Homecoming {
-    region: RegionId,
-    page: u64,
-    entry: Entry,
+pub(crate) struct Homecoming {
+    pub region: RegionId,
+    pub page: u64,
+    pub entry: Entry,
     /// The frame holds nothing any more.
-    lost: bool,
+    pub lost: bool,
 }
 
 impl Homecoming {
     /// What the page `offset` further on would be if it belonged to the same run.
-    fn plus(self, offset: usize) -> Self {
+    pub fn plus(self, offset: usize) -> Self {
         let frames = if self.lost { 0 } else { offset as u32 };
         Self { page: self.page + offset as u64, entry: self.entry.plus_frames(frames), ..self }
     }
@@ -177,147 +170,8 @@ impl<P: Policy> Core<P> {
         if known.is_none() || lost {
             self.rebuild_frames(dir, device, frame_count, has_old_bytes, lost, fresh_mappings, out);
         } else if fresh_mappings {
-            self.clear_mapped(dir, device, out);
+            self.device_void(dir, device, out);
         }
-        self.unblock_all();
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "the event's own fields")]
-    fn rebuild_frames(
-        &mut self,
-        dir: &impl Directory,
-        device: DeviceId,
-        frame_count: u32,
-        has_old_bytes: bool,
-        memory_lost: bool,
-        fresh_mappings: bool,
-        out: &mut Vec<Action>,
-    ) {
-        let mut table = FrameTable::new(frame_count);
-        self.forget_scrubs(device);
-        if memory_lost {
-            self.mark_lost(device);
-        }
-        // A CPU fault may have come before the device: those pages are on their way already.
-        let leaving = self.leaving(device);
-        if !has_old_bytes {
-            table.mark_all_clean();
-        }
-        let bit = 1u16 << device.0;
-        let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.space, info.page_count)).collect();
-        let mut homecomings = Vec::new();
-        let mut given_up: Vec<(RegionId, Pages)> = Vec::new();
-        for (region, space, page_count) in regions {
-            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
-                // Pages that are more than one name no frame.
-                let page = run.first;
-                let mine = entry.owns_frame() && entry.device() == device;
-                let mut claim = || table.claim(entry.frame(), Owner { region, page }, space, entry.shared());
-                let lost = mine && (memory_lost || !claim());
-                let cleared = if fresh_mappings { without_device(entry, bit) } else { entry };
-                if mine && entry.state() == PageState::MovingHome {
-                    let entry = if lost { cleared.without_frame() } else { cleared };
-                    if lost {
-                        Self::publish_same(region, Pages::one(page), entry, out);
-                    }
-                    if !leaving.iter().any(|(of, pages)| *of == region && pages.contains(page)) {
-                        homecomings.push(Homecoming { region, page, entry, lost });
-                    }
-                } else if mine && entry.discarded() && !lost {
-                    match given_up.last_mut() {
-                        Some((of, run)) if *of == region && run.end() == page => run.count += 1,
-                        _ => given_up.push((region, Pages::one(page))),
-                    }
-                } else if lost && entry.state() == PageState::Duplicated {
-                    Self::publish_same(
-                        region,
-                        Pages::one(page),
-                        Entry::SYSTEM.with_mapped_mask(cleared.mapped_mask()),
-                        out,
-                    );
-                } else if lost {
-                    self.poison_page(region, page, entry, out);
-                } else if cleared != entry {
-                    Self::publish_same(region, run, cleared, out);
-                }
-            }
-        }
-        if has_old_bytes {
-            self.note_unknown(device);
-        }
-        self.frames[usize::from(device.0)] = Some(table);
-        self.finish_homecomings(&homecomings, out);
-        for (region, pages) in given_up.into_iter().filter(|(region, _)| !self.is_dying(*region)).collect::<Vec<_>>() {
-            self.discard_now(dir, region, pages, out);
-        }
-    }
-
-    /// Transfers that a dead pager had begun: consecutive pages in consecutive frames go on together.
-    fn finish_homecomings(&mut self, pages: &[Homecoming], out: &mut Vec<Action>) {
-        let mut rest = pages;
-        while let Some(first) = rest.first().copied() {
-            let limit = rest.iter().take(CHUNK_PAGES as usize);
-            let count = limit.enumerate().take_while(|(offset, next)| **next == first.plus(*offset)).count();
-            rest = &rest[count..];
-            let Homecoming { region, page, entry, lost } = first;
-            // What dies is not brought home: the teardown takes the frames.
-            if !self.is_dying(region) {
-                let run = Pages { first: page, count: count as u64 };
-                self.continue_home(region, run, entry, lost, out);
-            }
-        }
-    }
-
-    /// The device's process is dead: it maps nothing any more. Pages on the move clear their own bits when they arrive.
-    pub(crate) fn clear_mapped(&mut self, dir: &impl Directory, device: DeviceId, out: &mut Vec<Action>) {
-        let bit = 1u16.checked_shl(u32::from(device.0)).unwrap_or(0);
-        let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.page_count)).collect();
-        for (region, page_count) in regions {
-            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
-                if entry.mapped_mask() & bit != 0 && !entry.is_moving() {
-                    Self::publish_same(region, run, without_device(entry, bit), out);
-                }
-            }
-        }
-    }
-
-    /// The device will not return and nobody else reaches its memory.
-    pub(crate) fn device_failed(&mut self, dir: &impl Directory, device: DeviceId, out: &mut Vec<Action>) {
-        if device.0 >= DEVICE_COUNT_MAX {
-            return;
-        }
-        self.failed_mask |= 1 << device.0;
-        let regions: Vec<_> = self.regions.iter().map(|(id, info)| (*id, info.page_count)).collect();
-        let mut orphans = Vec::new();
-        for (region, page_count) in regions {
-            for (run, entry) in Self::alike_parts(dir, region, Pages { first: 0, count: page_count }) {
-                // Pages that are more than one name no frame.
-                let page = run.first;
-                let owner = Owner { region, page };
-                if entry.lives_on_device() && entry.device() == device {
-                    self.poison_page(region, page, entry, out);
-                    self.release(device, entry.frame(), 1, owner);
-                } else if entry.state() == PageState::Duplicated && entry.device() == device {
-                    let mask = entry.mapped_mask() & !(1 << device.0);
-                    Self::publish_same(region, Pages::one(page), Entry::SYSTEM.with_mapped_mask(mask), out);
-                    self.release(device, entry.frame(), 1, owner);
-                } else if entry.state() == PageState::MovingHome && entry.device() == device {
-                    let mask = entry.mapped_mask() & !(1 << device.0);
-                    orphans.push(Homecoming {
-                        region,
-                        page,
-                        entry: entry.with_mapped_mask(mask).without_frame(),
-                        lost: true,
-                    });
-                }
-            }
-        }
-        orphans.retain(|orphan| {
-            // Those that only hold pages bring nothing home.
-            let in_flight = |t: &Transfer| !t.holds() && t.region == orphan.region && t.pages.contains(orphan.page);
-            !self.transfers.values().any(in_flight)
-        });
-        self.finish_homecomings(&orphans, out);
         self.unblock_all();
     }
 }

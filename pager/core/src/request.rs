@@ -6,12 +6,12 @@
 use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{Entry, PageState};
 use crate::event::{
-    Action, Cause, DeviceId, Directory, Only, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, Target,
+    Action, Cause, DeviceId, Directory, MapRun, Only, Outcome, PageStatus, Pages, RegionId, ReqId, SpaceId, Target,
 };
 use crate::frames::HUGE_PAGES;
 use crate::policy::Policy;
 use crate::ready::Lane;
-use crate::resolve::Resolve;
+use crate::resolve::{Resolve, without};
 use crate::runs::Fates;
 use crate::way::{Leg, Wish};
 
@@ -39,6 +39,8 @@ pub(crate) struct Request {
     pub region: RegionId,
     pub pages: Pages,
     kind: Kind,
+    /// Why pages move (migrations only).
+    cause: Cause,
     /// Whose turn its steps are.
     pub lane: Lane,
     /// First page not dealt with.
@@ -47,6 +49,9 @@ pub(crate) struct Request {
     pub limit: u64,
     /// Rounds over the window (range faults).
     pub passes: u8,
+    /// What is mapped of the window, and from where on nothing is yet, once that has begun (range faults).
+    pub mapped: Vec<MapRun>,
+    pub map_from: Option<u64>,
     /// This round found nothing to do so far (range faults).
     pub clean: bool,
     /// It waits for the clock.
@@ -69,12 +74,15 @@ impl Request {
             region,
             pages,
             kind,
+            cause: Cause::Prefetch,
             // Until the region tells.
             lane: Lane::Ends,
             cursor: pages.first,
             limit: pages.end(),
             passes: 0,
             clean: true,
+            mapped: Vec::new(),
+            map_from: None,
             not_before_us: None,
             fates: Fates::default(),
             moved_pages: 0,
@@ -86,6 +94,12 @@ impl Request {
 
     pub fn migrate(req: ReqId, region: RegionId, pages: Pages, target: Target, only: Only) -> Self {
         Self::new(Some(req), region, pages, Kind::Migrate { target, only })
+    }
+
+    /// What follows a CPU fault home.
+    pub fn follow(region: RegionId, pages: Pages) -> Self {
+        let kind = Kind::Migrate { target: Target::Home, only: Only::All };
+        Self { cause: Cause::CpuFault, ..Self::new(None, region, pages, kind) }
     }
 
     pub fn resolve(req: ReqId, region: RegionId, pages: Pages, wish: Resolve) -> Self {
@@ -119,6 +133,11 @@ impl Request {
     /// It goes through many pages and is content with its turn.
     pub fn is_bulk(&self) -> bool {
         !matches!(self.kind, Kind::Resolve(_) | Kind::Pin { .. })
+    }
+
+    /// It sends pages to a device.
+    pub fn goes_away(&self) -> bool {
+        matches!(self.kind, Kind::Migrate { target: Target::Device(_), .. })
     }
 
     /// It sends pages to a device, or drops them: neither is done to a file.
@@ -194,6 +213,16 @@ impl Request {
         }
     }
 
+    /// Devices lose mappings, this one's perhaps among them (range faults).
+    pub fn unmap(&mut self, region: RegionId, pages: Pages, devices: u16) {
+        if let Kind::Resolve(Resolve { device, .. }) = self.kind
+            && self.region == region
+            && devices & (1 << device.0) != 0
+        {
+            self.mapped = without(std::mem::take(&mut self.mapped), pages);
+        }
+    }
+
     pub fn left(&self) -> Pages {
         Pages { first: self.cursor, count: self.pages.end().saturating_sub(self.cursor) }
     }
@@ -232,6 +261,12 @@ impl<P: Policy> Core<P> {
         let next = if matches!(next, Next::Wait) && ended != self.ended { Next::Again } else { next };
         match next {
             Next::Reply(outcome) => {
+                self.searches.remove(&order);
+                self.half_mapped.remove(&order);
+                let followed = (request.region, request.pages.first, request.pages.count);
+                if self.follows.get(&followed) == Some(&order) {
+                    self.follows.remove(&followed);
+                }
                 if let Some(info) = self.regions.get_mut(&request.region) {
                     info.requests = info.requests.saturating_sub(1);
                 }
@@ -298,7 +333,7 @@ impl<P: Policy> Core<P> {
                 let (run, first, mask) = self.frame_run(dir, region, left);
                 self.split_huge(dir, region, run, out);
                 let first = first.with_huge(first.huge() && run.count == u64::from(HUGE_PAGES));
-                self.start_home(region, run, first, mask, Some(order), Cause::Prefetch, out);
+                self.start_home(region, run, first, mask, Some(order), request.cause, out);
                 request.cursor = run.end();
                 Next::Again
             }
@@ -361,6 +396,7 @@ impl<P: Policy> Core<P> {
             }
             // This request looks at the pages again when they have arrived, or cannot.
             Leg::First(_) | Leg::Wait => Next::Wait,
+            Leg::Again => Next::Again,
             Leg::Full(pages) => {
                 request.fates.set(pages, self.no_room_status(device));
                 request.cursor = pages.end();

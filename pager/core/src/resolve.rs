@@ -71,6 +71,13 @@ impl<P: Policy> Core<P> {
         if let Some(status) = request.failed.take() {
             return Next::Reply(Outcome::Failed(failure(status, request.region, fault_page)));
         }
+        // What it is given now could be taken for what a dead driver had.
+        if self.walks_for(wish.device) {
+            return Next::Wait;
+        }
+        if request.map_from.is_some() {
+            return self.map_window(dir, order, request, wish, out);
+        }
         if request.cursor < fault_page {
             request.cursor = fault_page;
         }
@@ -79,15 +86,16 @@ impl<P: Policy> Core<P> {
         request.limit = request.limit.min(fault_page + u64::from(frame_count / 2).max(1));
         let end = if wish.whole { request.limit } else { (fault_page + 1).min(request.limit) };
         if request.cursor >= end {
-            return self.window_passed(dir, request, wish, out);
+            return self.window_passed(dir, order, request, wish, out);
         }
         let page = request.cursor;
         match self.need(dir, request.region, page, wish) {
             Need::Nothing => {
                 let left = Pages { first: page, count: end - page };
-                let run = left.iter().take_while(|at| self.is_ready(dir, request.region, *at, wish)).count() as u64;
+                let share = left.iter().take(self.budget as usize);
+                let run = share.take_while(|at| self.is_ready(dir, request.region, *at, wish)).count() as u64;
                 request.cursor = page + run.max(1);
-                if request.cursor >= end { self.window_passed(dir, request, wish, out) } else { Next::Again }
+                if request.cursor >= end { self.window_passed(dir, order, request, wish, out) } else { Next::Again }
             }
             Need::Wait => Next::Wait,
             Need::Pause { until_us } => {
@@ -153,6 +161,7 @@ impl<P: Policy> Core<P> {
                 match self.bring_here(dir, order, region, left, wish, out) {
                     Leg::Started(run) | Leg::First(run) => run,
                     Leg::Wait => return Next::Wait,
+                    Leg::Again => return Next::Again,
                     Leg::Full(_) => return self.no_room(dir, request, wanted),
                 }
             }
@@ -185,6 +194,7 @@ impl<P: Policy> Core<P> {
     fn window_passed(
         &mut self,
         dir: &impl Directory,
+        order: u64,
         request: &mut Request,
         wish: Resolve,
         out: &mut Vec<Action>,
@@ -196,13 +206,13 @@ impl<P: Policy> Core<P> {
         let tired = request.passes >= PASSES_MAX;
         // Pages of an earlier step may have left again. When others want them as much, what is here has to do.
         if (request.clean || tired) && self.is_ready(dir, request.region, wish.fault_page, wish) {
-            return self.map_window(dir, request, wish, out);
+            return self.map_window(dir, order, request, wish, out);
         }
         if !tired || !wish.whole {
             (request.clean, request.cursor) = (true, wish.fault_page);
             return Next::Again;
         }
-        Next::Reply(Outcome::Failed(CoreError::Busy { page: wish.fault_page }))
+        Next::Reply(Outcome::Failed(busy(wish.fault_page)))
     }
 
     fn is_ready(&mut self, dir: &impl Directory, region: RegionId, page: u64, wish: Resolve) -> bool {
@@ -285,42 +295,90 @@ impl<P: Policy> Core<P> {
         }
     }
 
-    /// Maps what can be mapped at this instant, the faulting page among it. Nothing is mapped in place that could still migrate.
-    fn map_window(&mut self, dir: &impl Directory, request: &Request, wish: Resolve, out: &mut Vec<Action>) -> Next {
-        let (region, bit) = (request.region, 1u16 << wish.device.0);
-        let mut runs: Vec<MapRun> = Vec::new();
-        let window = Pages { first: request.pages.first, count: request.limit - request.pages.first };
-        for page in window.iter() {
-            let entry = Self::entry(dir, region, page);
-            if !self.is_ready(dir, region, page, Resolve { write: false, ..wish }) {
-                continue;
-            }
-            let here = entry.owns_frame() && entry.device() == wish.device;
-            let kind = if here { MapKind::Frame(entry.frame()) } else { MapKind::System };
-            if let MapKind::Frame(frame) = kind
-                && let Some(table) = self.table(wish.device)
-            {
-                table.touch(frame);
-            }
-            let taken = wish.exclusive && entry.lives_on_device() && page >= wish.fault_page;
-            let state = match entry.state() {
-                // The device may write it: it is not untouched any more.
-                PageState::Absent => PageState::System,
-                _ if taken => PageState::Exclusive,
-                state => state,
-            };
-            let mapped = entry.with_state(state).with_mapped_mask(entry.mapped_mask() | bit);
-            if mapped != entry {
-                Self::publish_same(region, Pages::one(page), mapped, out);
-            }
-            let writable = !entry.shared() && entry.state() != PageState::Duplicated;
-            extend(&mut runs, page, kind, writable);
+    /// Maps what can be mapped when its part of the window has its turn, the faulting page among it. Nothing is mapped in place that could
+    /// still migrate. What is revoked before the last part is mapped is not in the answer ([`Self::not_mapped`]).
+    fn map_window(
+        &mut self,
+        dir: &impl Directory,
+        order: u64,
+        request: &mut Request,
+        wish: Resolve,
+        out: &mut Vec<Action>,
+    ) -> Next {
+        let from = request.map_from.unwrap_or(request.pages.first);
+        let left = Pages { first: from, count: request.limit.saturating_sub(from) };
+        let part = Pages { count: left.count.min(self.budget), ..left };
+        for page in part.iter() {
+            self.map_page(dir, request, page, wish, out);
         }
-        Next::Reply(Outcome::Resolved { runs })
+        if part.count < left.count {
+            request.map_from = Some(part.end());
+            self.half_mapped.insert(order);
+            return Next::Again;
+        }
+        self.half_mapped.remove(&order);
+        request.map_from = None;
+        let runs = std::mem::take(&mut request.mapped);
+        if runs.iter().any(|run| (run.first..run.first + run.count).contains(&wish.fault_page)) {
+            return Next::Reply(Outcome::Resolved { runs });
+        }
+        // It was taken away while the rest was mapped.
+        (request.clean, request.cursor) = (false, wish.fault_page);
+        if request.passes < PASSES_MAX { Next::Again } else { Next::Reply(Outcome::Failed(busy(wish.fault_page))) }
+    }
+
+    fn map_page(
+        &mut self,
+        dir: &impl Directory,
+        request: &mut Request,
+        page: u64,
+        wish: Resolve,
+        out: &mut Vec<Action>,
+    ) {
+        let (region, bit) = (request.region, 1u16 << wish.device.0);
+        let entry = Self::entry(dir, region, page);
+        // Neighbours are mapped as they are. The faulting page may have become somebody else's too since it was looked at.
+        let write = wish.write && page == wish.fault_page;
+        if !self.is_ready(dir, region, page, Resolve { write, ..wish }) {
+            return;
+        }
+        let here = entry.owns_frame() && entry.device() == wish.device;
+        let kind = if here { MapKind::Frame(entry.frame()) } else { MapKind::System };
+        if let MapKind::Frame(frame) = kind
+            && let Some(table) = self.table(wish.device)
+        {
+            table.touch(frame);
+        }
+        let taken = wish.exclusive && entry.lives_on_device() && page >= wish.fault_page;
+        let state = match entry.state() {
+            // The device may write it: it is not untouched any more.
+            PageState::Absent => PageState::System,
+            _ if taken => PageState::Exclusive,
+            state => state,
+        };
+        let mapped = entry.with_state(state).with_mapped_mask(entry.mapped_mask() | bit);
+        if mapped != entry {
+            Self::publish_same(region, Pages::one(page), mapped, out);
+        }
+        let writable = !entry.shared() && entry.state() != PageState::Duplicated;
+        extend(&mut request.mapped, page, kind, writable);
+    }
+
+    /// Devices lose mappings of some pages, among them those that a range fault has mapped and not answered.
+    pub(crate) fn not_mapped(&mut self, region: RegionId, pages: Pages, devices: u16) {
+        for order in &self.half_mapped {
+            if let Some(request) = self.requests.get_mut(order) {
+                request.unmap(region, pages, devices);
+            }
+        }
     }
 }
 
 const OUT: Kind = Kind::Out { zero: false, keep: false };
+
+fn busy(page: u64) -> CoreError {
+    CoreError::Busy { page }
+}
 
 fn failure(status: PageStatus, region: RegionId, page: u64) -> CoreError {
     match status {
@@ -333,6 +391,21 @@ fn failure(status: PageStatus, region: RegionId, page: u64) -> CoreError {
         }
         PageStatus::Io => CoreError::Io { page },
     }
+}
+
+/// Mappings without some pages.
+pub(crate) fn without(runs: Vec<MapRun>, pages: Pages) -> Vec<MapRun> {
+    let cut = |run: MapRun| {
+        let end = run.first + run.count;
+        let before = MapRun { count: pages.first.clamp(run.first, end) - run.first, ..run };
+        let first = pages.end().clamp(run.first, end);
+        let kind = match run.kind {
+            MapKind::Frame(frame) => MapKind::Frame(frame + (first - run.first) as u32),
+            MapKind::System => MapKind::System,
+        };
+        [before, MapRun { first, count: end - first, kind, ..run }]
+    };
+    runs.into_iter().flat_map(cut).filter(|run| run.count > 0).collect()
 }
 
 fn extend(runs: &mut Vec<MapRun>, page: u64, kind: MapKind, writable: bool) {
@@ -351,4 +424,23 @@ fn extend(runs: &mut Vec<MapRun>, page: u64, kind: MapKind, writable: bool) {
         }
     }
     runs.push(MapRun { first: page, count: 1, kind, writable });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_revoked_is_cut_out_of_what_was_mapped() {
+        let run = |first, count, kind| MapRun { first, count, kind, writable: true };
+        let runs = vec![run(0, 10, MapKind::Frame(100)), run(10, 5, MapKind::System)];
+        let cut = |first, count| without(runs.clone(), Pages { first, count });
+        assert_eq!(cut(20, 5), runs);
+        assert_eq!(
+            cut(3, 2),
+            [run(0, 3, MapKind::Frame(100)), run(5, 5, MapKind::Frame(105)), run(10, 5, MapKind::System)]
+        );
+        assert_eq!(cut(8, 4), [run(0, 8, MapKind::Frame(100)), run(12, 3, MapKind::System)]);
+        assert_eq!(cut(0, 15), []);
+    }
 }

@@ -13,9 +13,23 @@ const UNKNOWN_SCRUBS_MAX: usize = 4;
 
 impl<P: Policy> Core<P> {
     pub(crate) fn scrub_space(&mut self, space: SpaceId, out: &mut Vec<Action>) {
+        self.gone_spaces.push_back(space);
+        self.scrub_gone(out);
+    }
+
+    /// A share of what a dead client has left.
+    pub(crate) fn scrub_gone(&mut self, out: &mut Vec<Action>) {
+        let Some(space) = self.gone_spaces.pop_front() else { return };
+        let most = self.budget as usize;
+        let mut more = false;
         for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
-            let runs = self.table(device).map(|table| table.begin_scrub(Some(space), KEEPER, usize::MAX));
-            self.start_scrub(device, runs.unwrap_or_default(), out);
+            let runs = self.claimed_table(device).map(|table| table.begin_scrub(Some(space), KEEPER, most));
+            let runs = runs.unwrap_or_default();
+            more |= runs.iter().map(|(_, count)| *count as usize).sum::<usize>() == most;
+            self.start_scrub(device, runs, out);
+        }
+        if more {
+            self.gone_spaces.push_back(space);
         }
     }
 
@@ -63,7 +77,7 @@ impl<P: Policy> Core<P> {
         let Some((device, runs)) = self.scrubs.remove(&ticket) else { return };
         // Frames that could not be scrubbed stay out of use: nobody shall read what they hold.
         if result == StepResult::Ok
-            && let Some(table) = self.table(device)
+            && let Some(table) = self.claimed_table(device)
         {
             table.scrubbed(&runs);
         }

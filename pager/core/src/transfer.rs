@@ -227,6 +227,7 @@ impl<P: Policy> Core<P> {
             next(self, ticket, out);
         } else {
             self.stats.revokes += 1;
+            self.not_mapped(region, pages, mask);
             out.push(Action::Revoke { ticket, region, pages, devices: mask });
         }
     }
@@ -331,15 +332,5 @@ impl<P: Policy> Core<P> {
                 || matches!(transfer.kind, Kind::Teardown | Kind::Revoke { .. } | Kind::Fork { .. });
             transfer.lost |= transfer.device == device && !has_left;
         }
-    }
-
-    /// Pages on their way from a device.
-    pub(crate) fn leaving(&self, device: DeviceId) -> Vec<(RegionId, Pages)> {
-        let leaves = |t: &&Transfer| {
-            let kind = t.kind;
-            let leaving = matches!(kind, Kind::Home { .. } | Kind::Across { .. } | Kind::Collapse);
-            t.device == device && (leaving || matches!(kind, Kind::Drop { frames: true }))
-        };
-        self.transfers.values().filter(leaves).map(|t| (t.region, t.pages)).collect()
     }
 }

@@ -3,6 +3,7 @@
 use crate::core::Core;
 use crate::entry::PageState;
 use crate::event::{Action, Cause, DeviceId, Directory, PageStatus, Pages, RegionId, SpaceId};
+use crate::evict::Room;
 use crate::frames::{HUGE_PAGES, Owner};
 use crate::out::Way;
 use crate::policy::Policy;
@@ -25,6 +26,8 @@ pub(crate) enum Leg {
     First(Pages),
     /// Room is being made, or the device is not there yet.
     Wait,
+    /// Room is being looked for: ask again at the next step.
+    Again,
     /// There is no room for these pages and none can be made.
     Full(Pages),
 }
@@ -118,10 +121,12 @@ impl<P: Policy> Core<P> {
             Allocated::None => {}
         }
         let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
-        if self.evict(dir, wish.device, run.count, order, out) || soon {
-            return Leg::Wait;
+        match self.evict(dir, wish.device, run.count, order, out) {
+            Room::Looking => Leg::Again,
+            Room::Coming(_) => Leg::Wait,
+            Room::None if soon => Leg::Wait,
+            Room::None => Leg::Full(pages),
         }
-        Leg::Full(pages)
     }
 
     fn allocate(&mut self, device: DeviceId, region: RegionId, run: Pages, space: SpaceId) -> Allocated {

@@ -277,7 +277,8 @@
 #define UHMM_ADVISE_READ_MOSTLY 9
 
 /**
- * Advice: one CPU fault brings home an aligned block of 2^value pages, 0 to 63, or UHMM_GRANULARITY_ADAPTIVE. No device.
+ * Advice: one CPU fault brings home an aligned block of 2^value pages, 0 to 63, or UHMM_GRANULARITY_ADAPTIVE. Of a block of more than 2 MiB
+ * the rest follows when the fault is answered, unless pages of the region are sent to a device meanwhile. No device.
  */
 #define UHMM_ADVISE_GRANULARITY 10
 

@@ -32,7 +32,8 @@ pub const UHMM_ADVISE_PREFER_NONE: u32 = 8;
 /// End it before MADV_MERGEABLE (KSM takes away the write protection that copies live by; memory that is mergeable before is taken out of
 /// KSM when it is copied), and before MADV_GUARD_INSTALL on allocated memory, which Linux 6.18 tries for ever under that protection.
 pub const UHMM_ADVISE_READ_MOSTLY: u32 = 9;
-/// Advice: one CPU fault brings home an aligned block of 2^value pages, 0 to 63, or UHMM_GRANULARITY_ADAPTIVE. No device.
+/// Advice: one CPU fault brings home an aligned block of 2^value pages, 0 to 63, or UHMM_GRANULARITY_ADAPTIVE. Of a block of more than 2 MiB
+/// the rest follows when the fault is answered, unless pages of the region are sent to a device meanwhile. No device.
 pub const UHMM_ADVISE_GRANULARITY: u32 = 10;
 
 /// Access: a device fault moves the page to the device (the default).

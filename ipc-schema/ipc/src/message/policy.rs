@@ -75,7 +75,8 @@ pub enum Advice {
     /// Mostly read: reading devices get a copy and the system page stays valid; the first write collapses the copies. End it before
     /// MADV_MERGEABLE, and before MADV_GUARD_INSTALL on allocated memory (docs/kernel-view.md says why).
     ReadMostly(bool),
-    /// One CPU fault brings home an aligned block of 2^n pages; 0..=63. `None`: adaptive (the default).
+    /// One CPU fault brings home an aligned block of 2^n pages; 0..=63. Of a block of more than 2 MiB the rest follows when the fault is
+    /// answered, unless pages of the region are sent to a device meanwhile. `None`: adaptive (the default).
     Granularity(Option<u8>),
 }
 

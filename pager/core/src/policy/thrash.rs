@@ -14,7 +14,7 @@
 //! tens of microseconds here, and it is a device's own: one that takes 100 ms for a page is fought for at another pace.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Bound, Range};
 
 use crate::event::{Pages, RegionId};
 
@@ -28,8 +28,10 @@ const THROTTLES_TO_PIN: u8 = 10;
 const PINNED_LAPSES: u64 = 300;
 const QUIET_LAPSES: u64 = 16;
 const BLOCK_PAGES: u64 = 512;
-/// Blocks remembered; the oldest ones are forgotten first.
+/// Blocks remembered; those that are quiet make room for others.
 const BLOCKS_MAX: usize = 4096;
+/// Blocks looked at for that in one fault: however many there are, it costs the same.
+const LOOKS: usize = 16;
 
 /// Which way pages went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,9 +67,17 @@ impl Block {
 }
 
 /// Blocks that moved lately.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Thrash {
     blocks: BTreeMap<(RegionId, u64), Block>,
+    /// Where a search for quiet ones goes on.
+    hand: (RegionId, u64),
+}
+
+impl Default for Thrash {
+    fn default() -> Self {
+        Self { blocks: BTreeMap::new(), hand: (RegionId(0), 0) }
+    }
 }
 
 impl Thrash {
@@ -82,10 +92,7 @@ impl Thrash {
 
     fn block_moved(&mut self, key: (RegionId, u64), direction: Direction, time_us: &Range<u64>, lapse_us: u64) {
         let now_us = time_us.end;
-        if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) {
-            self.blocks.retain(|_, block| !block.is_quiet(now_us));
-        }
-        if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) {
+        if self.blocks.len() >= BLOCKS_MAX && !self.blocks.contains_key(&key) && !self.forget_quiet(now_us) {
             return;
         }
         let fresh = Block {
@@ -106,6 +113,15 @@ impl Thrash {
             block.turns = block.turns.saturating_add(1);
         }
         (block.last, block.last_us, block.lapse_us) = (direction, now_us, lapse_us);
+    }
+
+    /// Looks at some blocks, others each time, and forgets those that are quiet. Whether there were any.
+    fn forget_quiet(&mut self, now_us: u64) -> bool {
+        let after = self.blocks.range((Bound::Excluded(self.hand), Bound::Unbounded));
+        let looked_at: Vec<_> = after.take(LOOKS).map(|(key, block)| (*key, block.is_quiet(now_us))).collect();
+        self.hand = looked_at.get(LOOKS - 1).map_or((RegionId(0), 0), |(key, _)| *key);
+        let quiet = looked_at.iter().filter(|(_, is_quiet)| *is_quiet);
+        quiet.fold(false, |any, (key, _)| self.blocks.remove(key).is_some() || any)
     }
 
     /// A device wants a page of the block.
@@ -156,5 +172,30 @@ impl Thrash {
         for key in mine {
             self.blocks.remove(&key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_blocks_make_room_for_each_other_a_few_at_a_time() {
+        let mut thrash = Thrash::default();
+        let move_one = |thrash: &mut Thrash, block: u64, now_us: u64| {
+            let page = Pages::one(block * BLOCK_PAGES);
+            thrash.moved(RegionId(1), page, Direction::Home, &(now_us..now_us));
+        };
+        let blocks = BLOCKS_MAX as u64;
+        (0..2 * blocks).for_each(|block| move_one(&mut thrash, block, 0));
+        assert_eq!(thrash.blocks.len(), BLOCKS_MAX, "none was quiet");
+        let later_us = 1_000_000;
+        for block in 0..blocks {
+            let before = thrash.blocks.len();
+            move_one(&mut thrash, 10 * blocks + block, later_us);
+            assert!(before - thrash.blocks.len().min(before) < LOOKS, "no more than its share is looked at");
+        }
+        let new = thrash.blocks.keys().filter(|(_, index)| *index >= 10 * blocks).count();
+        assert!(new + LOOKS >= BLOCKS_MAX, "all that were quiet have made room: {new}");
     }
 }

@@ -3,7 +3,7 @@
 use super::check::Violation;
 use super::machine::RegionModel;
 use super::simulator::Simulator;
-use crate::{Core, DefaultPolicy, DeviceId, Event};
+use crate::{DeviceId, Event};
 
 impl Simulator {
     /// The pager dies and the next one recovers. What was pending may have happened, wholly or not at all.
@@ -24,7 +24,7 @@ impl Simulator {
         self.world.check()?;
         self.world.open.clear();
         self.late.clear();
-        self.core = Core::new(DefaultPolicy::default());
+        self.core = Self::new_core(self.config.seed);
         for event in &read {
             if let Event::Forked { child, .. } = event {
                 self.world.unborn(*child);

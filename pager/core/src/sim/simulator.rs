@@ -98,7 +98,7 @@ impl Simulator {
     pub fn new(config: Config) -> Self {
         let world = World::new(&config.frame_counts, config.faults, config.seed);
         let mut simulator = Self {
-            core: Core::new(DefaultPolicy::default()),
+            core: Self::new_core(config.seed),
             world,
             slots: Vec::new(),
             spaces: Vec::new(),
@@ -120,6 +120,12 @@ impl Simulator {
             simulator.log_in(device, false, false);
         }
         simulator
+    }
+
+    /// Half of the machines look at so few pages a step that their small regions take several, too.
+    pub(super) fn new_core(seed: u64) -> Core<DefaultPolicy> {
+        let core = Core::new(DefaultPolicy::default());
+        if seed.is_multiple_of(2) { core } else { core.with_budget(1 + seed / 2 % 7) }
     }
 
     pub(super) fn new_id(&mut self) -> u64 {

@@ -4,27 +4,31 @@ use std::collections::BTreeMap;
 
 use uhmm_pager_core::{Action, Attr, Core, DefaultPolicy, DeviceId, Directory, Entry, Event, RegionId};
 
-/// Pages of every region.
+/// Pages of every region, if no entry says more.
 pub const PAGES: u64 = 4;
 
 /// What the shell keeps in memfds.
-pub struct Tables(BTreeMap<(RegionId, u64), u64>);
+pub struct Tables {
+    entries: BTreeMap<(RegionId, u64), u64>,
+    attr: Attr,
+}
 
 impl Directory for Tables {
     fn attr(&self, _region: RegionId, _page: u64) -> Attr {
-        Attr::default()
+        self.attr
     }
     fn huge_phase(&self, _region: RegionId) -> u64 {
         0
     }
     fn load(&self, region: RegionId, page: u64) -> u64 {
-        self.0.get(&(region, page)).copied().unwrap_or(0)
+        self.entries.get(&(region, page)).copied().unwrap_or(0)
     }
     fn alike(&self, _region: RegionId, _page: u64) -> u64 {
         1
     }
-    fn page_count(&self, _region: RegionId) -> u64 {
-        PAGES
+    fn page_count(&self, region: RegionId) -> u64 {
+        let last = self.entries.range((region, 0)..=(region, u64::MAX)).next_back();
+        last.map_or(0, |((_, page), _)| page + 1).max(PAGES)
     }
     fn take_used(&self, _region: RegionId, _page: u64, _device: DeviceId) -> bool {
         false
@@ -40,8 +44,8 @@ pub struct Machine {
 impl Machine {
     /// A new core; the entries are what a dead one has left.
     pub fn with(entries: &[(RegionId, u64, Entry)]) -> Self {
-        let tables = entries.iter().map(|(region, page, entry)| ((*region, *page), entry.bits())).collect();
-        Self { core: Core::new(DefaultPolicy::default()), tables: Tables(tables) }
+        let entries = entries.iter().map(|(region, page, entry)| ((*region, *page), entry.bits())).collect();
+        Self { core: Core::new(DefaultPolicy::default()), tables: Tables { entries, attr: Attr::default() } }
     }
 
     /// One event; what is published is in the directories afterwards.
@@ -53,11 +57,17 @@ impl Machine {
                 for (at, entry) in entries.iter().enumerate() {
                     let page = first + at as u64;
                     let before = Entry::decode(self.tables.load(*region, page)).unwrap_or(entry);
-                    self.tables.0.insert((*region, page), before.followed_by(entry).bits());
+                    self.tables.entries.insert((*region, page), before.followed_by(entry).bits());
                 }
             }
         }
         out
+    }
+
+    /// For all pages.
+    #[allow(dead_code, reason = "not every test advises")]
+    pub fn advise(&mut self, attr: Attr) {
+        self.tables.attr = attr;
     }
 
     /// One page.
