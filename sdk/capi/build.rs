@@ -23,6 +23,9 @@ fn link(at: &Path) {
         && let Err(error) = std::os::unix::fs::symlink("libuhmm.so", at)
         && error.kind() != std::io::ErrorKind::AlreadyExists
     {
-        println!("cargo::warning={} cannot be made ({error}): programs linked here will not find the library", at.display());
+        println!(
+            "cargo::warning={} cannot be made ({error}): programs linked here will not find the library",
+            at.display()
+        );
     }
 }

@@ -68,6 +68,22 @@ pub enum Error {
         /// As given.
         name: String,
     },
+    /// All that is on a device is more than this machine has room for.
+    #[error(
+        "{away_bytes} bytes lie on the device and {free_bytes} are available here: end something, or move pages to another device, and try again"
+    )]
+    NoRoomAtHome {
+        /// What would come.
+        away_bytes: u64,
+        /// MemAvailable.
+        free_bytes: u64,
+    },
+    /// A device does not become empty.
+    #[error("{pages} pages do not come home: the pager's log says why, `uhmm status` whose they are")]
+    NotEmpty {
+        /// How many.
+        pages: u64,
+    },
     /// Nothing serves there.
     #[error("No supervisor serves in {}: start one with `uhmm up`, or name its --run-dir", .run_dir.display())]
     NotRunning {
@@ -137,8 +153,8 @@ impl Error {
             | Error::BadDeviceName { .. } => ErrorCode::Invalid,
             Error::NotRunning { .. } | Error::NoSuchService { .. } | Error::NotForked => ErrorCode::NotFound,
             Error::Forbidden { .. } => ErrorCode::Permission,
-            Error::ArenaFull(_) | Error::TooLong { .. } => ErrorCode::NoMemory,
-            Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) => ErrorCode::Io,
+            Error::ArenaFull(_) | Error::TooLong { .. } | Error::NoRoomAtHome { .. } => ErrorCode::NoMemory,
+            Error::Kernel { .. } | Error::Ipc(_) | Error::Thread(_) | Error::NotEmpty { .. } => ErrorCode::Io,
             Error::AgentGone => ErrorCode::Stale,
             Error::StrangeReply { .. } => ErrorCode::Protocol,
         }

@@ -9,6 +9,7 @@ use uhmm_ipc::message::pager::RegionStatus;
 use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
+use uhmm_kernel_hook::PAGE_SIZE;
 
 use crate::links::{client_reactor, endpoint};
 use crate::{Error, paths};
@@ -92,7 +93,39 @@ impl Operator {
 
     /// Brings every page of every process home from a device. Devices may fetch pages again.
     pub fn empty_device(&mut self, device: u8) -> Result<u64, Error> {
-        self.evicted(pager::Call::EmptyDevice { device })
+        self.evicted(pager::Call::EmptyDevice { device, then: pager::Emptied::Unchanged })
+    }
+
+    /// The same, and no page comes to the device any more, until [`Operator::undrain`].
+    ///
+    /// # Errors
+    /// [`Error::NoRoomAtHome`]: this machine has no memory for all that is there; nothing has changed then.
+    pub fn drain(&mut self, device: u8) -> Result<u64, Error> {
+        fits(self.pages_on(device)? * PAGE_SIZE, memory_available())?;
+        let mut moved = 0;
+        // What was on its way there when the device was closed arrives all the same.
+        loop {
+            let came = self.evicted(pager::Call::EmptyDevice { device, then: pager::Emptied::Closed })?;
+            moved += came;
+            if came == 0 || self.pages_on(device)? == 0 {
+                break;
+            }
+        }
+        match self.pages_on(device)? {
+            0 => Ok(moved),
+            pages => Err(Error::NotEmpty { pages }),
+        }
+    }
+
+    /// Pages may come to a device again.
+    pub fn undrain(&mut self, device: u8) -> Result<(), Error> {
+        self.evicted(pager::Call::EmptyDevice { device, then: pager::Emptied::Opened }).map(drop)
+    }
+
+    /// How many pages of all processes are there.
+    fn pages_on(&mut self, device: u8) -> Result<u64, Error> {
+        let on = |region: &RegionStatus| region.device_pages.get(usize::from(device)).copied().unwrap_or(0);
+        Ok(self.regions()?.iter().map(on).sum())
     }
 
     /// Pages take the time that they take.
@@ -151,6 +184,22 @@ impl Operator {
     }
 }
 
+/// Where the kernel does not say what there is, it is tried.
+fn fits(away_bytes: u64, free_bytes: Option<u64>) -> Result<(), Error> {
+    match free_bytes {
+        Some(free_bytes) if free_bytes < away_bytes => Err(Error::NoRoomAtHome { away_bytes, free_bytes }),
+        _ => Ok(()),
+    }
+}
+
+/// What the kernel could give away without swapping; `None`: it does not say.
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
 /// [`Operator::status`] on a connection of its own.
 pub fn status(run_dir: Option<&Path>) -> Result<Vec<ServiceStatus>, Error> {
     Operator::connect(run_dir)?.status()
@@ -179,6 +228,14 @@ pub fn regions(run_dir: Option<&Path>) -> Result<Vec<RegionStatus>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_both_numbers() {
+        let here = memory_available().expect("the kernel says it");
+        assert!(here > 1 << 20 && fits(here, Some(here)).is_ok() && fits(u64::MAX, None).is_ok());
+        let text = fits(here + 1, Some(here)).expect_err("too much").to_string();
+        assert!(text.contains(&here.to_string()) && text.contains(&(here + 1).to_string()), "{text}");
+    }
 
     #[test]
     fn without_a_supervisor_the_error_names_the_place() {

@@ -141,7 +141,7 @@ impl Pager {
                 Some(Ok(pager::Reply::Done))
             }
             pager::Call::Home { pid, stay } => self.home(conn, call, pid, stay),
-            pager::Call::EmptyDevice { device } => self.empty_device(conn, call, device),
+            pager::Call::EmptyDevice { device, then } => self.empty_device(conn, call, device, then),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
     }

@@ -26,6 +26,8 @@ use crate::space::DEVICE_SLOTS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-dev");
 const RECORD_BYTES: u64 = 32;
+/// Not zero: no page comes to the device any more.
+const OFF_CLOSED: u64 = 24;
 /// User id plus one of who has a coherent device.
 const OFF_USER: u64 = 16;
 
@@ -88,6 +90,16 @@ impl DeviceRecords {
     /// From now on only this user may.
     pub fn set_user(&self, device: u8, uid: u32) -> Result<(), HookError> {
         self.window.store_u64(RECORD_BYTES * (1 + u64::from(device)) + OFF_USER, u64::from(uid) + 1)
+    }
+
+    /// Whether an operator has drained it. Holds whatever happens to driver and memory.
+    pub fn is_closed(&self, device: u8) -> bool {
+        self.window.load_u64(RECORD_BYTES * (1 + u64::from(device)) + OFF_CLOSED).unwrap_or(0) != 0
+    }
+
+    /// From now on pages come no more, or again.
+    pub fn close(&self, device: u8, closed: bool) -> Result<(), HookError> {
+        self.window.store_u64(RECORD_BYTES * (1 + u64::from(device)) + OFF_CLOSED, u64::from(closed))
     }
 
     /// Remembers both. Other memory is nobody's yet.

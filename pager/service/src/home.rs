@@ -306,10 +306,34 @@ impl Pager {
         }
     }
 
+    /// A migration to a device that is drained.
+    pub(crate) fn kept_from(&self, device: u8, page_count: u64) -> Option<pager::Reply> {
+        self.records.is_closed(device).then(|| pager::Reply::Migrated {
+            moved_pages: 0,
+            runs: vec![StatusRun { first_page: 0, page_count, status: PageStatus::NoMemory }],
+            why: self.closed_text(device),
+        })
+    }
+
+    /// What whoever wants to go there is told.
+    pub(crate) fn closed_text(&self, device: u8) -> String {
+        let name = self.service.plan.device(device).map_or("?", |device| device.name.as_str());
+        format!("Device {name} is drained and takes no pages until `uhmm undrain {name}`: use another one")
+    }
+
     /// Everybody's pages come home from a device.
-    pub(crate) fn empty_device(&mut self, conn: ConnId, call: CallId, device: u8) -> Answer {
+    pub(crate) fn empty_device(&mut self, conn: ConnId, call: CallId, device: u8, then: pager::Emptied) -> Answer {
         if self.service.plan.device(device).is_none() {
             return refuse(ErrorCode::NotFound, format!("The plan has no device {device}"));
+        }
+        if then != pager::Emptied::Unchanged {
+            tracing::info!(device, ?then, "Pages may come to a device, or may not");
+            if let Err(error) = self.records.close(device, then == pager::Emptied::Closed) {
+                return refuse(ErrorCode::Io, format!("This cannot be written down: {error}"));
+            }
+        }
+        if then == pager::Emptied::Opened {
+            return Some(Ok(pager::Reply::Evicted { page_count: 0 }));
         }
         let spaces: Vec<u64> = self.spaces.iter().filter(|(_, space)| !space.dying).map(|(id, _)| *id).collect();
         if spaces.is_empty() {

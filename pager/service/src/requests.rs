@@ -311,6 +311,11 @@ impl Pager {
             return Some(Ok(kept));
         }
         if let CoreTarget::Device(device) = target
+            && let Some(kept) = self.kept_from(device.0, len_bytes / PAGE_SIZE)
+        {
+            return Some(Ok(kept));
+        }
+        if let CoreTarget::Device(device) = target
             && let Err(error) = self.may_use(conn, device.0).and_then(|()| self.can_take_out(conn, &pieces))
         {
             return Some(Err(error));
@@ -381,6 +386,9 @@ impl Pager {
         let Some(segment) = segment.filter(|_| live && !self.closing.has(space)) else {
             return refuse(ErrorCode::NotFound, format!("Region {segment_id} of space {space} does not exist"));
         };
+        if !in_place && self.records.is_closed(device) {
+            return refuse(ErrorCode::NoMemory, self.closed_text(device));
+        }
         let end = window.first.checked_add(window.count).filter(|end| *end <= segment.page_count);
         let inside = end.is_some_and(|end| (window.first..end).contains(&fault_page));
         if !inside {

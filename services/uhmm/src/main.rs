@@ -80,6 +80,16 @@ enum Command {
         /// Device name
         device: String,
     },
+    /// The same, refused if it does not fit into memory, and the device takes nothing more until `undrain`
+    Drain {
+        /// Device name
+        device: String,
+    },
+    /// A drained device may be used again
+    Undrain {
+        /// Device name
+        device: String,
+    },
     /// Hold a driver against HMM's semantics: the acceptance test of a driver's author
     Conformance(commands::ConformanceArgs),
     /// Measure uhmm beside the floor of the same run
@@ -241,6 +251,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Renew => commands::renew(&run_dir)?,
         Command::Home { pid, release } => commands::home(&run_dir, pid, !release)?,
         Command::Empty { device } => commands::empty(&run_dir, &device)?,
+        Command::Drain { device } => commands::drain(&run_dir, &device)?,
+        Command::Undrain { device } => commands::undrain(&run_dir, &device)?,
         Command::Doctor => return Ok(commands::doctor()),
         Command::Man { dir } => commands::man(Cli::command(), &dir)?,
         Command::Completions { shell } => commands::completions(Cli::command(), shell)?,

@@ -6,7 +6,7 @@ use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, out_data};
-use crate::message::pager::{Call, CopyRing, Event, Only};
+use crate::message::pager::{Call, CopyRing, Emptied, Event, Only};
 use crate::message::{Aperture, Fd};
 
 mod agent;
@@ -134,10 +134,36 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_pid(*pid);
             to.set_stay(*stay);
         }
-        Call::EmptyDevice { device } => to.set_empty_device(*device),
+        Call::EmptyDevice { device, then } => to.set_empty_device(emptied_device(*device, *then)?),
         Call::ListRegions => to.set_list_regions(()),
     }
     Ok(())
+}
+
+/// Numbers of devices are below.
+const CLOSED: u8 = 0x40;
+const OPENED: u8 = 0x80;
+
+fn emptied_device(device: u8, then: Emptied) -> Result<u8, EncodeError> {
+    if device >= CLOSED {
+        return Err(EncodeError::Value { field: "emptyDevice", value: u64::from(device) });
+    }
+    Ok(device
+        | match then {
+            Emptied::Unchanged => 0,
+            Emptied::Closed => CLOSED,
+            Emptied::Opened => OPENED,
+        })
+}
+
+fn read_emptied(number: u8) -> Result<(u8, Emptied), DecodeError> {
+    let then = match number & (CLOSED | OPENED) {
+        0 => Emptied::Unchanged,
+        CLOSED => Emptied::Closed,
+        OPENED => Emptied::Opened,
+        _ => return Err(DecodeError::Value { field: "emptyDevice", value: u64::from(number) }),
+    };
+    Ok((number & !(CLOSED | OPENED), then))
 }
 
 fn write_range(addr: u64, len_bytes: u64, mut to: range::Builder<'_>) {
@@ -271,7 +297,10 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             Call::Home { pid: from.get_pid(), stay: from.get_stay() }
         }
-        call::EmptyDevice(device) => Call::EmptyDevice { device },
+        call::EmptyDevice(number) => {
+            let (device, then) = read_emptied(number)?;
+            Call::EmptyDevice { device, then }
+        }
         call::ListRegions(()) => Call::ListRegions,
     })
 }

@@ -393,6 +393,8 @@ pub enum Call {
     EmptyDevice {
         /// Device.
         device: u8,
+        /// Whether pages may come again.
+        then: Emptied,
     },
     /// Operator: every region and how its pages are spread.
     ListRegions,
@@ -591,4 +593,16 @@ pub enum Event {
         /// Space.
         space: u64,
     },
+}
+
+/// What holds for a device from [`Call::EmptyDevice`] on. On the wire it is in the device's number, above what a number can be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Emptied {
+    /// As before.
+    #[default]
+    Unchanged,
+    /// No page comes any more: migrations leave everything where it is, device faults are refused.
+    Closed,
+    /// Pages may come again; nothing is emptied.
+    Opened,
 }

@@ -78,6 +78,24 @@ pub fn empty(run_dir: &Path, device: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `uhmm drain DEVICE`.
+pub fn drain(run_dir: &Path, device: &str) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    let id = operator.device_id(device)?;
+    let pages = operator.drain(id)?;
+    println!("{device} is drained: {pages} pages came home, and none leaves for it until `uhmm undrain {device}`");
+    Ok(())
+}
+
+/// `uhmm undrain DEVICE`.
+pub fn undrain(run_dir: &Path, device: &str) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    let id = operator.device_id(device)?;
+    operator.undrain(id)?;
+    println!("Pages may leave for {device} again");
+    Ok(())
+}
+
 /// `uhmm kill SERVICE`.
 pub fn kill(run_dir: &Path, service: &str) -> anyhow::Result<()> {
     let killed = Operator::connect(Some(run_dir))?.kill(service)?;
