@@ -42,6 +42,7 @@ struct Call {
     revalidate @30 :Range;              # client; idempotent
     home @31 :Home;                     # operator, or a client about itself; idempotent
     emptyDevice @32 :UInt8;             # operator; idempotent
+    userfaultfdDevice @33 :Void;        # client; idempotent
   }
 }
 
@@ -132,6 +133,7 @@ struct Migrate {
 struct Home {
   pid @0 :UInt32;             # 0: the caller's own space
   stay @1 :Bool;              # false: pages may leave again
+  process @2 :UInt64;         # the same process by its name, 0: not known. The number is another one in another pid namespace
 }
 
 struct Advise {
@@ -212,6 +214,7 @@ struct Reply {
     childAttached @11 :ChildAttached;
     hotRanges @12 :List(HotRange);          # at most Sdk.maxRuns
     granted @13 :List(Range);               # at most Sdk.maxRuns
+    userfaultfdDeviceFd @14 :UInt16;        # /dev/userfaultfd, open: the caller makes its own userfaultfd with it
   }
 }
 

@@ -19,7 +19,13 @@ struct Call {
     shutdown @7 :Void;            # idempotent; operator
     kill @8 :Kill;                # idempotent in effect: the service ends up restarted; operator
     pong @9 :Pong;                # idempotent
+    join @10 :Join;               # a process that the supervisor did not start; answered when its turn has come
   }
+}
+
+# Who asks is in the hello's name, `join:NAME`, and proven by its key (the manifest's token) or its user.
+struct Join {
+  guardFd @0 :UInt16;           # noFd: nobody can kill it but by a signal. Else one byte sent there ends the process at once
 }
 
 struct Register {
@@ -62,7 +68,16 @@ struct Reply {
     vault @2 :Vault;
     status @3 :List(ServiceStatus);   # at most maxServices
     killed @4 :Killed;
+    joined @5 :Joined;
   }
+}
+
+struct Joined {
+  incarnation @0 :UInt32;
+  key @1 :Data;                       # for the channel to the supervisor
+  # What a holder is given: its listening socket, and keys by name as TOML.
+  listenerFd @2 :UInt16;              # noFd for services: they get theirs when they register
+  keysToml @3 :Text;                  # at most maxPlanBytes
 }
 
 struct Registered {

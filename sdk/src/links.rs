@@ -22,7 +22,7 @@ mod closing;
 mod introduced;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -334,6 +334,7 @@ impl Loop {
         let mut agent = AgentHost::new()?;
         let life = agent.life();
         let sentinel_addr = sentinel.range().start;
+        let links_dir = run_dir.clone();
         let links = |uffd, child, frames, agent| Self {
             reactor,
             run_dir,
@@ -356,8 +357,9 @@ impl Loop {
         };
         let (mut links, hello, kind) = match who {
             Identification::Open { nonce } => {
-                let (uffd, kind) =
-                    Userfaultfd::create(None).map_err(Error::kernel("Making this process's userfaultfd"))?;
+                let device = introduced::userfaultfd_device(&links_dir)?;
+                let (uffd, kind) = Userfaultfd::create(device.as_ref().map(AsFd::as_fd))
+                    .map_err(Error::kernel("Making this process's userfaultfd"))?;
                 agent.start(&uffd)?;
                 let sent = clone_of(&uffd)?.into_fd();
                 let frames = Frames::new(Some(clone_of(&uffd)?), allocations);
@@ -535,7 +537,7 @@ impl Loop {
 
     /// A fatal signal is about to end the process: its core dump cannot wait for pages.
     fn home_before_the_end(&mut self) {
-        let (home, deliver) = (pager::Call::Home { pid: 0, stay: true }, Box::new(|_| fatal::answer()));
+        let (home, deliver) = (pager::Call::Home { pid: 0, stay: true, process: 0 }, Box::new(|_| fatal::answer()));
         self.send(Peer::Pager, Call::Pager(home), TraceId::fresh(), None, deliver);
     }
 

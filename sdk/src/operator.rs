@@ -9,7 +9,7 @@ use uhmm_ipc::message::pager::RegionStatus;
 use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
-use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
 
 use crate::links::{client_reactor, endpoint};
 use crate::{Error, paths};
@@ -80,7 +80,9 @@ impl Operator {
 
     /// Brings every page of a process home and keeps it there, or lets it leave again. Returns how many pages came.
     pub fn home(&mut self, pid: u32, stay: bool) -> Result<u64, Error> {
-        self.evicted(pager::Call::Home { pid, stay })
+        // Its number may be another one where the pager runs.
+        let process = PidFd::open(pid).and_then(|pidfd| pidfd.name()).unwrap_or(0);
+        self.evicted(pager::Call::Home { pid, stay, process })
     }
 
     /// Id of a device in the plan, by its name.

@@ -23,7 +23,7 @@ use crate::residency::{MigrateReport, ResidencySummary, append_runs};
 use crate::{Error, forking, paths};
 
 /// How long `connect` and `device` wait for a service that is there but does not answer (it may be restarting).
-const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// How often a thread that waits for unread events lets others run before it sleeps between looks.
 const SETTLE_YIELDS: u32 = 200;
 const SETTLE_PAUSE: Duration = Duration::from_micros(200);
@@ -241,7 +241,7 @@ impl Session {
     /// Brings every page of this process home and keeps it there (or lets it leave again): for whatever reads this process in ways that
     /// cannot wait for a page (/proc/PID/mem, ptrace, a core dump). Jobs that need a page wait. Returns how many pages came.
     pub fn stay_home(&self, stay: bool) -> Result<u64, Error> {
-        let call = pager::Call::Home { pid: 0, stay };
+        let call = pager::Call::Home { pid: 0, stay, process: 0 };
         let answer = self.inner.links.call(Peer::Pager, Call::Pager(call), None, |reply| match reply {
             Reply::Pager(pager::Reply::Evicted { page_count }) => Ok(page_count),
             _ => Err(Error::StrangeReply { question: "Home" }),

@@ -17,6 +17,7 @@ use uhmm_kernel_hook::{PidFd, SeqPacket};
 use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
 pub mod c;
+pub mod container;
 pub mod manager;
 pub mod model;
 pub mod pattern;

@@ -129,7 +129,8 @@ impl CopyEngine for BlockEngine {
                 let StagedCopy { ticket, op, frames, staging_page } = copy;
                 // A scrub's staging page means nothing.
                 let place = if op == CopyOp::Scrub { 0 } else { u64::from(staging_page) };
-                self.lane.ask(&staging.window, Ask { ticket: ticket.wrapping_add(1), op: operation(op), frames, place });
+                self.lane
+                    .ask(&staging.window, Ask { ticket: ticket.wrapping_add(1), op: operation(op), frames, place });
             }
             for (ticket, result) in self.lane.ended() {
                 let Some(at) = open.iter().position(|copy| copy.ticket.wrapping_add(1) == ticket) else { continue };

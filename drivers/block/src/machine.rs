@@ -255,7 +255,8 @@ impl Machine {
     /// When [`Event::Tick`] has something to do.
     pub fn wakes_at(&self) -> Option<u64> {
         let deadlines = self.flights.values().filter(|flight| !flight.given_up).map(|flight| flight.deadline_us);
-        let queued = self.reads.iter().chain(&self.writes).map(|piece| piece.since_us.saturating_add(self.limits.deadline_us));
+        let queued =
+            self.reads.iter().chain(&self.writes).map(|piece| piece.since_us.saturating_add(self.limits.deadline_us));
         deadlines.chain(self.later.iter().map(|(due, _)| *due)).chain(queued).min()
     }
 
@@ -339,7 +340,14 @@ impl Machine {
     }
 
     /// False: there is no free block now.
-    fn write_to(&mut self, store: &mut Store, mut piece: Piece, taken: Option<Run>, now_us: u64, out: &mut Vec<Action>) -> bool {
+    fn write_to(
+        &mut self,
+        store: &mut Store,
+        mut piece: Piece,
+        taken: Option<Run>,
+        now_us: u64,
+        out: &mut Vec<Action>,
+    ) -> bool {
         // Its old blocks may be the next ones that are taken, but not by itself.
         piece.avoid.drain(..).for_each(|run| store.release(run));
         let Some(blocks) = taken else {

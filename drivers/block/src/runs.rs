@@ -54,7 +54,8 @@ impl FreeRuns {
         if run.count == 0 {
             return;
         }
-        let before = self.by_start.range(..run.first).next_back().map(|(first, count)| Run { first: *first, count: *count });
+        let before =
+            self.by_start.range(..run.first).next_back().map(|(first, count)| Run { first: *first, count: *count });
         if let Some(before) = before.filter(|before| before.end() == run.first) {
             self.remove(before);
             run = Run { first: before.first, count: before.count + run.count };

@@ -222,7 +222,10 @@ mod tests {
         let key = table.key().unwrap();
         let next = Table::adopt(&fd, 100, 130, true).unwrap().expect("of this shape");
         assert_eq!((next.life().unwrap(), next.key().unwrap()), (life, key));
-        assert_eq!((next.block_of(99).unwrap(), next.block_of(0).unwrap(), next.block_of(1).unwrap()), (Some(129), Some(0), None));
+        assert_eq!(
+            (next.block_of(99).unwrap(), next.block_of(0).unwrap(), next.block_of(1).unwrap()),
+            (Some(129), Some(0), None)
+        );
         assert_eq!((next.generation(129).unwrap(), next.tag(129).unwrap()), (2, [9; TAG_BYTES]));
         assert!(next.block_of(100).is_ok() && next.generation(131).is_err() || next.generation(200).is_err());
         for (frames, blocks, sealed) in [(101, 130, true), (100, 131, true), (100, 130, false), (100_000, 130, true)] {

@@ -23,7 +23,9 @@ use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatu
 use uhmm_kernel_hook::{EventFd, HookError};
 
 use crate::access::engine::{EngineLane, PIECE_PAGES};
-use crate::device::{CopyEngine, CopyWork, DeviceError, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging, StagingUse};
+use crate::device::{
+    CopyEngine, CopyWork, DeviceError, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging, StagingUse,
+};
 use crate::error::DriverError;
 use crate::stats::CopyCounters;
 

@@ -36,8 +36,9 @@ mod uplink;
 
 pub use device::{
     CopyEngine, CopyWork, DeviceError, DeviceFault, DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId,
-    Frames, InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, LostFrames, MemoryOrigin, OpenContext, PAGE_BYTES,
-    PageRange, Parts, Place, Quiescence, RegionKey, RegionMap, StagedCopy, Staging, StagingUse, SystemPages,
+    Frames, InstallReport, Job, JobId, JobQueue, JobReport, KernelSpec, LostFrames, MemoryOrigin, OpenContext,
+    PAGE_BYTES, PageRange, Parts, Place, Quiescence, RegionKey, RegionMap, StagedCopy, Staging, StagingUse,
+    SystemPages,
 };
 pub use error::DriverError;
 pub use file_pages::FilePages;

@@ -3,13 +3,13 @@
 //! ```text
 //!   major numbers differ        -> Protocol       other interface than served -> Invalid
 //!   service role, no/wrong key  -> Permission     role not the name's         -> Permission
-//!   pid cannot be seen here     -> Permission
+//!   client that cannot be held  -> Permission
 //!   otherwise Welcome: the smaller minor number and the smaller limits of both sides
 //! ```
 
 use std::collections::HashMap;
 
-use uhmm_kernel_hook::process::PeerCred;
+use uhmm_kernel_hook::HookError;
 
 use crate::constants::{MAJOR_VERSION, MINOR_VERSION};
 use crate::identity::{Endpoint, Identity, Limits};
@@ -73,17 +73,16 @@ pub(crate) fn hello(identity: &Identity, endpoint: &Endpoint) -> Hello {
     }
 }
 
-/// Who the kernel says the caller is, or why that will not do. A process in a foreign pid namespace has no number here: it could
-/// neither be watched nor be told from others.
-pub(crate) fn judge_process(name: &str, cred: PeerCred) -> Result<PeerCred, WireError> {
-    if cred.pid != 0 {
-        return Ok(cred);
+/// A client whose process cannot be held could neither be watched nor be told from others. What a service has sent counts even if it has
+/// died since (its last words).
+pub(crate) fn judge_process(name: &str, role: Role, problem: Option<&HookError>) -> Result<(), WireError> {
+    match problem {
+        Some(problem) if !is_service(role) => {
+            let text = format!("The process of {name} cannot be watched: {}", crate::transport::chain(problem));
+            Err(WireError::new(ErrorCode::Permission, text))
+        }
+        _ => Ok(()),
     }
-    let text = format!(
-        "{name} runs in a pid namespace that cannot be seen from here: start it in the services' own namespace, or in one \
-         below it"
-    );
-    Err(WireError::new(ErrorCode::Permission, text))
 }
 
 /// The callee's decision.

@@ -33,7 +33,7 @@ pub use error::IpcError;
 pub use identity::{Endpoint, Identity, Limits};
 pub use ids::{CallId, ConnId, FdToken, LinkId, TimerId, TimerToken};
 pub use reactor::{Reactor, Waker};
-pub use wake::{Peer, Wake};
+pub use wake::{Peer, PeerProcess, Wake};
 
 /// Facts of the protocol that both ends share, from the schema files.
 pub mod constants {

@@ -7,15 +7,17 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use capnp::Word;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use uhmm_kernel_hook::process::{PeerCred, peer_cred};
-use uhmm_kernel_hook::{HookError, RecvStatus, SendStatus, SeqPacket};
+use uhmm_kernel_hook::{HookError, PidFd, RecvStatus, SendStatus, SeqPacket};
 
 use crate::codec::DecodeError;
 use crate::message::Fd;
+use crate::wake::PeerProcess;
 
 /// Bytes that may wait for a slow reader.
 pub(crate) const MAX_QUEUE_BYTES: usize = 4 << 20;
@@ -104,6 +106,13 @@ impl Channel {
     /// Who was at the other end when it connected; the pid is 0 when it cannot be seen from here.
     pub(crate) fn peer(&self) -> Result<PeerCred, String> {
         peer_cred(self.socket.as_fd()).map_err(|error| format!("its credentials cannot be read: {}", chain(&error)))
+    }
+
+    /// The process that connected.
+    pub(crate) fn peer_process(&self) -> Result<PeerProcess, HookError> {
+        let pidfd = PidFd::of_peer(self.socket.as_fd())?;
+        let name = pidfd.name()?;
+        Ok(PeerProcess { pidfd: Arc::new(pidfd), name })
     }
 
     /// Sends or queues one message.

@@ -1,6 +1,9 @@
 //! What [`Reactor::poll`](crate::Reactor::poll) tells its owner.
 
+use std::sync::Arc;
 use std::time::Instant;
+
+use uhmm_kernel_hook::PidFd;
 
 use crate::ids::{CallId, ConnId, FdToken, LinkId, TimerToken};
 use crate::message::{Call, Event, Reply, Role, TraceId, Welcome, WireError};
@@ -19,7 +22,26 @@ pub struct Peer {
     pub pid: u32,
     /// User id at connect time (SO_PEERCRED).
     pub uid: u32,
+    /// The process that connected, whatever namespace it is in (SO_PEERPIDFD); `None`: it has ended already.
+    pub process: Option<PeerProcess>,
 }
+
+/// A peer's process, held so that it cannot be taken for another one.
+#[derive(Clone, Debug)]
+pub struct PeerProcess {
+    /// Readable when it has ended.
+    pub pidfd: Arc<PidFd>,
+    /// What it is called everywhere ([`PidFd::name`]).
+    pub name: u64,
+}
+
+impl PartialEq for PeerProcess {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for PeerProcess {}
 
 /// One thing that happened. Order is the order of arrival per connection, per link.
 #[derive(Debug)]

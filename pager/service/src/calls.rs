@@ -60,7 +60,8 @@ impl Pager {
             | pager::Call::ReadTrace { .. }
             | pager::Call::Inject { .. }
             | pager::Call::FramesDone { .. }
-            | pager::Call::AgentStarted { .. } => role == Role::Client,
+            | pager::Call::AgentStarted { .. }
+            | pager::Call::UserfaultfdDevice => role == Role::Client,
             pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } | pager::Call::DeviceLost { .. } => {
                 role == Role::Driver
             }
@@ -140,7 +141,8 @@ impl Pager {
                 self.invalidate_done(id, late_mask);
                 Some(Ok(pager::Reply::Done))
             }
-            pager::Call::Home { pid, stay } => self.home(conn, call, pid, stay),
+            pager::Call::Home { pid, stay, process } => self.home(conn, call, (pid, process), stay),
+            pager::Call::UserfaultfdDevice => Some(self.userfaultfd_device()),
             pager::Call::EmptyDevice { device, then } => self.empty_device(conn, call, device, then),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }

@@ -14,15 +14,15 @@ use std::sync::Arc;
 
 use uhmm_ipc::message::pager::AgentMemory;
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, WireError, pager};
-use uhmm_ipc::{CallId, ConnId};
+use uhmm_ipc::{CallId, ConnId, PeerProcess};
 use uhmm_kernel_hook::process::PidFd;
-use uhmm_kernel_hook::uffd::{Features, RegisterMode, Userfaultfd};
+use uhmm_kernel_hook::uffd::{self, Features, RegisterMode, Userfaultfd};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes};
 use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
 use crate::calls::{Answer, refuse};
 use crate::service::{Pager, VaultWait};
-use crate::space::{Birth, Phase, Space, SpaceState, TOKEN_BYTES};
+use crate::space::{Birth, PID_UNSEEN, Phase, Space, SpaceState, TOKEN_BYTES};
 
 /// What the pager asks of every userfaultfd.
 const FEATURES: Features = Features::PAGEFAULT_FLAG_WP
@@ -76,11 +76,32 @@ pub(crate) fn code_of(error: &HookError) -> Option<ErrorCode> {
     }
 }
 
+/// A client's process, as the kernel vouches for it.
+struct Caller {
+    pid: u32,
+    uid: u32,
+    process: PeerProcess,
+}
+
+impl Caller {
+    fn is(&self, space: &Space) -> bool {
+        space.pidfd.as_ref().is_some_and(|pidfd| pidfd.name().is_ok_and(|name| name == self.process.name))
+    }
+
+    fn watched(&self) -> Result<PidFd, WireError> {
+        let watched = self.process.pidfd.try_clone();
+        watched.map_err(|error| io_error("The client's process cannot be watched", &error))
+    }
+}
+
 impl Pager {
     pub(crate) fn open_space(&mut self, conn: ConnId, call: CallId, opening: Opening) -> Answer {
-        let pid = self.sessions.get(&conn).map_or(0, |session| session.peer.pid);
+        let caller = match self.caller(conn) {
+            Ok(caller) => caller,
+            Err(error) => return Some(Err(error)),
+        };
         let nonce = opening.nonce;
-        let known = self.spaces.values().find(|s| s.state.nonce == nonce && s.state.pid == pid && !s.dying);
+        let known = self.spaces.values().find(|s| s.state.nonce == nonce && caller.is(s) && !s.dying);
         if let Some(id) = known.map(|space| space.state.id) {
             self.session_is(conn, id);
             return Some(Ok(self.space_opened(id)));
@@ -88,8 +109,7 @@ impl Pager {
         if let Err(error) = self.check_quota() {
             return Some(Err(error));
         }
-        let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
-        match self.make_space(pid, uid, opening) {
+        match self.make_space(&caller, opening) {
             Err(error) => Some(Err(error)),
             Ok(id) => {
                 self.session_is(conn, id);
@@ -124,10 +144,29 @@ impl Pager {
         self.client_connected(space, conn);
     }
 
-    fn make_space(&mut self, pid: u32, uid: u32, opening: Opening) -> Result<u64, WireError> {
+    /// For clients that have neither the device node nor the right to make a userfaultfd that sees the kernel's accesses. What is made with it
+    /// is their own: it reaches no other process's memory.
+    pub(crate) fn userfaultfd_device(&self) -> Result<pager::Reply, WireError> {
+        match uffd::open_device() {
+            Ok(device) => Ok(pager::Reply::UserfaultfdDevice { device: Arc::new(device) }),
+            Err(error) => {
+                Err(WireError::new(ErrorCode::NotFound, format!("The pager may not open it either: {error}")))
+            }
+        }
+    }
+
+    /// Who asks for something that is a process's own.
+    fn caller(&self, conn: ConnId) -> Result<Caller, WireError> {
+        let peer = self.sessions.get(&conn).map(|session| &session.peer);
+        let process = peer.and_then(|peer| Some((peer, peer.process.clone()?)));
+        let (peer, process) = process.ok_or_else(|| WireError::new(ErrorCode::NotFound, "The process has ended"))?;
+        Ok(Caller { pid: if peer.pid == 0 { PID_UNSEEN } else { peer.pid }, uid: peer.uid, process })
+    }
+
+    fn make_space(&mut self, caller: &Caller, opening: Opening) -> Result<u64, WireError> {
         let Opening { nonce, uffd, full, sentinel_addr, agent } = opening;
         let agent = self.open_agent(None, &agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
-        let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
+        let pidfd = caller.watched()?;
         let uffd = uffd.try_clone().map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         let uffd = Userfaultfd::from_fd(uffd).map_err(|error| io_error("The userfaultfd cannot be used", &error))?;
         let features = enable(&uffd, full)?;
@@ -147,8 +186,8 @@ impl Pager {
             nonce,
             full,
             features: features.bits(),
-            pid,
-            uid,
+            pid: caller.pid,
+            uid: caller.uid,
             token,
             sentinel_addr,
             birth: Birth::Done,
@@ -243,10 +282,13 @@ impl Pager {
         token: &[u8],
         agent: Option<AgentMemory>,
     ) -> Answer {
-        let pid = self.sessions.get(&conn).map(|session| session.peer.pid);
+        let caller = match self.caller(conn) {
+            Ok(caller) => caller,
+            Err(error) => return Some(Err(error)),
+        };
         let known = self.spaces.get(&id).filter(|s| !s.dying && s.state.token == *token);
         let is_child = known.is_some_and(|known| known.state.pid == 0);
-        if known.is_none_or(|known| !is_child && Some(known.state.pid) != pid) {
+        if known.is_none_or(|known| !is_child && !caller.is(known)) {
             let text = format!("Space {id} is not this process's, or its token is wrong");
             return refuse(ErrorCode::Permission, text);
         }
@@ -259,8 +301,7 @@ impl Pager {
         let Some(agent) = agent else {
             return refuse(ErrorCode::Invalid, "A forked child's first AttachSpace brings its agent's memory");
         };
-        let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
-        match self.adopt_child(id, (pid.unwrap_or(0), uid), &agent) {
+        match self.adopt_child(id, &caller, &agent) {
             Err(error) => Some(Err(error)),
             Ok(()) => {
                 self.session_is(conn, id);
@@ -271,13 +312,13 @@ impl Pager {
     }
 
     /// A forked child says who it is: from now on it is a client like any other.
-    fn adopt_child(&mut self, id: u64, (pid, uid): (u32, u32), agent: &AgentMemory) -> Result<(), WireError> {
+    fn adopt_child(&mut self, id: u64, caller: &Caller, agent: &AgentMemory) -> Result<(), WireError> {
         let agent = self.open_agent(None, agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
-        let pidfd = PidFd::open(pid).map_err(|error| io_error("The client's process cannot be watched", &error))?;
+        let pidfd = caller.watched()?;
         let Some(space) = self.spaces.get_mut(&id) else {
             return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
         };
-        (space.state.pid, space.state.uid) = (pid, uid);
+        (space.state.pid, space.state.uid) = (caller.pid, caller.uid);
         (space.pidfd, space.agent) = (Some(pidfd), Some(agent));
         self.watch_pid(id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.watch_agent(id);

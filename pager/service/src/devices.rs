@@ -43,6 +43,9 @@ pub enum DeviceError {
     /// Neither window nor copy engine.
     #[error("The driver offers neither an aperture nor a copy ring: give one of them at login")]
     NoCopyPath,
+    /// What has logged in cannot be watched.
+    #[error("The driver's process has ended")]
+    NoProcess,
 }
 
 /// The record of every device slot that outlives the pager.

@@ -13,7 +13,7 @@ use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
 use uhmm_ipc::message::{Aperture, ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
-use uhmm_kernel_hook::{PAGE_SIZE, PidFd, Window};
+use uhmm_kernel_hook::{PAGE_SIZE, Window};
 use uhmm_pager_core::{DeviceId, Event, Pages};
 
 use crate::devices::{CopyEngine, Device, DeviceError};
@@ -84,7 +84,7 @@ impl Pager {
             service: peer.name.clone(),
             conn: Some(conn),
             incarnation: peer.incarnation,
-            pidfd: PidFd::open(peer.pid)?,
+            pidfd: peer.process.as_ref().ok_or(DeviceError::NoProcess)?.pidfd.try_clone()?,
             aperture: aperture.map(map_all).transpose()?,
             gate: gate.map(|fd| Gate::open(fd.as_fd()).map_err(shared)).transpose()?,
             engine: copy_ring.map(|ring| CopyEngine::open(&ring)).transpose()?,

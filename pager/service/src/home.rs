@@ -21,7 +21,7 @@ use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, RegionI
 use crate::calls::{Answer, refuse};
 use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece, Then};
 use crate::service::Pager;
-use crate::space::Phase;
+use crate::space::{Phase, Space};
 
 /// System calls of one turn for pages that nobody has touched, and bytes of one of them.
 const TURN_CALLS: u32 = 2048;
@@ -30,8 +30,8 @@ const CALL_BYTES: u64 = 32 << 20;
 /// Whose pages come home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whose {
-    /// All spaces of a process.
-    Process(u32),
+    /// All spaces of a process, by what it is called everywhere; 0: by its number here.
+    Process { pid: u32, name: u64 },
     /// One space.
     Space(u64),
 }
@@ -79,13 +79,13 @@ enum Untouched {
 }
 
 impl Pager {
-    pub(crate) fn home(&mut self, conn: ConnId, call: CallId, pid: u32, stay: bool) -> Answer {
+    pub(crate) fn home(&mut self, conn: ConnId, call: CallId, (pid, process): (u32, u64), stay: bool) -> Answer {
         let who = match pid {
             0 => match self.space_of(conn) {
                 Ok(space) => Whose::Space(space),
                 Err(error) => return Some(Err(error)),
             },
-            pid => Whose::Process(pid),
+            pid => Whose::Process { pid, name: process },
         };
         let spaces = self.spaces_of(who);
         if spaces.is_empty() {
@@ -108,11 +108,13 @@ impl Pager {
     }
 
     fn spaces_of(&self, who: Whose) -> Vec<u64> {
-        let mine = |id: u64, pid: u32| match who {
-            Whose::Process(of) => pid == of,
+        let is_called = |space: &Space, name| space.pidfd.as_ref().is_some_and(|pidfd| pidfd.name().ok() == Some(name));
+        let mine = |id: u64, space: &Space| match who {
+            Whose::Process { pid, name: 0 } => space.state.pid == pid,
+            Whose::Process { name, .. } => is_called(space, name),
             Whose::Space(of) => id == of,
         };
-        let spaces = self.spaces.iter().filter(|(id, space)| !space.dying && mine(**id, space.state.pid));
+        let spaces = self.spaces.iter().filter(|(id, space)| !space.dying && mine(**id, space));
         spaces.map(|(id, _)| *id).collect()
     }
 

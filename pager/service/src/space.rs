@@ -50,6 +50,8 @@ const OFF_AT_HOME: u64 = 104;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
+/// The number of a client's process that has none in the pager's pid namespace. (0: a forked child that has not said who it is.)
+pub const PID_UNSEEN: u32 = u32::MAX;
 /// Device slots in a region (one bit each in an entry's mapped mask).
 pub const DEVICE_SLOTS: usize = 8;
 

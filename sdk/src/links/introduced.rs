@@ -1,14 +1,18 @@
 //! How the link thread introduces this process to the pager, and who works for it there: a new client, a forked child, an agent that
 //! was started again.
 
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
-use uhmm_ipc::message::{Call, Fd, Reply, TraceId, WireError, pager};
-use uhmm_kernel_hook::{HookError, Userfaultfd};
+use uhmm_ipc::Wake;
+use uhmm_ipc::message::{Call, ErrorCode, Fd, Reply, Role, TraceId, WireError, pager};
+use uhmm_kernel_hook::{HookError, Userfaultfd, uffd};
 
-use super::{AGENT, AGENT_ROOM, Loop, Space};
+use super::{AGENT, AGENT_ROOM, Loop, Space, client_reactor, endpoint};
 use crate::Error;
 use crate::agent::is_limit;
+use crate::session::OPEN_DEADLINE;
 
 /// How often room for another agent is looked for.
 const ROOM_PAUSE: Duration = Duration::from_millis(500);
@@ -100,6 +104,33 @@ impl Loop {
         self.watch_agent()?;
         self.tell_of_agent()?;
         Ok(Space { id: space, token, features })
+    }
+}
+
+/// The device that makes userfaultfds: opened here or, where this account or container may not, by the pager. `None`: by neither.
+pub(super) fn userfaultfd_device(run_dir: &Path) -> Result<Option<OwnedFd>, Error> {
+    if let Ok(device) = uffd::open_device() {
+        return Ok(Some(device));
+    }
+    // A connection of its own: the one that stays begins with what is made here.
+    let mut reactor = client_reactor(Role::Client)?;
+    let pager = reactor.link(endpoint(run_dir, "pager"));
+    let ask = Call::Pager(pager::Call::UserfaultfdDevice);
+    let asked = reactor.call(pager, ask, TraceId::default(), Some(OPEN_DEADLINE));
+    let mut wakes = Vec::new();
+    loop {
+        reactor.poll(None, &mut wakes)?;
+        let answer = wakes.drain(..).find_map(|wake| match wake {
+            Wake::Done { call, result, .. } if call == asked => Some(result),
+            _ => None,
+        });
+        match answer {
+            None => {}
+            Some(Ok(Reply::Pager(pager::Reply::UserfaultfdDevice { device }))) => return Ok(device.try_clone().ok()),
+            Some(Err(error)) if error.code == ErrorCode::NotFound => return Ok(None),
+            Some(Err(error)) => return Err(error.into()),
+            Some(Ok(_)) => return Err(Error::StrangeReply { question: "UserfaultfdDevice" }),
+        }
     }
 }
 

@@ -46,6 +46,7 @@ pub mod event;
 pub mod fatal;
 pub mod fd_keeper;
 pub mod fork;
+pub mod guard;
 mod guarded;
 pub mod huge_file;
 pub mod huge_pool;

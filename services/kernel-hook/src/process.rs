@@ -80,6 +80,25 @@ impl PidFd {
         Ok(Self { fd: crate::memfd::try_clone(self.fd.as_fd())? })
     }
 
+    /// What it is called everywhere, also where it has no number, for as long as this machine runs (the inode of its pidfd, which Linux
+    /// gives to no second process).
+    ///
+    /// # Errors
+    /// `Strange` before Linux 6.9 for a process of a foreign pid namespace: nothing tells it from others there.
+    pub fn name(&self) -> Result<u64, HookError> {
+        /// `PID_FS_MAGIC`.
+        const PIDFS: i64 = 0x5049_4446;
+        let failed = |error| HookError::failed("fstat(pidfd)", error);
+        let in_pidfs = rustix::fs::fstatfs(&self.fd).map_err(failed)?.f_type as i64 == PIDFS;
+        if in_pidfs {
+            return Ok(rustix::fs::fstat(&self.fd).map_err(failed)?.st_ino);
+        }
+        let detail =
+            "its process is in a pid namespace that this one does not see, and Linux tells such apart from 6.9 on"
+                .into();
+        self.pid()?.map(u64::from).ok_or(HookError::Strange { call: "fstat(pidfd)", detail })
+    }
+
     /// Its number as this process sees it; None once it was waited for, or in a foreign pid namespace.
     ///
     /// # Errors
@@ -402,6 +421,8 @@ mod tests {
         let pidfd = PidFd::open(own).unwrap();
         assert!(!pidfd.exited().unwrap());
         assert_eq!(pidfd.pid().unwrap(), Some(own));
+        assert_eq!(pidfd.name().unwrap(), PidFd::open(own).unwrap().name().unwrap());
+        assert_ne!(pidfd.name().unwrap(), PidFd::open(1).unwrap().name().unwrap());
         assert!(rss(own).unwrap().anon > 0);
         assert!(matches!(vm_write(own, 0x1000, b"x"), Err(HookError::OwnMemory { .. })));
         assert_eq!(PidFd::open(0).unwrap_err().errno(), Some(libc::ESRCH));

@@ -13,13 +13,23 @@ pub struct StopSignals {
 impl StopSignals {
     /// Blocks both signals in the calling thread: call it in `main`, before any other thread exists.
     pub fn block() -> Result<Self, HookError> {
+        Self::block_these(&[libc::SIGTERM, libc::SIGINT])
+    }
+
+    /// And SIGCHLD: children that nobody else waits for.
+    pub(crate) fn block_with_children() -> Result<Self, HookError> {
+        Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD])
+    }
+
+    fn block_these(signals: &[libc::c_int]) -> Result<Self, HookError> {
         let call = |name| move || HookError::call(name, None, std::io::Error::last_os_error());
         // SAFETY: `set` is a local, fully initialised by sigemptyset before any other use; the calls have no other memory effects.
         let fd = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut set);
-            libc::sigaddset(&mut set, libc::SIGTERM);
-            libc::sigaddset(&mut set, libc::SIGINT);
+            for signal in signals {
+                libc::sigaddset(&mut set, *signal);
+            }
             if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
                 return Err(call("pthread_sigmask")());
             }
@@ -30,6 +40,17 @@ impl StopSignals {
         }
         // SAFETY: signalfd returned a new descriptor that nobody else owns.
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    /// One that came, if there is one.
+    pub(crate) fn take(&self) -> Result<Option<libc::c_int>, HookError> {
+        let mut one = [0; size_of::<libc::signalfd_siginfo>()];
+        match rustix::io::read(&self.fd, &mut one) {
+            // `ssi_signo` is the first word.
+            Ok(_) => Ok(Some(i32::from_ne_bytes([one[0], one[1], one[2], one[3]]))),
+            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            Err(error) => Err(HookError::failed("read(signalfd)", error)),
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::{Errno, FdFlags};
 
-pub use self::create::UffdKind;
+pub use self::create::{UffdKind, open_device};
 pub use self::journal::{Change, EventJournal, KeptEvent, KeptFork};
 pub use self::outcome::{FillOutcome, FillStop, WpOutcome};
 pub use self::registered::RegistrationProbe;

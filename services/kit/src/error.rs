@@ -1,5 +1,7 @@
 //! Why a service could not start.
 
+use std::path::PathBuf;
+
 use uhmm_ipc::message::WireError;
 
 use crate::KEY_VARIABLE;
@@ -15,6 +17,29 @@ pub enum KitError {
     Arguments {
         /// Which.
         option: String,
+    },
+    /// A token that cannot be shown.
+    #[error("Token file {path} cannot be used: {problem}", path = path.display())]
+    Token {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The folder with the sockets.
+    #[error("Socket folder {path} cannot be used: {problem}", path = path.display())]
+    Folder {
+        /// Where.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The manifest does not let this process in.
+    #[error("The supervisor does not let this process in")]
+    NotLetIn {
+        /// What it said.
+        #[source]
+        error: WireError,
     },
     /// Unknown service or incarnation.
     #[error("The supervisor refused to register this service")]

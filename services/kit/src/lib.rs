@@ -10,11 +10,13 @@
 //! ```
 
 mod error;
+mod join;
 mod log;
 
 mod vault;
 
 pub use error::KitError;
+pub use join::{Joined, TOKEN_BYTES, join, read_token};
 pub use log::init as init_log;
 pub use log::{LogFormat, say};
 pub use vault::{Vault, WHOLE_NAME};
@@ -40,13 +42,15 @@ pub const HOLDER_SOCKET: &str = "holder.sock";
 const ORPHAN_CHECK: Duration = Duration::from_secs(1);
 const TIMER_ORPHAN: TimerToken = TimerToken(u64::MAX);
 
-/// What the supervisor passes to a service on its command line.
+/// What the supervisor passes to a service on its command line, or somebody else to one that joins.
 #[derive(Clone, Debug)]
 pub struct ServiceArgs {
     /// Name in the manifest.
     pub name: String,
-    /// How many times it has been started.
-    pub incarnation: u32,
+    /// How many times it has been started; `None`: the supervisor has not started it, and is asked.
+    pub incarnation: Option<u32>,
+    /// Of one that joins: the token that it shows. Without it it is known by its user.
+    pub token_file: Option<PathBuf>,
     /// Where the sockets are.
     pub run_dir: PathBuf,
     /// Log format.
@@ -54,16 +58,17 @@ pub struct ServiceArgs {
 }
 
 impl ServiceArgs {
-    /// For a driver that is a program of its own: `--run-dir DIR --name NAME --incarnation N --log text|json`, in any order.
+    /// For a driver that is a program of its own: `--run-dir DIR --name NAME --incarnation N --log text|json`, in any order. Without
+    /// `--incarnation` it joins, with `--token-file FILE` or as its user.
     ///
     /// # Errors
-    /// `Arguments`: it was not started by the supervisor.
+    /// `Arguments`.
     pub fn from_command_line() -> Result<Self, KitError> {
         Self::parse(std::env::args_os().skip(1))
     }
 
     fn parse(words: impl Iterator<Item = OsString>) -> Result<Self, KitError> {
-        let (mut name, mut incarnation, mut run_dir, mut log) = (None, None, None, None);
+        let (mut name, mut incarnation, mut run_dir, mut log, mut token_file) = (None, None, None, None, None);
         let mut words = words;
         while let Some(option) = words.next() {
             let bad = || KitError::Arguments { option: option.to_string_lossy().into_owned() };
@@ -73,6 +78,7 @@ impl ServiceArgs {
                 Some("--run-dir") => run_dir = Some(PathBuf::from(&value)),
                 Some("--name") => name = Some(text.ok_or_else(bad)?.to_owned()),
                 Some("--incarnation") => incarnation = Some(text.and_then(|text| text.parse().ok()).ok_or_else(bad)?),
+                Some("--token-file") => token_file = Some(PathBuf::from(&value)),
                 Some("--log") if text == Some("text") => log = Some(LogFormat::Text),
                 Some("--log") if text == Some("json") => log = Some(LogFormat::Json),
                 _ => return Err(bad()),
@@ -81,7 +87,8 @@ impl ServiceArgs {
         let missing = |option: &str| KitError::Arguments { option: option.to_owned() };
         Ok(Self {
             name: name.ok_or_else(|| missing("--name"))?,
-            incarnation: incarnation.ok_or_else(|| missing("--incarnation"))?,
+            incarnation,
+            token_file,
             run_dir: run_dir.ok_or_else(|| missing("--run-dir"))?,
             log: log.unwrap_or_default(),
         })
@@ -130,25 +137,29 @@ pub struct Service {
 }
 
 impl Service {
-    /// Registers and loads the vault. Returns when the service can begin its own start.
+    /// Registers and loads the vault. Returns when the service can begin its own start. A process that joins becomes two (`join.rs`): call it
+    /// before there are other threads.
     pub fn start(args: ServiceArgs, role: Role, interface: Interface) -> Result<Self, KitError> {
-        log::init(args.log, &args.name, args.incarnation);
+        log::init(args.log, &args.name, args.incarnation.unwrap_or(0));
         // Nothing that a service executes can gain what the service does not have.
         rustix::thread::set_no_new_privs(true).map_err(|errno| KitError::NoNewPrivs { source: errno.into() })?;
         if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
             tracing::warn!(%error, "The descriptor limit stays what it is: it also limits the number of clients");
         }
-        let key = supervisor_key()?;
+        let (incarnation, key) = match args.incarnation {
+            Some(incarnation) => (incarnation, supervisor_key()?),
+            None => join::join(&args, role).map(|joined| (joined.incarnation, joined.key))?,
+        };
         let mut reactor = Reactor::new(Identity {
             name: args.name.clone(),
             role,
-            incarnation: args.incarnation,
+            incarnation,
             interface: Some(interface),
             limits: Limits::default(),
         })?;
         let path = args.run_dir.join("supervisor.sock");
         let supervisor = reactor.link(Endpoint { path, interface: Interface::Supervisor, key: key.clone() });
-        let register = supervisor::Call::Register { service: args.name.clone(), incarnation: args.incarnation };
+        let register = supervisor::Call::Register { service: args.name.clone(), incarnation };
         reactor.set_preamble(supervisor, vec![Call::Supervisor(register.clone())]);
         // What comes before the service's own loop runs, and is not an answer to what is asked here.
         let mut early = Vec::new();
@@ -181,7 +192,7 @@ impl Service {
             reactor,
             plan,
             supervisor,
-            incarnation: args.incarnation,
+            incarnation,
             name: args.name,
             vault,
             run_dir: args.run_dir,
@@ -336,7 +347,9 @@ mod tests {
     #[test]
     fn the_supervisors_command_line_is_read_and_any_other_is_refused() {
         let args = parse("--run-dir /run/u --name chip0 --incarnation 3 --log json").unwrap();
-        assert_eq!((args.name.as_str(), args.incarnation, args.log), ("chip0", 3, LogFormat::Json));
+        assert_eq!((args.name.as_str(), args.incarnation, args.log), ("chip0", Some(3), LogFormat::Json));
+        let joins = parse("--run-dir /run/u --name chip0 --token-file /t").unwrap();
+        assert_eq!((joins.incarnation, joins.token_file), (None, Some(PathBuf::from("/t"))));
         assert_eq!(args.run_dir, PathBuf::from("/run/u"));
         for (line, option) in [
             ("--name chip0 --incarnation 3", "--run-dir"),

@@ -18,8 +18,8 @@ use tracing_subscriber::fmt::format::FmtSpan;
 const FILTER_VARIABLE: &str = "UHMM_LOG";
 
 /// The crate that opens PCI devices complains when it lets go of one that the vault goes on holding. Its errors come back to us anyway.
-/// By which of VFIO's two interfaces a device was opened is one line a start.
-const DEFAULT_FILTER: &str = "warn,uhmm_pci::vfio=info,vfio_ioctls=off";
+/// By which of VFIO's two interfaces a device was opened is one line a start; that a process waits to be let in, and is, another two.
+const DEFAULT_FILTER: &str = "warn,uhmm_pci::vfio=info,uhmm_kit::join=info,vfio_ioctls=off";
 
 /// Format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -14,7 +14,7 @@ mod resolve;
 mod show;
 
 pub use error::ManifestError;
-pub use parse::{ByteSize, Device, Kind, Manifest, Quota, Restart, Sandbox, Seal, Service, Supervisor};
+pub use parse::{ByteSize, Device, Holder, Join, Kind, Manifest, Quota, Restart, Sandbox, Seal, Service, Supervisor};
 pub use plan::{Channel, DevicePlan, Plan, ServicePlan};
 pub use resolve::MEMORY_BYTES_MAX;
 

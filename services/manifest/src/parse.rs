@@ -114,6 +114,28 @@ pub struct Sandbox {
     pub address_space_bytes: Option<ByteSize>,
 }
 
+/// `join = { ... }`: the process is not started here. It comes by itself, from a container or another unit, and is let in if it proves itself by
+/// everything that is said here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Join {
+    /// File with the token that it must show: 16 to 64 bytes of text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// Its user, as the supervisor's user namespace numbers it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+}
+
+/// `[holder]`: the second process that keeps what the services share.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Holder {
+    /// It has a container of its own, so that it outlives the supervisor's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub join: Option<Join>,
+}
+
 /// `[[service]]`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,6 +150,9 @@ pub struct Service {
     /// A third party's driver: program and arguments; the usual service arguments are appended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<Vec<String>>,
+    /// A driver that the supervisor does not start: see [`Join`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub join: Option<Join>,
     /// Services that must be ready before this one starts, beside what its kind needs anyway.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub needs: Vec<String>,
@@ -257,6 +282,9 @@ pub struct Manifest {
     /// Heartbeats and timeouts.
     #[serde(default)]
     pub supervisor: Supervisor,
+    /// The second keeper.
+    #[serde(default)]
+    pub holder: Holder,
     /// Services.
     #[serde(rename = "service")]
     pub services: Vec<Service>,

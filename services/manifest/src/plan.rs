@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uhmm_pci::PciPath;
 
 use crate::ManifestError;
-use crate::parse::{Kind, Quota, Restart, Sandbox, Seal, Supervisor};
+use crate::parse::{Join, Kind, Quota, Restart, Sandbox, Seal, Supervisor};
 
 /// One service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,9 @@ pub struct ServicePlan {
     pub command: Vec<String>,
     /// The command is a program of its own.
     pub external: bool,
+    /// Its process comes by itself; the command says what that runs, if the manifest does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub join: Option<Join>,
     /// Services that must be ready first.
     pub needs: Vec<String>,
     /// Restart policy.
@@ -87,6 +90,9 @@ pub struct Plan {
     pub fault_injection: bool,
     /// Heartbeats and timeouts.
     pub supervisor: Supervisor,
+    /// How a holder that the supervisor does not start proves itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder_join: Option<Join>,
     /// Limits for clients.
     pub quota: Quota,
     /// In start order.
@@ -131,6 +137,11 @@ impl Plan {
     /// Name of the only service of this kind (pager, mirror).
     pub fn service_of_kind(&self, kind: Kind) -> Option<&ServicePlan> {
         self.services.iter().find(|service| service.kind == kind)
+    }
+
+    /// Whether any process comes by itself: then the run directory has folders to be given to such, and to clients in containers.
+    pub fn has_joining(&self) -> bool {
+        self.holder_join.is_some() || self.services.iter().any(|service| service.join.is_some())
     }
 
     /// Where a service listens: `pager.sock`, `mirror.sock`, `driver-DEVICE.sock`.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use crate::parse::{Device, Kind, Manifest, Service};
+use crate::parse::{Device, Join, Kind, Manifest, Service};
 use crate::plan::{Channel, DevicePlan, Plan, ServicePlan};
 use crate::{DEVICE_COUNT_MAX, ManifestError};
 
@@ -28,7 +28,11 @@ impl Manifest {
         let channels = self.resolve_channels()?;
         let services = start_order(services)?;
         let (supervisor, quota) = (self.supervisor.clone(), self.quota.clone());
-        Ok(Plan { fault_injection: self.fault_injection, supervisor, quota, services, devices, channels })
+        let holder_join = self.holder.join.clone();
+        if let Some(join) = &holder_join {
+            check_join("holder", join)?;
+        }
+        Ok(Plan { fault_injection: self.fault_injection, supervisor, holder_join, quota, services, devices, channels })
     }
 
     fn check_names(&self) -> Result<(), ManifestError> {
@@ -145,6 +149,7 @@ impl Manifest {
                 kind: service.kind,
                 command,
                 external,
+                join: service.join.clone(),
                 needs,
                 restart: service.restart.clone(),
                 sandbox: service.sandbox.clone(),
@@ -221,9 +226,13 @@ fn check_path(device: &Device, service: &Service) -> Result<(), ManifestError> {
     match &device.path {
         None if by_file => wrong("driver \"file\" needs a file or a partition: path = \"/var/lib/uhmm/far0\"".into()),
         None if device.seal.is_some() => wrong("`seal` is for devices with `path`: remove it".into()),
-        Some(_) if !by_file && service.driver.is_some() => wrong("`path` is for driver \"file\": remove it, or use that driver".into()),
+        Some(_) if !by_file && service.driver.is_some() => {
+            wrong("`path` is for driver \"file\": remove it, or use that driver".into())
+        }
         Some(path) if !path.is_absolute() => wrong(format!("path = {path:?} must begin with /")),
-        Some(_) if device.coherent => wrong("coherent = true needs memory that programs can map, and blocks of a file are not: remove it".into()),
+        Some(_) if device.coherent => {
+            wrong("coherent = true needs memory that programs can map, and blocks of a file are not: remove it".into())
+        }
         Some(_) if device.populate => wrong("a file's room is always reserved at the start: remove `populate`".into()),
         _ => Ok(()),
     }
@@ -261,6 +270,20 @@ fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
 fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
     let wrong =
         |problem: &str| Err(ManifestError::Program { service: service.name.clone(), problem: problem.to_owned() });
+    if let Some(join) = &service.join {
+        check_join(&service.name, join)?;
+        match (service.kind, &service.driver, &service.command) {
+            (Kind::Pager | Kind::Mirror, ..) => {
+                return wrong("pager and mirror run beside the supervisor: remove `join`");
+            }
+            (.., Some(_)) => {
+                return wrong("`join` and `command` exclude each other: whoever joins is started by somebody else");
+            }
+            // Any program.
+            (_, None, None) => return Ok((Vec::new(), true)),
+            (_, Some(_), None) => {}
+        }
+    }
     let built_in = |words: &[&str]| Ok((words.iter().map(|word| (*word).to_owned()).collect(), false));
     match (service.kind, &service.driver, &service.command) {
         (Kind::Pager, None, None) => built_in(&["pager"]),
@@ -279,6 +302,18 @@ fn program(service: &Service) -> Result<(Vec<String>, bool), ManifestError> {
         },
         (Kind::Driver, Some(_), Some(_)) => wrong("give either `driver` or `command`, not both"),
         (Kind::Driver, None, None) => wrong("a driver needs `driver` (built in) or `command` (a program)"),
+    }
+}
+
+/// Files are read by the supervisor, which may run elsewhere than `uhmm plan`.
+fn check_join(service: &str, join: &Join) -> Result<(), ManifestError> {
+    let wrong = |problem: &str| {
+        Err(ManifestError::Program { service: service.to_owned(), problem: format!("`join`: {problem}") })
+    };
+    match (&join.token_file, join.uid) {
+        (None, None) => wrong("say how its process proves itself: `token_file`, `uid` or both"),
+        (Some(path), _) if !path.is_absolute() => wrong("give `token_file` as an absolute path"),
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The plan for people: a table and a picture.
 
-use crate::parse::Kind;
+use crate::parse::{Join, Kind};
 use crate::plan::{DevicePlan, Plan};
 use crate::resolve::MEMORY_BYTES_MAX;
 
@@ -21,6 +21,13 @@ fn line(device: &DevicePlan) -> String {
     format!("{id:<4} {name:<16} {service:<16} {mib:>10} {aperture:<9} {coherent:<9} {populate:<9} {workers:<8} {pci}\n")
 }
 
+/// What a process that joins must prove.
+fn proof(join: &Join) -> String {
+    let token = join.token_file.as_ref().map(|path| format!("token {}", path.display()));
+    let user = join.uid.map(|uid| format!("uid {uid}"));
+    [token, user].into_iter().flatten().collect::<Vec<_>>().join(" and ")
+}
+
 impl Plan {
     /// Services in start order, devices, channels, limits.
     pub fn print(&self) -> String {
@@ -36,6 +43,7 @@ impl Plan {
             } else {
                 format!("uhmm {}", service.command.join(" "))
             };
+            let command = service.join.as_ref().map_or(command, |join| format!("joins by {}", proof(join)));
             let restart = &service.restart;
             text += &format!(
                 "{:<16} {kind:<7} {:<24} {command:<28} at once, then {}..{} ms; held after {} deaths in {} s\n",
@@ -53,6 +61,9 @@ impl Plan {
         );
         for device in &self.devices {
             text += &line(device);
+        }
+        if let Some(join) = &self.holder_join {
+            text += &format!("\nThe holder joins by {}.\n", proof(join));
         }
         text += &format!(
             "\nHeartbeat every {} ms, killed after {} missed. Clients: {} processes, {} regions each.\n",

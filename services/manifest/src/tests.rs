@@ -187,3 +187,26 @@ fn services_start_after_what_they_need() {
     let names: Vec<&str> = plan.services.iter().map(|service| service.name.as_str()).collect();
     assert_eq!(names, ["pager", "mirror", "second", "first"]);
 }
+
+#[test]
+fn a_driver_that_joins_is_not_started_and_the_plan_says_what_it_must_prove() {
+    let joins = "join = { token_file = \"/etc/uhmm/d0.token\", uid = 1001 }";
+    for driver_key in ["", "driver = \"soft\"\n"] {
+        let plan = with(&driver("d0", &format!("{driver_key}{joins}"))).expect("it joins");
+        assert!(plan.print().contains("joins by token /etc/uhmm/d0.token and uid 1001"), "{}", plan.print());
+        assert!(plan.has_joining());
+        assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+    }
+    let plan = with("[holder]\njoin = { uid = 7 }").expect("the holder joins");
+    assert!(plan.has_joining() && plan.print().contains("The holder joins by uid 7."), "{}", plan.print());
+    assert!(!with("").expect("nobody joins").has_joining());
+    let both = format!("command = [\"/bin/sh\"]\n{joins}");
+    assert!(refused(&driver("d0", &both)).contains("exclude each other"));
+    assert!(refused(&driver("d0", "join = {}")).contains("`token_file`, `uid` or both"));
+    assert!(refused(&driver("d0", "join = { token_file = \"x\" }")).contains("absolute"));
+    assert!(refused(&driver("d0", "join = { user = 3 }")).contains("user"));
+    assert!(refused("[holder]\njoin = {}").contains("\"holder\""));
+    let pager = "[[service]]\nname = \"pager\"\nkind = \"pager\"\njoin = { uid = 1 }\n[[service]]\nname = \"m\"\nkind = \"mirror\"";
+    let text = Manifest::parse(pager).expect("TOML").resolve().expect_err("refused").to_string();
+    assert!(text.contains("beside the supervisor"), "{text}");
+}

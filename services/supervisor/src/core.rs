@@ -10,6 +10,9 @@
 //! ```
 //!
 //! A service that is starting has a free pass: no heartbeat is asked of it.
+//!
+//! Nobody here starts a service that joins: where others are started, it is `Awaited`, and whoever has asked first is let in. The next ones
+//! wait, so that a new image can be there before the old one is stopped.
 
 use std::collections::VecDeque;
 
@@ -25,7 +28,9 @@ pub enum State {
         /// Until then.
         until_ms: u64,
     },
-    /// Spawned, not ready.
+    /// It joins, and its process has not come.
+    Awaited,
+    /// Spawned (or let in), not ready.
     Starting {
         /// Since then.
         since_ms: u64,
@@ -69,6 +74,9 @@ pub struct Service {
     sequence: u64,
     answered: u64,
     reason: Option<String>,
+    joins: bool,
+    /// Processes that ask to be this service.
+    asking: u32,
 }
 
 /// What the shell must do.
@@ -76,6 +84,11 @@ pub struct Service {
 pub enum Action {
     /// Start this incarnation.
     Spawn {
+        /// Index of the service.
+        service: usize,
+    },
+    /// Let the process in that has asked first: it is this incarnation.
+    Admit {
         /// Index of the service.
         service: usize,
     },
@@ -140,6 +153,8 @@ impl Core {
             sequence: 0,
             answered: 0,
             reason: None,
+            joins: service.join.is_some(),
+            asking: 0,
         });
         let services = services.collect();
         Self { plan, services, stopping_since_ms: None, killed_all: false, reported_ready: false }
@@ -176,9 +191,29 @@ impl Core {
         let dead = |(index, this): (usize, &Service)| match this.state {
             State::Backoff { .. } => Some((index, this.incarnation, false)),
             State::Held | State::Stopped => Some((index, this.incarnation, true)),
+            State::Awaited => Some((index, this.incarnation, false)),
             State::Waiting | State::Adopting { .. } | State::Starting { .. } | State::Ready { .. } => None,
         };
         self.services.iter().enumerate().filter_map(dead).filter(|(_, incarnation, _)| *incarnation > 0)
+    }
+
+    /// A process asks to be this service.
+    pub fn asks(&mut self, service: usize, now_ms: u64, out: &mut Vec<Action>) {
+        let this = &mut self.services[service];
+        this.asking += 1;
+        if this.state == State::Awaited {
+            begin(service, this, now_ms, out);
+        }
+    }
+
+    /// One that has asked has gone.
+    pub fn asks_no_more(&mut self, service: usize) {
+        self.services[service].asking = self.services[service].asking.saturating_sub(1);
+    }
+
+    /// Nothing new is let in any more.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping_since_ms.is_some()
     }
 
     /// The shell has started the process.
@@ -221,7 +256,8 @@ impl Core {
             this.last_recovery_ms = now_ms - died_at_ms;
         }
         self.start_waiting(out);
-        let all_ready = self.services.iter().all(|s| matches!(s.state, State::Ready { .. } | State::Held));
+        // Of those that join nobody knows when they come.
+        let all_ready = self.services.iter().all(|s| s.joins || matches!(s.state, State::Ready { .. } | State::Held));
         if all_ready && !std::mem::replace(&mut self.reported_ready, true) {
             out.push(Action::AllReady);
         }
@@ -334,7 +370,7 @@ impl Core {
                         out.push(Action::Died { service, incarnation: this.incarnation, held: false });
                     }
                 }
-                State::Backoff { until_ms } if until_ms <= now_ms => spawn(service, this, now_ms, out),
+                State::Backoff { until_ms } if until_ms <= now_ms => begin(service, this, now_ms, out),
                 State::Starting { since_ms } if now_ms - since_ms > limits.start_timeout_ms => {
                     this.reason = Some(format!("not ready {} ms after its start", limits.start_timeout_ms));
                     this.state = State::Starting { since_ms: now_ms };
@@ -359,7 +395,7 @@ impl Core {
             State::Adopting { until_ms } | State::Backoff { until_ms } => Some(until_ms),
             State::Starting { since_ms } => Some(since_ms + self.plan.supervisor.start_timeout_ms + 1),
             State::Ready { .. } => Some(this.next_ping_ms),
-            State::Waiting | State::Held | State::Stopped => None,
+            State::Waiting | State::Awaited | State::Held | State::Stopped => None,
         };
         self.services.iter().filter_map(deadline).min()
     }
@@ -376,7 +412,7 @@ impl Core {
                 other.is_some_and(|other| matches!(other.state, State::Ready { .. }))
             };
             if needs.iter().all(up) {
-                spawn(service, &mut self.services[service], 0, out);
+                begin(service, &mut self.services[service], 0, out);
             }
         }
     }
@@ -391,12 +427,18 @@ impl Core {
     }
 }
 
-fn spawn(service: usize, this: &mut Service, now_ms: u64, out: &mut Vec<Action>) {
+fn begin(service: usize, this: &mut Service, now_ms: u64, out: &mut Vec<Action>) {
+    if this.joins && this.asking == 0 {
+        this.state = State::Awaited;
+        return;
+    }
+    let action = if this.joins { Action::Admit { service } } else { Action::Spawn { service } };
+    this.asking = this.asking.saturating_sub(1);
     this.incarnation += 1;
     this.sequence = 0;
     this.answered = 0;
     this.state = State::Starting { since_ms: now_ms };
-    out.push(Action::Spawn { service });
+    out.push(action);
 }
 
 /// First death: at once. Then the shortest wait, doubled each time, up to the longest.

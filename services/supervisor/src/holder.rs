@@ -35,8 +35,10 @@ const KEYS_BYTES_MAX: usize = 1 << 16;
 pub struct HolderOptions {
     /// Where the sockets are.
     pub run_dir: PathBuf,
-    /// How many times it has been started.
-    pub incarnation: u32,
+    /// How many times it has been started; `None`: the supervisor has not started it, and is asked.
+    pub incarnation: Option<u32>,
+    /// Of one that joins: the token that it shows.
+    pub token_file: Option<PathBuf>,
     /// Log format.
     pub log: LogFormat,
 }
@@ -64,17 +66,20 @@ struct Holder {
 /// # Errors
 /// It was not started by the supervisor, or the event loop failed.
 pub fn run_holder(options: HolderOptions) -> Result<(), SupervisorError> {
-    uhmm_kit::init_log(options.log, HOLDER, options.incarnation);
+    uhmm_kit::init_log(options.log, HOLDER, options.incarnation.unwrap_or(0));
     rustix::thread::set_no_new_privs(true)
         .map_err(|errno| SupervisorError::NotStartedBySupervisor { problem: errno.to_string() })?;
     if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
         tracing::warn!(%error, "The descriptor limit stays what it is: it also limits the number of clients");
     }
-    let (keys, listener) = inherited()?;
+    let (incarnation, keys, listener) = match options.incarnation {
+        Some(incarnation) => inherited().map(|(keys, listener)| (incarnation, keys, listener))?,
+        None => joined(&options)?,
+    };
     let mut reactor = Reactor::new(Identity {
         name: HOLDER.to_owned(),
         role: Role::Supervisor,
-        incarnation: options.incarnation,
+        incarnation,
         interface: Some(Interface::Supervisor),
         limits: Limits::default(),
     })?;
@@ -104,8 +109,27 @@ pub fn run_holder(options: HolderOptions) -> Result<(), SupervisorError> {
     }
 }
 
+type Keys = BTreeMap<String, String>;
+
+/// From a container or unit of its own.
+fn joined(options: &HolderOptions) -> Result<(u32, Keys, SeqListener), SupervisorError> {
+    let args = uhmm_kit::ServiceArgs {
+        name: HOLDER.to_owned(),
+        incarnation: None,
+        token_file: options.token_file.clone(),
+        run_dir: options.run_dir.clone(),
+        log: options.log,
+    };
+    let joined = uhmm_kit::join(&args, Role::Supervisor)?;
+    let strange = |problem: &str| SupervisorError::NotStartedBySupervisor { problem: problem.to_owned() };
+    let keys = toml::from_str(&joined.keys_toml).map_err(|_| strange("it was given something else than keys"))?;
+    let listener = joined.listener.ok_or_else(|| strange("it was given no socket"))?;
+    let listener = listener.try_clone().map_err(|error| strange(&error.to_string()))?;
+    Ok((joined.incarnation, keys, SeqListener::from_fd(listener)?))
+}
+
 /// What the supervisor has sent through standard input.
-fn inherited() -> Result<(BTreeMap<String, String>, SeqListener), SupervisorError> {
+fn inherited() -> Result<(Keys, SeqListener), SupervisorError> {
     let strange = |problem: &str| SupervisorError::NotStartedBySupervisor { problem: problem.to_owned() };
     let stdin = std::io::stdin().as_fd().try_clone_to_owned().map_err(|error| strange(&error.to_string()))?;
     let socket = SeqPacket::from_fd(stdin).map_err(|_| strange("standard input is no socket"))?;

@@ -16,6 +16,7 @@ use uhmm_kernel_hook::{HookError, PidFd, SendStatus, SeqListener, SeqPacket, mem
 use uhmm_kit::{HOLDER_SOCKET, WHOLE_NAME};
 
 use crate::holder::keys_text;
+use crate::joining::Outside;
 use crate::manager::not_for_children;
 use crate::service::{Supervisor, SupervisorError};
 use crate::state::{Fate, HOLDER};
@@ -55,6 +56,8 @@ pub(crate) struct Keeping {
 struct Told {
     vault: Vault,
     state: Option<String>,
+    /// The supervisor's own entries.
+    own: BTreeMap<String, Fd>,
     pid: u32,
 }
 
@@ -105,17 +108,15 @@ impl<F: FnOnce()> Supervisor<F> {
             self.watch_holder(pid, pidfd, None)?;
         }
         match take_over(&mut self.reactor, link)? {
-            Some(Told { vault, state, pid }) => {
+            Some(Told { vault, state, own, pid }) => {
                 self.vault = vault;
+                self.joins.remember(&own);
                 // Services that live have given more since, and hand it over; what dead ones had given the holder knows for sure.
                 self.vault.doubt_all();
                 if let Some(state) = state {
                     self.saved.replace_by_younger(&state);
                 }
-                if self.keeping.pidfd.is_none() {
-                    self.watch_holder(pid, PidFd::open(pid)?, None)?;
-                    self.saved.started(HOLDER, pid);
-                }
+                self.know_holder(pid)?;
                 self.holder_up();
             }
             None => {
@@ -126,8 +127,42 @@ impl<F: FnOnce()> Supervisor<F> {
         Ok(())
     }
 
+    /// One that runs and has told what it has is watched.
+    fn know_holder(&mut self, pid: u32) -> Result<(), SupervisorError> {
+        if self.keeping.pidfd.is_some() {
+            return Ok(());
+        }
+        if self.plan.holder_join.is_none() {
+            self.saved.started(HOLDER, pid);
+            return self.watch_holder(pid, PidFd::open(pid)?, None);
+        }
+        match self.joins.inside.get(HOLDER).map(|inside| inside.pidfd.try_clone()) {
+            Some(pidfd) => self.watch_holder(u32::MAX, pidfd?, None),
+            // It was let in by a supervisor that died at once: its connection tells when it ends.
+            None => {
+                (self.keeping.pid, self.keeping.since) = (u32::MAX, Some(Instant::now()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether there is one.
+    pub(crate) fn holder_runs(&self) -> bool {
+        self.keeping.pid != 0
+    }
+
+    /// The number of the next one.
+    pub(crate) fn next_holder(&mut self) -> u32 {
+        let incarnation = self.saved.incarnations.get(HOLDER).copied().unwrap_or(0) + 1;
+        self.saved.incarnations.insert(HOLDER.to_owned(), incarnation);
+        incarnation
+    }
+
     /// Whatever is wrong now may be right later: the system goes on with one keeper.
     fn start_holder(&mut self) -> Result<(), SupervisorError> {
+        if self.plan.holder_join.is_some() {
+            return self.admit_holder();
+        }
         if let Err(error) = self.spawn_holder() {
             tracing::error!(error = %text_of(&error), "No holder can be started: when the supervisor dies with another service now, memory is lost");
             self.holder_later();
@@ -135,19 +170,25 @@ impl<F: FnOnce()> Supervisor<F> {
         Ok(())
     }
 
-    fn spawn_holder(&mut self) -> Result<(), SupervisorError> {
+    /// What a holder begins with: its socket, and the keys of those who may come.
+    pub(crate) fn holder_inheritance(&self) -> Result<(SeqListener, String), SupervisorError> {
         let path = self.options.run_dir.join(HOLDER_SOCKET);
         let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
-        let (near, far) = SeqPacket::pair()?;
         let names = self.plan.services.iter().map(|service| (service.name.clone(), "supervisor"));
         let mut keys: BTreeMap<String, String> =
             names.map(|(name, to)| (name.clone(), crate::state::hex(&self.saved.key(&name, to)))).collect();
         keys.insert("supervisor".to_owned(), crate::state::hex(&self.saved.key("supervisor", HOLDER)));
-        let SendStatus::Sent = near.send(keys_text(&keys).as_bytes(), &[listener.as_fd()])? else {
+        Ok((listener, keys_text(&keys)))
+    }
+
+    fn spawn_holder(&mut self) -> Result<(), SupervisorError> {
+        let (listener, keys) = self.holder_inheritance()?;
+        self.open_doors()?;
+        let (near, far) = SeqPacket::pair()?;
+        let SendStatus::Sent = near.send(keys.as_bytes(), &[listener.as_fd()])? else {
             return Err(SupervisorError::NotStartedBySupervisor { problem: "its keys cannot be sent".to_owned() });
         };
-        let incarnation = self.saved.incarnations.get(HOLDER).copied().unwrap_or(0) + 1;
-        self.saved.incarnations.insert(HOLDER.to_owned(), incarnation);
+        let incarnation = self.next_holder();
         let mut command = Command::new(&self.options.exe);
         command.arg("holder").arg("--run-dir").arg(&self.options.run_dir);
         command.args(["--name", HOLDER, "--incarnation", &incarnation.to_string(), "--log", self.log_name()]);
@@ -160,7 +201,7 @@ impl<F: FnOnce()> Supervisor<F> {
         self.watch_holder(pid, PidFd::open(pid)?, Some(child))
     }
 
-    fn watch_holder(&mut self, pid: u32, pidfd: PidFd, child: Option<Child>) -> Result<(), SupervisorError> {
+    pub(crate) fn watch_holder(&mut self, pid: u32, pidfd: PidFd, child: Option<Child>) -> Result<(), SupervisorError> {
         self.reactor.add_fd(&pidfd, TOKEN_HOLDER)?;
         let keeping = &mut self.keeping;
         (keeping.pid, keeping.pidfd, keeping.child) = (pid, Some(pidfd), child);
@@ -206,7 +247,13 @@ impl<F: FnOnce()> Supervisor<F> {
     pub(crate) fn is_about_holder(&mut self, wake: &Wake) -> bool {
         match wake {
             Wake::LinkUp { link, .. } if Some(*link) == self.keeping.link => self.holder_up(),
-            Wake::LinkDown { link } if Some(*link) == self.keeping.link => self.keeping.up = false,
+            Wake::LinkDown { link } if Some(*link) == self.keeping.link => {
+                self.keeping.up = false;
+                if self.keeping.pid != 0 && self.keeping.pidfd.is_none() {
+                    self.keeping.pid = 0;
+                    self.holder_later();
+                }
+            }
             Wake::Preamble { link, result: Err(error), .. } if Some(*link) == self.keeping.link => {
                 tracing::error!(%error, "The holder refuses the supervisor");
                 self.kill_holder();
@@ -232,8 +279,10 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(link) = self.keeping.link.filter(|_| self.keeping.up) else { return };
         match text_file("uhmm-state", &self.saved.text()) {
             Ok(fd) => {
-                for name in [STATE_NAME, WHOLE_NAME] {
-                    let put = supervisor::Call::VaultPut { name: name.to_owned(), fd: Fd::clone(&fd) };
+                let mut entries = self.joins.entries();
+                entries.extend([STATE_NAME, WHOLE_NAME].map(|name| (name.to_owned(), Fd::clone(&fd))));
+                for (name, fd) in entries {
+                    let put = supervisor::Call::VaultPut { name, fd };
                     self.reactor.call(link, Call::Supervisor(put), TraceId::default(), None);
                 }
             }
@@ -267,8 +316,10 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// Its incarnation and pid; 0: it does not run.
     pub(crate) fn kill_holder(&mut self) -> (u32, u32) {
+        let joined = self.joins.inside.get(HOLDER);
         if let Some(pidfd) = &self.keeping.pidfd
             && let Err(error) = pidfd.signal(Signal::KILL)
+            && !joined.is_some_and(Outside::end)
         {
             tracing::error!(%error, "Killing the holder failed");
         }
@@ -319,7 +370,8 @@ fn take_over(reactor: &mut Reactor, link: LinkId) -> Result<Option<Told>, Superv
     let stats = answer(reactor, link, Call::Common(common::Call::Stats), until)?;
     let Some(Reply::Common(common::Reply::Stats(metrics))) = stats else { return Ok(None) };
     let pid = metrics.iter().find(|metric| metric.name == "pid").map_or(0, |metric| metric.value as u32);
-    let (mut told, mut after) = (Told { vault: Vault::default(), state: None, pid }, String::new());
+    let (mut told, mut after) =
+        (Told { vault: Vault::default(), state: None, own: BTreeMap::new(), pid }, String::new());
     loop {
         let get = supervisor::Call::VaultGet { prefix: String::new(), after: after.clone() };
         let Some(Reply::Supervisor(supervisor::Reply::Vault { entries, more })) =
@@ -331,7 +383,8 @@ fn take_over(reactor: &mut Reactor, link: LinkId) -> Result<Option<Told>, Superv
         for (name, fd) in entries {
             match split(&name) {
                 Some(("supervisor", STATE_NAME)) => told.state = read_state(&fd),
-                Some(("supervisor", _)) | None => {}
+                Some(("supervisor", name)) => drop(told.own.insert(name.to_owned(), fd)),
+                None => {}
                 Some((owner, name)) => {
                     if let Err(text) = told.vault.put(owner, name.to_owned(), fd) {
                         tracing::error!(text, owner, "An entry of the holder is not taken over");

@@ -6,7 +6,9 @@
 //! supervisor hears how it is ([`manager`]) and keeps the vault a third time, for the death of all at once ([`store`]).
 
 pub mod core;
+mod doors;
 mod holder;
+mod joining;
 mod keeping;
 mod manager;
 mod processes;

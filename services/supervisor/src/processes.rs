@@ -10,17 +10,19 @@ use uhmm_kernel_hook::PidFd;
 use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
 use uhmm_manifest::Sandbox;
 
+use crate::joining::Outside;
 use crate::manager::not_for_children;
 use crate::service::{Supervisor, SupervisorError, listen};
 use crate::state::{Fate, hex};
 
 impl<F: FnOnce()> Supervisor<F> {
     /// The listening socket outlives every incarnation: it is made once and lies in the vault.
-    fn make_listener(&mut self, name: &str) -> Result<(), SupervisorError> {
+    pub(crate) fn make_listener(&mut self, name: &str) -> Result<(), SupervisorError> {
         if self.vault.get(name, LISTENER_NAME).is_some() {
             return Ok(());
         }
-        listen(&self.options.run_dir, &self.plan, name, &mut self.vault)
+        listen(&self.options.run_dir, &self.plan, name, &mut self.vault)?;
+        self.open_doors()
     }
 
     pub(crate) fn spawn(&mut self, service: usize) -> Result<(), SupervisorError> {
@@ -58,10 +60,11 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 
     pub(crate) fn kill(&mut self, service: usize) {
-        if let Some(pidfd) = self.pidfds.get(&service)
-            && let Err(error) = pidfd.signal(Signal::KILL)
-        {
-            tracing::error!(%error, service, "Killing a service failed");
+        let Some(pidfd) = self.pidfds.get(&service) else { return };
+        let Err(error) = pidfd.signal(Signal::KILL) else { return };
+        let name = &self.plan.services[service].name;
+        if !self.joins.inside.get(name).is_some_and(Outside::end) {
+            tracing::error!(%error, service = %name, "It cannot be ended from here: end its container or unit");
         }
     }
 
@@ -84,6 +87,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let how = match self.children.remove(&service).map(|mut child| child.wait()) {
             Some(Ok(status)) => status.to_string(),
             Some(Err(error)) => format!("cannot be reaped: {error}"),
+            None if self.plan.services[service].join.is_some() => "ended (its container or unit knows how)".to_owned(),
             None => "ended (adopted process)".to_owned(),
         };
         match self.registered.get(&service) {
@@ -99,6 +103,7 @@ impl<F: FnOnce()> Supervisor<F> {
     /// A connection is gone, and all that came through it was dealt with.
     pub(crate) fn closed(&mut self, conn: ConnId) -> Result<(), SupervisorError> {
         self.sessions.remove(&conn);
+        self.asks_no_more(conn);
         let of = self.registered.iter().find(|(_, registered)| **registered == conn).map(|(service, _)| *service);
         let Some(service) = of else { return Ok(()) };
         self.registered.remove(&service);
@@ -122,7 +127,7 @@ impl<F: FnOnce()> Supervisor<F> {
             if self.core.services()[service].incarnation == 0 {
                 continue;
             }
-            match self.saved.fate(&self.plan.services[service].name) {
+            match self.fate(service) {
                 Fate::Alive(pid, pidfd) => {
                     self.core.found_alive(service, pid, now_ms);
                     self.watch(service, pidfd)?;
@@ -132,6 +137,20 @@ impl<F: FnOnce()> Supervisor<F> {
             }
         }
         self.act()
+    }
+
+    /// What became of the process of a service. Of one that joined, the holder knows.
+    fn fate(&self, service: usize) -> Fate {
+        let plan = &self.plan.services[service];
+        if plan.join.is_none() {
+            return self.saved.fate(&plan.name);
+        }
+        let Some(inside) = self.joins.inside.get(&plan.name) else { return Fate::Unknown };
+        match (inside.pidfd.exited(), inside.pidfd.try_clone()) {
+            (Ok(true), _) => Fate::Dead,
+            (Ok(false), Ok(pidfd)) => Fate::Alive(pidfd.pid().ok().flatten().unwrap_or(u32::MAX), pidfd),
+            _ => Fate::Unknown,
+        }
     }
 
     /// For the next supervisor. One that cannot be written is no reason to serve nobody: the holder has it too.

@@ -13,11 +13,12 @@ use uhmm_ipc::message::{
 };
 use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::signal::StopSignals;
-use uhmm_kernel_hook::{HookError, PidFd, SeqListener};
+use uhmm_kernel_hook::{HookError, PidFd, SeqListener, SeqPacket};
 use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, WHOLE_NAME};
 use uhmm_manifest::{Kind, Manifest, Plan};
 
 use crate::core::{Action, Core, State};
+use crate::joining::{JoinBook, tokens};
 use crate::keeping::{Keeping, TIMER_HOLDER, TIMER_HOLDER_PING, TOKEN_HOLDER};
 use crate::manager::{Manager, TIMER_RETRY, TIMER_WATCHDOG};
 use crate::state::{HOLDER, SavedState};
@@ -68,6 +69,9 @@ pub enum SupervisorError {
     /// The event loop failed.
     #[error("The event loop failed")]
     Ipc(#[from] uhmm_ipc::IpcError),
+    /// A token, or a holder that was not let in.
+    #[error("Nobody can join")]
+    Join(#[from] uhmm_kit::KitError),
     /// Of a holder.
     #[error("The holder is started by the supervisor (`uhmm up`): {problem}")]
     NotStartedBySupervisor {
@@ -85,6 +89,8 @@ pub struct SupervisorOptions {
     pub exe: PathBuf,
     /// Take over what an older supervisor left running.
     pub adopt: bool,
+    /// Another supervisor will go on: take over what there is, if there is something, and when told to end, end nothing else.
+    pub replaceable: bool,
     /// Log format of all services.
     pub log: LogFormat,
 }
@@ -105,11 +111,14 @@ pub(crate) struct Supervisor<F> {
     pub(crate) ending: HashMap<usize, String>,
     pub(crate) keeping: Keeping,
     pub(crate) manager: Manager,
+    pub(crate) joins: JoinBook,
     pub(crate) actions: Vec<Action>,
     pub(crate) started: Instant,
     pub(crate) restarts: u64,
     pub(crate) ready: Option<F>,
     pub(crate) done: bool,
+    /// What it leaves behind is another supervisor's.
+    leaves: bool,
     pub(crate) tick_armed_ms: Option<u64>,
 }
 
@@ -117,6 +126,7 @@ pub(crate) struct Supervisor<F> {
 pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnce()) -> Result<(), SupervisorError> {
     let inherited = uhmm_kernel_hook::manager::inherited()?;
     let plan = manifest.resolve()?;
+    let tokens = tokens(&plan)?;
     let signals = StopSignals::block()?;
     uhmm_kit::init_log(options.log, "supervisor", 1);
     if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
@@ -124,7 +134,7 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     }
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
-    options.adopt = options.adopt && !is_fresh(&options.run_dir);
+    options.adopt = (options.adopt || options.replaceable) && !is_fresh(&options.run_dir);
     let patience = if options.adopt { PREDECESSOR_PATIENCE } else { Duration::ZERO };
     let listener = bind_after(&path, patience).map_err(|source| SupervisorError::Socket { path, source })?;
     // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
@@ -134,9 +144,11 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     saved.save()?;
     let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
     supervisor.manager = Manager::find(inherited)?;
+    supervisor.expect_joins(tokens);
     supervisor.find_holder()?;
     supervisor.begin_store()?;
     supervisor.begin()?;
+    supervisor.open_doors()?;
     supervisor.reactor.listen(listener)?;
     supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
     let mut wakes = Vec::new();
@@ -148,8 +160,10 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
         }
         supervisor.tell_manager();
     }
-    supervisor.end_holder();
-    supervisor.clean_up();
+    if !supervisor.leaves {
+        supervisor.end_holder();
+        supervisor.clean_up();
+    }
     Ok(())
 }
 
@@ -237,11 +251,13 @@ impl<F: FnOnce()> Supervisor<F> {
             ending: HashMap::new(),
             keeping: Keeping::default(),
             manager: Manager::default(),
+            joins: JoinBook::default(),
             actions: Vec::new(),
             started: Instant::now(),
             restarts: 0,
             ready: Some(ready),
             done: false,
+            leaves: false,
             tick_armed_ms: None,
         })
     }
@@ -288,6 +304,10 @@ impl<F: FnOnce()> Supervisor<F> {
             Wake::Timer(TIMER_HOLDER_PING) => self.ping_holder(),
             Wake::Timer(TIMER_WATCHDOG) => self.sign_of_life(),
             Wake::Timer(TIMER_RETRY) => self.tell_rest(),
+            Wake::Fd(TOKEN_SIGNALS) if self.options.replaceable => {
+                tracing::warn!("Told to end: what is kept waits for the next supervisor (`uhmm down` ends everything)");
+                (self.done, self.leaves) = (true, true);
+            }
             Wake::Fd(TOKEN_SIGNALS) => self.shutdown()?,
             Wake::Fd(TOKEN_HOLDER) => self.check_holder()?,
             Wake::Fd(FdToken(service)) => self.check_exit(service as usize)?,
@@ -295,6 +315,10 @@ impl<F: FnOnce()> Supervisor<F> {
                 self.sessions.insert(conn, peer);
             }
             Wake::Closed { conn, .. } => self.closed(conn)?,
+            Wake::Call { conn, call, body: Call::Supervisor(supervisor::Call::Join { guard }), .. } => {
+                self.asks_to_join(conn, call, guard)?;
+                self.act()?;
+            }
             Wake::Call { conn, call, body, .. } => {
                 let answer = match body {
                     Call::Common(common::Call::Stats) => Ok(Reply::Common(common::Reply::Stats(self.metrics()))),
@@ -395,12 +419,17 @@ impl<F: FnOnce()> Supervisor<F> {
             return refused(format!("Service {name:?} is not in the plan, or not the one that connected"));
         };
         let now_ms = self.now_ms();
-        match self.core.registered(service, incarnation, peer.pid, now_ms) {
+        let registered = self.number_of(service, peer);
+        match registered.and_then(|pid| self.core.registered(service, incarnation, pid, now_ms)) {
             Err(text) => return refused(text),
             Ok(false) => {}
             Ok(true) => {
                 tracing::info!(service = name, pid = peer.pid, incarnation, "Taken over from an older supervisor");
-                self.watch(service, PidFd::open(peer.pid)?)?;
+                self.joined_before(service, peer);
+                match &peer.process {
+                    Some(process) => self.watch(service, process.pidfd.try_clone()?)?,
+                    None => return refused("The process has ended".to_owned()),
+                }
                 if self.core.is_condemned(service) {
                     self.kill(service);
                 }
@@ -477,6 +506,16 @@ impl<F: FnOnce()> Supervisor<F> {
                     }
                 }
             }
+            Action::Admit { service } => {
+                if let Err(error) = self.admit(service) {
+                    tracing::error!(service, %error, "A process could not be let in");
+                    let now_ms = self.now_ms();
+                    self.kill(service);
+                    if !self.pidfds.contains_key(&service) {
+                        self.core.exited(service, "could not be let in", now_ms, &mut self.actions);
+                    }
+                }
+            }
             Action::Kill { service } => self.kill(service),
             Action::Ping { service, sequence } => self.tell(service, supervisor::Event::Ping { sequence }),
             Action::Stop { service } => self.tell(service, supervisor::Event::Stop),
@@ -486,6 +525,9 @@ impl<F: FnOnce()> Supervisor<F> {
                 let event = supervisor::Event::ServiceDied { service: name, incarnation, held };
                 for other in self.registered.values() {
                     self.reactor.event(*other, Event::Supervisor(event.clone()), TraceId::default());
+                }
+                if held {
+                    self.refuse_joins(service);
                 }
             }
             Action::AllReady => {
@@ -510,6 +552,7 @@ impl<F: FnOnce()> Supervisor<F> {
             let (state, uptime_ms) = match service.state {
                 State::Waiting => ("waiting", 0),
                 State::Adopting { .. } => ("adopting", 0),
+                State::Awaited => ("awaited", 0),
                 State::Starting { .. } => ("starting", 0),
                 State::Ready { since_ms } => ("ready", now_ms - since_ms),
                 State::Backoff { .. } => ("backoff", 0),
@@ -544,6 +587,7 @@ impl<F: FnOnce()> Supervisor<F> {
 
     /// Everything has ended in order: leave nothing that looks like a running system.
     fn clean_up(&self) {
+        self.close_doors();
         let sockets = self.plan.services.iter().map(|s| self.plan.endpoint_path(&self.options.run_dir, &s.name));
         let own = ["supervisor.sock", "supervisor.toml", HOLDER_SOCKET].map(|file| self.options.run_dir.join(file));
         for path in sockets.chain(own) {

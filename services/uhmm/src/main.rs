@@ -39,12 +39,18 @@ enum Command {
         /// Take over services that outlived an earlier supervisor
         #[arg(long)]
         adopt: bool,
+        /// Another one will take over (its container is exchanged): begin with --adopt if there is anything, and when told to end (SIGTERM),
+        /// leave what is kept. `uhmm down` ends everything all the same
+        #[arg(long)]
+        replaceable: bool,
         /// Log format
         #[arg(long, value_enum, default_value_t = Log::Text)]
         log: Log,
     },
     /// Stop the supervisor and every service
     Down,
+    /// Make a token by which a service that joins proves itself
+    Token,
     /// Resolve a manifest and print what it comes to
     Plan {
         /// Manifest (TOML); without it the built-in one
@@ -198,9 +204,12 @@ struct ServiceFlags {
     /// Name in the manifest
     #[arg(long)]
     name: String,
-    /// How many times it has been started
+    /// How many times the supervisor has started it; without it, it joins a supervisor that has not
     #[arg(long)]
-    incarnation: u32,
+    incarnation: Option<u32>,
+    /// Token that it shows when it joins; without it, it is known by its user
+    #[arg(long, conflicts_with = "incarnation")]
+    token_file: Option<PathBuf>,
     /// Log format
     #[arg(long, value_enum, default_value_t = Log::Text)]
     log: Log,
@@ -208,7 +217,8 @@ struct ServiceFlags {
 
 impl ServiceFlags {
     fn into_args(self, run_dir: PathBuf) -> ServiceArgs {
-        ServiceArgs { name: self.name, incarnation: self.incarnation, run_dir, log: self.log.into() }
+        let Self { name, incarnation, token_file, log } = self;
+        ServiceArgs { name, incarnation, token_file, run_dir, log: log.into() }
     }
 }
 
@@ -238,11 +248,12 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::BenchFloor(args) => commands::bench_floor(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
-        Command::Up { manifest, file, adopt, log } => {
+        Command::Up { manifest, file, adopt, replaceable, log } => {
             let manifest = commands::manifest_or_file(manifest.as_deref(), file)?;
-            commands::up(manifest, run_dir, adopt, log.into())?;
+            commands::up(manifest, run_dir, (adopt, replaceable), log.into())?;
         }
         Command::Down => commands::down(&run_dir)?,
+        Command::Token => commands::token()?,
         Command::Plan { manifest } => commands::plan(manifest.as_deref())?,
         Command::Cdi(args) => commands::cdi(&args, &run_dir)?,
         Command::Status => commands::status(&run_dir)?,
@@ -258,8 +269,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => commands::completions(Cli::command(), shell)?,
         Command::DeviceModel(model) => commands::device_model(model)?,
         Command::Pager(flags) => uhmm_pager::run(flags.into_args(run_dir))?,
-        Command::Holder(ServiceFlags { incarnation, log, .. }) => {
-            uhmm_supervisor::run_holder(HolderOptions { run_dir, incarnation, log: log.into() })?;
+        Command::Holder(ServiceFlags { incarnation, token_file, log, .. }) => {
+            uhmm_supervisor::run_holder(HolderOptions { run_dir, incarnation, token_file, log: log.into() })?;
         }
         Command::Mirror(flags) => uhmm_mirror::run(flags.into_args(run_dir))?,
         Command::Driver(driver) => driver.run(run_dir)?,

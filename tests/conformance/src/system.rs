@@ -74,7 +74,8 @@ impl System {
 
     fn spawn(&self, exe: &Path, driver: &str, coherent: bool) -> Result<Child, ConformanceError> {
         let manifest_path = self.run_dir.join("manifest.toml");
-        std::fs::write(&manifest_path, manifest(driver, coherent, &self.run_dir)).map_err(ConformanceError::path(&manifest_path))?;
+        std::fs::write(&manifest_path, manifest(driver, coherent, &self.run_dir))
+            .map_err(ConformanceError::path(&manifest_path))?;
         let log_path = self.log_path();
         let log = File::options().append(true).create(true).open(&log_path);
         let log = log.map_err(ConformanceError::path(&log_path))?;

@@ -110,7 +110,9 @@ impl Backend for FileBackend {
 fn explain(error: &io::Error) -> Fault {
     Fault::Refused(match error.kind() {
         io::ErrorKind::UnexpectedEof => "the file ends before this page: somebody has shrunk it".to_owned(),
-        io::ErrorKind::StorageFull => format!("the disk is full ({error}), though its space was reserved: the file system copies what is written"),
+        io::ErrorKind::StorageFull => {
+            format!("the disk is full ({error}), though its space was reserved: the file system copies what is written")
+        }
         _ => format!("the disk failed: {error}"),
     })
 }

@@ -323,7 +323,8 @@ impl Bed {
                 let frame = frames.first + at;
                 let old = self.known.get(&frame).copied().unwrap_or(0);
                 let new = if op == Op::Zero { 0 } else { value + u64::from(at) };
-                let ask = Ask { ticket: 0, op: Op::Read, frames: Frames { first: frame, count: 1 }, place: u64::from(frame) };
+                let ask =
+                    Ask { ticket: 0, op: Op::Read, frames: Frames { first: frame, count: 1 }, place: u64::from(frame) };
                 let mood = std::mem::replace(&mut self.world.lock().unwrap().mood, SLOW);
                 let read = self.lane.run(&self.memory, ask);
                 self.world.lock().unwrap().mood = mood;
@@ -404,7 +405,8 @@ fn without_seals_lies_are_believed_and_the_model_notices() {
 #[test]
 fn a_write_that_lands_after_everything_else_is_harmless() {
     let mut bed = Bed::new(5, SLOW, true);
-    let one = |ticket, op, frame| Ask { ticket, op, frames: Frames { first: frame, count: 1 }, place: u64::from(frame) };
+    let one =
+        |ticket, op, frame| Ask { ticket, op, frames: Frames { first: frame, count: 1 }, place: u64::from(frame) };
     bed.put(3, 100);
     bed.lane.run(&bed.memory, one(1, Op::Write, 3)).unwrap();
     bed.world.lock().unwrap().mood.drops = 1000;
@@ -465,7 +467,8 @@ fn frames_in_a_row_are_one_request_each_way_and_zeroes_none() {
 #[test]
 fn reads_overtake_writes_that_wait_and_find_a_slot_among_them() {
     let mut bed = Bed::new(5, SLOW, true);
-    let seen = |bed: &Bed| bed.world.lock().unwrap().in_flight.iter().map(|flight| flight.request.write).collect::<Vec<_>>();
+    let seen =
+        |bed: &Bed| bed.world.lock().unwrap().in_flight.iter().map(|flight| flight.request.write).collect::<Vec<_>>();
     let one = Frames { first: 199, count: 1 };
     bed.lane.run(&bed.memory, Ask { ticket: 9, op: Op::Write, frames: one, place: 0 }).unwrap();
     for ticket in 0..3 {

@@ -161,7 +161,8 @@ impl World {
         self.ready = false;
         let args = ServiceArgs {
             name: self.driver_name.clone(),
-            incarnation: self.incarnation,
+            incarnation: Some(self.incarnation),
+            token_file: None,
             run_dir: PathBuf::from(self.dir.path()),
             log: LogFormat::Text,
         };

@@ -129,11 +129,13 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_id(*id);
             to.set_late_mask(*late_mask);
         }
-        Call::Home { pid, stay } => {
+        Call::Home { pid, stay, process } => {
             let mut to = to.init_home();
             to.set_pid(*pid);
             to.set_stay(*stay);
+            to.set_process(*process);
         }
+        Call::UserfaultfdDevice => to.set_userfaultfd_device(()),
         Call::EmptyDevice { device, then } => to.set_empty_device(emptied_device(*device, *then)?),
         Call::ListRegions => to.set_list_regions(()),
     }
@@ -295,8 +297,9 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         }
         call::Home(from) => {
             let from = from?;
-            Call::Home { pid: from.get_pid(), stay: from.get_stay() }
+            Call::Home { pid: from.get_pid(), stay: from.get_stay(), process: from.get_process() }
         }
+        call::UserfaultfdDevice(()) => Call::UserfaultfdDevice,
         call::EmptyDevice(number) => {
             let (device, then) = read_emptied(number)?;
             Call::EmptyDevice { device, then }

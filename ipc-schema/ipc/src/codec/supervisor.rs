@@ -42,6 +42,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
         Call::Shutdown => to.set_shutdown(()),
         Call::Kill { service } => to.init_kill().set_service(name("kill.service", service)?),
         Call::Pong { sequence } => to.init_pong().set_sequence(*sequence),
+        Call::Join { guard } => to.init_join().set_guard_fd(fds.put_optional(guard.as_ref())),
     }
     Ok(())
 }
@@ -84,6 +85,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::Shutdown(()) => Call::Shutdown,
         call::Kill(from) => Call::Kill { service: name("kill.service", from?.get_service())? },
         call::Pong(from) => Call::Pong { sequence: from?.get_sequence() },
+        call::Join(from) => Call::Join { guard: fds.take_optional("join.guardFd", from?.get_guard_fd())? },
     })
 }
 
@@ -113,6 +115,13 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>, fds: &mut Fd
             let mut to = to.init_killed();
             to.set_incarnation(*incarnation);
             to.set_pid(*pid);
+        }
+        Reply::Joined { incarnation, key, listener, keys_toml } => {
+            let mut to = to.init_joined();
+            to.set_incarnation(*incarnation);
+            to.set_key(out_data("joined.key", key, MAX_KEY_BYTES)?);
+            to.set_listener_fd(fds.put_optional(listener.as_ref()));
+            to.set_keys_toml(out_text("joined.keysToml", keys_toml, MAX_PLAN_BYTES)?);
         }
     }
     Ok(())
@@ -162,6 +171,15 @@ pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<
         reply::Killed(from) => {
             let from = from?;
             Reply::Killed { incarnation: from.get_incarnation(), pid: from.get_pid() }
+        }
+        reply::Joined(from) => {
+            let from = from?;
+            Reply::Joined {
+                incarnation: from.get_incarnation(),
+                key: in_data("joined.key", from.get_key(), MAX_KEY_BYTES)?,
+                listener: fds.take_optional("joined.listenerFd", from.get_listener_fd())?,
+                keys_toml: in_text("joined.keysToml", from.get_keys_toml(), MAX_PLAN_BYTES)?,
+            }
         }
     })
 }

@@ -115,10 +115,13 @@ fn a_welcome_beyond_what_was_asked_is_refused() {
 }
 
 #[test]
-fn a_peer_in_a_pid_namespace_that_cannot_be_seen_is_refused_and_told_why() {
-    let seen = PeerCred { pid: 7, uid: 1000, gid: 1000 };
-    assert_eq!(judge_process("app", seen), Ok(seen));
-    let refused = judge_process("app", PeerCred { pid: 0, ..seen }).expect_err("pid 0");
-    assert_eq!(refused.code, ErrorCode::Permission);
-    assert!(refused.text.starts_with("app runs in a pid namespace"), "{refused}");
+fn a_client_that_cannot_be_held_is_refused_and_told_why_and_a_service_is_not() {
+    let problem = HookError::Strange { call: "fstat(pidfd)", detail: "it has no name".into() };
+    assert_eq!(judge_process("app", Role::Client, None), Ok(()));
+    assert_eq!(judge_process("pager", Role::Pager, Some(&problem)), Ok(()), "its last words count");
+    for role in [Role::Client, Role::Operator] {
+        let refused = judge_process("app", role, Some(&problem)).expect_err("nobody could watch it");
+        assert_eq!(refused.code, ErrorCode::Permission);
+        assert!(refused.text.contains("app") && refused.text.contains("it has no name"), "{refused}");
+    }
 }

@@ -388,7 +388,11 @@ pub enum Call {
         pid: u32,
         /// Begin, or end.
         stay: bool,
+        /// What the process is called everywhere, if the operator knows; its number is another one in another pid namespace. 0: not known.
+        process: u64,
     },
+    /// A client that may not make a userfaultfd for kernel-mode faults by itself asks for the open device that makes one.
+    UserfaultfdDevice,
     /// Operator: every page of every process comes home from a device, as before it is taken away. Answered with `Evicted`.
     EmptyDevice {
         /// Device.
@@ -433,6 +437,11 @@ pub enum Reply {
         uffd: Fd,
         /// Granted userfaultfd features.
         features: u64,
+    },
+    /// Answer to `UserfaultfdDevice`.
+    UserfaultfdDevice {
+        /// `/dev/userfaultfd`, open.
+        device: Fd,
     },
     /// Answer to `CreateRegion`.
     RegionCreated {

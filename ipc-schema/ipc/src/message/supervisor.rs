@@ -57,7 +57,27 @@ pub enum Call {
         /// From [`Event::Ping`].
         sequence: u64,
     },
+    /// A process that the supervisor has not started wants to be a service (or the holder). Its hello's name is [`join_name`] of it, its key
+    /// the manifest's token. Answered when its turn has come: while another process is that service, it waits.
+    Join {
+        /// One byte sent there ends the process at once, wherever it runs.
+        guard: Option<Fd>,
+    },
 }
+
+/// The name in the hello of a process that asks to be `service`. No service can have such a name.
+pub fn join_name(service: &str) -> String {
+    format!("{JOIN_PREFIX}{service}")
+}
+
+/// Which service a process of that name asks to be.
+pub fn joining(name: &str) -> Option<&str> {
+    name.strip_prefix(JOIN_PREFIX)
+}
+
+const JOIN_PREFIX: &str = "join:";
+/// The key in the hello of a process that is known by its user alone.
+pub const KEY_OF_USER: &[u8] = b"by user";
 
 /// Answers.
 #[derive(Clone, Debug)]
@@ -88,6 +108,17 @@ pub enum Reply {
         incarnation: u32,
         /// Its pid.
         pid: u32,
+    },
+    /// Answer to `Join`: begin.
+    Joined {
+        /// Times the service was started, this one included.
+        incarnation: u32,
+        /// Key of the channel to the supervisor.
+        key: Vec<u8>,
+        /// Of a holder: its listening socket.
+        listener: Option<Fd>,
+        /// Of a holder: keys by name.
+        keys_toml: String,
     },
 }
 

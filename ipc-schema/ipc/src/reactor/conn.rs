@@ -326,7 +326,8 @@ impl Reactor {
         }
         let Some(conn) = find_conn(&mut self.conns, id) else { return Ok(()) };
         let cred = conn.channel.peer().map_err(End::Gone)?;
-        let cred = judge_process(&hello.name, cred).map_err(End::Refused)?;
+        let process = conn.channel.peer_process();
+        judge_process(&hello.name, hello.role, process.as_ref().err()).map_err(End::Refused)?;
         if let State::AwaitHello { timer } = conn.state {
             self.shared.timers.cancel(timer);
         }
@@ -336,7 +337,14 @@ impl Reactor {
         self.operator_count += usize::from(hello.role == Role::Operator);
         conn.channel.max_message_bytes = welcome.max_message_bytes as usize;
         conn.channel.max_fds = usize::from(welcome.max_fds);
-        let peer = Peer { name: hello.name, role: hello.role, incarnation, pid: cred.pid, uid: cred.uid };
+        let peer = Peer {
+            name: hello.name,
+            role: hello.role,
+            incarnation,
+            pid: cred.pid,
+            uid: cred.uid,
+            process: process.ok(),
+        };
         self.shared.wakes.push(Wake::Connected { conn: id, peer });
         match conn.send(&mut self.shared, 0, TraceId::default(), BodyRef::Welcome(&welcome)) {
             Ok(()) => Ok(()),

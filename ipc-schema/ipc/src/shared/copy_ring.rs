@@ -193,7 +193,9 @@ mod tests {
 
     #[test]
     fn a_completion_survives_the_ring() {
-        for status in [CopyStatus::Ok, CopyStatus::OutOfRange, CopyStatus::Io, CopyStatus::Lost { good: 7, lost: 1 << 20 }] {
+        for status in
+            [CopyStatus::Ok, CopyStatus::OutOfRange, CopyStatus::Io, CopyStatus::Lost { good: 7, lost: 1 << 20 }]
+        {
             let completion = CopyCompletion { ticket: 0x0102_0304_0506_0708, status };
             assert_eq!(CopyCompletion::decode(&completion.encode()), Ok(completion));
         }

@@ -26,7 +26,7 @@ const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 type Way<'a> = &'a dyn Fn() -> Option<io::Result<OwnedFd>>;
 
 impl Userfaultfd {
-    /// Makes one for this process, non-blocking and close-on-exec: by the device node handed in (which the supervisor opened),
+    /// Makes one for this process, non-blocking and close-on-exec: by the device node handed in (which the pager opened),
     /// by opening it, by the call, at last for user mode only.
     ///
     /// # Errors
@@ -65,8 +65,11 @@ impl Userfaultfd {
     }
 }
 
-/// Opens the device node; the supervisor does, and hands it to clients that may not.
-pub(crate) fn open_device() -> io::Result<OwnedFd> {
+/// Opens the device node; the pager does, and hands it to clients that may not.
+///
+/// # Errors
+/// As the system gives it: EACCES, ENOENT in a container that was not given it.
+pub fn open_device() -> io::Result<OwnedFd> {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(DEVICE_PATH)?;
     Ok(file.into())
 }

@@ -191,3 +191,103 @@ fn a_process_that_nobody_has_seen_die_is_not_told_to_be_dead() {
     core.tick(2_000, &mut out);
     assert!(out.contains(&Action::Died { service: 2, incarnation: 2, held: false }), "{out:?}");
 }
+
+const JOINS: &str = r#"
+[[service]]
+name = "pager"
+kind = "pager"
+[[service]]
+name = "mirror"
+kind = "mirror"
+[[service]]
+name = "d0"
+kind = "driver"
+join = { uid = 7 }
+restart = { max_deaths = 2 }
+[[device]]
+name = "d0"
+service = "d0"
+"#;
+const D0: usize = 2;
+
+/// Pager and mirror are ready.
+fn joinable(adopt_until_ms: Option<u64>) -> (Core, Vec<Action>) {
+    let mut core = Core::new(Manifest::parse(JOINS).expect("TOML").resolve().expect("a plan"), &[], adopt_until_ms);
+    let mut out = Vec::new();
+    core.tick(adopt_until_ms.unwrap_or(0), &mut out);
+    for service in 0..D0 {
+        core.spawned(service, 100 + service as u32, 0);
+        core.ready(service, 10, &mut out);
+    }
+    (core, out)
+}
+
+#[test]
+fn a_service_that_joins_is_awaited_and_the_system_is_ready_without_it() {
+    let (mut core, mut out) = joinable(None);
+    assert_eq!(core.services()[D0].state, State::Awaited);
+    assert!(out.contains(&Action::AllReady) && !out.contains(&Action::Spawn { service: D0 }));
+    out.clear();
+    core.tick(100_000, &mut out);
+    assert!(!out.contains(&Action::Spawn { service: D0 }) && core.services()[D0].state == State::Awaited);
+    out.clear();
+    core.asks(D0, 100_000, &mut out);
+    assert_eq!(out, [Action::Admit { service: D0 }]);
+    core.spawned(D0, u32::MAX, 100_000);
+    assert_eq!(core.registered(D0, 1, u32::MAX, 100_000), Ok(false));
+    core.ready(D0, 100_001, &mut out);
+    assert!(matches!(core.services()[D0].state, State::Ready { .. }));
+}
+
+#[test]
+fn whoever_asks_before_its_turn_waits_and_whoever_has_gone_is_not_let_in() {
+    let mut core = Core::new(Manifest::parse(JOINS).expect("TOML").resolve().expect("a plan"), &[], None);
+    let mut out = Vec::new();
+    core.asks(D0, 0, &mut out);
+    assert!(out.is_empty(), "what it needs is not there");
+    core.tick(0, &mut out);
+    for service in 0..D0 {
+        core.spawned(service, 100 + service as u32, 0);
+        core.ready(service, 10, &mut out);
+    }
+    assert!(out.contains(&Action::Admit { service: D0 }));
+    core.spawned(D0, u32::MAX, 10);
+    core.ready(D0, 20, &mut out);
+    out.clear();
+    core.asks(D0, 30, &mut out);
+    core.asks(D0, 30, &mut out);
+    core.asks_no_more(D0);
+    assert!(out.is_empty(), "one process at a time");
+    core.exited(D0, "ended", 40, &mut out);
+    assert!(out.contains(&Action::Died { service: D0, incarnation: 1, held: false }));
+    assert!(out.contains(&Action::Admit { service: D0 }), "the one that waits");
+    core.spawned(D0, u32::MAX, 40);
+    out.clear();
+    core.exited(D0, "ended", 50, &mut out);
+    core.tick(10_000, &mut out);
+    assert_eq!(core.services()[D0].state, State::Awaited, "nobody asks");
+    assert_eq!(core.dead().collect::<Vec<_>>(), [(D0, 2, false)], "a service that comes now hears that it is dead");
+}
+
+#[test]
+fn a_service_that_joins_and_dies_too_often_is_held_like_any_other() {
+    let (mut core, mut out) = joinable(None);
+    for death in 0..3 {
+        let now_ms = (death + 1) * 10_000;
+        out.clear();
+        core.asks(D0, now_ms, &mut out);
+        core.tick(now_ms, &mut out);
+        assert!(out.contains(&Action::Admit { service: D0 }), "{out:?}");
+        core.spawned(D0, u32::MAX, now_ms);
+        core.exited(D0, "ended", now_ms, &mut out);
+        assert_eq!(core.services()[D0].state == State::Held, death == 2, "{:?}", core.services()[D0]);
+    }
+}
+
+#[test]
+fn a_process_that_joined_an_older_supervisor_is_taken_over_within_the_grace() {
+    let (core, _) = joinable(Some(2_000));
+    assert_eq!(core.services()[D0].state, State::Awaited, "it has not come in time");
+    let mut core = Core::new(Manifest::parse(JOINS).expect("TOML").resolve().expect("a plan"), &[1, 1, 4], Some(2_000));
+    assert_eq!(core.registered(D0, 4, u32::MAX, 100), Ok(true));
+}

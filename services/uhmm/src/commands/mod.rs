@@ -38,9 +38,18 @@ fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
 }
 
 /// `uhmm up`: runs until it is stopped.
-pub fn up(manifest: Manifest, run_dir: PathBuf, adopt: bool, log: LogFormat) -> anyhow::Result<()> {
+pub fn up(
+    manifest: Manifest,
+    run_dir: PathBuf,
+    (adopt, replaceable): (bool, bool),
+    log: LogFormat,
+) -> anyhow::Result<()> {
+    if std::process::id() == 1 {
+        // The first process of a container gets all orphans: somebody else than the supervisor buries them.
+        uhmm_kernel_hook::guard::stand().context("The container's first process cannot do its work")?;
+    }
     let exe = std::env::current_exe().context("The path of this program is unknown")?;
-    let options = SupervisorOptions { run_dir, exe, adopt, log };
+    let options = SupervisorOptions { run_dir, exe, adopt, replaceable, log };
     uhmm_supervisor::run(manifest, options, || uhmm_kit::say("ready"))?;
     Ok(())
 }
@@ -56,6 +65,14 @@ pub fn plan(path: Option<&Path>) -> anyhow::Result<()> {
     let plan = manifest(path)?.resolve()?;
     println!("{}", plan.print());
     println!("{}", plan.draw());
+    Ok(())
+}
+
+/// `uhmm token`.
+pub fn token() -> anyhow::Result<()> {
+    let mut bytes = [0; 24];
+    uhmm_kernel_hook::random_bytes(&mut bytes)?;
+    println!("{}", bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     Ok(())
 }
 

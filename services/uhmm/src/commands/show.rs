@@ -27,7 +27,7 @@ fn services_table(services: &[ServiceStatus]) -> String {
         "SERVICE", "STATE", "PID", "INC", "UPTIME", "MISSED", "RECOVERY", "VAULT", "LAST EXIT"
     );
     for service in services {
-        let pid = if service.pid == 0 { "-".to_owned() } else { service.pid.to_string() };
+        let pid = number(service.pid);
         let recovery =
             if service.incarnation > 1 { format!("{} ms", service.last_recovery_ms) } else { "-".to_owned() };
         text += &format!(
@@ -46,6 +46,15 @@ fn services_table(services: &[ServiceStatus]) -> String {
     text
 }
 
+/// A process that the services cannot see (it is in a container of its own) has no number there.
+fn number(pid: u32) -> String {
+    match pid {
+        0 => "-".to_owned(),
+        u32::MAX => "outside".to_owned(),
+        pid => pid.to_string(),
+    }
+}
+
 fn regions_table(regions: &[RegionStatus]) -> String {
     if regions.is_empty() {
         return "No process has memory under management\n".to_owned();
@@ -57,7 +66,14 @@ fn regions_table(regions: &[RegionStatus]) -> String {
     for region in regions {
         let mib = region.page_count as f64 * 4096.0 / f64::from(1 << 20);
         let address = format!("{:#x}", region.addr);
-        text += &format!("{:<8} {:<8} {:<16} {:>10.1}  [{}]\n", region.pid, region.region, address, mib, bar(region));
+        text += &format!(
+            "{:<8} {:<8} {:<16} {:>10.1}  [{}]\n",
+            number(region.pid),
+            region.region,
+            address,
+            mib,
+            bar(region)
+        );
     }
     text
 }

@@ -34,6 +34,7 @@ pub(in crate::codec) fn write_reply(
             to.set_uffd_fd(fds.put(uffd));
             to.set_features(*features);
         }
+        Reply::UserfaultfdDevice { device } => to.set_userfaultfd_device_fd(fds.put(device)),
         Reply::RegionCreated { region } => to.init_region_created().set_region(*region),
         Reply::Migrated { moved_pages, runs, why } => {
             let mut to = to.init_migrated();
@@ -105,6 +106,9 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             let from = from?;
             let uffd = fds.take("childAttached.uffdFd", from.get_uffd_fd())?;
             Reply::ChildAttached { uffd, features: from.get_features() }
+        }
+        reply::UserfaultfdDeviceFd(device) => {
+            Reply::UserfaultfdDevice { device: fds.take("userfaultfdDeviceFd", device)? }
         }
         reply::RegionCreated(from) => Reply::RegionCreated { region: from?.get_region() },
         reply::Migrated(from) => {

@@ -19,10 +19,11 @@ macro_rules! variants {
 pub(super) fn call_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Call: Stats),
-        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong),
+        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong Join),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
-            DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice),
+            DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice
+            UserfaultfdDevice),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -34,9 +35,9 @@ pub(super) fn call_variants() -> BTreeSet<String> {
 pub(super) fn reply_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Reply: Stats),
-        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed),
+        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
-            Evicted ChildAttached HotRanges Granted),
+            Evicted ChildAttached HotRanges Granted UserfaultfdDevice),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
         variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
@@ -75,6 +76,8 @@ fn supervisor_calls() -> Vec<Call> {
         Shutdown,
         Kill { service: service() },
         Pong { sequence: 9 },
+        Join { guard: Some(fd(4096)) },
+        Join { guard: None },
     ]
     .map(Call::Supervisor)
     .to_vec()
@@ -106,7 +109,8 @@ fn client_calls() -> Vec<Call> {
         Migrate { addr, len_bytes, target: pager::Target::Device(7), prefetch: true, only: pager::Only::InSystem },
         Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false, only: pager::Only::OnDevice(3) },
         Migrate { addr, len_bytes, target: pager::Target::Home, prefetch: false, only: pager::Only::All },
-        Home { pid: 77, stay: true },
+        Home { pid: 77, stay: true, process: 1 << 33 },
+        UserfaultfdDevice,
         EmptyDevice { device: 2, then: pager::Emptied::Unchanged },
         EmptyDevice { device: 7, then: pager::Emptied::Closed },
         EmptyDevice { device: 0, then: pager::Emptied::Opened },
@@ -260,6 +264,8 @@ fn supervisor_replies() -> Vec<Reply> {
         Vault { entries: vec![("a".into(), fd(4096)), ("b".into(), fd(8192))], more: true },
         Status(vec![status.clone(), status]),
         Killed { incarnation: 3, pid: 4 },
+        Joined { incarnation: 5, key: vec![3; 16], listener: Some(fd(4096)), keys_toml: "soft0 = \"00\"\n".into() },
+        Joined { incarnation: 5, key: vec![3; 16], listener: None, keys_toml: String::new() },
     ]
     .map(Reply::Supervisor)
     .to_vec()
@@ -348,6 +354,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Done,
         R::SpaceOpened { space: 1, token: vec![4; 16], features: 0x1ffff },
         R::ChildAttached { uffd: fd(4096), features: 0x1ffff },
+        R::UserfaultfdDevice { device: fd(4096) },
         R::RegionCreated { region: 2 },
         R::Migrated {
             moved_pages: 3,
