@@ -5,6 +5,7 @@ using Sdk = import "sdk.capnp";
 
 const maxRegions :UInt32 = 1024;
 const maxWhyBytes :UInt32 = 1024;
+const maxStripCells :UInt32 = 1024;
 
 # Every call is idempotent: targets are absolute, creations carry the client's own key. All added in 0.1.
 struct Call {
@@ -43,7 +44,20 @@ struct Call {
     home @31 :Home;                     # operator, or a client about itself; idempotent
     emptyDevice @32 :UInt8;             # operator; idempotent
     userfaultfdDevice @33 :Void;        # client; idempotent
+    strip @34 :Strip;                   # operator; idempotent
+    moveRegion @35 :MoveRegion;         # operator; idempotent
   }
+}
+
+# Where a region's pages are, in so many cells of equal size.
+struct Strip {
+  region @0 :UInt64;
+  cells @1 :UInt16;           # at most maxStripCells
+}
+
+struct MoveRegion {
+  region @0 :UInt64;
+  target @1 :Sdk.Target;
 }
 
 # What the pager needs to work with a client's agent.
@@ -215,6 +229,7 @@ struct Reply {
     hotRanges @12 :List(HotRange);          # at most Sdk.maxRuns
     granted @13 :List(Range);               # at most Sdk.maxRuns
     userfaultfdDeviceFd @14 :UInt16;        # /dev/userfaultfd, open: the caller makes its own userfaultfd with it
+    strip @15 :Data;                        # at most maxStripCells; see message::pager::Reply::Strip
   }
 }
 

@@ -20,6 +20,7 @@ struct Call {
     kill @8 :Kill;                # idempotent in effect: the service ends up restarted; operator
     pong @9 :Pong;                # idempotent
     join @10 :Join;               # a process that the supervisor did not start; answered when its turn has come
+    record @11 :Record;           # idempotent; operator
   }
 }
 
@@ -57,6 +58,10 @@ struct Kill {
   service @0 :Text;
 }
 
+struct Record {
+  service @0 :Text;
+}
+
 struct Pong {
   sequence @0 :UInt64;
 }
@@ -69,6 +74,7 @@ struct Reply {
     status @3 :List(ServiceStatus);   # at most maxServices
     killed @4 :Killed;
     joined @5 :Joined;
+    record @6 :UInt16;                # a memfd for reading, see uhmm_shared::record
   }
 }
 

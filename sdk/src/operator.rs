@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::RegionStatus;
 use uhmm_ipc::message::supervisor::ServiceStatus;
-use uhmm_ipc::message::{Call, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
+use uhmm_ipc::message::{Call, Fd, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
 use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
 
@@ -31,6 +31,7 @@ pub struct Operator {
     run_dir: PathBuf,
     reactor: Reactor,
     links: HashMap<String, LinkId>,
+    patience: Duration,
 }
 
 impl Operator {
@@ -43,7 +44,39 @@ impl Operator {
         if !paths::has_service(&run_dir, "supervisor")? {
             return Err(Error::NotRunning { run_dir });
         }
-        Ok(Self { run_dir, reactor: client_reactor(Role::Operator)?, links: HashMap::new() })
+        Ok(Self { run_dir, reactor: client_reactor(Role::Operator)?, links: HashMap::new(), patience: ANSWER_DEADLINE })
+    }
+
+    /// How long an answer is waited for, instead of ten seconds. A service that is being started again answers when it can.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// What a service has recorded of itself, living or dead: a memfd that can be read (`uhmm_shared::record`).
+    pub fn record(&mut self, service: &str) -> Result<Fd, Error> {
+        match self.ask("supervisor", Call::Supervisor(supervisor::Call::Record { service: service.into() }))? {
+            Reply::Supervisor(supervisor::Reply::Record(fd)) => Ok(fd),
+            _ => Err(Error::StrangeReply { question: "Record" }),
+        }
+    }
+
+    /// Where a region's pages are, in so many cells of equal size (fewer, where it has fewer pages).
+    pub fn strip(&mut self, region: u64, cells: u16) -> Result<Vec<u8>, Error> {
+        match self.ask("pager", Call::Pager(pager::Call::Strip { region, cells }))? {
+            Reply::Pager(pager::Reply::Strip(cells)) => Ok(cells),
+            _ => Err(Error::StrangeReply { question: "Strip" }),
+        }
+    }
+
+    /// Moves all of a region as its owner could: to a device, or home (`None`). Returns how many pages moved.
+    pub fn move_region(&mut self, region: u64, device: Option<u8>) -> Result<u64, Error> {
+        let target = device.map_or(pager::Target::Home, pager::Target::Device);
+        let call = Call::Pager(pager::Call::MoveRegion { region, target });
+        match self.converse("pager", call, false, None)? {
+            Some(Reply::Pager(pager::Reply::Migrated { moved_pages, .. })) => Ok(moved_pages),
+            Some(Reply::Pager(pager::Reply::Done)) => Ok(0),
+            _ => Err(Error::StrangeReply { question: "MoveRegion" }),
+        }
     }
 
     /// State of every service, in start order.
@@ -147,7 +180,7 @@ impl Operator {
     }
 
     fn ask(&mut self, service: &str, call: Call) -> Result<Reply, Error> {
-        self.converse(service, call, false, Some(ANSWER_DEADLINE))?.ok_or(Error::AgentGone)
+        self.converse(service, call, false, Some(self.patience))?.ok_or(Error::AgentGone)
     }
 
     /// One call and its answer. With `last`, losing the connection is an answer too (`None`).

@@ -151,6 +151,16 @@ impl Target {
         assert!(self.pidfd.signal(Signal::KILL).expect("kill"), "the service was dead already");
         self.incarnation
     }
+
+    /// SIGSTOP, until [`Self::resume`].
+    pub fn pause(&self) {
+        assert!(self.pidfd.signal(Signal::STOP).expect("stop"), "the service was dead already");
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        assert!(self.pidfd.signal(Signal::CONT).expect("go on"), "the service has died");
+    }
 }
 
 impl TestBed {

@@ -138,5 +138,11 @@ fn what_a_seal_costs() {
     assert_eq!(page, [1; PAGE_BYTES as usize]);
     let speed = |time: Duration| pages as f64 / 262_144.0 / time.as_secs_f64();
     let each = |time: Duration| time.as_secs_f64() * 1e6 / pages as f64;
-    println!("close {:.2} us a page ({:.1} GiB/s), open {:.2} us ({:.1} GiB/s)", each(close), speed(close), each(open), speed(open));
+    println!(
+        "close {:.2} us a page ({:.1} GiB/s), open {:.2} us ({:.1} GiB/s)",
+        each(close),
+        speed(close),
+        each(open),
+        speed(open)
+    );
 }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use uhmm_ipc::message::{Call, ErrorCode, Reply, TraceId, WireError, common, driver, mirror};
 use uhmm_ipc::{CallId, ConnId};
+use uhmm_kit::record::{self, What, Why};
 
 use crate::access::Wanted;
 use crate::device::{DeviceMemory, Driver, JobId, JobReport, PAGE_BYTES};
@@ -81,6 +82,8 @@ impl<D: Driver> DriverLoop<D> {
         let trace = request.trace;
         let job = self.jobs.submit(conn, call, request)?;
         tracing::debug!(request = trace.0, job = job.id.0, space = job.space, kernel = job.kernel, "Job submitted");
+        let now = record::Event::new(What::Job, record::now_ns());
+        self.service.record.event(&record::Event { trace: trace.0, space: job.space, ..now });
         if let Some(deadline) = deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             let timer = self.after(left, Due::JobDeadline(job.id));
@@ -151,6 +154,9 @@ impl<D: Driver> DriverLoop<D> {
             ok = result.is_ok(),
             "Job ended"
         );
+        let now = record::Event::new(What::JobDone, record::now_ns());
+        let why = if result.is_ok() { Why::None } else { Why::Failed };
+        self.service.record.event(&record::Event { trace: origin.trace.0, why, value: run_time_ns, ..now });
         self.stats.jobs += 1;
         self.stats.failed_jobs += u64::from(result.is_err());
         let answer = result.map(|results| Reply::Driver(driver::Reply::Finished { results, fault_count, run_time_ns }));

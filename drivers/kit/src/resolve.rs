@@ -13,6 +13,7 @@ use std::time::Instant;
 use uhmm_ipc::CallId;
 use uhmm_ipc::message::pager::{MapKind, MapRun};
 use uhmm_ipc::message::{ErrorCode, Reply, WireError, mirror, pager};
+use uhmm_kit::record::{self, Place, What, Why};
 
 use crate::access::AccessBook;
 use crate::device::{
@@ -89,7 +90,14 @@ impl<D: Driver> DriverLoop<D> {
                 let whole = range.is_some();
                 let call =
                     mirror::Call::Fault { space, region, first_page, page_count, fault_page, write, whole, exclusive };
-                self.ask_mirror(call, self.jobs.trace(job), Asked::Fault { window });
+                let trace = self.jobs.trace(job);
+                let addr = self.regions.get(&key).map_or(0, |region| region.map.addr + fault_page * PAGE_BYTES);
+                let now = record::Event::new(What::DeviceFault, record::now_ns());
+                let (pages, to) = (page_count, Place::Device(self.plan.id));
+                let begun = record::Event { trace: trace.0, space, addr, pages, to, ..now };
+                self.service.record.event(&begun);
+                self.fault_begins.insert(window, begun);
+                self.ask_mirror(call, trace, Asked::Fault { window });
             }
             FaultAction::Abandon { key, pages, nonce } => {
                 if let Err(error) = self.table.abandon(key, pages, nonce) {
@@ -98,7 +106,10 @@ impl<D: Driver> DriverLoop<D> {
             }
             FaultAction::Resume { fault, outcome } => {
                 if let Some((_, since)) = self.suspended.remove(&fault) {
-                    self.stats.fault_waited(Instant::now().saturating_duration_since(since));
+                    let waited = Instant::now().saturating_duration_since(since);
+                    self.stats.fault_waited(waited);
+                    let ns = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
+                    self.service.record.observe(self.fault_waits, ns);
                 }
                 self.stats.failed_faults += u64::from(outcome.is_err());
                 match AccessBook::job_of(fault) {
@@ -189,6 +200,12 @@ impl<D: Driver> DriverLoop<D> {
     }
 
     fn fault_answered(&mut self, window: WindowId, result: Result<Reply, WireError>) {
+        if let Some(begun) = self.fault_begins.remove(&window) {
+            let time_ns = record::now_ns();
+            let why = if result.is_ok() { Why::None } else { Why::Failed };
+            let value = time_ns.saturating_sub(begun.time_ns);
+            self.service.record.event(&record::Event { what: What::DeviceFaultDone, why, time_ns, value, ..begun });
+        }
         // Nobody wants a window whose region is gone; its table is gone as well.
         let Some(open) = self.book.window(window) else { return };
         let (key, nonce, pages, range_job) = (open.key, open.nonce, open.pages, open.range_job());

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use uhmm_ipc::message::{Aperture, Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
 use uhmm_kernel_hook::Window;
+use uhmm_kit::record::{self, Each, HistogramId};
 use uhmm_kit::{Ending, Handled, Service, ServiceArgs};
 use uhmm_manifest::DevicePlan;
 
@@ -129,6 +130,10 @@ pub(crate) struct DriverLoop<D: Driver> {
     /// Device memory as the loop itself sees it.
     pub(crate) window: Option<Window>,
     pub(crate) stats: Stats,
+    /// Waits of device faults, in the record.
+    pub(crate) fault_waits: HistogramId,
+    /// How questions to the mirror began, for the record.
+    pub(crate) fault_begins: HashMap<WindowId, record::Event>,
     pub(crate) mirror: Uplink,
     pub(crate) pager: Uplink,
     pub(crate) conns: HashSet<ConnId>,
@@ -224,6 +229,7 @@ impl<D: Driver> DriverLoop<D> {
             )?),
             (None, None) => return Err(DriverError::NoCopyPath { driver: driver.name() }),
         };
+        let fault_waits = service.record.histogram("device_fault_wait");
         let shown = MemoryShown {
             device: plan.id,
             generation: generation.number,
@@ -250,6 +256,8 @@ impl<D: Driver> DriverLoop<D> {
             port,
             book: FaultBook::new(),
             stats,
+            fault_waits,
+            fault_begins: HashMap::new(),
             mirror,
             pager,
             conns: HashSet::new(),
@@ -267,6 +275,7 @@ impl<D: Driver> DriverLoop<D> {
             ready: false,
         };
         driver_loop.after(READY_AFTER, Due::Ready);
+        driver_loop.service.record.define(record::names(|each| driver_loop.tell(each)));
         Ok(Some((driver_loop, early)))
     }
 
@@ -278,6 +287,7 @@ impl<D: Driver> DriverLoop<D> {
         loop {
             let timeout = self.accesses.has_work().then_some(Duration::ZERO);
             self.service.reactor.poll(timeout, &mut wakes)?;
+            let idle = wakes.is_empty();
             for wake in wakes.drain(..) {
                 match self.service.on_wake(&wake) {
                     Handled::Exit(ending) => return Ok(ending),
@@ -288,7 +298,14 @@ impl<D: Driver> DriverLoop<D> {
             self.device_events()?;
             self.engine_events();
             self.step_access();
+            if self.service.record.is_due(idle) || timeout.is_none() {
+                self.service.record.publish(|each| self.tell(each));
+            }
         }
+    }
+
+    fn tell(&self, each: &mut Each<'_>) {
+        self.stats.tell(self.suspended.len(), self.jobs.running(), each);
     }
 
     fn on_wake(&mut self, wake: Wake) -> Result<(), DriverError> {

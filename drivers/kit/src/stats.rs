@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use uhmm_ipc::message::Metric;
+use uhmm_kit::record::{self, Each, Kind};
 
 /// Longest fault wait that the histogram tells apart: one minute.
 const LONGEST_WAIT_NS: u64 = 60_000_000_000;
@@ -73,26 +74,32 @@ impl Stats {
         }
     }
 
-    pub(crate) fn metrics(&self, suspended_faults: usize, running_jobs: usize) -> Vec<Metric> {
+    pub(crate) fn tell(&self, suspended_faults: usize, running_jobs: usize, each: &mut Each<'_>) {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let mut metrics: Vec<Metric> = [
-            ("device_faults", self.device_faults),
-            ("device_fault_asks", self.fault_asks),
-            ("failed_device_faults", self.failed_faults),
-            ("suspended_faults", suspended_faults as u64),
-            ("installed_pages", self.installed_pages),
-            ("refused_pages", self.refused_pages),
-            ("jobs", self.jobs),
-            ("failed_jobs", self.failed_jobs),
-            ("running_jobs", running_jobs as u64),
-            ("invalidations", self.invalidations),
-            ("invalidated_pages", self.invalidated_pages),
-            ("copies", load(&self.copy.copies)),
-            ("failed_copies", load(&self.copy.failed_copies)),
-            ("copied_bytes", load(&self.copy.bytes)),
-        ]
-        .map(|(name, value)| Metric { name: name.to_owned(), value })
-        .into();
+        let (counter, gauge) = (Kind::Counter, Kind::Gauge);
+        for (name, kind, value) in [
+            ("device_faults", counter, self.device_faults),
+            ("device_fault_asks", counter, self.fault_asks),
+            ("failed_device_faults", counter, self.failed_faults),
+            ("suspended_faults", gauge, suspended_faults as u64),
+            ("installed_pages", counter, self.installed_pages),
+            ("refused_pages", counter, self.refused_pages),
+            ("jobs", counter, self.jobs),
+            ("failed_jobs", counter, self.failed_jobs),
+            ("running_jobs", gauge, running_jobs as u64),
+            ("invalidations", counter, self.invalidations),
+            ("invalidated_pages", counter, self.invalidated_pages),
+            ("copies", counter, load(&self.copy.copies)),
+            ("failed_copies", counter, load(&self.copy.failed_copies)),
+            ("copied_bytes", counter, load(&self.copy.bytes)),
+        ] {
+            each(format_args!("{name}"), kind, value);
+        }
+    }
+
+    /// With percentiles, which a record does not have: it has the histogram.
+    pub(crate) fn metrics(&self, suspended_faults: usize, running_jobs: usize) -> Vec<Metric> {
+        let mut metrics = record::metrics(|each| self.tell(suspended_faults, running_jobs, each));
         if let Some(histogram) = &self.fault_wait_ns {
             for (name, quantile) in [("fault_wait_p50_ns", 0.5), ("fault_wait_p99_ns", 0.99)] {
                 metrics.push(Metric { name: name.to_owned(), value: histogram.value_at_quantile(quantile) });

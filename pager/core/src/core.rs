@@ -105,6 +105,10 @@ pub struct Core<P> {
     pub(crate) failing_allocation: BTreeMap<(SpaceId, bool), u32>,
     /// Clock of the event that is being handled.
     pub(crate) now_us: u64,
+    /// The request whose step is under way, or 0.
+    pub(crate) stepping: ReqId,
+    /// Device faults that have waited for a frame, by order.
+    pub(crate) frame_waits: BTreeSet<u64>,
     next_ticket: u64,
     next_order: u64,
     pub(crate) stats: Stats,
@@ -147,6 +151,8 @@ impl<P: Policy> Core<P> {
             late_wakes: Vec::new(),
             failing_allocation: BTreeMap::new(),
             now_us: 0,
+            stepping: ReqId(0),
+            frame_waits: BTreeSet::new(),
             next_ticket: 1,
             next_order: 1,
             stats: Stats::default(),
@@ -157,6 +163,12 @@ impl<P: Policy> Core<P> {
     #[must_use]
     pub fn with_budget(self, pages: u64) -> Self {
         Self { budget: pages.max(1), ..self }
+    }
+
+    /// Frames of a device, and those of them that are free; `None`: it has not logged in.
+    pub fn frame_counts(&self, device: DeviceId) -> Option<(u32, u32)> {
+        let table = self.frames.get(usize::from(device.0))?.as_ref()?;
+        Some((table.frame_count(), table.free_count()))
     }
 
     /// Counters.

@@ -62,6 +62,7 @@ impl<P: Policy> Core<P> {
             for order in orders {
                 self.searches.remove(&order);
                 self.half_mapped.remove(&order);
+                self.frame_waits.remove(&order);
                 if let Some(request) = self.requests.remove(&order) {
                     self.reply(request.id, Outcome::Failed(CoreError::NoSuchRegion { region: region.0 }), out);
                 }

@@ -361,7 +361,8 @@ pub enum Action {
     /// The entries of a forked child's region are complete and nobody writes what it shares: serve its faults.
     ForkReady { region: RegionId },
     /// For the trace ring.
-    Trace { kind: TraceKind, cause: Cause, region: RegionId, pages: Pages, from: Target, to: Target },
+    /// `req`: the request that has begun it, or 0.
+    Trace { kind: TraceKind, cause: Cause, req: ReqId, region: RegionId, pages: Pages, from: Target, to: Target },
 }
 
 /// What a trace record tells.

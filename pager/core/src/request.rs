@@ -241,6 +241,7 @@ pub(crate) enum Next {
 impl<P: Policy> Core<P> {
     pub(crate) fn step(&mut self, dir: &impl Directory, order: u64, out: &mut Vec<Action>) {
         let Some(mut request) = self.requests.remove(&order) else { return };
+        self.stepping = request.id.unwrap_or(ReqId(0));
         // The request is put back before transfers of this step report to it.
         let (kind, ended) = (request.kind, self.ended);
         let next = match kind {
@@ -267,6 +268,7 @@ impl<P: Policy> Core<P> {
                 if self.follows.get(&followed) == Some(&order) {
                     self.follows.remove(&followed);
                 }
+                self.frame_waits.remove(&order);
                 if let Some(info) = self.regions.get_mut(&request.region) {
                     info.requests = info.requests.saturating_sub(1);
                 }
@@ -280,6 +282,7 @@ impl<P: Policy> Core<P> {
             }
         }
         self.adopt_new_transfers(order);
+        self.stepping = ReqId(0);
     }
 
     /// Transfers started in this step were begun while the request was out of the map: count them now.

@@ -44,6 +44,8 @@ counters! {
     shared,
     /// Device faults that had to wait because their block thrashes.
     throttled,
+    /// Device faults that had to wait until a frame was free.
+    faults_waited_for_frame,
     /// Pages zeroed for the CPU.
     zero_filled,
     /// Pages mapped for the CPU that the backing had already.

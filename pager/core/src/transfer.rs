@@ -162,6 +162,9 @@ impl<P: Policy> Core<P> {
     pub(crate) fn begin(&mut self, mut transfer: Transfer, out: &mut Vec<Action>) -> Ticket {
         let ticket = self.ticket();
         transfer.begun_us.get_or_insert(self.now_us);
+        if transfer.req == ReqId(0) {
+            transfer.req = self.stepping;
+        }
         if let Some(info) = self.regions.get_mut(&transfer.region) {
             info.transfers += 1;
         }
@@ -208,9 +211,9 @@ impl<P: Policy> Core<P> {
             Kind::Across { to, .. } => (here, Target::Device(to)),
             _ => return,
         };
-        let Transfer { region, pages, cause, .. } = *transfer;
+        let Transfer { region, pages, cause, req, .. } = *transfer;
         if pages.count > 0 {
-            out.push(Action::Trace { kind, cause, region, pages, from, to });
+            out.push(Action::Trace { kind, cause, req, region, pages, from, to });
         }
     }
 

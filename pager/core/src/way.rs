@@ -121,12 +121,16 @@ impl<P: Policy> Core<P> {
             Allocated::None => {}
         }
         let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
-        match self.evict(dir, wish.device, run.count, order, out) {
+        let leg = match self.evict(dir, wish.device, run.count, order, out) {
             Room::Looking => Leg::Again,
             Room::Coming(_) => Leg::Wait,
             Room::None if soon => Leg::Wait,
             Room::None => Leg::Full(pages),
+        };
+        if matches!(leg, Leg::Wait) && wish.cause == Cause::DeviceFault && self.frame_waits.insert(order) {
+            self.stats.faults_waited_for_frame += 1;
         }
+        leg
     }
 
     fn allocate(&mut self, device: DeviceId, region: RegionId, run: Pages, space: SpaceId) -> Allocated {

@@ -2,6 +2,7 @@
 
 use uhmm_ipc::message::{Call, ErrorCode, Reply, Role, TraceId, WireError, common, pager};
 use uhmm_ipc::{CallId, ConnId};
+use uhmm_kit::record;
 use uhmm_pager_core::Backing;
 
 use crate::clients::Opening;
@@ -19,7 +20,9 @@ pub(crate) fn refuse(code: ErrorCode, text: impl Into<String>) -> Answer {
 impl Pager {
     pub(crate) fn on_call(&mut self, conn: ConnId, call: CallId, trace: TraceId, body: Call) {
         let answer = match body {
-            Call::Common(common::Call::Stats) => Some(Ok(Reply::Common(common::Reply::Stats(self.metrics())))),
+            Call::Common(common::Call::Stats) => {
+                Some(Ok(Reply::Common(common::Reply::Stats(record::metrics(|each| self.tell(each))))))
+            }
             Call::Pager(request) => {
                 let answer = self.on_pager_call(conn, call, trace, request);
                 answer.map(|result| result.map(Reply::Pager))
@@ -73,7 +76,10 @@ impl Pager {
             | pager::Call::InvalidateDone { .. } => role == Role::Mirror,
             // A client names no process but itself.
             pager::Call::Home { pid, .. } => role == if *pid == 0 { Role::Client } else { Role::Operator },
-            pager::Call::ListRegions | pager::Call::EmptyDevice { .. } => role == Role::Operator,
+            pager::Call::ListRegions
+            | pager::Call::EmptyDevice { .. }
+            | pager::Call::Strip { .. }
+            | pager::Call::MoveRegion { .. } => role == Role::Operator,
         };
         if !allowed {
             return refuse(ErrorCode::Permission, format!("A {role:?} may not make this call to the pager"));
@@ -144,6 +150,8 @@ impl Pager {
             pager::Call::Home { pid, stay, process } => self.home(conn, call, (pid, process), stay),
             pager::Call::UserfaultfdDevice => Some(self.userfaultfd_device()),
             pager::Call::EmptyDevice { device, then } => self.empty_device(conn, call, device, then),
+            pager::Call::Strip { region, cells } => Some(self.strip(region, cells)),
+            pager::Call::MoveRegion { region, target } => self.move_region(conn, call, trace, region, target),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
     }

@@ -18,6 +18,7 @@ use uhmm_ipc::{CallId, ConnId, PeerProcess};
 use uhmm_kernel_hook::process::PidFd;
 use uhmm_kernel_hook::uffd::{self, Features, RegisterMode, Userfaultfd};
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes};
+use uhmm_kit::record::What;
 use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
 use crate::calls::{Answer, refuse};
@@ -131,6 +132,7 @@ impl Pager {
             self.check_children();
         }
         if full(self) {
+            self.note_refusal(0, 0);
             let text = format!("{max} processes are managed already (quota.max_spaces in the manifest)");
             return Err(WireError::new(ErrorCode::NoMemory, text));
         }
@@ -176,7 +178,7 @@ impl Pager {
             WireError::new(ErrorCode::Invalid, text)
         })?;
         // Another session of this process is: the process is.
-        let at_home = self.spaces.values().any(|space| space.state.pid == pid && space.state.at_home && !space.dying);
+        let at_home = self.spaces.values().any(|space| caller.is(space) && space.state.at_home && !space.dying);
         let mut token = [0u8; TOKEN_BYTES];
         random_bytes(&mut token).map_err(|error| io_error("No randomness for the token", &error))?;
         let id = self.next_space;
@@ -208,6 +210,7 @@ impl Pager {
         };
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.spaces.insert(id, space);
+        self.note_space(What::SpaceOpened, id, caller.pid);
         self.watch_agent(id);
         Ok(id)
     }

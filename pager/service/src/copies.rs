@@ -12,6 +12,7 @@ use uhmm_ipc::message::pager::FaultPoint;
 use uhmm_ipc::shared::copy_ring::{CopyOp, CopyStatus};
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
+use uhmm_kit::record::{self, Place, What};
 use uhmm_pager_core::{CopyRun, Event, FillStop, Pages, RegionId, StepResult, Ticket};
 
 use crate::bounce::NOT_BOUNCED;
@@ -23,6 +24,9 @@ use crate::service::Pager;
 const SCRUB_FRAMES_PER_TURN: u32 = 1024;
 /// Scrubs that a driver has to do at a time, beside the copies that somebody waits for.
 const SCRUBS_AT_DRIVER: usize = 2;
+
+/// The pager's own copies of so many pages are events.
+const TOLD_PAGES: u64 = 64;
 
 /// A copy that cannot start yet: the ring or the staging area is full, or the driver is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +63,18 @@ pub enum Copy {
     Bounced { ticket: Ticket, buffer: u64, frame: u32, count: u32 },
     /// Zero some frames; the last part of a scrub or a zero fill completes the ticket.
     Zero { ticket: Ticket, frame: u32, count: u32, scrub: bool, last: bool },
+}
+
+impl Copy {
+    /// Whose pages, where that is known.
+    fn region(self) -> Option<(RegionId, Pages)> {
+        match self {
+            Self::Out { region, pages, .. }
+            | Self::Home { region, pages, .. }
+            | Self::HomeHuge { region, pages, .. } => Some((region, pages)),
+            Self::Staged { .. } | Self::Across { .. } | Self::Bounced { .. } | Self::Zero { .. } => None,
+        }
+    }
 }
 
 impl Pager {
@@ -109,6 +125,15 @@ impl Pager {
     }
 
     fn copy_by_aperture(&mut self, deferred: Deferred) {
+        // What takes no time to speak of is not told.
+        let told = deferred.copy.region().filter(|(_, pages)| pages.count >= TOLD_PAGES);
+        let Some((region, pages)) = told else { return self.copy_here(deferred) };
+        let begun_ns = record::now_ns();
+        self.copy_here(deferred);
+        self.note_copy(region, pages, deferred.device, begun_ns);
+    }
+
+    fn copy_here(&mut self, deferred: Deferred) {
         match deferred.copy {
             Copy::Out { ticket, region, pages, frame } => {
                 self.out_by_aperture(deferred.device, ticket, region, pages, frame);
@@ -320,6 +345,9 @@ impl Pager {
             Ok(true) => {
                 self.next_engine_job += 1;
                 self.engine_jobs.insert(id, deferred);
+                if let Some((region, pages)) = deferred.copy.region() {
+                    self.begin_step(What::Copy, id, region, pages, Place::Device(deferred.device));
+                }
                 true
             }
             Ok(false) => false,
@@ -399,6 +427,7 @@ impl Pager {
     fn finish_engine_job(&mut self, device_id: u8, job: EngineJob, status: CopyStatus) {
         let Some(deferred) = self.engine_jobs.remove(&job.ticket) else { return };
         let ok = status == CopyStatus::Ok;
+        self.end_step(What::Copy, job.ticket, ok);
         let result = if ok { StepResult::Ok } else { StepResult::Io };
         if !ok {
             self.note_copy_failure(&deferred, "its driver's copy engine has failed it: see the driver's log");

@@ -176,20 +176,27 @@ impl Pager {
     }
 
     /// In the order in which it is cheapest to find.
-    fn check_region(&self, space_id: u64, wanted: &Wanted) -> Result<(AddrRange, Option<Memory>), WireError> {
+    /// What the manifest allows one process.
+    fn check_share(&mut self, space_id: u64, len_bytes: u64) -> Result<(), WireError> {
+        let quota = &self.service.plan.quota;
+        let regions = self.spaces.get(&space_id).map_or(0, |space| space.segments.len());
+        let text = if len_bytes > quota.max_region_bytes.0 {
+            format!("{len_bytes} bytes are more than quota.max_region_bytes = {}", quota.max_region_bytes.0)
+        } else if regions >= quota.max_regions_per_space as usize {
+            format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space)
+        } else {
+            return Ok(());
+        };
+        self.note_refusal(space_id, len_bytes / PAGE_SIZE);
+        Err(WireError::new(ErrorCode::NoMemory, text))
+    }
+
+    fn check_region(&mut self, space_id: u64, wanted: &Wanted) -> Result<(AddrRange, Option<Memory>), WireError> {
         let Wanted { addr, len_bytes, backing, ref file, offset_bytes } = *wanted;
         let range = AddrRange::new(addr, len_bytes).map_err(|error| invalid(error.to_string()))?;
-        let quota = &self.service.plan.quota;
-        if len_bytes > quota.max_region_bytes.0 {
-            let text = format!("{len_bytes} bytes are more than quota.max_region_bytes = {}", quota.max_region_bytes.0);
-            return Err(WireError::new(ErrorCode::NoMemory, text));
-        }
-        let Some(space) = self.spaces.get(&space_id).filter(|space| !space.dying) else {
+        self.check_share(space_id, len_bytes)?;
+        if self.spaces.get(&space_id).is_none_or(|space| space.dying) {
             return Err(WireError::new(ErrorCode::NotFound, "The space is gone"));
-        };
-        if space.segments.len() >= quota.max_regions_per_space as usize {
-            let text = format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space);
-            return Err(WireError::new(ErrorCode::NoMemory, text));
         }
         // Private memory may be adopted in overlapping pieces: what is managed already stays as it is.
         let private = |region: u64| self.regions.get(region).is_some_and(|r| r.backing == Backing::Private);

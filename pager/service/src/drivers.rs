@@ -14,6 +14,7 @@ use uhmm_ipc::message::{Aperture, ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
 use uhmm_kernel_hook::{PAGE_SIZE, Window};
+use uhmm_kit::record::What;
 use uhmm_pager_core::{DeviceId, Event, Pages};
 
 use crate::devices::{CopyEngine, Device, DeviceError};
@@ -57,6 +58,7 @@ impl Pager {
         if let Some(session) = self.sessions.get_mut(&conn) {
             session.device = Some(device_id);
         }
+        self.note_device(What::DeviceUp, device_id, frame_count);
         self.drain();
         self.submit_copies();
         Ok(pager::Reply::Done)
@@ -177,7 +179,9 @@ impl Pager {
         }
         tracing::warn!(device = id, service = %device.service, "Driver session lost");
         device.conn = None;
-        if let Some(engine) = device.engine.take() {
+        let engine = device.engine.take();
+        self.note_device(What::DeviceDown, id, 0);
+        if let Some(engine) = engine {
             self.requeue_copies(engine);
         }
         self.push(Event::DeviceDown { device: DeviceId(id) });

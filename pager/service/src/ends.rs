@@ -5,6 +5,7 @@
 //! ```
 
 use uhmm_ipc::message::{Reply, pager};
+use uhmm_kit::record::What;
 use uhmm_pager_core::{Event, RegionId, SpaceId};
 
 use crate::service::Pager;
@@ -32,6 +33,7 @@ impl Pager {
     /// Ends a space whose process died or said goodbye.
     pub(crate) fn end_space(&mut self, space_id: u64) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
+        let pid = space.state.pid;
         if std::mem::replace(&mut space.dying, true) {
             return;
         }
@@ -42,6 +44,8 @@ impl Pager {
         }
         self.tell_mirror(pager::Event::SpaceGone { space: space_id });
         self.agent_died(space_id);
+        self.noted.timing.forget_space(space_id);
+        self.note_space(What::SpaceGone, space_id, pid);
         self.ending.push_back(space_id);
     }
 

@@ -33,6 +33,9 @@ impl Pager {
             Action::Publish { region, first, entries } => self.publish(region, first, entries),
             Action::WriteProtect { ticket, region, pages, on } => {
                 let result = self.write_protect(region, pages, on);
+                if !on && result == StepResult::Ok {
+                    self.note_served(region, pages, false);
+                }
                 self.push(Event::WpDone { ticket, result });
             }
             Action::Punch { ticket, region, pages } if self.is_private(region) => {
@@ -65,7 +68,9 @@ impl Pager {
                 self.start_copy(Deferred { device: from.0, copy });
             }
             Action::ForkReady { region } => self.fork_ready(region),
-            Action::Trace { kind, cause, region, pages, from, to } => self.trace(kind, cause, region, pages, from, to),
+            Action::Trace { kind, cause, req, region, pages, from, to } => {
+                self.trace(kind, cause, req, region, pages, from, to);
+            }
             Action::CopyOut { ticket, region, pages, device, frame, req, .. } => {
                 self.log_copy(req, region, pages, device);
                 self.start_copy(Deferred { device: device.0, copy: Copy::Out { ticket, region, pages, frame } });
@@ -106,10 +111,12 @@ impl Pager {
     }
 
     fn publish(&mut self, region: RegionId, first: u64, entries: EntryRun) {
-        let Some(region) = self.regions.get(region.0) else { return };
-        if let Err(error) = region.directory.publish(first, entries) {
-            tracing::error!(%error, region = region.id, first, "A directory cannot be written");
+        let RegionId(region) = region;
+        let Some(known) = self.regions.get(region) else { return };
+        if let Err(error) = known.directory.publish(first, entries) {
+            tracing::error!(%error, region, first, "A directory cannot be written");
         }
+        self.note_published(RegionId(region), first, entries);
     }
 
     /// Runs a userfaultfd call on every mapping of some pages. Returns what they said; none when nothing shows the pages.
@@ -187,6 +194,7 @@ impl Pager {
     }
 
     fn wake(&mut self, region: RegionId, pages: Pages) {
+        self.note_woken(region, pages);
         for error in self.everywhere(region, pages, |uffd, range| uffd.wake(range)).into_iter().filter_map(Result::err)
         {
             tracing::debug!(%error, region = region.0, "Wake failed");

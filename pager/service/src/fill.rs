@@ -14,6 +14,7 @@ use std::os::fd::AsFd;
 use uhmm_kernel_hook::uffd::{CopyMode, FillOutcome, FillStop as HookStop, Userfaultfd};
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, memfd};
+use uhmm_kit::record::What;
 use uhmm_pager_core::{Backing, FillStop, Pages, RegionId, StepResult};
 
 use crate::kernel_view::{Ended, Front};
@@ -93,6 +94,7 @@ impl Pager {
                 Front::Clear(count) => place.first(count),
                 Front::Guards(count) => match self.fill_under_guards(region, place.first(count), from, done) {
                     None => {
+                        self.note_served(region, Pages { count, ..left }, false);
                         done += count;
                         continue;
                     }
@@ -100,6 +102,7 @@ impl Pager {
                 },
             };
             let (filled, stop) = self.fill_place(region, place, from, done);
+            self.note_served(region, Pages { count: filled, ..left }, false);
             done += filled;
             let ended = self.regions.segment(place.segment).is_none();
             if filled == 0 && (ended || matches!(stop, Some(FillStop::Gone | FillStop::NoProcess))) {
@@ -308,6 +311,8 @@ impl Pager {
         // Where a page is it is the valid one, and a process that is gone misses none.
         if page_count > 0 {
             tracing::error!(region = region.0, first_page = pages.first, page_count, "Pages are poisoned");
+            let event = self.event_at(What::PagesLost, region, pages);
+            self.service.record.event(&event);
         }
         result
     }

@@ -14,6 +14,8 @@
 //! | `coherent` | frames that the program maps itself, and who may use such a device |
 //! | `bounce` | device to device without two apertures |
 //! | `calls`, `requests` | messages in, answers out |
+//! | `operator` | where anybody's pages are, and moving them, for the operator |
+//! | `noted`, `timing`, `stats` | what is recorded: faults and their times, causes of migrations, counters |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
 //! | `granted`, `revalidate` | what devices were allowed, and taking back what the program itself may not do any more |
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
@@ -50,6 +52,8 @@ mod home;
 mod keepers;
 mod kernel_view;
 mod moved;
+mod noted;
+mod operator;
 mod protection;
 mod put_back;
 mod recover;
@@ -62,6 +66,7 @@ mod segments;
 mod service;
 mod space;
 mod stats;
+mod timing;
 mod trace;
 mod words;
 

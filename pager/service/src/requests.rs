@@ -4,6 +4,7 @@ use uhmm_ipc::message::pager::{MapKind, MapRun, Only, PageStatus, Residency, Res
 use uhmm_ipc::message::{ErrorCode, Reply, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_kit::record::{self, Place, What, Why};
 use uhmm_pager_core::{
     Backing, CoreError, DeviceId, Entry, Event, MapKind as CoreMapKind, Only as CoreOnly, Outcome, PageState,
     PageStatus as CoreStatus, Pages, RegionId, ReqId, Target as CoreTarget,
@@ -13,6 +14,7 @@ use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
 use crate::failures::add_reason;
 use crate::home::{AtHomeFault, Whose};
+use crate::noted::place;
 use crate::service::Pager;
 use crate::space::{DEVICE_SLOTS, Phase, Region, Segment};
 
@@ -40,7 +42,7 @@ pub(crate) struct PendingRequest {
 pub(crate) struct Group {
     conn: ConnId,
     call: CallId,
-    then: Then,
+    pub then: Then,
     left: usize,
     moved_pages: u64,
     runs: Vec<StatusRun>,
@@ -66,6 +68,8 @@ pub(crate) enum Then {
         /// The client may not write there either, or advice says so.
         read_only: bool,
     },
+    /// As `Tell`; the client only thinks that the pages will be needed.
+    Prefetched,
     /// Evicted pages are counted.
     CountEvicted,
     /// Devices have lost what they may not do any more: answered when they have let go of what ended there, too.
@@ -244,6 +248,7 @@ impl Pager {
             return;
         }
         let Some(group) = self.groups.remove(&id) else { return };
+        self.end_request(group.conn, group.call, group.error.is_none());
         let Group { conn, call, then, moved_pages, mut runs, why, mut error, .. } = group;
         // Nothing came home and something never will: asking again would go on for ever.
         let stuck = moved_pages == 0 && runs.iter().any(|run| run.status == PageStatus::Io);
@@ -326,7 +331,13 @@ impl Pager {
             }
         }
         tracing::debug!(request = trace.0, addr, ?target, len_bytes, "Migrate");
-        self.ask_pieces((conn, call, trace), &pieces, Then::Tell, |req, region, pages| match only {
+        let event = record::Event::new(What::Request, record::now_ns());
+        let (why, then) = if prefetch { (Why::Prefetch, Then::Prefetched) } else { (Why::User, Then::Tell) };
+        let (trace_id, pages) = (trace.0, len_bytes / PAGE_SIZE);
+        let space = self.space_of(conn).unwrap_or_default();
+        let event = record::Event { why, to: place(target), trace: trace_id, space, addr, pages, ..event };
+        self.begin_request(conn, call, event);
+        self.ask_pieces((conn, call, trace), &pieces, then, |req, region, pages| match only {
             CoreOnly::All => Event::Migrate { req, region, pages, target },
             only => Event::MigrateOnly { req, region, pages, target, only },
         });
@@ -420,6 +431,9 @@ impl Pager {
         if let Some(agent) = self.spaces.get(&space).and_then(|space| space.agent.as_ref()) {
             agent.count_grant();
         }
+        let event = record::Event::new(What::DeviceFault, record::now_ns());
+        let event = record::Event { trace: trace.0, space, addr: fault_addr, pages: pages.count, ..event };
+        self.begin_request(conn, call, record::Event { to: Place::Device(device), ..event });
         let then = Then::Map { read_only };
         self.forget_failures(region, pages);
         let pending = PendingRequest { conn, call, trace, region, first_page, then, group: 0 };
@@ -491,6 +505,7 @@ impl Pager {
         if pending.group != 0 {
             return self.group_answered(pending.group, answer);
         }
+        self.end_request(pending.conn, pending.call, answer.is_ok());
         self.service.reactor.reply(pending.conn, pending.call, answer.map(Reply::Pager));
     }
 }

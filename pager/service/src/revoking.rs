@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager;
+use uhmm_kit::record::{Place, What};
 use uhmm_pager_core::{CPU, Event, Pages, RegionId, StepResult, Ticket};
 
 use crate::revoke::{PendingRevoke, Purpose};
@@ -39,6 +40,7 @@ impl Pager {
             return;
         }
         self.stats.revokes_by_message += 1;
+        self.begin_step(What::Invalidate, ticket.0, region, pages, Place::None);
         self.revoke_parts.insert(ticket.0, parts as u32);
         for revoke in messages {
             self.start_revoke(PendingRevoke { purpose: Purpose::Ticket(ticket.0), ..revoke });
@@ -180,6 +182,7 @@ impl Pager {
         *left -= 1;
         if *left == 0 {
             self.revoke_parts.remove(&ticket);
+            self.end_step(What::Invalidate, ticket, true);
             self.push(Event::RevokeDone { ticket: Ticket(ticket), result: StepResult::Ok });
         }
     }

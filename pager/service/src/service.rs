@@ -19,6 +19,7 @@ use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
 use uhmm_kernel_hook::uffd::EventJournal;
 use uhmm_kernel_hook::window::Window;
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
+use uhmm_kit::record;
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId};
 
@@ -34,6 +35,7 @@ use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
 use crate::keepers::Keepers;
+use crate::noted::Noted;
 use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
@@ -184,6 +186,7 @@ pub struct Pager {
     pub(crate) keepers: Keepers,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
     pub(crate) stats: ShellStats,
+    pub(crate) noted: Noted,
     again_armed: bool,
     pub(crate) children_armed: bool,
     hot_until: Option<Instant>,
@@ -199,11 +202,16 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
     let mut pager = Pager::new(service)?;
     pager.recover()?;
     pager.go_on_being_home();
+    pager.service.record.define(record::names(|each| pager.tell(each)));
     pager.service.ready();
-    let mut wakes = Vec::new();
+    let (mut wakes, mut due) = (Vec::new(), false);
     loop {
         let timeout = pager.poll_timeout();
+        if due || timeout != Some(Duration::ZERO) {
+            pager.publish_record();
+        }
         pager.service.reactor.poll(timeout, &mut wakes)?;
+        due = pager.service.record.is_due(wakes.is_empty());
         for wake in wakes.drain(..) {
             match pager.service.on_wake(&wake) {
                 Handled::Exit(_) => return Ok(()),
@@ -247,6 +255,7 @@ impl Pager {
         };
         let journal = journal(&mut service)?;
         let keepers = Keepers::start(&mut service);
+        let noted = Noted::new(&mut service);
         let incarnation = service.incarnation;
         let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
@@ -309,6 +318,7 @@ impl Pager {
             journal,
             keepers,
             stats: ShellStats::default(),
+            noted,
             again_armed: false,
             children_armed: false,
             hot_until: None,
@@ -445,6 +455,7 @@ impl Pager {
     fn on_closed(&mut self, conn: ConnId) {
         let Some(session) = self.sessions.remove(&conn) else { return };
         self.home.faults.retain(|fault| fault.conn != conn);
+        self.noted.begun.retain(|(of, _), _| *of != conn);
         if self.mirror == Some(conn) {
             tracing::warn!("The mirror's session is lost: revocations by message wait for the next one");
             self.mirror = None;

@@ -1,7 +1,10 @@
 //! Counters of the shell beside the core's own, and their names on the wire.
 
-use uhmm_ipc::message::Metric;
+use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kit::record::{Each, Kind};
+use uhmm_pager_core::DeviceId;
 
+use crate::noted::{CAUSES, WAYS};
 use crate::service::Pager;
 
 /// What the shell counts itself.
@@ -22,28 +25,47 @@ pub struct ShellStats {
 }
 
 impl Pager {
-    /// Everything `uhmm stats` shows of the pager.
-    pub(crate) fn metrics(&self) -> Vec<Metric> {
-        let metric = |name: &str, value: u64| Metric { name: name.to_owned(), value };
-        let mut metrics: Vec<Metric> =
-            self.core.stats().counters().iter().map(|(name, value)| metric(name, *value)).collect();
-        metrics.extend([
-            metric("recovered_spaces", self.stats.recovered_spaces),
-            metric("recovered_regions", self.stats.recovered_regions),
-            metric("spaces_ended", self.stats.spaces_ended),
-            metric("revokes_direct", self.stats.revokes_direct),
-            metric("revokes_by_message", self.stats.revokes_by_message),
-            metric("heat_sweeps", self.stats.heat_sweeps),
-            metric("heat_spaces", self.watched_spaces()),
-            metric("pending_revokes", self.revokes.len() as u64),
-            metric("spaces", self.spaces.len() as u64),
-            metric("regions", self.regions.iter().count() as u64),
-            metric("copies_waiting", self.copies.len() as u64),
-            metric(
-                "agent_jobs",
-                self.spaces.values().filter_map(|space| space.agent.as_ref()).map(|a| a.len() as u64).sum(),
-            ),
-        ]);
-        metrics
+    /// Everything that `uhmm stats` and the record show of the pager.
+    pub(crate) fn tell(&self, each: &mut Each<'_>) {
+        for (name, value) in self.core.stats().counters() {
+            each(format_args!("{name}"), Kind::Counter, value);
+        }
+        for (name, value) in [
+            ("recovered_spaces", self.stats.recovered_spaces),
+            ("recovered_regions", self.stats.recovered_regions),
+            ("spaces_ended", self.stats.spaces_ended),
+            ("revokes_direct", self.stats.revokes_direct),
+            ("revokes_by_message", self.stats.revokes_by_message),
+            ("heat_sweeps", self.stats.heat_sweeps),
+            ("quota_refusals", self.noted.quota_refusals),
+        ] {
+            each(format_args!("{name}"), Kind::Counter, value);
+        }
+        let agent_jobs = self.spaces.values().filter_map(|space| space.agent.as_ref()).map(|agent| agent.len() as u64);
+        for (name, value) in [
+            ("heat_spaces", self.watched_spaces()),
+            ("pending_revokes", self.revokes.len() as u64),
+            ("spaces", self.spaces.len() as u64),
+            ("spaces_max", u64::from(self.service.plan.quota.max_spaces)),
+            ("regions", self.regions.iter().count() as u64),
+            ("requests_waiting", self.requests.len() as u64),
+            ("copies_waiting", self.copies.len() as u64),
+            ("agent_jobs", agent_jobs.sum()),
+        ] {
+            each(format_args!("{name}"), Kind::Gauge, value);
+        }
+        for (cause, ways) in CAUSES.iter().zip(&self.noted.moved) {
+            for (way, (count, pages)) in WAYS.iter().zip(ways) {
+                let cause = cause.name();
+                each(format_args!("migrations;cause={cause};way={way}"), Kind::Counter, *count);
+                each(format_args!("migrated_bytes;cause={cause};way={way}"), Kind::Counter, *pages * PAGE_SIZE);
+            }
+        }
+        for device in &self.service.plan.devices {
+            let (frames, free) = self.core.frame_counts(DeviceId(device.id)).unwrap_or_default();
+            let name = &device.name;
+            each(format_args!("device_memory_bytes;device={name}"), Kind::Gauge, u64::from(frames) * PAGE_SIZE);
+            each(format_args!("device_free_bytes;device={name}"), Kind::Gauge, u64::from(free) * PAGE_SIZE);
+        }
     }
 }

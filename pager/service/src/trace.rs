@@ -6,7 +6,7 @@ use std::time::Duration;
 use uhmm_ipc::ConnId;
 use uhmm_ipc::message::pager::{TraceCause, TraceKind, TraceRecord};
 use uhmm_ipc::message::{WireError, pager};
-use uhmm_pager_core::{Cause, Pages, RegionId, Target, TraceKind as CoreKind};
+use uhmm_pager_core::{Cause, Pages, RegionId, ReqId, Target, TraceKind as CoreKind};
 
 use crate::advise::wire_target;
 use crate::service::Pager;
@@ -57,10 +57,12 @@ fn cause_of(cause: Cause) -> TraceCause {
 }
 
 impl Pager {
+    #[allow(clippy::too_many_arguments, reason = "the action's own fields")]
     pub(crate) fn trace(
         &mut self,
         kind: CoreKind,
         cause: Cause,
+        req: ReqId,
         region: RegionId,
         pages: Pages,
         from: Target,
@@ -68,6 +70,7 @@ impl Pager {
     ) {
         let Some((segment, part)) = self.regions.showing(region.0, pages).next() else { return };
         let (space, addr) = (segment.space, segment.addr_of(part.first));
+        self.note_migration((kind, cause, req), region, pages, (space, addr), (from, to));
         let record = TraceRecord {
             sequence: 0,
             time_ns: monotonic().as_nanos() as u64,

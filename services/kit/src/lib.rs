@@ -12,13 +12,14 @@
 mod error;
 mod join;
 mod log;
-
+pub mod record;
 mod vault;
 
 pub use error::KitError;
 pub use join::{Joined, TOKEN_BYTES, join, read_token};
 pub use log::init as init_log;
 pub use log::{LogFormat, say};
+pub use record::Recorder;
 pub use vault::{Vault, WHOLE_NAME};
 
 use std::ffi::OsString;
@@ -130,6 +131,8 @@ pub struct Service {
     pub name: String,
     /// Descriptors that outlive this process.
     pub vault: Vault,
+    /// What this service tells of itself.
+    pub record: Recorder,
     run_dir: PathBuf,
     channel_keys: Vec<(String, Vec<u8>)>,
     ready: bool,
@@ -187,6 +190,11 @@ impl Service {
             reactor.listen(SeqListener::from_fd(own)?)?;
             vault.remember(LISTENER_NAME, listener);
         }
+        let kept = vault.take(record::RECORD_NAME).into_iter().next().map(|(_, fd)| fd);
+        let record = Recorder::open(kept, incarnation);
+        if let Some(fd) = record.fd() {
+            vault.put(&mut reactor, record::RECORD_NAME, fd.clone());
+        }
         early.into_iter().for_each(|wake| reactor.put_back(wake));
         Ok(Self {
             reactor,
@@ -195,6 +203,7 @@ impl Service {
             incarnation,
             name: args.name,
             vault,
+            record,
             run_dir: args.run_dir,
             channel_keys,
             ready: false,
@@ -206,6 +215,7 @@ impl Service {
     pub fn ready(&mut self) {
         self.ready = true;
         self.tell(supervisor::Call::Ready);
+        self.record.event(&record::Event::new(record::What::Ready, record::now_ns()));
         tracing::info!("Ready");
     }
 

@@ -3,10 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{
-    Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, mirror, pager,
-};
+use uhmm_ipc::message::{Call, ErrorCode, Event, Interface, Reply, Role, TraceId, WireError, common, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, Endpoint, LinkId, Peer, TimerId, TimerToken, Wake};
+use uhmm_kit::record::{self, Each, Kind, Place, What, Why};
 use uhmm_kit::{Handled, Service, ServiceArgs};
 
 use crate::core::{Action, Installable, Invalidation, MirrorCore, PageRange, Refusal};
@@ -39,6 +38,8 @@ struct Waiting {
     conn: ConnId,
     call: CallId,
     kind: Forwarded,
+    /// How it began, for the record.
+    begun: Option<record::Event>,
 }
 
 struct Session {
@@ -59,6 +60,8 @@ struct Mirror {
     /// The same of the present connection: later changes do not move its indices.
     running: Vec<(u64, u8)>,
     actions: Vec<Action>,
+    /// How invalidations began that are not through, for the record.
+    invalidations: HashMap<u64, record::Event>,
     started: Instant,
     timer: Option<(TimerId, u64)>,
 }
@@ -79,9 +82,11 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
         preamble: Vec::new(),
         running: Vec::new(),
         actions: Vec::new(),
+        invalidations: HashMap::new(),
         started: Instant::now(),
         timer: None,
     };
+    mirror.service.record.define(record::names(|each| mirror.tell(each)));
     let mut wakes = Vec::new();
     loop {
         mirror.service.reactor.poll(None, &mut wakes)?;
@@ -92,6 +97,7 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
                 Handled::No => mirror.on_wake(wake),
             }
         }
+        mirror.service.record.publish(|each| mirror.tell(each));
     }
 }
 
@@ -173,7 +179,9 @@ impl Mirror {
 
     fn called(&mut self, conn: ConnId, call: CallId, trace: TraceId, body: Call) {
         let answer = match body {
-            Call::Common(common::Call::Stats) => Some(Ok(Reply::Common(common::Reply::Stats(self.metrics())))),
+            Call::Common(common::Call::Stats) => {
+                Some(Ok(Reply::Common(common::Reply::Stats(record::metrics(|each| self.tell(each))))))
+            }
             Call::Mirror(request) => self.request(conn, call, trace, request),
             _ => Some(Err(WireError::new(ErrorCode::Protocol, "Not a call of the mirror interface"))),
         };
@@ -247,8 +255,9 @@ impl Mirror {
                 }
             }
         };
+        let begun = self.note_fault(device, trace, &upward);
         let upward = self.service.reactor.call(self.pager, Call::Pager(upward), trace, None);
-        self.waiting.insert(upward, Waiting { conn, call, kind });
+        self.waiting.insert(upward, Waiting { conn, call, kind, begun });
         None
     }
 
@@ -270,8 +279,27 @@ impl Mirror {
 
     fn answered(&mut self, call: CallId, result: Result<Reply, WireError>) {
         let Some(waiting) = self.waiting.remove(&call) else { return };
+        if let Some(begun) = waiting.begun {
+            let why = if result.is_ok() { Why::None } else { Why::Failed };
+            self.note_end(record::Event { why, ..begun }, What::DeviceFaultDone);
+        }
         let answer = self.translate(waiting.kind, result);
         self.service.reactor.reply(waiting.conn, waiting.call, answer.map(Reply::Mirror));
+    }
+
+    fn note_fault(&mut self, device: u8, trace: TraceId, call: &pager::Call) -> Option<record::Event> {
+        let pager::Call::Resolve { space, page_count, .. } = call else { return None };
+        let now = record::Event::new(What::DeviceFault, record::now_ns());
+        let to = Place::Device(device);
+        let begun = record::Event { trace: trace.0, space: *space, pages: *page_count, to, ..now };
+        self.service.record.event(&begun);
+        Some(begun)
+    }
+
+    fn note_end(&mut self, begun: record::Event, what: What) {
+        let time_ns = record::now_ns();
+        let value = time_ns.saturating_sub(begun.time_ns);
+        self.service.record.event(&record::Event { what, time_ns, value, ..begun });
     }
 
     /// Login, then every open mirror, on each new connection to the pager.
@@ -330,6 +358,10 @@ impl Mirror {
             pager::Event::Invalidate { id, space, region, first_page, page_count, device_mask, unmap, deadline_ms } => {
                 let range = PageRange { region, first_page, page_count };
                 let deadline_ms = self.now_ms() + u64::from(deadline_ms);
+                let now = record::Event::new(What::Invalidate, record::now_ns());
+                let begun = record::Event { space, pages: page_count, ..now };
+                self.service.record.event(&begun);
+                self.invalidations.insert(id, begun);
                 let invalidation = Invalidation { id, space, range, device_mask, unmap, deadline_ms };
                 self.core.invalidate(invalidation, &mut self.actions);
             }
@@ -370,6 +402,9 @@ impl Mirror {
                     self.broadcast(1 << device, &event);
                 }
                 Action::Finished { id, late_mask } => {
+                    if let Some(begun) = self.invalidations.remove(&id) {
+                        self.note_end(begun, What::InvalidateDone);
+                    }
                     let done = pager::Call::InvalidateDone { id, late_mask };
                     self.service.reactor.call(self.pager, Call::Pager(done), TraceId::default(), None);
                 }
@@ -393,20 +428,22 @@ impl Mirror {
         }
     }
 
-    fn metrics(&self) -> Vec<Metric> {
+    fn tell(&self, each: &mut Each<'_>) {
         let counters = self.core.counters();
-        let metric = |name: &str, value: u64| Metric { name: name.to_owned(), value };
-        vec![
-            metric("invalidations", counters.invalidations),
-            metric("invalidate_starts", counters.invalidate_starts),
-            metric("late_devices", counters.late_devices),
-            metric("device_faults", counters.faults),
-            metric("device_fault_retries", counters.fault_retries),
-            metric("device_fault_trims", counters.fault_trims),
-            metric("intervals", self.core.interval_count() as u64),
-            metric("pending_invalidations", self.core.pending_count() as u64),
-            metric("open_mirrors", self.core.open_mirrors().map(|(_, mask)| u64::from(mask.count_ones())).sum()),
-        ]
+        let mirrors = self.core.open_mirrors().map(|(_, mask)| u64::from(mask.count_ones())).sum();
+        for (name, kind, value) in [
+            ("invalidations", Kind::Counter, counters.invalidations),
+            ("invalidate_starts", Kind::Counter, counters.invalidate_starts),
+            ("late_devices", Kind::Counter, counters.late_devices),
+            ("device_faults", Kind::Counter, counters.faults),
+            ("device_fault_retries", Kind::Counter, counters.fault_retries),
+            ("device_fault_trims", Kind::Counter, counters.fault_trims),
+            ("intervals", Kind::Gauge, self.core.interval_count() as u64),
+            ("pending_invalidations", Kind::Gauge, self.core.pending_count() as u64),
+            ("open_mirrors", Kind::Gauge, mirrors),
+        ] {
+            each(format_args!("{name}"), kind, value);
+        }
     }
 }
 

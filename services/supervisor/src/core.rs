@@ -342,11 +342,6 @@ impl Core {
         self.report_stopped(out);
     }
 
-    /// Whether everything was told to end.
-    pub fn is_stopping(&self) -> bool {
-        self.stopping_since_ms.is_some()
-    }
-
     fn report_stopped(&self, out: &mut Vec<Action>) {
         if self.services.iter().all(|service| service.pid == 0) {
             out.push(Action::AllStopped);

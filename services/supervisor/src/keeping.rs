@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use uhmm_ipc::message::{Call, Fd, Interface, Reply, TraceId, common, supervisor};
 use uhmm_ipc::{CallId, Endpoint, FdToken, LinkId, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::{HookError, PidFd, SendStatus, SeqListener, SeqPacket, memfd};
+use uhmm_kit::record::{RECORD_NAME, What};
 use uhmm_kit::{HOLDER_SOCKET, WHOLE_NAME};
 
 use crate::holder::keys_text;
@@ -58,6 +59,7 @@ struct Told {
     state: Option<String>,
     /// The supervisor's own entries.
     own: BTreeMap<String, Fd>,
+    record: Option<Fd>,
     pid: u32,
 }
 
@@ -108,7 +110,8 @@ impl<F: FnOnce()> Supervisor<F> {
             self.watch_holder(pid, pidfd, None)?;
         }
         match take_over(&mut self.reactor, link)? {
-            Some(Told { vault, state, own, pid }) => {
+            Some(Told { vault, state, own, record, pid }) => {
+                self.begin_record(record);
                 self.vault = vault;
                 self.joins.remember(&own);
                 // Services that live have given more since, and hand it over; what dead ones had given the holder knows for sure.
@@ -221,6 +224,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Some(Err(error)) => format!("cannot be reaped: {error}"),
             None => "ended (adopted process)".to_owned(),
         };
+        self.note(What::ServiceDied, HOLDER, self.saved.incarnations.get(HOLDER).copied().unwrap_or(0).into());
         tracing::warn!(how, "The holder died: the next one is filled by supervisor and services");
         (self.keeping.pidfd, self.keeping.pid, self.keeping.last_exit) = (None, 0, how);
         self.holder_later();
@@ -281,6 +285,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Ok(fd) => {
                 let mut entries = self.joins.entries();
                 entries.extend([STATE_NAME, WHOLE_NAME].map(|name| (name.to_owned(), Fd::clone(&fd))));
+                entries.extend(self.record.fd().map(|record| (RECORD_NAME.to_owned(), Fd::clone(record))));
                 for (name, fd) in entries {
                     let put = supervisor::Call::VaultPut { name, fd };
                     self.reactor.call(link, Call::Supervisor(put), TraceId::default(), None);
@@ -371,7 +376,7 @@ fn take_over(reactor: &mut Reactor, link: LinkId) -> Result<Option<Told>, Superv
     let Some(Reply::Common(common::Reply::Stats(metrics))) = stats else { return Ok(None) };
     let pid = metrics.iter().find(|metric| metric.name == "pid").map_or(0, |metric| metric.value as u32);
     let (mut told, mut after) =
-        (Told { vault: Vault::default(), state: None, own: BTreeMap::new(), pid }, String::new());
+        (Told { vault: Vault::default(), state: None, own: BTreeMap::new(), record: None, pid }, String::new());
     loop {
         let get = supervisor::Call::VaultGet { prefix: String::new(), after: after.clone() };
         let Some(Reply::Supervisor(supervisor::Reply::Vault { entries, more })) =
@@ -383,6 +388,7 @@ fn take_over(reactor: &mut Reactor, link: LinkId) -> Result<Option<Told>, Superv
         for (name, fd) in entries {
             match split(&name) {
                 Some(("supervisor", STATE_NAME)) => told.state = read_state(&fd),
+                Some(("supervisor", RECORD_NAME)) => told.record = Some(fd),
                 Some(("supervisor", name)) => drop(told.own.insert(name.to_owned(), fd)),
                 None => {}
                 Some((owner, name)) => {

@@ -12,6 +12,7 @@ mod joining;
 mod keeping;
 mod manager;
 mod processes;
+mod record;
 mod service;
 mod state;
 mod store;

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use uhmm_ipc::{ConnId, FdToken};
 use uhmm_kernel_hook::PidFd;
+use uhmm_kit::record::What;
 use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
 use uhmm_manifest::Sandbox;
 
@@ -50,6 +51,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 limit(pid, &plan.sandbox);
                 self.core.spawned(service, pid, now_ms);
                 self.children.insert(service, child);
+                self.note(What::ServiceStarted, &plan.name, incarnation.into());
                 self.saved.started(&plan.name, pid);
                 self.save_state();
                 self.watch(service, PidFd::open(pid)?)?;

@@ -8,13 +8,12 @@ use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{
-    Call, ErrorCode, Event, Interface, Metric, Reply, Role, TraceId, WireError, common, supervisor,
-};
+use uhmm_ipc::message::{Call, ErrorCode, Event, Interface, Reply, Role, TraceId, WireError, common, supervisor};
 use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::signal::StopSignals;
-use uhmm_kernel_hook::{HookError, PidFd, SeqListener, SeqPacket};
-use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, WHOLE_NAME};
+use uhmm_kernel_hook::{HookError, PidFd, SeqListener};
+use uhmm_kit::record::{self, What};
+use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, Recorder, WHOLE_NAME};
 use uhmm_manifest::{Kind, Manifest, Plan};
 
 use crate::core::{Action, Core, State};
@@ -115,6 +114,7 @@ pub(crate) struct Supervisor<F> {
     pub(crate) actions: Vec<Action>,
     pub(crate) started: Instant,
     pub(crate) restarts: u64,
+    pub(crate) record: Recorder,
     pub(crate) ready: Option<F>,
     pub(crate) done: bool,
     /// What it leaves behind is another supervisor's.
@@ -147,6 +147,7 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     supervisor.expect_joins(tokens);
     supervisor.find_holder()?;
     supervisor.begin_store()?;
+    supervisor.begin_record(None);
     supervisor.begin()?;
     supervisor.open_doors()?;
     supervisor.reactor.listen(listener)?;
@@ -154,6 +155,7 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     let mut wakes = Vec::new();
     while !supervisor.done {
         supervisor.tick()?;
+        supervisor.publish();
         supervisor.reactor.poll(None, &mut wakes)?;
         for wake in wakes.drain(..) {
             supervisor.on_wake(wake)?;
@@ -255,6 +257,7 @@ impl<F: FnOnce()> Supervisor<F> {
             actions: Vec::new(),
             started: Instant::now(),
             restarts: 0,
+            record: Recorder::default(),
             ready: Some(ready),
             done: false,
             leaves: false,
@@ -321,7 +324,9 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Wake::Call { conn, call, body, .. } => {
                 let answer = match body {
-                    Call::Common(common::Call::Stats) => Ok(Reply::Common(common::Reply::Stats(self.metrics()))),
+                    Call::Common(common::Call::Stats) => {
+                        Ok(Reply::Common(common::Reply::Stats(record::metrics(|each| self.tell_metrics(each)))))
+                    }
                     Call::Supervisor(request) => self.request(conn, request)?.map(Reply::Supervisor),
                     _ => Err(WireError::new(ErrorCode::Protocol, "Not a call of the supervisor interface")),
                 };
@@ -356,8 +361,13 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(peer) = self.sessions.get(&conn).cloned() else {
             return Ok(Err(WireError::new(ErrorCode::Protocol, "The connection is gone")));
         };
-        let operators =
-            matches!(request, supervisor::Call::Status | supervisor::Call::Shutdown | supervisor::Call::Kill { .. });
+        let operators = matches!(
+            request,
+            supervisor::Call::Status
+                | supervisor::Call::Shutdown
+                | supervisor::Call::Kill { .. }
+                | supervisor::Call::Record { .. }
+        );
         if operators != (peer.role == Role::Operator) {
             let text = format!("A {:?} may not make this call to the supervisor", peer.role);
             return Ok(Err(WireError::new(ErrorCode::Permission, text)));
@@ -372,6 +382,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 Ok(supervisor::Reply::Done)
             }
             supervisor::Call::Kill { service } => self.drill(&service),
+            supervisor::Call::Record { service } => self.record_of(&service),
             other => match self.service_of(conn) {
                 Err(error) => Err(error),
                 Ok(service) => self.service_request(service, other),
@@ -384,7 +395,11 @@ impl<F: FnOnce()> Supervisor<F> {
         match request {
             supervisor::Call::Ready => {
                 let now_ms = self.now_ms();
+                let starts = matches!(self.core.services()[service].state, State::Starting { .. });
                 self.core.ready(service, now_ms, &mut self.actions);
+                if starts {
+                    self.note_ready(service);
+                }
                 self.tell_of_the_dead(service);
             }
             supervisor::Call::Pong { sequence } => self.core.pong(service, sequence),
@@ -466,6 +481,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if !self.core.condemn(index, incarnation, "killed as a drill", &mut self.actions) {
             return Err(missing());
         }
+        self.note(What::ServiceCondemned, name, incarnation.into());
         Ok(supervisor::Reply::Killed { incarnation, pid })
     }
 
@@ -476,6 +492,7 @@ impl<F: FnOnce()> Supervisor<F> {
         let index = self.core.index_of(name);
         let index = index.ok_or_else(|| WireError::new(ErrorCode::NotFound, format!("No service {name:?}")))?;
         tracing::error!(service = name, incarnation, reason, "Fenced");
+        self.note(What::ServiceCondemned, name, incarnation.into());
         if self.core.condemn(index, incarnation, reason, &mut self.actions) {
             Ok(())
         } else {
@@ -522,6 +539,7 @@ impl<F: FnOnce()> Supervisor<F> {
             Action::Died { service, incarnation, held } => {
                 let name = self.plan.services[service].name.clone();
                 tracing::warn!(service = %name, incarnation, held, how = %self.core.services()[service].last_exit, "Service died");
+                self.note(if held { What::ServiceHeld } else { What::ServiceDied }, &name, incarnation.into());
                 let event = supervisor::Event::ServiceDied { service: name, incarnation, held };
                 for other in self.registered.values() {
                     self.reactor.event(*other, Event::Supervisor(event.clone()), TraceId::default());
@@ -572,17 +590,6 @@ impl<F: FnOnce()> Supervisor<F> {
             }
         };
         self.core.services().iter().map(line).chain([self.holder_status()]).collect()
-    }
-
-    fn metrics(&self) -> Vec<Metric> {
-        let metric = |name: &str, value: u64| Metric { name: name.to_owned(), value };
-        let vault: usize = self.plan.services.iter().map(|service| self.vault.count(&service.name)).sum();
-        vec![
-            metric("services", self.plan.services.len() as u64),
-            metric("restarts", self.restarts),
-            metric("vault_entries", vault as u64),
-            metric("uptime_ms", self.now_ms()),
-        ]
     }
 
     /// Everything has ended in order: leave nothing that looks like a running system.

@@ -7,6 +7,7 @@ mod commands;
 mod demo;
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,6 +47,9 @@ enum Command {
         /// Log format
         #[arg(long, value_enum, default_value_t = Log::Text)]
         log: Log,
+        /// Serve metrics on this loopback address too, e.g. 127.0.0.1:9464 (see `uhmm metrics`)
+        #[arg(long)]
+        metrics: Option<SocketAddr>,
     },
     /// Stop the supervisor and every service
     Down,
@@ -66,6 +70,16 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Services, devices, regions, rates and events on the screen, with keys to restart, drain, evict and migrate
+    Top(commands::TopArgs),
+    /// What happened, and why: faults and migrations with their causes, deaths and restarts, refusals
+    Events(commands::EventsArgs),
+    /// One migration, fault or job through all services, with times
+    Trace(commands::TraceArgs),
+    /// What a service did before it died: its last events, what it had begun, its counters
+    PostMortem(commands::PostMortemArgs),
+    /// Serve OpenMetrics, /healthz and /readyz on a Unix socket (metrics.sock) and a loopback address
+    Metrics(commands::MetricsArgs),
     /// Kill -9 one service, as a drill
     Kill {
         /// Service name
@@ -236,7 +250,14 @@ fn run() -> anyhow::Result<ExitCode> {
     let run_dir = uhmm_sdk::run_dir(cli.run_dir.as_deref());
     if matches!(
         cli.command,
-        Command::Plan { .. } | Command::Status | Command::Stats { .. } | Command::Doctor | Command::Completions { .. }
+        Command::Plan { .. }
+            | Command::Status
+            | Command::Stats { .. }
+            | Command::Doctor
+            | Command::Events(_)
+            | Command::Trace(_)
+            | Command::PostMortem(_)
+            | Command::Completions { .. }
     ) {
         uhmm_kernel_hook::signal::end_when_output_is_closed();
     }
@@ -248,7 +269,10 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::BenchFloor(args) => commands::bench_floor(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
-        Command::Up { manifest, file, adopt, replaceable, log } => {
+        Command::Up { manifest, file, adopt, replaceable, log, metrics } => {
+            if let Some(address) = metrics {
+                commands::export_beside(&run_dir, address)?;
+            }
             let manifest = commands::manifest_or_file(manifest.as_deref(), file)?;
             commands::up(manifest, run_dir, (adopt, replaceable), log.into())?;
         }
@@ -258,6 +282,11 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Cdi(args) => commands::cdi(&args, &run_dir)?,
         Command::Status => commands::status(&run_dir)?,
         Command::Stats { json } => commands::stats(&run_dir, json)?,
+        Command::Top(args) => commands::top(&run_dir, args)?,
+        Command::Events(args) => commands::events(&run_dir, args)?,
+        Command::Trace(args) => commands::trace(&run_dir, args)?,
+        Command::PostMortem(args) => commands::post_mortem(&run_dir, &args)?,
+        Command::Metrics(args) => commands::metrics(&run_dir, &args)?,
         Command::Kill { service } => commands::kill(&run_dir, &service)?,
         Command::Renew => commands::renew(&run_dir)?,
         Command::Home { pid, release } => commands::home(&run_dir, pid, !release)?,

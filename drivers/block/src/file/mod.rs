@@ -37,12 +37,7 @@ impl FileBackend {
     ///
     /// # Errors
     /// Neither io_uring nor threads.
-    pub fn new(
-        medium: &open::Medium,
-        depth: u32,
-        buffers: Buffers,
-        mode: DiskMode,
-    ) -> Result<Self, HookError> {
+    pub fn new(medium: &open::Medium, depth: u32, buffers: Buffers, mode: DiskMode) -> Result<Self, HookError> {
         let mode = if medium.settles { mode } else { DiskMode::Threads };
         let disk = Disk::open(medium.file.clone(), depth, std::slice::from_ref(&buffers.window), mode)?;
         let len_bytes = medium.regular.then_some(HEADER_BYTES + u64::from(medium.blocks) * PAGE_BYTES);

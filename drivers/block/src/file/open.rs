@@ -194,7 +194,16 @@ impl Medium {
             let fitted = fitting(len.saturating_sub(HEADER_BYTES) / PAGE_BYTES, frames);
             (frames, blocks) = fitted.ok_or(FileError::NoRoom { path: path.to_owned(), needed, room: len })?;
         }
-        Ok(Self { file, regular, frames, blocks, path: path.to_owned(), found, was_short: len < needed && regular, settles })
+        Ok(Self {
+            file,
+            regular,
+            frames,
+            blocks,
+            path: path.to_owned(),
+            found,
+            was_short: len < needed && regular,
+            settles,
+        })
     }
 
     /// The header says that the blocks are of this life.

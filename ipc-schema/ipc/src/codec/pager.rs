@@ -138,6 +138,16 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
         Call::UserfaultfdDevice => to.set_userfaultfd_device(()),
         Call::EmptyDevice { device, then } => to.set_empty_device(emptied_device(*device, *then)?),
         Call::ListRegions => to.set_list_regions(()),
+        Call::Strip { region, cells } => {
+            let mut to = to.init_strip();
+            to.set_region(*region);
+            to.set_cells(*cells);
+        }
+        Call::MoveRegion { region, target } => {
+            let mut to = to.init_move_region();
+            to.set_region(*region);
+            write_target(*target, to.init_target());
+        }
     }
     Ok(())
 }
@@ -305,6 +315,14 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             Call::EmptyDevice { device, then }
         }
         call::ListRegions(()) => Call::ListRegions,
+        call::Strip(from) => {
+            let from = from?;
+            Call::Strip { region: from.get_region(), cells: from.get_cells() }
+        }
+        call::MoveRegion(from) => {
+            let from = from?;
+            Call::MoveRegion { region: from.get_region(), target: read_target(from.get_target()?)? }
+        }
     })
 }
 

@@ -41,6 +41,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
         Call::Status => to.set_status(()),
         Call::Shutdown => to.set_shutdown(()),
         Call::Kill { service } => to.init_kill().set_service(name("kill.service", service)?),
+        Call::Record { service } => to.init_record().set_service(name("record.service", service)?),
         Call::Pong { sequence } => to.init_pong().set_sequence(*sequence),
         Call::Join { guard } => to.init_join().set_guard_fd(fds.put_optional(guard.as_ref())),
     }
@@ -84,6 +85,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::Status(()) => Call::Status,
         call::Shutdown(()) => Call::Shutdown,
         call::Kill(from) => Call::Kill { service: name("kill.service", from?.get_service())? },
+        call::Record(from) => Call::Record { service: name("record.service", from?.get_service())? },
         call::Pong(from) => Call::Pong { sequence: from?.get_sequence() },
         call::Join(from) => Call::Join { guard: fds.take_optional("join.guardFd", from?.get_guard_fd())? },
     })
@@ -123,6 +125,7 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>, fds: &mut Fd
             to.set_listener_fd(fds.put_optional(listener.as_ref()));
             to.set_keys_toml(out_text("joined.keysToml", keys_toml, MAX_PLAN_BYTES)?);
         }
+        Reply::Record(fd) => to.set_record(fds.put(fd)),
     }
     Ok(())
 }
@@ -181,6 +184,7 @@ pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<
                 keys_toml: in_text("joined.keysToml", from.get_keys_toml(), MAX_PLAN_BYTES)?,
             }
         }
+        reply::Record(index) => Reply::Record(fds.take("record", index)?),
     })
 }
 

@@ -402,6 +402,20 @@ pub enum Call {
     },
     /// Operator: every region and how its pages are spread.
     ListRegions,
+    /// Operator: where a region's pages are, in cells of equal size. Answered with `Strip`.
+    Strip {
+        /// Region.
+        region: u64,
+        /// How many cells, at most 1024.
+        cells: u16,
+    },
+    /// Operator: all of a region goes somewhere, as if its owner had asked. Answered with `Migrated`.
+    MoveRegion {
+        /// Region.
+        region: u64,
+        /// Where to.
+        target: Target,
+    },
 }
 
 /// Copy engine rings of a driver without an aperture.
@@ -495,6 +509,8 @@ pub enum Reply {
         /// In order, apart from each other.
         ranges: Vec<GrantedRange>,
     },
+    /// Answer to `Strip`: a byte a cell, see [`StripCell`].
+    Strip(Vec<u8>),
     /// Answer to `ReadTrace`.
     Trace {
         /// In order; empty when there is nothing newer.
@@ -528,31 +544,6 @@ pub enum Memory {
         /// Offset of the region's first page.
         offset_bytes: u64,
     },
-}
-
-/// One line of `uhmm status`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionStatus {
-    /// Space.
-    pub space: u64,
-    /// Client's pid.
-    pub pid: u32,
-    /// Region.
-    pub region: u64,
-    /// First address.
-    pub addr: u64,
-    /// Pages.
-    pub page_count: u64,
-    /// Pages in system memory.
-    pub system_pages: u64,
-    /// Pages never touched.
-    pub absent_pages: u64,
-    /// Pages on the move.
-    pub moving_pages: u64,
-    /// Lost pages.
-    pub poisoned_pages: u64,
-    /// Pages on each device, by device id.
-    pub device_pages: Vec<u64>,
 }
 
 /// Downward events.

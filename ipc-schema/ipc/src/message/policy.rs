@@ -147,3 +147,67 @@ pub enum FaultPoint {
     /// Allocation of system memory for pages that come home: they stay on the device, and are tried again.
     SystemPages,
 }
+
+/// One line of `uhmm status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionStatus {
+    /// Space.
+    pub space: u64,
+    /// Client's pid.
+    pub pid: u32,
+    /// Region.
+    pub region: u64,
+    /// First address.
+    pub addr: u64,
+    /// Pages.
+    pub page_count: u64,
+    /// Pages in system memory.
+    pub system_pages: u64,
+    /// Pages never touched.
+    pub absent_pages: u64,
+    /// Pages on the move.
+    pub moving_pages: u64,
+    /// Lost pages.
+    pub poisoned_pages: u64,
+    /// Pages on each device, by device id.
+    pub device_pages: Vec<u64>,
+}
+
+/// What most of the looked-at pages of a cell are. As a byte: what it is, or 16 and the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StripCell {
+    /// Never touched.
+    Absent,
+    /// In system memory.
+    System,
+    /// On the move.
+    Moving,
+    /// Lost.
+    Poisoned,
+    /// On a device.
+    Device(u8),
+}
+
+impl StripCell {
+    /// See the type.
+    pub fn byte(self) -> u8 {
+        match self {
+            Self::Absent => 0,
+            Self::System => 1,
+            Self::Moving => 2,
+            Self::Poisoned => 3,
+            Self::Device(device) => 16 | device & 0xf,
+        }
+    }
+
+    /// Of a byte that means nothing: never touched.
+    pub fn from_byte(byte: u8) -> Self {
+        match byte {
+            1 => Self::System,
+            2 => Self::Moving,
+            3 => Self::Poisoned,
+            16..=31 => Self::Device(byte & 0xf),
+            _ => Self::Absent,
+        }
+    }
+}

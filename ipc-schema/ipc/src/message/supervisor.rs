@@ -52,6 +52,11 @@ pub enum Call {
         /// Service name.
         service: String,
     },
+    /// Operator: what a service has recorded of itself (`uhmm_shared::record`), living or dead; for reading.
+    Record {
+        /// Service name, or `supervisor`.
+        service: String,
+    },
     /// A heartbeat's answer.
     Pong {
         /// From [`Event::Ping`].
@@ -120,6 +125,8 @@ pub enum Reply {
         /// Of a holder: keys by name.
         keys_toml: String,
     },
+    /// Answer to `Record`: the memfd.
+    Record(Fd),
 }
 
 /// One line of `uhmm status`.

@@ -11,6 +11,7 @@ mod model_orders;
 mod new_driver;
 mod renew;
 mod show;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,10 @@ pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use renew::renew;
 pub use show::{stats, status};
+pub use watch::{
+    EventsArgs, MetricsArgs, PostMortemArgs, TopArgs, TraceArgs, events, export_beside, metrics, post_mortem, top,
+    trace,
+};
 
 fn manifest(path: Option<&Path>) -> anyhow::Result<Manifest> {
     let Some(path) = path else { return Ok(Manifest::built_in()) };

@@ -119,7 +119,8 @@ fn as_many_frames_as_have_room() {
 /// Runs the test of that name again, in a mount namespace that these commands make.
 fn in_a_namespace(commands: &str, test: &str, folder: &Path) {
     let exe = std::env::current_exe().unwrap();
-    let script = format!("set -e; cd '{}'; {commands}; exec '{}' --ignored --exact '{test}'", folder.display(), exe.display());
+    let script =
+        format!("set -e; cd '{}'; {commands}; exec '{}' --ignored --exact '{test}'", folder.display(), exe.display());
     let output = std::process::Command::new("unshare").args(["-r", "-m", "sh", "-c", &script]).output();
     let output = output.expect("unshare (util-linux) starts");
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);

@@ -1,7 +1,7 @@
 //! The pager's answers: runs of pages, regions.
 
 use capnp::struct_list;
-use uhmm_schema::pager_capnp::{MAX_REGIONS, MAX_WHY_BYTES, hot_range, map_run, range, region, reply};
+use uhmm_schema::pager_capnp::{MAX_REGIONS, MAX_STRIP_CELLS, MAX_WHY_BYTES, hot_range, map_run, range, region, reply};
 use uhmm_schema::sdk_capnp::{
     self as sdk, MAX_DEVICES, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, region_status, residency_run, status_run,
 };
@@ -76,6 +76,7 @@ pub(in crate::codec) fn write_reply(
                 to.set_len_bytes(range.len_bytes);
             }
         }
+        Reply::Strip(cells) => to.set_strip(out_data("strip", cells, MAX_STRIP_CELLS)?),
         Reply::Trace { records } => {
             let mut list = to.init_trace(out_len("trace", records.len(), MAX_TRACE_RECORDS)?);
             for (index, record) in records.iter().enumerate() {
@@ -149,6 +150,7 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
                 |from: range::Reader<'_>| GrantedRange { addr: from.get_addr(), len_bytes: from.get_len_bytes() };
             Reply::Granted { ranges: list.iter().map(read).collect() }
         }
+        reply::Strip(cells) => Reply::Strip(in_data("strip", cells, MAX_STRIP_CELLS)?),
         reply::Trace(list) => {
             let list = list?;
             in_len("trace", list.len(), MAX_TRACE_RECORDS)?;

@@ -19,11 +19,11 @@ macro_rules! variants {
 pub(super) fn call_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Call: Stats),
-        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong Join),
+        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong Join Record),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice
-            UserfaultfdDevice),
+            UserfaultfdDevice Strip MoveRegion),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -35,9 +35,9 @@ pub(super) fn call_variants() -> BTreeSet<String> {
 pub(super) fn reply_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Reply: Stats),
-        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined),
+        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined Record),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
-            Evicted ChildAttached HotRanges Granted UserfaultfdDevice),
+            Evicted ChildAttached HotRanges Granted UserfaultfdDevice Strip),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
         variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
@@ -75,6 +75,7 @@ fn supervisor_calls() -> Vec<Call> {
         Status,
         Shutdown,
         Kill { service: service() },
+        Record { service: service() },
         Pong { sequence: 9 },
         Join { guard: Some(fd(4096)) },
         Join { guard: None },
@@ -114,6 +115,8 @@ fn client_calls() -> Vec<Call> {
         EmptyDevice { device: 2, then: pager::Emptied::Unchanged },
         EmptyDevice { device: 7, then: pager::Emptied::Closed },
         EmptyDevice { device: 0, then: pager::Emptied::Opened },
+        Strip { region: 7, cells: 80 },
+        MoveRegion { region: 7, target: pager::Target::Device(2) },
         AdoptRegion { addr, len_bytes },
         AttachFile { addr, len_bytes, file: fd(12288), offset_bytes: 4096 },
         ReleaseRange { addr, len_bytes },
@@ -266,6 +269,7 @@ fn supervisor_replies() -> Vec<Reply> {
         Killed { incarnation: 3, pid: 4 },
         Joined { incarnation: 5, key: vec![3; 16], listener: Some(fd(4096)), keys_toml: "soft0 = \"00\"\n".into() },
         Joined { incarnation: 5, key: vec![3; 16], listener: None, keys_toml: String::new() },
+        Record(fd(4096)),
     ]
     .map(Reply::Supervisor)
     .to_vec()
@@ -366,6 +370,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Attributes { runs: attribute_runs() },
         R::HotRanges { ranges: vec![pager::HotRange { addr: 3 << 21, heat_permille: 1000 }] },
         R::Granted { ranges: vec![pager::GrantedRange { addr: 4096, len_bytes: 8192 }] },
+        R::Strip(vec![0, 1, 2, 3, 17]),
         R::Trace { records: trace_records() },
         R::Evicted { page_count: 77 },
         R::Resolved { runs: map_runs() },
