@@ -283,9 +283,10 @@ impl<F: FnOnce()> Supervisor<F> {
         let Some(link) = self.keeping.link.filter(|_| self.keeping.up) else { return };
         match text_file("uhmm-state", &self.saved.text()) {
             Ok(fd) => {
+                // The mark that it is all there comes last.
                 let mut entries = self.joins.entries();
-                entries.extend([STATE_NAME, WHOLE_NAME].map(|name| (name.to_owned(), Fd::clone(&fd))));
                 entries.extend(self.record.fd().map(|record| (RECORD_NAME.to_owned(), Fd::clone(record))));
+                entries.extend([STATE_NAME, WHOLE_NAME].map(|name| (name.to_owned(), Fd::clone(&fd))));
                 for (name, fd) in entries {
                     let put = supervisor::Call::VaultPut { name, fd };
                     self.reactor.call(link, Call::Supervisor(put), TraceId::default(), None);

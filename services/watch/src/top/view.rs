@@ -29,7 +29,7 @@ pub fn draw(top: &Top, frame: &mut Frame<'_>) {
     let devices = top.now.devices.len().clamp(1, 8) as u16 + 1;
     let log = if right.is_some() { 0 } else { (left.height / 4).clamp(3, 10) };
     let [services, devices, rates, regions, log] = Layout::vertical([
-        Constraint::Length(services.min(left.height / 3)),
+        Constraint::Length(services.min(left.height * 3 / 8)),
         Constraint::Length(devices),
         Constraint::Length(4),
         Constraint::Min(3),
@@ -194,21 +194,19 @@ fn draw_rates(top: &Top, frame: &mut Frame<'_>, area: Rect) {
         rate(rates.evicted_bytes),
         rate(rates.peer_bytes)
     ));
+    let faults =
+        Text::from(format!("faults: {:.0}/s of programs, {:.0}/s of devices", rates.cpu_faults, rates.device_faults));
     let latency = match rates.fault_p99_ns {
-        0 => "none on devices".to_owned(),
-        p99 => format!("on devices: half below {}, 99 % below {}", duration(rates.fault_p50_ns), duration(p99)),
+        0 => "on devices: none".to_owned(),
+        p99 => format!("on devices: 50 % < {}, 99 % < {}", duration(rates.fault_p50_ns), duration(p99)),
     };
-    let faults = Text::from(format!(
-        "faults: {:.0}/s of programs, {:.0}/s of devices; {latency}",
-        rates.cpu_faults, rates.device_faults
-    ));
     let block = Block::new().borders(Borders::TOP).border_style(dim()).title(Span::styled(" rates ", dim()));
     let inner = block.inner(area);
     frame.render_widget(block, area);
     let [text, spark] = Layout::vertical([Constraint::Length(2), Constraint::Length(1)]).areas(inner);
     frame.render_widget(Paragraph::new(vec![moved, faults]), text);
-    let [name, bars] = Layout::horizontal([Constraint::Length(10), Constraint::Min(1)]).areas(spark);
-    frame.render_widget(Paragraph::new(Span::styled("latency", dim())), name);
+    let [name, bars] = Layout::horizontal([Constraint::Length(42), Constraint::Min(1)]).areas(spark);
+    frame.render_widget(Paragraph::new(Span::raw(latency)), name);
     // Orders of magnitude: what matters is at both ends. Without a fault there is no bar.
     let height = |ns: &u64| if *ns == 0 { 0 } else { u64::from(ns.ilog2()).saturating_sub(7) };
     let shown = top.history.len().saturating_sub(usize::from(bars.width));
@@ -306,7 +304,7 @@ fn foot_line(top: &Top) -> Text<'static> {
     if !top.message.is_empty() {
         return Text::styled(top.message.clone(), Style::new().fg(Color::Yellow));
     }
-    Text::styled("tab pane  up/down select  r restart  d drain device  e evict region  m migrate region  q quit", dim())
+    Text::styled("tab pane  up/down select  r restart  d drain  e evict  m migrate  q quit", dim())
 }
 
 fn cut(text: &str, chars: usize) -> String {
