@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_sdk::{Device, Job, PageStatus, Region, Residency, Session, Target};
 use uhmm_tests::pattern::{Rng, spin, word};
 use uhmm_tests::{RESTART, TestBed, manifest_of, uhmm_exe};
@@ -200,6 +201,58 @@ fn integration_file_driver_is_killed_in_the_middle_of_transfers_fifty_times() {
     println!("{in_the_middle} of 50 rounds were in the middle");
     assert!(in_the_middle >= 10, "only {in_the_middle} rounds were in the middle");
     assert_eq!(scene.bed.metric("pager", "poisoned"), 0);
+}
+
+/// The device's first look at memory that may not be written, while pager and driver die: it sees what the CPU sees. (Such pages are
+/// copied where they are, not moved.)
+#[test]
+fn integration_file_read_only_memory_is_seen_while_pager_and_driver_die() {
+    let rounds = std::env::var("UHMM_ROUNDS").map_or(12, |text| text.parse().expect("a number"));
+    let seed = std::env::var("UHMM_SEED").map_or(1, |text| text.parse().expect("a number"));
+    let scene = Scene::new("");
+    let mut rng = Rng::new(seed);
+    for round in 0..rounds {
+        let memory = ProgramMemory::private(LEN).expect("memory");
+        // Two pages are zero, since nobody has touched them.
+        let value = |index: u64| if index < 1024 { 0 } else { word(round, index) | 1 };
+        (1024..WORDS).for_each(|index| memory.store_u64(index * 8, value(index)).expect("write"));
+        scene.session.adopt(memory.addr(), LEN).expect("adopted");
+        memory.protect(0, LEN, true, false).expect("mprotect");
+        let victims = ["far0", "pager"].map(|name| (name, scene.bed.process(name)));
+        let (first, second, pause, gap) =
+            (rng.below(2) as usize, rng.below(3), rng.below(3_000_000), rng.below(500_000));
+        let mut bytes = vec![0; LEN as usize];
+        std::thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                spin(pause);
+                victims[first].1.kill();
+                if second > 0 {
+                    spin(gap);
+                    victims[1 - first].1.kill();
+                }
+            });
+            scene.device.read(memory.addr(), &mut bytes).expect("the device reads");
+            killer.join().expect("killed");
+        });
+        let words = bytes.chunks_exact(8).map(|bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
+        let wrong: Vec<u64> = words
+            .enumerate()
+            .filter(|(at, found)| *found != value(*at as u64))
+            .map(|(at, _)| at as u64 / 512)
+            .collect();
+        let cpu = (0..WORDS).filter(|index| memory.load_u64(index * 8).expect("read") != value(*index)).count();
+        assert!(
+            wrong.is_empty() && cpu == 0,
+            "round {round}: {} words from page {:?} to {:?} differ for the device, {cpu} for the CPU",
+            wrong.len(),
+            wrong.first(),
+            wrong.last()
+        );
+        scene.bed.wait_ready(victims[first].0, victims[first].1.incarnation());
+        if second > 0 {
+            scene.bed.wait_ready(victims[1 - first].0, victims[1 - first].1.incarnation());
+        }
+    }
 }
 
 #[test]
