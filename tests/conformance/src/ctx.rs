@@ -27,6 +27,8 @@ pub(crate) const BUF: u64 = 4 << 20;
 const LEAST_PMDS: u64 = 4;
 /// How long a disturbed step is asked again.
 const RETRY_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at pages that a killed pager has left on their way.
+const SETTLE_POLL: Duration = Duration::from_millis(5);
 
 /// Bytes of a snapshot, as the kernel's selftest driver has them.
 pub(crate) mod prot {
@@ -389,9 +391,15 @@ impl Ctx {
         Ok(())
     }
 
-    /// No page of the range is on any device.
+    /// No page of the range is on any device. A pager that was killed between filling pages and saying so leaves them on their way for its
+    /// successor, which may have to wait for a driver that was killed as well: nobody tells when that is over.
     pub(crate) fn at_home(&self, mem: &Mem, off: u64, len_bytes: u64) -> CaseResult {
-        let summary = self.residency(mem, off, len_bytes)?;
+        let end = Instant::now() + RETRY_PATIENCE;
+        let mut summary = self.residency(mem, off, len_bytes)?;
+        while self.args.chaos && summary.moving_pages > 0 && Instant::now() < end {
+            std::thread::sleep(SETTLE_POLL);
+            summary = self.residency(mem, off, len_bytes)?;
+        }
         let home = summary.system_pages + summary.absent_pages;
         ensure_eq!(home, len_bytes / PAGE, "Pages in system memory ({summary:?})");
         Ok(())
