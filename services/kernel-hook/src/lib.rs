@@ -19,6 +19,7 @@
 //!   uffd             Userfaultfd, FillOutcome             memfd, procmap, pagemap, smaps: files and /proc
 //!   socket, event    SeqPacket, SeqListener, Stream, EventFd      process: PidFd, memory and scheduling of processes
 //!   disk             transfers between files and memory, many at once
+//!   confine          what a process gives up before it runs its program: seccomp, Landlock, capabilities, namespaces
 //!   fd_keeper        descriptors of a process that was killed
 //!   own_memory       this process's own ranges by number (the SDK's agent)
 //!   agent            the SDK's agent: its memory and its process
@@ -41,6 +42,7 @@ pub mod agent;
 pub mod bump;
 pub mod bytes;
 pub mod disk;
+pub mod confine;
 pub mod error;
 pub mod event;
 pub mod fatal;
