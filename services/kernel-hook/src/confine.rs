@@ -265,6 +265,12 @@ pub fn hide_memory() -> Result<(), HookError> {
     }
 }
 
+/// Whose rights this process uses.
+#[must_use]
+pub fn effective_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 pub(crate) fn c_path(path: &Path) -> Result<CString, HookError> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| HookError::BadMessage("a path holds no zero byte"))
 }

@@ -60,6 +60,34 @@ pub enum ManifestError {
         /// What the system said.
         problem: String,
     },
+    /// A user or group that this system does not have.
+    #[error("{from}: {what} {name:?} is not in {file}: create it, or give another name or a number")]
+    Account {
+        /// Service or rule.
+        from: String,
+        /// `user` or `group`.
+        what: &'static str,
+        /// As given.
+        name: String,
+        /// Where it was looked for.
+        file: String,
+    },
+    /// A rule about clients that cannot hold.
+    #[error("[[client]] {rule:?}: {problem}")]
+    Client {
+        /// Its name.
+        rule: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// A sandbox that cannot be made.
+    #[error("Service {service:?}, sandbox: {problem}")]
+    Sandbox {
+        /// Service.
+        service: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
     /// A device with impossible values.
     #[error("Device {device:?}: {problem}")]
     Device {

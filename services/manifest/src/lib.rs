@@ -7,15 +7,21 @@
 //! Wiring is data: which services there are, which device each drives, who may talk to whom, quotas, restart policy, sandbox.
 //! Services get the plan from the supervisor when they register and never see the manifest.
 
+mod accounts;
+mod clients;
 mod error;
 mod parse;
 mod plan;
 mod resolve;
 mod show;
 
+pub use clients::Client;
 pub use error::ManifestError;
-pub use parse::{ByteSize, Device, Holder, Join, Kind, Manifest, Quota, Restart, Sandbox, Seal, Service, Supervisor};
-pub use plan::{Channel, DevicePlan, Plan, ServicePlan};
+pub use parse::{
+    ByteSize, ClientEntry, Device, Holder, Join, Kind, Manifest, Quota, Restart, Sandbox, SandboxMode, Seal, Service,
+    Supervisor,
+};
+pub use plan::{Account, Channel, ClientPlan, DevicePlan, Plan, ServicePlan};
 pub use resolve::MEMORY_BYTES_MAX;
 
 /// Devices that one plan can have: one bit each in a directory entry.

@@ -102,16 +102,48 @@ impl Default for Restart {
     }
 }
 
-/// `[service.sandbox]`: limits that the supervisor sets on the process.
+/// Whether a service is confined.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxMode {
+    /// As far as this kernel and account offer it; what they do not is said.
+    #[default]
+    On,
+    /// The service does not start where anything is missing.
+    Required,
+    /// The service may do all that its user may.
+    Off,
+}
+
+/// `[service.sandbox]`: what a service may do. Every kind of service has its own list (`uhmm plan --sandbox`); this adds to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Sandbox {
+    /// Whether at all.
+    pub mode: SandboxMode,
     /// Most open descriptors (RLIMIT_NOFILE).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nofile: Option<u64>,
     /// Largest address space (RLIMIT_AS). Device memory and windows count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address_space_bytes: Option<ByteSize>,
+    /// Most processes and threads of the service's user (RLIMIT_NPROC). The kernel limits nobody whose user is root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u64>,
+    /// More system calls, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub syscalls: Vec<String>,
+    /// More files, and folders with all that is below, that may be read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub read: Vec<PathBuf>,
+    /// The same, that may be written: files that exist, and devices with their ioctls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub write: Vec<PathBuf>,
+    /// The same, that may be executed: a driver that is a script needs its interpreter and what that starts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub execute: Vec<PathBuf>,
+    /// The network may be used.
+    pub network: bool,
 }
 
 /// `join = { ... }`: the process is not started here. It comes by itself, from a container or another unit, and is let in if it proves itself by
@@ -159,7 +191,10 @@ pub struct Service {
     /// Restart policy.
     #[serde(default)]
     pub restart: Restart,
-    /// Limits.
+    /// The user whom the service runs as, by name or number, when the supervisor is root. Its group is the user's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// What it may do.
     #[serde(default)]
     pub sandbox: Sandbox,
 }
@@ -272,6 +307,42 @@ impl Default for Quota {
     }
 }
 
+/// `[[client]]`: who may use what. The first rule that names a client holds for it; with rules, a client that none of them names is refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClientEntry {
+    /// What refusals call it; `client N` without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A user, by name or number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// A group, by name or number: the client's effective group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// A control group and all below it, as `/proc/PID/cgroup` has it: `"/system.slice/app.service"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<String>,
+    /// A container: a part of the control group's path that begins with this id (12 digits or more), whatever the engine writes around it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// Devices that it may use; all without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<String>>,
+    /// Most device memory at once, over all devices and all processes whom this rule names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory_bytes: Option<ByteSize>,
+    /// Most processes at once whom this rule names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_spaces: Option<u32>,
+    /// Most regions of one process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_regions_per_space: Option<u32>,
+    /// Largest region.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_region_bytes: Option<ByteSize>,
+}
+
 /// The manifest as it is written; see [`Manifest::resolve`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -297,6 +368,9 @@ pub struct Manifest {
     /// Limits for clients.
     #[serde(default)]
     pub quota: Quota,
+    /// Who may use what; without any, every client whom the sockets let in may use everything.
+    #[serde(rename = "client", default, skip_serializing_if = "Vec::is_empty")]
+    pub clients: Vec<ClientEntry>,
 }
 
 const BUILT_IN: &str = r#"

@@ -26,8 +26,53 @@ pub struct ServicePlan {
     pub needs: Vec<String>,
     /// Restart policy.
     pub restart: Restart,
-    /// Limits.
+    /// Whom it runs as; without: as the supervisor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<Account>,
+    /// What it may do.
     pub sandbox: Sandbox,
+}
+
+/// A user, looked up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// As the manifest has it.
+    pub user: String,
+    /// Its number.
+    pub uid: u32,
+    /// Its group's.
+    pub gid: u32,
+}
+
+/// A rule about clients, looked up. A client is named by it when all that it says about clients is true of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientPlan {
+    /// What refusals call it.
+    pub name: String,
+    /// A user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// A group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+    /// A control group and all below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<String>,
+    /// How a part of the control group's path begins, but for what engines write before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// A bit for each device that it may use.
+    pub device_mask: u8,
+    /// Most device memory at once of all whom it names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory_bytes: Option<u64>,
+    /// Most processes whom it names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_spaces: Option<u32>,
+    /// Most regions of one process.
+    pub max_regions_per_space: u32,
+    /// Largest region.
+    pub max_region_bytes: u64,
 }
 
 /// One device.
@@ -95,6 +140,9 @@ pub struct Plan {
     pub holder_join: Option<Join>,
     /// Limits for clients.
     pub quota: Quota,
+    /// Who may use what; see [`ClientPlan`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clients: Vec<ClientPlan>,
     /// In start order.
     pub services: Vec<ServicePlan>,
     /// By id.

@@ -32,7 +32,9 @@ impl Manifest {
         if let Some(join) = &holder_join {
             check_join("holder", join)?;
         }
-        Ok(Plan { fault_injection: self.fault_injection, supervisor, holder_join, quota, services, devices, channels })
+        let clients = crate::accounts::resolve_clients(self, &devices)?;
+        let fault_injection = self.fault_injection;
+        Ok(Plan { fault_injection, supervisor, holder_join, quota, clients, services, devices, channels })
     }
 
     fn check_names(&self) -> Result<(), ManifestError> {
@@ -152,6 +154,7 @@ impl Manifest {
                 join: service.join.clone(),
                 needs,
                 restart: service.restart.clone(),
+                account: crate::accounts::of_service(service)?,
                 sandbox: service.sandbox.clone(),
             });
         }

@@ -1,7 +1,7 @@
 //! The plan for people: a table and a picture.
 
-use crate::parse::{Join, Kind};
-use crate::plan::{DevicePlan, Plan};
+use crate::parse::{Join, Kind, SandboxMode};
+use crate::plan::{ClientPlan, DevicePlan, Plan};
 use crate::resolve::MEMORY_BYTES_MAX;
 
 /// A PCI device knows its aperture and, unless the manifest limits it, its size when it is open.
@@ -26,6 +26,22 @@ fn proof(join: &Join) -> String {
     let token = join.token_file.as_ref().map(|path| format!("token {}", path.display()));
     let user = join.uid.map(|uid| format!("uid {uid}"));
     [token, user].into_iter().flatten().collect::<Vec<_>>().join(" and ")
+}
+
+fn who(rule: &ClientPlan) -> String {
+    let number = |what: &str, id: Option<u32>| id.map(|id| format!("{what} {id}"));
+    let path = |what: &str, path: &Option<String>| path.as_ref().map(|path| format!("{what} {path}"));
+    let all = [number("uid", rule.uid), number("gid", rule.gid)].into_iter();
+    let all = all.chain([path("cgroup", &rule.cgroup), path("container", &rule.container)]);
+    let all: Vec<String> = all.flatten().collect();
+    if all.is_empty() { "anybody".to_owned() } else { all.join(", ") }
+}
+
+fn limits(rule: &ClientPlan) -> String {
+    let memory = rule.device_memory_bytes.map(|bytes| format!("{} MiB of devices", bytes >> 20));
+    let spaces = rule.max_spaces.map(|count| format!("{count} processes"));
+    let regions = format!("{} regions each of {} MiB", rule.max_regions_per_space, rule.max_region_bytes >> 20);
+    memory.into_iter().chain(spaces).chain([regions]).collect::<Vec<_>>().join(", ")
 }
 
 impl Plan {
@@ -72,7 +88,40 @@ impl Plan {
             self.quota.max_spaces,
             self.quota.max_regions_per_space,
         );
+        text + &self.print_sandboxes() + &self.print_clients()
+    }
+
+    /// What is not as usual; `uhmm plan --sandbox` has the rest.
+    fn print_sandboxes(&self) -> String {
+        let mut text = String::new();
+        for service in &self.services {
+            match service.sandbox.mode {
+                SandboxMode::Off => {
+                    text += &format!("{} is NOT confined: it may do all that its user may\n", service.name);
+                }
+                SandboxMode::Required => text += &format!("{} starts in a whole sandbox only\n", service.name),
+                SandboxMode::On => {}
+            }
+            if let Some(account) = &service.account {
+                text += &format!("{} runs as {} ({}:{})\n", service.name, account.user, account.uid, account.gid);
+            }
+        }
         text
+    }
+
+    /// Who may use what.
+    fn print_clients(&self) -> String {
+        if self.clients.is_empty() {
+            return "Every client whom the sockets let in may use every device (no [[client]] rules).\n".to_owned();
+        }
+        let mut text = format!("\n{:<16} {:<40} {:<24} LIMITS\n", "CLIENTS", "WHO", "DEVICES");
+        for rule in &self.clients {
+            let may_use = |device: &&DevicePlan| rule.device_mask & 1 << device.id != 0;
+            let devices: Vec<&str> = self.devices.iter().filter(may_use).map(|device| device.name.as_str()).collect();
+            let devices = if devices.is_empty() { "none".to_owned() } else { devices.join(" ") };
+            text += &format!("{:<16} {:<40} {devices:<24} {}\n", rule.name, who(rule), limits(rule));
+        }
+        text + "Any other client is refused.\n"
     }
 
     /// Who calls whom.

@@ -210,3 +210,71 @@ fn a_driver_that_joins_is_not_started_and_the_plan_says_what_it_must_prove() {
     let text = Manifest::parse(pager).expect("TOML").resolve().expect_err("refused").to_string();
     assert!(text.contains("beside the supervisor"), "{text}");
 }
+
+#[test]
+fn a_rule_that_names_nobody_or_nothing_is_refused_by_name() {
+    let said =
+        |rule: &str| refused(&(driver("d0", "driver = \"soft\"") + "[[client]]\nname = \"mine\"\n" + rule + "\n"));
+    for (rule, word) in [
+        ("user = \"no-such-user\"", "no-such-user"),
+        ("group = \"no-such-group\"", "no-such-group"),
+        ("devices = [\"d7\"]", "d7"),
+        ("cgroup = \"app\"", "begin it with /"),
+        ("container = \"abc\"", "12 letters"),
+        ("colour = 1", "colour"),
+    ] {
+        let text = said(rule);
+        assert!(text.contains(word), "{rule}: {text}");
+        assert!(text.contains("mine") || word == "colour", "{rule}: {text}");
+    }
+    let twice = "[[client]]\nname = \"a\"\n[[client]]\nname = \"a\"\n";
+    assert!(refused(twice).contains("twice"));
+}
+
+#[test]
+fn a_client_gets_the_first_rule_that_names_it() {
+    let rules = "[[client]]\nname = \"root\"\nuser = 0\n".replace("= 0", "= \"0\"")
+        + "[[client]]\nname = \"app\"\ncgroup = \"/system.slice/app\"\ndevices = [\"d0\"]\nmax_spaces = 2\n"
+        + "[[client]]\nname = \"box\"\ncontainer = \"0123456789ab\"\ndevice_memory_bytes = \"1MiB\"\ndevices = []\n";
+    let plan = with(&(driver("d0", "driver = \"soft\"") + &driver("d1", "driver = \"soft\"") + &rules)).expect("plan");
+    let client = |uid: u32, cgroup: &str| Client { uid, gid: uid, cgroups: vec![cgroup.to_owned()] };
+    let rule = |client: &Client| plan.rule_of(client).map(|rule| rule.map(|rule| plan.clients[rule].name.as_str()));
+    assert_eq!(rule(&client(0, "/")), Ok(Some("root")));
+    assert_eq!(rule(&client(7, "/system.slice/app")), Ok(Some("app")));
+    assert_eq!(rule(&client(7, "/system.slice/app/worker")), Ok(Some("app")));
+    assert!(rule(&client(7, "/system.slice/application")).is_err_and(|text| text.contains("[[client]]")));
+    let id = "0123456789abcdef0123";
+    for path in [format!("/docker/{id}"), format!("/x/docker-{id}.scope/y"), format!("/cri:libpod-{id}.scope")] {
+        assert_eq!(rule(&client(7, &path)), Ok(Some("box")), "{path}");
+    }
+    assert!(rule(&client(7, "/x0123456789ab")).is_err(), "an id begins where a word does");
+    let masks: Vec<u8> = plan.clients.iter().map(|rule| rule.device_mask).collect();
+    assert_eq!(masks, [255, 1, 0]);
+    assert!(plan.rules_ask_for_groups());
+    assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+    let shown = plan.print();
+    assert!(shown.contains("cgroup /system.slice/app") && shown.contains("Any other client is refused"), "{shown}");
+    assert_eq!(with("").expect("plan").rule_of(&client(7, "/")), Ok(None), "without rules nobody is refused");
+}
+
+#[test]
+fn a_service_runs_as_a_user_that_exists() {
+    let user = |user: &str| with(&driver("d0", &format!("driver = \"soft\"\nuser = \"{user}\"")));
+    let plan = user("nobody").expect("every Debian has it");
+    let account = plan.service("d0").and_then(|service| service.account.clone()).expect("an account");
+    assert_eq!((account.user.as_str(), account.uid), ("nobody", 65_534));
+    assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+    assert!(plan.print().contains("d0 runs as nobody (65534:65534)"));
+    let error = user("no-such-user").expect_err("refused").to_string();
+    assert!(error.contains("\"d0\"") && error.contains("no-such-user") && error.contains("/etc/passwd"), "{error}");
+    assert!(user("root").is_err());
+}
+
+#[test]
+fn a_service_without_sandbox_is_shown_as_such() {
+    let plan = with(&driver("d0", "driver = \"soft\"\nsandbox = { mode = \"off\" }")).expect("plan");
+    assert!(plan.print().contains("d0 is NOT confined"), "{}", plan.print());
+    assert_eq!(Plan::from_toml(&plan.to_toml()), Ok(plan.clone()));
+    assert!(refused(&driver("d0", "driver = \"soft\"\nsandbox = { mode = \"weak\" }")).contains("weak"));
+    assert!(!with(&driver("d0", "driver = \"soft\"")).expect("plan").print().contains("NOT confined"));
+}
