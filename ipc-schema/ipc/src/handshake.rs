@@ -3,7 +3,7 @@
 //! ```text
 //!   major numbers differ        -> Protocol       other interface than served -> Invalid
 //!   service role, no/wrong key  -> Permission     role not the name's         -> Permission
-//!   client that cannot be held  -> Permission
+//!   client that cannot be held  -> Permission     client at a service's door  -> Permission
 //!   otherwise Welcome: the smaller minor number and the smaller limits of both sides
 //! ```
 
@@ -83,6 +83,15 @@ pub(crate) fn judge_process(name: &str, role: Role, problem: Option<&HookError>)
         }
         _ => Ok(()),
     }
+}
+
+/// Clients and operators have a socket of their own, which confined services do not see.
+pub(crate) fn judge_door(hello: &Hello, services_only: bool) -> Result<(), WireError> {
+    if !services_only || is_service(hello.role) {
+        return Ok(());
+    }
+    let text = format!("{} came through a socket for services as {:?}: a service is neither", hello.name, hello.role);
+    Err(WireError::new(ErrorCode::Permission, text))
 }
 
 /// The callee's decision.

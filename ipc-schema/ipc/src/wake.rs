@@ -22,6 +22,8 @@ pub struct Peer {
     pub pid: u32,
     /// User id at connect time (SO_PEERCRED).
     pub uid: u32,
+    /// Group id at connect time (SO_PEERCRED).
+    pub gid: u32,
     /// The process that connected, whatever namespace it is in (SO_PEERPIDFD); `None`: it has ended already.
     pub process: Option<PeerProcess>,
 }

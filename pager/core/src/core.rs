@@ -101,6 +101,9 @@ pub struct Core<P> {
     pub(crate) late_notes: Vec<(u64, Pages, PageStatus)>,
     /// Pages of forked children that wait for the parent's.
     pub(crate) fork_waits: Vec<ForkWait>,
+    /// Spaces whose device memory is limited, by group, and the groups' limits in pages.
+    pub(crate) groups: BTreeMap<SpaceId, u16>,
+    pub(crate) group_limits: BTreeMap<u16, u64>,
     /// Test hook: allocations until one fails, by space; huge ones apart.
     pub(crate) failing_allocation: BTreeMap<(SpaceId, bool), u32>,
     /// Clock of the event that is being handled.
@@ -149,6 +152,8 @@ impl<P: Policy> Core<P> {
             fork_waits: Vec::new(),
             late_notes: Vec::new(),
             late_wakes: Vec::new(),
+            groups: BTreeMap::new(),
+            group_limits: BTreeMap::new(),
             failing_allocation: BTreeMap::new(),
             now_us: 0,
             stepping: ReqId(0),
@@ -262,7 +267,11 @@ impl<P: Policy> Core<P> {
                 self.add_region(region, space, page_count, backing);
             }
             Event::RegionFree { req, region } => self.begin_teardown(req, region, out),
-            Event::SpaceGone { space } => self.scrub_space(space, out),
+            Event::SpaceGone { space } => {
+                self.set_group(space, None);
+                self.scrub_space(space, out);
+            }
+            Event::SpaceGroup { space, group, limit_pages } => self.set_group(space, Some((group, limit_pages))),
             Event::RecoverRegion { region, space, page_count, backing, strays } => {
                 self.add_region(region, space, page_count, backing);
                 self.recover_region(dir, region, &strays, out);

@@ -206,6 +206,8 @@ pub enum Event {
     RegionAdded { region: RegionId, space: SpaceId, page_count: u64, backing: Backing },
     /// Give everything of the region back; ends with [`Action::DropRegion`].
     RegionFree { req: Option<ReqId>, region: RegionId },
+    /// The space is of a group whose spaces have so many frames together, at most; told before its first region. Groups begin with 1.
+    SpaceGroup { space: SpaceId, group: u16, limit_pages: u64 },
     /// All regions of the space were dropped: what they left in device memory is scrubbed.
     SpaceGone { space: SpaceId },
     /// At start, for every region of the vault. `strays`: pages of a private one that may be in the address space although their
@@ -525,8 +527,10 @@ pub enum CoreError {
         /// Page.
         page: u64,
     },
-    /// The device is full and cannot reach the page in place.
-    #[error("Page {page} finds no room on the device")]
+    /// The device is full (or the program has all that it may have) and cannot reach the page in place.
+    #[error(
+        "Page {page} finds no room on the device: it is full, or what the manifest gives this client is used up          (device_memory_bytes of its [[client]] rule)"
+    )]
     NoMemory {
         /// Page.
         page: u64,

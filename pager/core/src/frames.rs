@@ -28,6 +28,8 @@ pub(crate) struct Frame {
     last_space: Holder,
     /// Used lately: the clock passes once.
     pub referenced: bool,
+    /// Who pays for it while it is owned ([`FrameTable::set_group`]); 0: nobody.
+    group: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,6 +55,10 @@ pub struct FrameTable {
     pub(crate) sharers: HashMap<u32, Vec<Owner>>,
     /// Free frames that hold something.
     dirty: BTreeMap<Holder, Dirty>,
+    /// Who pays for a space's frames.
+    groups: HashMap<SpaceId, u16>,
+    /// Frames that each pays for.
+    charged: HashMap<u16, u32>,
 }
 
 /// Free frames that hold somebody's bytes: how many, and none below `from`. So that a client that leaves nothing costs no search, and one
@@ -66,7 +72,7 @@ struct Dirty {
 impl FrameTable {
     /// All free; what they hold is unknown.
     pub fn new(frame_count: u32) -> Self {
-        let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false };
+        let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false, group: 0 };
         Self {
             frames: vec![frame; frame_count as usize],
             free: FreeFrames::new(frame_count),
@@ -75,6 +81,38 @@ impl FrameTable {
             hand: 0,
             sharers: HashMap::new(),
             dirty: BTreeMap::from([(Holder::Unknown, Dirty { count: frame_count, from: 0 })]),
+            groups: HashMap::new(),
+            charged: HashMap::new(),
+        }
+    }
+
+    /// Who pays for the frames that a space takes from now on; 0: nobody. A frame that is shared after a fork stays paid for by whoever took
+    /// it, until the last owner gives it back.
+    pub fn set_group(&mut self, space: SpaceId, group: u16) {
+        match group {
+            0 => drop(self.groups.remove(&space)),
+            group => drop(self.groups.insert(space, group)),
+        }
+    }
+
+    /// Frames that a group pays for.
+    pub fn charged(&self, group: u16) -> u32 {
+        self.charged.get(&group).copied().unwrap_or(0)
+    }
+
+    fn charge(&mut self, space: SpaceId) -> u16 {
+        let group = self.groups.get(&space).copied().unwrap_or(0);
+        if group != 0 {
+            *self.charged.entry(group).or_default() += 1;
+        }
+        group
+    }
+
+    /// The frame is owned no more, or by nobody who pays.
+    fn discharge(&mut self, frame: u32) {
+        let group = std::mem::take(&mut self.frames[frame as usize].group);
+        if let Some(count) = self.charged.get_mut(&group) {
+            *count = count.saturating_sub(1);
         }
     }
 
@@ -142,8 +180,9 @@ impl FrameTable {
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             self.no_longer_dirty(start + offset);
+            let group = self.charge(space);
             let frame = &mut self.frames[(start + offset) as usize];
-            *frame = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: true };
+            *frame = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: true, group };
         }
         self.free.set(start, count, false);
         self.free_count -= count;
@@ -156,8 +195,8 @@ impl FrameTable {
         match self.frames.get(frame as usize) {
             Some(slot) if slot.owner.is_none() => {
                 self.no_longer_dirty(frame);
-                let last_space = Holder::Space(space);
-                self.frames[frame as usize] = Frame { owner: Some(owner), last_space, referenced: false };
+                let (last_space, group) = (Holder::Space(space), self.charge(space));
+                self.frames[frame as usize] = Frame { owner: Some(owner), last_space, referenced: false, group };
                 self.free.take(frame);
                 self.free_count -= 1;
                 true
@@ -224,6 +263,7 @@ impl FrameTable {
             let was_used = slot.owner.take().is_some();
             unknown |= slot.last_space == Holder::Unknown;
             if was_used {
+                self.discharge(frame + offset);
                 self.free_count += 1;
                 self.is_dirty(frame + offset);
                 freed = self.grown(freed, frame + offset);
@@ -291,7 +331,8 @@ impl FrameTable {
             if let Some(dirty) = self.dirty.get_mut(&holder) {
                 dirty.from = at + 1;
             }
-            self.frames[at as usize] = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
+            self.frames[at as usize] =
+                Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 };
             self.free_count -= 1;
             taken += 1;
             match runs.last_mut() {
@@ -311,7 +352,9 @@ impl FrameTable {
             if self.unshare(at, owner) || self.owner(at) != Some(owner) {
                 continue;
             }
-            self.frames[at as usize] = Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false };
+            self.discharge(at);
+            self.frames[at as usize] =
+                Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 };
             match runs.last_mut() {
                 Some(run) if run.0 + run.1 == at => run.1 += 1,
                 _ => runs.push((at, 1)),
@@ -349,6 +392,35 @@ mod tests {
         assert_eq!(table.allocate(4, owner(40), SpaceId(1)), Some((1, 2)));
         assert_eq!(table.allocate(1, owner(50), SpaceId(1)), None);
         assert_eq!(table.free_count(), 0);
+    }
+
+    #[test]
+    fn whoever_takes_a_frame_pays_until_the_last_owner_gives_it_back() {
+        let mut table = FrameTable::new(16);
+        table.set_group(SpaceId(1), 7);
+        table.set_group(SpaceId(2), 8);
+        table.allocate(4, owner(0), SpaceId(1));
+        table.allocate(2, owner(10), SpaceId(2));
+        table.allocate(2, owner(20), SpaceId(3));
+        assert_eq!((table.charged(7), table.charged(8), table.charged(0)), (4, 2, 0));
+        // A fork's child names two of them too.
+        let child = |page| Owner { region: RegionId(2), page };
+        assert!(table.share(0, child(0)) && table.share(1, child(1)));
+        table.release(0, 2, owner(0));
+        assert_eq!(table.charged(7), 4, "the child still has them");
+        table.release(0, 2, child(0));
+        assert_eq!(table.charged(7), 2);
+        let mut runs = Vec::new();
+        table.hand_over(2, 2, owner(2), owner(99), &mut runs);
+        assert_eq!((table.charged(7), &runs[..]), (0, &[(2, 2)][..]));
+        table.scrubbed(&runs);
+        table.release_unknown(4, 2, owner(10));
+        assert_eq!(table.charged(8), 0);
+        assert!(table.claim(9, owner(1), SpaceId(2), false));
+        assert_eq!(table.charged(8), 1, "a new pager counts what it finds");
+        table.set_group(SpaceId(2), 0);
+        table.release(9, 1, owner(1));
+        assert_eq!(table.charged(8), 0, "also when the space is gone by then");
     }
 
     #[test]

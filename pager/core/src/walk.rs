@@ -119,11 +119,30 @@ impl<P: Policy> Core<P> {
         let has_old_bytes = has_old_bytes || !lost && self.walks.iter().any(|walk| walk.device == device && old(walk));
         self.walks.retain(|walk| walk.device != device);
         let mut table = FrameTable::new(frame_count);
+        self.groups.iter().for_each(|(space, group)| table.set_group(*space, *group));
         if !has_old_bytes {
             table.mark_all_clean();
         }
         let rebuild = Rebuild { table, has_old_bytes, lost, fresh_mappings };
         self.begin_walk(dir, device, Task::Rebuild(Box::new(rebuild)), out);
+    }
+
+    /// Tables of all devices, also those whose frames are being claimed.
+    pub(crate) fn all_tables(&self) -> impl Iterator<Item = &FrameTable> {
+        let claimed = self.walks.iter().filter_map(|walk| match &walk.task {
+            Task::Rebuild(rebuild) => Some(&rebuild.table),
+            Task::Void | Task::Failed => None,
+        });
+        self.frames.iter().flatten().chain(claimed)
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn all_tables_mut(&mut self) -> impl Iterator<Item = &mut FrameTable> {
+        let claimed = self.walks.iter_mut().filter_map(|walk| match &mut walk.task {
+            Task::Rebuild(rebuild) => Some(&mut rebuild.table),
+            Task::Void | Task::Failed => None,
+        });
+        self.frames.iter_mut().flatten().chain(claimed)
     }
 
     /// Frames that are in use, also while they are being claimed: for who gives some back.

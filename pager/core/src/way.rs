@@ -37,6 +37,8 @@ enum Allocated {
     Frames(u32, u32),
     None,
     Injected,
+    /// The program's group has as many as it may have.
+    OverQuota,
 }
 
 impl<P: Policy> Core<P> {
@@ -118,6 +120,8 @@ impl<P: Policy> Core<P> {
                 return Leg::Started(run);
             }
             Allocated::Injected => return Leg::Full(Pages::one(run.first)),
+            // Nobody else's pages make room for it.
+            Allocated::OverQuota => return Leg::Full(run),
             Allocated::None => {}
         }
         let soon = !self.transfers.is_empty() || self.scrubbing() || self.something_dies();
@@ -138,6 +142,11 @@ impl<P: Policy> Core<P> {
         if self.allocation_fails(space, false) {
             return Allocated::Injected;
         }
+        let left = self.left_of_group(space);
+        let run = Pages { count: run.count.min(left), ..run };
+        if run.count == 0 {
+            return Allocated::OverQuota;
+        }
         let huge = run.count == u64::from(HUGE_PAGES) && self.is_private(region);
         if huge && !self.allocation_fails(space, true) {
             let frame = self.table(device).and_then(|table| table.allocate_huge(first, space));
@@ -147,6 +156,26 @@ impl<P: Policy> Core<P> {
         }
         let frames = self.table(device).and_then(|table| table.allocate(run.count as u32, first, space));
         frames.map_or(Allocated::None, |(frame, count)| Allocated::Frames(frame, count))
+    }
+
+    pub(crate) fn set_group(&mut self, space: SpaceId, group: Option<(u16, u64)>) {
+        match group {
+            Some((group, limit_pages)) => {
+                self.groups.insert(space, group);
+                self.group_limits.insert(group, limit_pages);
+            }
+            None => drop(self.groups.remove(&space)),
+        }
+        let number = group.map_or(0, |(group, _)| group);
+        self.all_tables_mut().for_each(|table| table.set_group(space, number));
+    }
+
+    /// How many frames more a space may have, with all others of its group.
+    pub fn left_of_group(&self, space: SpaceId) -> u64 {
+        let Some(group) = self.groups.get(&space) else { return u64::MAX };
+        let limit = self.group_limits.get(group).copied().unwrap_or(u64::MAX);
+        let charged = self.all_tables().map(|table| u64::from(table.charged(*group)));
+        limit.saturating_sub(charged.sum())
     }
 
     /// The test hook's countdown.

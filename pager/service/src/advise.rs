@@ -60,7 +60,7 @@ impl Pager {
             Ok(pieces) => pieces,
             Err(error) => return Some(Err(error)),
         };
-        if let Err(error) = self.check_advice(advice) {
+        if let Err(error) = self.check_advice(conn, advice) {
             return Some(Err(error));
         }
         let who = (conn, call, TraceId::default());
@@ -81,7 +81,7 @@ impl Pager {
         None
     }
 
-    fn check_advice(&self, advice: Advice) -> Result<(), WireError> {
+    fn check_advice(&self, conn: ConnId, advice: Advice) -> Result<(), WireError> {
         let device = match advice {
             Advice::Access { device, .. } | Advice::PreferredLocation(Some(Target::Device(device))) => device,
             Advice::Granularity(Some(log2_pages)) if log2_pages > 63 => {
@@ -94,7 +94,8 @@ impl Pager {
             let text = format!("Device {device} is not in the plan: see `uhmm status`");
             return Err(WireError::new(ErrorCode::NotFound, text));
         }
-        Ok(())
+        // Pages go where they are preferred, whoever asks for them.
+        self.rule_allows(self.space_of(conn)?, device)
     }
 
     /// Returns whether any word has changed.

@@ -22,6 +22,7 @@ use uhmm_kit::record::What;
 use uhmm_pager_core::{Backing, Event, RegionId, SpaceId};
 
 use crate::calls::{Answer, refuse};
+use crate::rules::Rule;
 use crate::service::{Pager, VaultWait};
 use crate::space::{Birth, PID_UNSEEN, Phase, Space, SpaceState, TOKEN_BYTES};
 
@@ -78,10 +79,10 @@ pub(crate) fn code_of(error: &HookError) -> Option<ErrorCode> {
 }
 
 /// A client's process, as the kernel vouches for it.
-struct Caller {
-    pid: u32,
-    uid: u32,
-    process: PeerProcess,
+pub(crate) struct Caller {
+    pub(crate) pid: u32,
+    pub(crate) uid: u32,
+    pub(crate) process: PeerProcess,
 }
 
 impl Caller {
@@ -110,7 +111,12 @@ impl Pager {
         if let Err(error) = self.check_quota() {
             return Some(Err(error));
         }
-        match self.make_space(&caller, opening) {
+        let gid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.gid);
+        let rule = match self.admit_client(&caller, gid) {
+            Ok(rule) => rule,
+            Err(error) => return Some(Err(error)),
+        };
+        match self.make_space(&caller, rule, opening) {
             Err(error) => Some(Err(error)),
             Ok(id) => {
                 self.session_is(conn, id);
@@ -165,7 +171,7 @@ impl Pager {
         Ok(Caller { pid: if peer.pid == 0 { PID_UNSEEN } else { peer.pid }, uid: peer.uid, process })
     }
 
-    fn make_space(&mut self, caller: &Caller, opening: Opening) -> Result<u64, WireError> {
+    fn make_space(&mut self, caller: &Caller, rule: Rule, opening: Opening) -> Result<u64, WireError> {
         let Opening { nonce, uffd, full, sentinel_addr, agent } = opening;
         let agent = self.open_agent(None, &agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
         let pidfd = caller.watched()?;
@@ -190,6 +196,7 @@ impl Pager {
             features: features.bits(),
             pid: caller.pid,
             uid: caller.uid,
+            rule,
             token,
             sentinel_addr,
             birth: Birth::Done,
@@ -211,6 +218,7 @@ impl Pager {
         self.watch_space(&space).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.spaces.insert(id, space);
         self.note_space(What::SpaceOpened, id, caller.pid);
+        self.tell_core_of_rule(id);
         self.watch_agent(id);
         Ok(id)
     }

@@ -46,6 +46,7 @@ impl Pager {
     /// The same for whoever is connected there.
     pub(crate) fn may_use(&self, conn: ConnId, device: u8) -> Result<(), WireError> {
         let uid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.uid);
+        self.rule_allows(self.space_of(conn)?, device)?;
         self.lease(device, uid)
     }
 

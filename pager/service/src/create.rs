@@ -175,15 +175,14 @@ impl Pager {
         (same && region.phase == Phase::Live).then_some(region.id)
     }
 
-    /// In the order in which it is cheapest to find.
     /// What the manifest allows one process.
     fn check_share(&mut self, space_id: u64, len_bytes: u64) -> Result<(), WireError> {
-        let quota = &self.service.plan.quota;
+        let (max_regions, max_bytes, of) = self.region_limits(space_id);
         let regions = self.spaces.get(&space_id).map_or(0, |space| space.segments.len());
-        let text = if len_bytes > quota.max_region_bytes.0 {
-            format!("{len_bytes} bytes are more than quota.max_region_bytes = {}", quota.max_region_bytes.0)
-        } else if regions >= quota.max_regions_per_space as usize {
-            format!("{} regions are the most (quota.max_regions_per_space)", quota.max_regions_per_space)
+        let text = if len_bytes > max_bytes {
+            format!("{len_bytes} bytes are more than max_region_bytes = {max_bytes} ({of} in the manifest)")
+        } else if regions >= max_regions as usize {
+            format!("{max_regions} regions are the most (max_regions_per_space, {of} in the manifest)")
         } else {
             return Ok(());
         };
@@ -191,6 +190,7 @@ impl Pager {
         Err(WireError::new(ErrorCode::NoMemory, text))
     }
 
+    /// In the order in which it is cheapest to find.
     fn check_region(&mut self, space_id: u64, wanted: &Wanted) -> Result<(AddrRange, Option<Memory>), WireError> {
         let Wanted { addr, len_bytes, backing, ref file, offset_bytes } = *wanted;
         let range = AddrRange::new(addr, len_bytes).map_err(|error| invalid(error.to_string()))?;

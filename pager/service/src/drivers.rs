@@ -249,6 +249,7 @@ impl Pager {
             return Err(WireError::new(ErrorCode::Permission, text));
         }
         let uid = self.spaces.get(&space).map_or(u32::MAX, |known| known.state.uid);
+        self.rule_allows(space, device)?;
         self.lease(device, uid)?;
         self.open_mirrors.insert((space, device));
         Ok(pager::Reply::Done)

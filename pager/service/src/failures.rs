@@ -156,7 +156,11 @@ impl Pager {
     /// Why some of the pages of a request stayed, also for the log.
     pub(crate) fn why_stayed(&self, conn: ConnId, trace: TraceId, region: RegionId, runs: &[CoreRun]) -> String {
         let owner = self.regions.get(region.0).map(|region| region.space);
-        let why = owner.map(|space| self.failures.why(space, region, runs)).unwrap_or_default();
+        let met = |status: CoreStatus| runs.iter().any(|run| run.status == status);
+        let over_quota = owner.filter(|_| met(CoreStatus::NoMemory) && !met(CoreStatus::Io));
+        let over_quota = over_quota.and_then(|space| self.over_quota(space));
+        let noted = || owner.map(|space| self.failures.why(space, region, runs)).unwrap_or_default();
+        let why = over_quota.unwrap_or_else(noted);
         let space = self.space_of(conn).unwrap_or(0);
         if runs.iter().any(|run| run.status == CoreStatus::Io) {
             tracing::warn!(request = trace.0, space, region = region.0, why, "Pages stay where they are");

@@ -24,6 +24,7 @@ use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, Header};
 use crate::keepers::Keepers;
+use crate::rules::Rule;
 use crate::segments::hidden;
 use crate::service::Pager;
 use crate::space::{Birth, Phase, Region, Segment, Space, SpaceState, TOKEN_BYTES};
@@ -267,6 +268,8 @@ impl Pager {
             self.spaces.get(&parent_id).map_or((0, false, 0, u32::MAX), |parent| {
                 (parent.state.features, parent.state.full, parent.state.sentinel_addr, parent.state.uid)
             });
+        // Whatever it becomes, it began with the parent's memory.
+        let rule = self.spaces.get(&parent_id).map_or(Rule::NOBODY, |parent| parent.state.rule);
         let state = SpaceState {
             id,
             nonce: 0,
@@ -274,6 +277,7 @@ impl Pager {
             features,
             pid: 0,
             uid,
+            rule,
             token,
             sentinel_addr,
             birth: Birth::Made,
@@ -306,6 +310,7 @@ impl Pager {
             );
         }
         self.spaces.insert(id, space);
+        self.tell_core_of_rule(id);
         self.keep_child(id);
         Ok(id)
     }

@@ -62,6 +62,7 @@ mod requests;
 mod revalidate;
 mod revoke;
 mod revoking;
+mod rules;
 mod segments;
 mod service;
 mod space;

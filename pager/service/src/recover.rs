@@ -167,6 +167,7 @@ impl Pager {
             self.watch_space(&space)?;
         }
         self.spaces.insert(id, space);
+        self.tell_core_of_rule(id);
         self.watch_agent(id);
         self.stats.recovered_spaces += 1;
         Ok(true)

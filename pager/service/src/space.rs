@@ -32,6 +32,7 @@ use crate::granted::Granted;
 use crate::heat::{Heat, add_page};
 use crate::moved::Vacated;
 use crate::registered::Registered;
+use crate::rules::Rule;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmm-spc");
 const OFF_MAGIC: u64 = 0;
@@ -47,6 +48,7 @@ const OFF_PARENT: u64 = 80;
 const OFF_FORK_EVENT: u64 = 88;
 const OFF_UID: u64 = 96;
 const OFF_AT_HOME: u64 = 104;
+const OFF_RULE: u64 = 112;
 
 /// Bytes of a space token.
 pub const TOKEN_BYTES: usize = 16;
@@ -70,6 +72,8 @@ pub struct SpaceState {
     pub pid: u32,
     /// Its user.
     pub uid: u32,
+    /// Which rule of the manifest's names it: see `rules.rs`.
+    pub rule: Rule,
     /// Where a forked child finds out who it is.
     pub sentinel_addr: u64,
     /// Proves ownership.
@@ -128,6 +132,7 @@ impl SpaceState {
         window.store_u64(OFF_PARENT, self.parent)?;
         window.store_u64(OFF_FORK_EVENT, self.fork_event)?;
         window.store_u64(OFF_AT_HOME, u64::from(self.at_home))?;
+        window.store_u64(OFF_RULE, self.rule.word())?;
         window.store_u64(OFF_MAGIC, MAGIC)?;
         Ok(Arc::new(fd))
     }
@@ -154,6 +159,7 @@ impl SpaceState {
             parent: window.load_u64(OFF_PARENT)?,
             fork_event: window.load_u64(OFF_FORK_EVENT)?,
             at_home: window.load_u64(OFF_AT_HOME)? != 0,
+            rule: Rule::from_word(window.load_u64(OFF_RULE)?),
         }))
     }
 }
@@ -548,6 +554,7 @@ mod tests {
                 features: 3,
                 pid: 4,
                 uid: 1000,
+                rule: Rule::from_word(5),
                 sentinel_addr: 4096,
                 token,
                 birth,

@@ -30,6 +30,7 @@
 //!   program, fork    memory and children of test programs -> huge_pool: huge pages for them
 //!   vfio             a PCI device and what it may reach
 //!   manager          what a service manager and a service tell each other
+//!   hostile          what a hostile driver tries, for tests
 //!   probe            what this kernel and account offer (for `uhmm doctor`)
 //! ```
 #![allow(unsafe_code)] // Reason: the workspace denies unsafe everywhere else, so that all of it is reviewed here.
@@ -41,8 +42,8 @@ mod abi;
 pub mod agent;
 pub mod bump;
 pub mod bytes;
-pub mod disk;
 pub mod confine;
+pub mod disk;
 pub mod error;
 pub mod event;
 pub mod fatal;
@@ -50,6 +51,7 @@ pub mod fd_keeper;
 pub mod fork;
 pub mod guard;
 mod guarded;
+pub mod hostile;
 pub mod huge_file;
 pub mod huge_pool;
 pub mod managed;

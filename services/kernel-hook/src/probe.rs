@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+mod sandbox;
+
 use std::os::fd::AsFd;
 
 use crate::pagemap::{self, Categories};
@@ -97,7 +99,7 @@ impl Probe {
     #[must_use]
     pub fn run() -> Self {
         let uffd_features = Userfaultfd::supported_features().unwrap_or(Features::empty());
-        let items = vec![
+        let items = [
             device_node(),
             full_by_call(),
             user_mode_only(),
@@ -117,7 +119,10 @@ impl Probe {
             shmem_huge_pages(),
             cgroup(),
             agent(),
-        ];
+        ]
+        .into_iter()
+        .chain(sandbox::items())
+        .collect();
         let kernel_release = setting("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self { kernel_release, uid: rustix::process::geteuid().as_raw(), uffd_features, items }
     }

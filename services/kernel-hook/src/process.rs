@@ -255,6 +255,20 @@ pub fn memcg_usage_bytes() -> Option<u64> {
     memcg_usage_paths(&own).iter().find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
 }
 
+/// The paths of a process's control groups, as /proc/PID/cgroup has them, each once.
+///
+/// # Errors
+/// `Call` when it is gone, or hidden (hidepid).
+pub fn control_groups(pid: u32) -> Result<Vec<String>, HookError> {
+    let text = read_proc(&format!("/proc/{pid}/cgroup"), "/proc/PID/cgroup")?;
+    let mut paths: Vec<String> =
+        text.lines().filter_map(|line| line.splitn(3, ':').nth(2)).map(str::to_owned).collect();
+    // The longest first: where one hierarchy has the group and others the root, the group says more.
+    paths.sort_by_key(|path| std::cmp::Reverse(path.len()));
+    paths.dedup();
+    Ok(paths)
+}
+
 fn memcg_usage_paths(own_cgroups: &str) -> Vec<String> {
     let mut paths = Vec::new();
     for line in own_cgroups.lines() {
@@ -424,6 +438,8 @@ mod tests {
         assert_eq!(pidfd.name().unwrap(), PidFd::open(own).unwrap().name().unwrap());
         assert_ne!(pidfd.name().unwrap(), PidFd::open(1).unwrap().name().unwrap());
         assert!(rss(own).unwrap().anon > 0);
+        assert!(control_groups(own).unwrap().iter().all(|path| path.starts_with('/')));
+        assert!(control_groups(0).is_err());
         assert!(matches!(vm_write(own, 0x1000, b"x"), Err(HookError::OwnMemory { .. })));
         assert_eq!(PidFd::open(0).unwrap_err().errno(), Some(libc::ESRCH));
         let began = start_time(own).unwrap();

@@ -30,12 +30,14 @@ use std::time::Duration;
 use uhmm_ipc::message::{Call, Event, Interface, Reply, Role, TraceId, supervisor};
 use uhmm_ipc::{Endpoint, Identity, Limits, LinkId, Reactor, TimerToken, Wake};
 use uhmm_kernel_hook::{PAGE_SIZE, SeqListener, memfd};
-use uhmm_manifest::{Kind, Plan};
+use uhmm_manifest::{Kind, Plan, SandboxMode};
 
 /// Environment variable with the key (hexadecimal) that proves a service to the supervisor.
 pub const KEY_VARIABLE: &str = "UHMM_SUPERVISOR_KEY";
 /// Vault name of the service's own listening socket.
 pub const LISTENER_NAME: &str = "kit/listener";
+/// Vault name of the socket that other services, and nobody else, see in the place of the first one.
+pub const INNER_LISTENER_NAME: &str = "kit/inner";
 /// Where the vault's second keeper listens, in the run directory.
 pub const HOLDER_SOCKET: &str = "holder.sock";
 
@@ -168,6 +170,10 @@ impl Service {
         let mut early = Vec::new();
         let (plan_toml, listener, channel_keys) = registered(&mut reactor, supervisor, &mut early)?;
         let plan = Plan::from_toml(&plan_toml)?;
+        // Not even another process of the same user may look at what clients have here.
+        if plan.service(&args.name).is_none_or(|service| service.sandbox.mode != SandboxMode::Off) {
+            uhmm_kernel_hook::confine::hide_memory()?;
+        }
         reactor.set_max_connections(plan.quota.max_spaces.max(Limits::default().max_connections));
         let path = args.run_dir.join(HOLDER_SOCKET);
         let holder_expected = path.exists();
@@ -194,6 +200,10 @@ impl Service {
         let record = Recorder::open(kept, incarnation);
         if let Some(fd) = record.fd() {
             vault.put(&mut reactor, record::RECORD_NAME, fd.clone());
+        }
+        if let Some(inner) = vault.get(INNER_LISTENER_NAME) {
+            let own = inner.try_clone().map_err(|source| KitError::Descriptor { source })?;
+            reactor.listen_to_services(SeqListener::from_fd(own)?)?;
         }
         early.into_iter().for_each(|wake| reactor.put_back(wake));
         Ok(Self {

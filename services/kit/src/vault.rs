@@ -61,6 +61,10 @@ impl Vault {
         }
     }
 
+    pub(crate) fn get(&self, name: &str) -> Option<Fd> {
+        self.entries.get(name).cloned()
+    }
+
     pub(crate) fn remember(&mut self, name: &str, fd: Fd) {
         self.entries.insert(name.to_owned(), fd);
     }

@@ -6,7 +6,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen as ArgLen, SeccompCmpOp as Op, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
-use uhmm_kernel_hook::confine::{Filter, Instruction, calls};
+use uhmm_kernel_hook::confine::{Filter, Instruction, OWN_PROCESS, calls};
 
 /// The compiler knows no action that asks a listener: it compiles this one, which nothing else uses, and that is exchanged.
 const STAND_IN: u32 = 0x5548;
@@ -34,8 +34,12 @@ pub enum Only {
     Unix,
     /// Threads of the same process; no processes.
     Threads,
+    /// The first argument is the own process, or 0.
+    Own,
     /// First arguments.
     Options(Vec<u32>),
+    /// Second arguments.
+    Second(Vec<u32>),
     /// ioctl numbers, and families of them.
     Ioctls {
         /// One by one.
@@ -54,7 +58,9 @@ impl Only {
         match self {
             Self::Unix => Ok(vec![when(0, Op::Eq, AF_UNIX)?]),
             Self::Threads => Ok(vec![when(0, Op::MaskedEq(CLONE_VM_AND_THREAD), CLONE_VM_AND_THREAD)?]),
+            Self::Own => Ok(vec![when(0, Op::Eq, 0)?, when(0, Op::Eq, u64::from(OWN_PROCESS))?]),
             Self::Options(options) => options.iter().map(|option| when(0, Op::Eq, u64::from(*option))).collect(),
+            Self::Second(options) => options.iter().map(|option| when(1, Op::Eq, u64::from(*option))).collect(),
             Self::Ioctls { numbers, families } => {
                 let numbers = numbers.iter().map(|number| when(1, Op::Eq, u64::from(*number)));
                 let families = families.iter().map(|family| when(1, Op::MaskedEq(IOCTL_FAMILY), u64::from(*family)));

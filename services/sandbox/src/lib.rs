@@ -18,15 +18,13 @@ pub use place::Place;
 
 use std::path::PathBuf;
 
-use uhmm_kernel_hook::confine::{Capability, Confinement, FileAccess, Folders, LandlockSupport, Limit, calls};
+use uhmm_kernel_hook::confine::{Capability, Confinement, FileAccess, Folders, Limit, calls};
 use uhmm_manifest::{Kind, Plan, SandboxMode, ServicePlan};
 use uhmm_pci::PciPath;
 
 /// Whose list of a driver's it is, by the way to its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Starts the others; confines itself.
-    Supervisor,
     /// Keeps the vault's second copy.
     Holder,
     /// Answers faults.
@@ -35,6 +33,8 @@ pub enum Role {
     Mirror,
     /// A driver of a device made of software, or of none that the manifest knows.
     Software,
+    /// A driver whose memory is a file or a partition.
+    File,
     /// A driver of a PCI device of this machine.
     Vfio,
     /// A driver of a device in another process.
@@ -46,18 +46,20 @@ impl Role {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Supervisor => "supervisor",
             Self::Holder => "holder",
             Self::Pager => "pager",
             Self::Mirror => "mirror",
             Self::Software => "driver (software)",
+            Self::File => "driver (file)",
             Self::Vfio => "driver (VFIO)",
             Self::VfioUser => "driver (vfio-user)",
         }
     }
 
     fn of(plan: &Plan, service: &ServicePlan) -> Self {
-        match (service.kind, plan.driver_service(&service.name).and_then(|device| device.pci.as_ref())) {
+        let device = plan.driver_service(&service.name);
+        match (service.kind, device.and_then(|device| device.pci.as_ref())) {
+            (Kind::Driver, None) if device.is_some_and(|device| device.path.is_some()) => Self::File,
             (Kind::Pager, _) => Self::Pager,
             (Kind::Mirror, _) => Self::Mirror,
             (Kind::Driver, None) => Self::Software,
@@ -215,10 +217,6 @@ impl Rules {
     fn of(plan: &Plan, service: &ServicePlan, role: Role, place: &Place) -> Result<Self, SandboxError> {
         let wanted = &service.sandbox;
         let mut calls = table::calls(role);
-        if role_is_driver(role) && !LandlockSupport::probe().signals() {
-            // Without Landlock's help it could end its neighbours.
-            calls.retain(|call| call.name != "tgkill");
-        }
         for name in &wanted.syscalls {
             let unknown = || SandboxError::NoSuchCall { service: service.name.clone(), name: name.clone() };
             calls::number(name).ok_or_else(unknown)?;
@@ -242,7 +240,7 @@ impl Rules {
 }
 
 fn role_is_driver(role: Role) -> bool {
-    matches!(role, Role::Software | Role::Vfio | Role::VfioUser)
+    matches!(role, Role::Software | Role::File | Role::Vfio | Role::VfioUser)
 }
 
 #[cfg(test)]

@@ -45,6 +45,15 @@ impl Place {
         self.run_dir.join("view").join(service)
     }
 
+    /// The socket of a service's device, if it lies among the services' own, where its folder is not shown.
+    #[must_use]
+    pub fn device_socket(&self, plan: &Plan, service: &str) -> Option<PathBuf> {
+        match plan.driver_service(service).and_then(|device| device.pci.as_ref()) {
+            Some(PciPath::VfioUser(socket)) if socket.parent() == Some(&self.run_dir) => Some(socket.clone()),
+            _ => None,
+        }
+    }
+
     /// Programs of uhmm.
     pub(crate) fn files_of_built_in(&self) -> Vec<(PathBuf, FileAccess)> {
         self.files_of_program(&self.exe)
@@ -66,11 +75,20 @@ impl Place {
         if role == Role::Pager {
             // Control groups of clients. Landlock itself keeps their memory closed.
             files.push(("/proc".into(), FileAccess::Read));
+            // For clients that may not open it themselves.
+            files.push(("/dev/userfaultfd".into(), FileAccess::Device));
         }
         if let Some(PciPath::Vfio(address)) = plan.driver_service(&service.name).and_then(|device| device.pci.as_ref())
         {
             files.extend(SYSFS.iter().map(|path| (PathBuf::from(path), FileAccess::Read)));
             files.extend(vfio_nodes(Path::new("/sys"), &address.to_string()).map(|path| (path, FileAccess::Device)));
+        }
+        if let Some(path) = plan.driver_service(&service.name).and_then(|device| device.path.as_ref()) {
+            // One that is not there is made, which is a right to its folder.
+            files.push(match path.parent() {
+                Some(folder) if !path.exists() => (folder.to_owned(), FileAccess::Create),
+                _ => (path.clone(), FileAccess::Device),
+            });
         }
         let sandbox = &service.sandbox;
         let given = [
@@ -92,8 +110,10 @@ impl Place {
             plan.driver_service(&service.name).and_then(|device| device.pci.as_ref())
         {
             // Its folder: a device that is started again makes another socket there.
-            shown.extend(socket.parent().map(Path::to_path_buf));
+            shown.extend(socket.parent().filter(|folder| *folder != self.run_dir).map(Path::to_path_buf));
         }
+        let file = plan.driver_service(&service.name).and_then(|device| device.path.as_ref());
+        shown.extend(file.map(|path| path.parent().filter(|_| !path.exists()).unwrap_or(path).to_owned()));
         Folders {
             covered: COVERED.iter().map(PathBuf::from).collect(),
             shown,

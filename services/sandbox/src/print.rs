@@ -83,8 +83,9 @@ fn shown(call: &Call) -> String {
     match &call.only {
         None => call.name.clone(),
         Some(Only::Unix) => format!("{}(AF_UNIX)", call.name),
+        Some(Only::Own) => format!("{}(own process)", call.name),
         Some(Only::Threads) => format!("{}(threads)", call.name),
-        Some(Only::Options(options)) => format!("{}({})", call.name, hex(options)),
+        Some(Only::Options(options) | Only::Second(options)) => format!("{}({})", call.name, hex(options)),
         Some(Only::Ioctls { numbers, families }) => {
             let families = if families.is_empty() { String::new() } else { format!("; families {}", hex(families)) };
             format!("{}({}{families})", call.name, hex(numbers))

@@ -31,7 +31,7 @@ fn rules(driver: &str, device: &str) -> Rules {
 
 #[test]
 fn every_call_of_the_table_exists() {
-    for role in [Role::Holder, Role::Pager, Role::Mirror, Role::Software, Role::Vfio, Role::VfioUser] {
+    for role in [Role::Holder, Role::Pager, Role::Mirror, Role::Software, Role::File, Role::Vfio, Role::VfioUser] {
         for call in table::calls(role) {
             assert!(calls::number(&call.name).is_some(), "{}", call.name);
         }
@@ -42,8 +42,6 @@ fn every_call_of_the_table_exists() {
 #[test]
 fn no_driver_may_do_what_reaches_others() {
     let dangerous = [
-        "process_vm_readv",
-        "process_vm_writev",
         "ptrace",
         "pidfd_getfd",
         "pidfd_open",
@@ -109,6 +107,13 @@ fn no_driver_may_do_what_reaches_others() {
         }
         let form = |name: &str| allowed.iter().find(|call| call.name == name).and_then(|call| call.only.clone());
         assert_eq!((form("socket"), form("clone")), (Some(Only::Unix), Some(Only::Threads)));
+        let signals_by_files = [8, 10, 15];
+        assert!(
+            matches!(form("fcntl"), Some(Only::Second(of)) if !signals_by_files.iter().any(|one| of.contains(one)))
+        );
+        for name in ["process_vm_readv", "process_vm_writev", "prlimit64", "sched_setaffinity", "tgkill"] {
+            assert_eq!(form(name), Some(Only::Own), "{name}");
+        }
     }
 }
 

@@ -24,13 +24,15 @@ fn doors(plan: &Plan, run_dir: &Path) -> Vec<(PathBuf, BTreeSet<PathBuf>)> {
         return Vec::new();
     }
     let endpoint = |name: &str| plan.endpoint_path(run_dir, name);
-    let common = || BTreeSet::from([run_dir.join("supervisor.sock")]);
+    // Whoever joins comes as a service: what it is shown lets nobody in as a client or an operator.
+    let inner = |name: &str| crate::views::inner(&plan.endpoint_path(run_dir, name));
+    let common = || BTreeSet::from([crate::views::inner(&run_dir.join("supervisor.sock"))]);
     let mut doors = Vec::new();
     for service in plan.services.iter().filter(|service| service.join.is_some()) {
         let channels = plan.channels.iter().filter(|channel| channel.from == service.name);
         let mut sockets = common();
         sockets.insert(run_dir.join(HOLDER_SOCKET));
-        sockets.extend(channels.map(|channel| endpoint(&channel.to)));
+        sockets.extend(channels.map(|channel| inner(&channel.to)));
         doors.push((run_dir.join("join").join(&service.name), sockets));
     }
     if plan.holder_join.is_some() {
@@ -42,7 +44,7 @@ fn doors(plan: &Plan, run_dir: &Path) -> Vec<(PathBuf, BTreeSet<PathBuf>)> {
 }
 
 /// Shows the same socket under another name. One that is not there (yet) is left out.
-fn show(socket: &Path, folder: &Path) -> std::io::Result<()> {
+pub(crate) fn show(socket: &Path, folder: &Path) -> std::io::Result<()> {
     let Ok(there) = std::fs::symlink_metadata(socket) else { return Ok(()) };
     let Some(name) = socket.file_name() else { return Ok(()) };
     let shown = folder.join(name);
@@ -68,7 +70,7 @@ impl<F: FnOnce()> Supervisor<F> {
             std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&folder).map_err(failed)?;
             sockets.iter().try_for_each(|socket| show(socket, &folder)).map_err(failed)?;
         }
-        Ok(())
+        self.make_views()
     }
 
     /// Everything has ended in order.
@@ -123,8 +125,9 @@ service = "d1"
             let found = doors.into_iter().find(|(path, _)| path == &Path::new("/r").join(folder)).expect("a folder").1;
             found.iter().map(|path| path.strip_prefix("/r").expect("below").display().to_string()).collect::<Vec<_>>()
         };
-        assert_eq!(shown("join/d0"), ["holder.sock", "mirror.sock", "pager.sock", "supervisor.sock"]);
-        assert_eq!(shown("join/holder"), ["supervisor.sock"]);
+        let services = ["holder.sock", "inner/mirror.sock", "inner/pager.sock", "inner/supervisor.sock"];
+        assert_eq!(shown("join/d0"), services);
+        assert_eq!(shown("join/holder"), ["inner/supervisor.sock"]);
         assert_eq!(shown("clients"), ["driver-chip0.sock", "driver-chip1.sock", "pager.sock"]);
         assert_eq!(doors(&plan, Path::new("/r")).len(), 3, "d1 does not join");
         assert!(doors(&Manifest::built_in().resolve().expect("a plan"), Path::new("/r")).is_empty());

@@ -106,6 +106,7 @@ impl<F: FnOnce()> Supervisor<F> {
         if !runs {
             return Ok(());
         }
+        self.confined_before(self.plan.services.len());
         if let Fate::Alive(pid, pidfd) = found {
             self.watch_holder(pid, pidfd, None)?;
         }
@@ -197,7 +198,9 @@ impl<F: FnOnce()> Supervisor<F> {
         command.args(["--name", HOLDER, "--incarnation", &incarnation.to_string(), "--log", self.log_name()]);
         not_for_children(&mut command);
         command.stdin(Stdio::from(far.into_fd())).stdout(Stdio::null()).process_group(0);
+        let pending = self.confine_holder(&mut command)?;
         let child = command.spawn().map_err(|source| HookError::call("spawn", None, source))?;
+        self.holder_confined(pending);
         let pid = child.id();
         self.saved.started(HOLDER, pid);
         self.save_state();

@@ -5,6 +5,7 @@
 //! [`holder`]: it gives them to the next supervisor, and services that live hand theirs back. A service manager that has started the
 //! supervisor hears how it is ([`manager`]) and keeps the vault a third time, for the death of all at once ([`store`]).
 
+mod confining;
 pub mod core;
 mod doors;
 mod holder;
@@ -17,6 +18,7 @@ mod service;
 mod state;
 mod store;
 mod vault;
+mod views;
 
 pub use holder::{HolderOptions, run_holder};
 pub use service::{SupervisorError, SupervisorOptions, run};

@@ -4,12 +4,11 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use rustix::process::Signal;
 use uhmm_ipc::{ConnId, FdToken};
 use uhmm_kernel_hook::PidFd;
 use uhmm_kit::record::What;
 use uhmm_kit::{KEY_VARIABLE, LISTENER_NAME, LogFormat};
-use uhmm_manifest::Sandbox;
 
 use crate::joining::Outside;
 use crate::manager::not_for_children;
@@ -44,17 +43,20 @@ impl<F: FnOnce()> Supervisor<F> {
         not_for_children(&mut command);
         // Its own group: Ctrl-C reaches the supervisor alone, which stops the services in order.
         command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        let pending = self.confine(service, &mut command)?;
         let now_ms = self.now_ms();
-        match command.spawn() {
+        let spawned = command.spawn();
+        let confined = self.confined_now(service, pending);
+        match spawned {
             Ok(child) => {
                 let pid = child.id();
-                limit(pid, &plan.sandbox);
                 self.core.spawned(service, pid, now_ms);
                 self.children.insert(service, child);
                 self.note(What::ServiceStarted, &plan.name, incarnation.into());
                 self.saved.started(&plan.name, pid);
                 self.save_state();
                 self.watch(service, PidFd::open(pid)?)?;
+                confined?;
             }
             Err(error) => self.core.exited(service, &format!("cannot be started: {error}"), now_ms, &mut self.actions),
         }
@@ -86,6 +88,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         self.reactor.remove_fd(pidfd)?;
         self.pidfds.remove(&service);
+        self.stop_listening(service);
         let how = match self.children.remove(&service).map(|mut child| child.wait()) {
             Some(Ok(status)) => status.to_string(),
             Some(Err(error)) => format!("cannot be reaped: {error}"),
@@ -132,6 +135,7 @@ impl<F: FnOnce()> Supervisor<F> {
             match self.fate(service) {
                 Fate::Alive(pid, pidfd) => {
                     self.core.found_alive(service, pid, now_ms);
+                    self.confined_before(service);
                     self.watch(service, pidfd)?;
                 }
                 Fate::Dead => self.core.found_dead(service, now_ms, &mut self.actions),
@@ -167,18 +171,6 @@ impl<F: FnOnce()> Supervisor<F> {
         match self.options.log {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
-        }
-    }
-}
-
-/// Limits of the manifest's sandbox, set from outside right after the start.
-fn limit(pid: u32, sandbox: &Sandbox) {
-    let limits = [(Resource::Nofile, sandbox.nofile), (Resource::As, sandbox.address_space_bytes.map(|bytes| bytes.0))];
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    for (resource, value) in limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))) {
-        let both = Rlimit { current: Some(value), maximum: Some(value) };
-        if let Err(error) = prlimit(pid, resource, both) {
-            tracing::warn!(%error, ?resource, value, "A sandbox limit could not be set");
         }
     }
 }

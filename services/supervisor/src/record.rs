@@ -28,10 +28,12 @@ impl<F: FnOnce()> Supervisor<F> {
 
     pub(crate) fn tell_metrics(&self, each: &mut Each<'_>) {
         let vault: usize = self.plan.services.iter().map(|service| self.vault.count(&service.name)).sum();
+        let denied_calls = self.confined.values().map(|confined| confined.denied_calls).sum();
         for (name, kind, value) in [
             ("services", Kind::Gauge, self.plan.services.len() as u64),
             ("restarts", Kind::Counter, self.restarts),
             ("vault_entries", Kind::Gauge, vault as u64),
+            ("denied_calls", Kind::Gauge, denied_calls),
             ("uptime_ms", Kind::Gauge, self.now_ms()),
         ] {
             each(format_args!("{name}"), kind, value);

@@ -13,9 +13,10 @@ use uhmm_ipc::{ConnId, FdToken, Identity, Limits, Peer, Reactor, TimerToken, Wak
 use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_kernel_hook::{HookError, PidFd, SeqListener};
 use uhmm_kit::record::{self, What};
-use uhmm_kit::{HOLDER_SOCKET, LISTENER_NAME, LogFormat, Recorder, WHOLE_NAME};
+use uhmm_kit::{HOLDER_SOCKET, INNER_LISTENER_NAME, LISTENER_NAME, LogFormat, Recorder, WHOLE_NAME};
 use uhmm_manifest::{Kind, Manifest, Plan};
 
+use crate::confining::{Confined, KIND_DENIED};
 use crate::core::{Action, Core, State};
 use crate::joining::{JoinBook, tokens};
 use crate::keeping::{Keeping, TIMER_HOLDER, TIMER_HOLDER_PING, TOKEN_HOLDER};
@@ -71,6 +72,17 @@ pub enum SupervisorError {
     /// A token, or a holder that was not let in.
     #[error("Nobody can join")]
     Join(#[from] uhmm_kit::KitError),
+    /// What a service may do cannot be made.
+    #[error(transparent)]
+    Sandbox(#[from] uhmm_sandbox::SandboxError),
+    /// A service was asked to be confined wholly, which is not possible here.
+    #[error(
+        "The sandbox is not whole, which its manifest asks for (sandbox.mode = \"required\"): {missing}. See `uhmm doctor`"
+    )]
+    NotConfined {
+        /// What is not in force.
+        missing: String,
+    },
     /// Of a holder.
     #[error("The holder is started by the supervisor (`uhmm up`): {problem}")]
     NotStartedBySupervisor {
@@ -104,6 +116,8 @@ pub(crate) struct Supervisor<F> {
     pub(crate) saved: SavedState,
     pub(crate) children: HashMap<usize, Child>,
     pub(crate) pidfds: HashMap<usize, PidFd>,
+    /// What is in force for services that this supervisor has started.
+    pub(crate) confined: HashMap<usize, Confined>,
     pub(crate) sessions: HashMap<ConnId, Peer>,
     pub(crate) registered: HashMap<usize, ConnId>,
     /// Dead services whose last words are being read: how they ended.
@@ -132,11 +146,19 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     if let Err(error) = uhmm_kernel_hook::process::raise_descriptor_limit() {
         tracing::warn!(%error, "The descriptor limit stays what it is: it also limits the number of clients");
     }
+    // Services have another working directory.
+    let refused = |error: std::io::Error| SupervisorError::RunDir {
+        path: options.run_dir.clone(),
+        problem: format!("it has no absolute path: {error}"),
+    };
+    let run_dir = std::path::absolute(&options.run_dir).map_err(refused)?;
+    options.run_dir = run_dir;
     make_run_dir(&options.run_dir)?;
     let path = options.run_dir.join("supervisor.sock");
     options.adopt = (options.adopt || options.replaceable) && !is_fresh(&options.run_dir);
     let patience = if options.adopt { PREDECESSOR_PATIENCE } else { Duration::ZERO };
     let listener = bind_after(&path, patience).map_err(|source| SupervisorError::Socket { path, source })?;
+    let inner = crate::views::bind_inner(&options.run_dir, "supervisor.sock", patience)?;
     // Before anything is written: services of an older supervisor still hold their sockets, and then only `--adopt` will do.
     let vault = if options.adopt { Vault::default() } else { listen_for_all(&options.run_dir, &plan)? };
     let mut saved = SavedState::open(&options.run_dir, options.adopt)?;
@@ -148,9 +170,11 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     supervisor.find_holder()?;
     supervisor.begin_store()?;
     supervisor.begin_record(None);
+    supervisor.make_views()?;
     supervisor.begin()?;
     supervisor.open_doors()?;
     supervisor.reactor.listen(listener)?;
+    supervisor.reactor.listen_to_services(inner)?;
     supervisor.reactor.add_fd(&signals, TOKEN_SIGNALS)?;
     let mut wakes = Vec::new();
     while !supervisor.done {
@@ -179,7 +203,7 @@ fn is_fresh(run_dir: &Path) -> bool {
 }
 
 /// A process that the dead supervisor was just starting has its socket until it runs its own program; nobody tells when that is.
-fn bind_after(path: &Path, patience: Duration) -> Result<SeqListener, HookError> {
+pub(crate) fn bind_after(path: &Path, patience: Duration) -> Result<SeqListener, HookError> {
     let until = Instant::now() + patience;
     loop {
         match SeqListener::bind(path) {
@@ -194,8 +218,9 @@ pub(crate) fn listen(run_dir: &Path, plan: &Plan, name: &str, vault: &mut Vault)
     let path = plan.endpoint_path(run_dir, name);
     let listener = SeqListener::bind(&path).map_err(|source| SupervisorError::Socket { path, source })?;
     let listener = Arc::new(listener.into_fd());
-    for entry in [LISTENER_NAME, WHOLE_NAME] {
-        if let Err(text) = vault.put(name, entry.to_owned(), Arc::clone(&listener)) {
+    let inner = Arc::new(crate::views::bind_inner_of(run_dir, plan, name)?.into_fd());
+    for (entry, fd) in [(LISTENER_NAME, &listener), (INNER_LISTENER_NAME, &inner), (WHOLE_NAME, &listener)] {
+        if let Err(text) = vault.put(name, entry.to_owned(), Arc::clone(fd)) {
             tracing::error!(text, "The vault refused a listening socket");
         }
     }
@@ -248,6 +273,7 @@ impl<F: FnOnce()> Supervisor<F> {
             saved,
             children: HashMap::new(),
             pidfds: HashMap::new(),
+            confined: HashMap::new(),
             sessions: HashMap::new(),
             registered: HashMap::new(),
             ending: HashMap::new(),
@@ -313,6 +339,9 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             Wake::Fd(TOKEN_SIGNALS) => self.shutdown()?,
             Wake::Fd(TOKEN_HOLDER) => self.check_holder()?,
+            Wake::Fd(FdToken(token)) if token & KIND_DENIED != 0 => {
+                self.calls_denied((token & !KIND_DENIED) as usize)?
+            }
             Wake::Fd(FdToken(service)) => self.check_exit(service as usize)?,
             Wake::Connected { conn, peer } => {
                 self.sessions.insert(conn, peer);
@@ -325,7 +354,9 @@ impl<F: FnOnce()> Supervisor<F> {
             Wake::Call { conn, call, body, .. } => {
                 let answer = match body {
                     Call::Common(common::Call::Stats) => {
-                        Ok(Reply::Common(common::Reply::Stats(record::metrics(|each| self.tell_metrics(each)))))
+                        let mut metrics = record::metrics(|each| self.tell_metrics(each));
+                        metrics.extend(self.sandbox_metrics());
+                        Ok(Reply::Common(common::Reply::Stats(metrics)))
                     }
                     Call::Supervisor(request) => self.request(conn, request)?.map(Reply::Supervisor),
                     _ => Err(WireError::new(ErrorCode::Protocol, "Not a call of the supervisor interface")),
@@ -597,6 +628,7 @@ impl<F: FnOnce()> Supervisor<F> {
         self.close_doors();
         let sockets = self.plan.services.iter().map(|s| self.plan.endpoint_path(&self.options.run_dir, &s.name));
         let own = ["supervisor.sock", "supervisor.toml", HOLDER_SOCKET].map(|file| self.options.run_dir.join(file));
+        crate::views::remove(&self.options.run_dir);
         for path in sockets.chain(own) {
             if let Err(error) = std::fs::remove_file(&path) {
                 tracing::debug!(%error, path = %path.display(), "Was not there");

@@ -28,6 +28,9 @@ pub struct SavedState {
     /// The process of each.
     #[serde(default)]
     processes: BTreeMap<String, Process>,
+    /// What is in force for each that was started confined.
+    #[serde(default)]
+    pub sandboxes: BTreeMap<String, u32>,
     /// `FROM->TO`: key in hexadecimal.
     keys: BTreeMap<String, String>,
     #[serde(skip)]

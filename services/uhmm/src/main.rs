@@ -59,6 +59,9 @@ enum Command {
     Plan {
         /// Manifest (TOML); without it the built-in one
         manifest: Option<PathBuf>,
+        /// What each service may call, open and keep
+        #[arg(long)]
+        sandbox: bool,
     },
     /// Print a Container Device Interface file: a container gets a device by its name (`uhmm cdi >/etc/cdi/uhmm.json`)
     Cdi(commands::CdiArgs),
@@ -278,7 +281,7 @@ fn run() -> anyhow::Result<ExitCode> {
         }
         Command::Down => commands::down(&run_dir)?,
         Command::Token => commands::token()?,
-        Command::Plan { manifest } => commands::plan(manifest.as_deref())?,
+        Command::Plan { manifest, sandbox } => commands::plan(manifest.as_deref(), run_dir, sandbox)?,
         Command::Cdi(args) => commands::cdi(&args, &run_dir)?,
         Command::Status => commands::status(&run_dir)?,
         Command::Stats { json } => commands::stats(&run_dir, json)?,

@@ -89,6 +89,7 @@ pub const ALL: &[Meta] = &[
     meta(SUPERVISOR, "services", Gauge, "service", "Services of the plan"),
     meta(SUPERVISOR, "restarts", Counter, "service", "Services that were started again"),
     meta(SUPERVISOR, "vault_entries", Gauge, "service", "Descriptors in the vault"),
+    meta(SUPERVISOR, "denied_calls", Gauge, "service", "System calls that sandboxes refused to the services that run"),
     meta(SUPERVISOR, "uptime_ms", Gauge, "service", "Since the supervisor runs"),
     meta(
         PAGER,

@@ -227,7 +227,10 @@ fn carry_out(action: &Action, run_dir: &Path) -> Result<String, Error> {
         }
         Action::Drain(device) => {
             let id = operator.device_id(device)?;
-            format!("{} pages came home from {device}; it takes none until `uhmm undrain {device}`", operator.drain(id)?)
+            format!(
+                "{} pages came home from {device}; it takes none until `uhmm undrain {device}`",
+                operator.drain(id)?
+            )
         }
         Action::Evict { region } => format!("{} pages came home", operator.move_region(*region, None)?),
         Action::Migrate { region, device } => {

@@ -23,7 +23,7 @@ fn keys() -> Keys {
     keys
 }
 
-fn code(result: Result<Welcome, WireError>) -> Option<ErrorCode> {
+fn code<T>(result: Result<T, WireError>) -> Option<ErrorCode> {
     result.err().map(|error| error.code)
 }
 
@@ -123,5 +123,20 @@ fn a_client_that_cannot_be_held_is_refused_and_told_why_and_a_service_is_not() {
         let refused = judge_process("app", role, Some(&problem)).expect_err("nobody could watch it");
         assert_eq!(refused.code, ErrorCode::Permission);
         assert!(refused.text.contains("app") && refused.text.contains("it has no name"), "{refused}");
+    }
+}
+
+#[test]
+fn only_services_pass_a_door_for_services() {
+    for (role, passes) in [
+        (Role::Client, false),
+        (Role::Operator, false),
+        (Role::Driver, true),
+        (Role::Mirror, true),
+        (Role::Pager, true),
+        (Role::Supervisor, true),
+    ] {
+        assert_eq!(code(judge_door(&greeting(role), true)), (!passes).then_some(ErrorCode::Permission), "{role:?}");
+        assert_eq!(code(judge_door(&greeting(role), false)), None, "{role:?}");
     }
 }

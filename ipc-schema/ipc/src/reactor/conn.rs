@@ -9,7 +9,9 @@ use super::source::{MAX_INDEX, Source};
 use super::timers::Due;
 use super::{ACCEPTS_PER_TURN, MESSAGES_PER_TURN, Reactor, Shared, find_conn};
 use crate::codec::{BodyRef, Frame, FrameBody, Header, decode};
-use crate::handshake::{judge, judge_process};
+use uhmm_kernel_hook::process::PeerCred;
+
+use crate::handshake::{judge, judge_door, judge_process};
 use crate::identity::Limits;
 use crate::ids::{CallId, ConnId, TimerId};
 use crate::message::{Call, ErrorCode, Event, Hello, Interface, Reply, Role, TraceId, WireError};
@@ -42,6 +44,8 @@ pub(super) struct Conn {
     stalled: bool,
     /// Its process is dead: it ends when everything was read that was sent before.
     last_words: bool,
+    /// It came through a socket for services.
+    services_only: bool,
 }
 
 enum State {
@@ -170,7 +174,10 @@ impl Reactor {
         for _ in 0..ACCEPTS_PER_TURN {
             let Some(listener) = self.listeners.get_mut(index) else { return };
             match listener.socket.accept() {
-                Ok(Some(socket)) => self.admit(socket),
+                Ok(Some(socket)) => {
+                    let services_only = listener.services_only;
+                    self.admit(socket, services_only);
+                }
                 Ok(None) => {
                     listener.in_ready = false;
                     return;
@@ -185,7 +192,7 @@ impl Reactor {
         self.shared.ready.push_back(Source::Listener(index));
     }
 
-    fn admit(&mut self, socket: uhmm_kernel_hook::SeqPacket) {
+    fn admit(&mut self, socket: uhmm_kernel_hook::SeqPacket, services_only: bool) {
         let most = self.shared.identity.limits.max_connections as usize + SPARE_CONNECTIONS;
         if self.conns.len() >= most.min(MAX_INDEX) && !self.forget_silent() {
             if let Some(untold) = self.complaints.another(Instant::now()) {
@@ -220,6 +227,7 @@ impl Reactor {
             unanswered: HashMap::new(),
             stalled: false,
             last_words: false,
+            services_only,
         });
     }
 
@@ -310,6 +318,8 @@ impl Reactor {
 
     fn greet(&mut self, id: ConnId, hello: Hello) -> Result<(), End> {
         let welcome = judge(&self.shared.identity, &self.shared.keys, &hello).map_err(End::Refused)?;
+        let services_only = find_conn(&mut self.conns, id).is_some_and(|conn| conn.services_only);
+        judge_door(&hello, services_only).map_err(End::Refused)?;
         let max_clients = self.shared.identity.limits.max_connections as usize;
         let (count, max, whose) = match hello.role {
             Role::Client => (self.client_count, max_clients, "clients"),
@@ -337,14 +347,9 @@ impl Reactor {
         self.operator_count += usize::from(hello.role == Role::Operator);
         conn.channel.max_message_bytes = welcome.max_message_bytes as usize;
         conn.channel.max_fds = usize::from(welcome.max_fds);
-        let peer = Peer {
-            name: hello.name,
-            role: hello.role,
-            incarnation,
-            pid: cred.pid,
-            uid: cred.uid,
-            process: process.ok(),
-        };
+        let PeerCred { pid, uid, gid } = cred;
+        let process = process.ok();
+        let peer = Peer { name: hello.name, role: hello.role, incarnation, pid, uid, gid, process };
         self.shared.wakes.push(Wake::Connected { conn: id, peer });
         match conn.send(&mut self.shared, 0, TraceId::default(), BodyRef::Welcome(&welcome)) {
             Ok(()) => Ok(()),

@@ -76,6 +76,8 @@ impl Shared {
 struct Listener {
     socket: SeqListener,
     in_ready: bool,
+    /// Nobody but services with a key is let in.
+    services_only: bool,
 }
 
 struct Watched {
@@ -158,6 +160,16 @@ impl Reactor {
 
     /// Accepts connections from now on; those that wait in the backlog come first. May be called more than once.
     pub fn listen(&mut self, socket: SeqListener) -> Result<(), IpcError> {
+        self.listen_to(socket, false)
+    }
+
+    /// The same, for a socket that confined services can reach: whoever comes through it has a service's key, or is refused. Such a process
+    /// could call itself a client or an operator otherwise.
+    pub fn listen_to_services(&mut self, socket: SeqListener) -> Result<(), IpcError> {
+        self.listen_to(socket, true)
+    }
+
+    fn listen_to(&mut self, socket: SeqListener, services_only: bool) -> Result<(), IpcError> {
         if self.shared.identity.interface.is_none() {
             return Err(IpcError::NothingServed);
         }
@@ -166,7 +178,7 @@ impl Reactor {
             .registry
             .register(&mut SourceFd(&socket.as_fd().as_raw_fd()), token, Interest::READABLE)
             .map_err(|source| IpcError::Poll { action: "watch a listener", source })?;
-        self.listeners.push(Listener { socket, in_ready: false });
+        self.listeners.push(Listener { socket, in_ready: false, services_only });
         Ok(())
     }
 

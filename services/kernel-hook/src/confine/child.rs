@@ -141,7 +141,7 @@ fn unshare(flag: libc::c_int) -> io::Result<()> {
 
 fn write_file(name: &CStr, text: &CStr) -> io::Result<()> {
     // SAFETY: a name that ends with a zero, and as many bytes as the text has.
-    let written = unsafe {
+    unsafe {
         let fd = libc::open(name.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if fd < 0 {
             return Err(io::Error::last_os_error());
@@ -150,8 +150,7 @@ fn write_file(name: &CStr, text: &CStr) -> io::Result<()> {
         let error = io::Error::last_os_error();
         libc::close(fd);
         if written < 0 { Err(error) } else { Ok(()) }
-    };
-    written
+    }
 }
 
 fn errno(error: &io::Error) -> i32 {

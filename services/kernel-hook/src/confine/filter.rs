@@ -1,7 +1,7 @@
 //! seccomp: a filter for the calling thread and its children, and the descriptor that tells which calls it refused.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -34,8 +34,22 @@ struct Program {
     instructions: *const Instruction,
 }
 
+/// In a filter: the number of the process that it will restrict, which nobody knows before the fork.
+pub const OWN_PROCESS: u32 = 0x4f57_4e50;
+/// The kernel takes no more.
+const INSTRUCTIONS_MAX: usize = 4096;
+
 fn set(instructions: &[Instruction], flags: libc::c_ulong) -> io::Result<i32> {
-    let program = Program { len: instructions.len() as u16, instructions: instructions.as_ptr() };
+    let (mut own, count) = ([Instruction::default(); INSTRUCTIONS_MAX], instructions.len());
+    if count > INSTRUCTIONS_MAX {
+        return Err(io::Error::from_raw_os_error(libc::E2BIG));
+    }
+    let pid = std::process::id();
+    for (place, instruction) in own.iter_mut().zip(instructions) {
+        let number = if instruction.number == OWN_PROCESS { pid } else { instruction.number };
+        *place = Instruction { number, ..*instruction };
+    }
+    let program = Program { len: count as u16, instructions: own.as_ptr() };
     // SAFETY: the kernel reads that many instructions and checks them.
     let answer = unsafe { libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, flags, &raw const program) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer as i32) }
@@ -152,7 +166,6 @@ impl DeniedCalls {
 
 impl AsFd for DeniedCalls {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        debug_assert!(self.fd.as_raw_fd() >= 0);
         self.fd.as_fd()
     }
 }

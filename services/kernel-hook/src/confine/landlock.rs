@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::fs::FileType;
+
 use super::{Report, Step};
 
 const VERSION: u32 = 1;
@@ -12,6 +14,8 @@ const EXECUTE: u64 = 1;
 const WRITE_FILE: u64 = 1 << 1;
 const READ_FILE: u64 = 1 << 2;
 const READ_DIR: u64 = 1 << 3;
+const REMOVE_FILE: u64 = 1 << 5;
+const MAKE_REG: u64 = 1 << 8;
 const TRUNCATE: u64 = 1 << 14;
 const IOCTL_DEV: u64 = 1 << 15;
 /// Rights that a rule about a file, not a folder, may give.
@@ -33,6 +37,8 @@ pub enum FileAccess {
     Write,
     /// Read, write, ioctl.
     Device,
+    /// Of a folder: read, write, make and remove files.
+    Create,
 }
 
 impl FileAccess {
@@ -43,6 +49,7 @@ impl FileAccess {
             Self::Execute => read | EXECUTE,
             Self::Write => read | WRITE_FILE | TRUNCATE,
             Self::Device => read | WRITE_FILE | TRUNCATE | IOCTL_DEV,
+            Self::Create => read | WRITE_FILE | TRUNCATE | MAKE_REG | REMOVE_FILE,
         }
     }
 
@@ -54,6 +61,7 @@ impl FileAccess {
             Self::Execute => "execute",
             Self::Write => "write",
             Self::Device => "device",
+            Self::Create => "create",
         }
     }
 }
@@ -158,10 +166,11 @@ impl Prepared {
             let opened = unsafe { OwnedFd::from_raw_fd(opened) };
             allow(&ruleset, opened.as_raw_fd(), access.rights() & handled)?;
         }
-        // A log that is a file may be opened again, by its number.
+        // A log that is a file or a terminal may be opened again, by its number. (Pipes may in any case.)
         // SAFETY: standard error, which no rule can outlive.
         let log = unsafe { BorrowedFd::borrow_raw(2) };
-        if rustix::fs::fstat(log).is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()) {
+        let kind = rustix::fs::fstat(log).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        if matches!(kind, Ok(FileType::RegularFile | FileType::CharacterDevice)) {
             allow(&ruleset, 2, WRITE_FILE)?;
         }
         // SAFETY: a call without pointers.

@@ -78,7 +78,12 @@ impl Prepared {
             // SAFETY: opened above, and used by nobody else.
             unsafe { libc::close(*source) };
         }
-        Ok(())
+        // A working directory below what is hidden would still show it.
+        // SAFETY: a name that ends with a zero.
+        match unsafe { libc::chdir(c"/".as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

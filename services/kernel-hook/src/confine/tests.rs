@@ -60,6 +60,11 @@ fn a_confined_program_sees_its_view_and_nothing_of_what_is_hidden() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("inside") && text.contains("below"), "{text}");
     assert!(!text.contains("secret") && !text.contains("outside"), "{text}");
+    for inside in [&hidden, &target] {
+        let (output, _) = run(&confinement, Command::new("/bin/ls").arg(".").current_dir(inside));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!text.contains("secret") && !text.contains("outside"), "by the working directory: {text}");
+    }
     let files = std::fs::read_dir(&hidden).expect("the folder").count();
     assert_eq!(files, 2, "nothing changed for others");
 }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use uhmm_kit::LogFormat;
 use uhmm_manifest::Manifest;
+use uhmm_sandbox::{Place, Profile};
 use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
@@ -65,11 +66,20 @@ pub fn down(run_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `uhmm plan`.
-pub fn plan(path: Option<&Path>) -> anyhow::Result<()> {
+/// `uhmm plan [--sandbox]`.
+pub fn plan(path: Option<&Path>, run_dir: PathBuf, sandbox: bool) -> anyhow::Result<()> {
     let plan = manifest(path)?.resolve()?;
+    let place = Place { run_dir, exe: std::env::current_exe().context("The path of this program is unknown")? };
+    // Of all, also where only the usual plan is asked for: a sandbox that cannot be made is told before anything starts.
+    let profiles = plan.services.iter().map(|service| Profile::of(&plan, service, &place));
+    let profiles = profiles.collect::<Result<Vec<Profile>, _>>();
+    if sandbox {
+        profiles?.iter().chain([&Profile::of_holder(&place)]).for_each(|profile| println!("{}", profile.print()));
+        return Ok(());
+    }
     println!("{}", plan.print());
     println!("{}", plan.draw());
+    profiles?;
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use uhmm_sdk::{Operator, RegionStatus, ServiceStatus};
+use uhmm_kernel_hook::confine::Step;
+use uhmm_sdk::{Metric, Operator, RegionStatus, ServiceStatus};
 
 const BAR_CELLS: u64 = 32;
 
@@ -10,7 +11,8 @@ const BAR_CELLS: u64 = 32;
 pub fn status(run_dir: &Path) -> anyhow::Result<()> {
     let mut operator = Operator::connect(Some(run_dir))?;
     let services = operator.status()?;
-    print!("{}", services_table(&services));
+    let sandboxes = operator.stats("supervisor")?;
+    print!("{}", services_table(&services, &sandboxes));
     let pager_ready = services.iter().any(|service| service.name == "pager" && service.state == "ready");
     if !pager_ready {
         println!("\nThe pager is not ready: regions cannot be listed now");
@@ -21,17 +23,33 @@ pub fn status(run_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn services_table(services: &[ServiceStatus]) -> String {
+/// What is not in force for a service; `whole`, or `off` as its manifest says.
+fn sandbox_of(service: &str, sandboxes: &[Metric]) -> String {
+    // Whether refused calls are told, limits and another user do not make it less whole.
+    let counts = |step: &Step| !matches!(step, Step::Listener | Step::Limits | Step::Account);
+    let name = format!("sandbox_{service}");
+    let Some(found) = sandboxes.iter().find(|metric| metric.name == name) else { return "-".to_owned() };
+    if found.value == 0 {
+        return "off".to_owned();
+    }
+    // The holder needs no folders of its own, and a service may be given the network.
+    let lost = Step::ALL.into_iter().filter(counts).filter(|step| found.value & 1 << (*step as u32) == 0);
+    let lost: Vec<&str> =
+        lost.filter(|step| !(service == "holder" && *step == Step::Folders)).map(Step::name).collect();
+    if lost.is_empty() { "whole".to_owned() } else { format!("no {}", lost.join(",")) }
+}
+
+fn services_table(services: &[ServiceStatus], sandboxes: &[Metric]) -> String {
     let mut text = format!(
-        "{:<16} {:<9} {:>8} {:>5} {:>10} {:>7} {:>12} {:>6}  {}\n",
-        "SERVICE", "STATE", "PID", "INC", "UPTIME", "MISSED", "RECOVERY", "VAULT", "LAST EXIT"
+        "{:<16} {:<9} {:>8} {:>5} {:>10} {:>7} {:>12} {:>6}  {:<12} {}\n",
+        "SERVICE", "STATE", "PID", "INC", "UPTIME", "MISSED", "RECOVERY", "VAULT", "SANDBOX", "LAST EXIT"
     );
     for service in services {
         let pid = number(service.pid);
         let recovery =
             if service.incarnation > 1 { format!("{} ms", service.last_recovery_ms) } else { "-".to_owned() };
         text += &format!(
-            "{:<16} {:<9} {:>8} {:>5} {:>8} s {:>7} {:>12} {:>6}  {}\n",
+            "{:<16} {:<9} {:>8} {:>5} {:>8} s {:>7} {:>12} {:>6}  {:<12} {}\n",
             service.name,
             service.state,
             pid,
@@ -40,6 +58,7 @@ fn services_table(services: &[ServiceStatus]) -> String {
             service.missed_heartbeats,
             recovery,
             service.vault_entries,
+            sandbox_of(&service.name, sandboxes),
             service.last_exit,
         );
     }
@@ -152,6 +171,21 @@ mod tests {
             assert_eq!(bar.contains('s'), system > 0, "{bar}");
             assert_eq!(bar.contains('1'), device > 0, "{bar}");
         }
+    }
+
+    #[test]
+    fn what_is_not_in_force_is_named() {
+        let all = Step::ALL.into_iter().fold(0, |all, step| all | 1u64 << (step as u32));
+        let metric = |name: &str, value: u64| Metric { name: name.to_owned(), value };
+        let without = |step: Step| all & !(1 << (step as u32));
+        let metrics = [
+            metric("sandbox_a", all),
+            metric("sandbox_b", 0),
+            metric("sandbox_c", without(Step::Files)),
+            metric("sandbox_holder", without(Step::Folders)),
+        ];
+        let shown = ["a", "b", "c", "holder", "d"].map(|name| sandbox_of(name, &metrics));
+        assert_eq!(shown, ["whole", "off", "no files", "whole", "-"]);
     }
 
     #[test]
