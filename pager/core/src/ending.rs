@@ -131,8 +131,10 @@ impl<P: Policy> Core<P> {
             if left == 0 {
                 break;
             }
-            if let (Some(table), Some(runs)) = (self.claimed_table(*device), scrubs.get_mut(usize::from(device.0))) {
+            if let (Some(table), Some(runs)) = (self.table(*device), scrubs.get_mut(usize::from(device.0))) {
                 table.hand_over(*frame, pages.count as u32, Owner { region, page: pages.first }, KEEPER, runs);
+            } else if let Some(claimed) = self.rebuilding(*device) {
+                claimed.release_claimed(*frame, pages.count as u32, Owner { region, page: pages.first });
             }
             left = left.saturating_sub(pages.count);
             ending.given_back += 1;

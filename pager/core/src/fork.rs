@@ -189,7 +189,7 @@ impl<P: Policy> Core<P> {
     }
 
     fn share_frames(&mut self, child: RegionId, pages: Pages, device: DeviceId, frame: u32) {
-        let Some(table) = self.claimed_table(device) else { return };
+        let Some(table) = self.named_table(device) else { return };
         for offset in 0..pages.count {
             table.share(frame + offset as u32, Owner { region: child, page: pages.first + offset });
         }

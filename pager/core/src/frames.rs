@@ -273,11 +273,13 @@ impl FrameTable {
         unknown
     }
 
-    /// As `release`, of those that were claimed: while others are still being claimed.
+    /// As `release`, of those that were claimed: while others are still being claimed. Another entry, which has not claimed it yet, may name
+    /// the frame too: so it is scrubbed when all have, whoever had it.
     pub fn release_claimed(&mut self, frame: u32, count: u32, first: Owner) {
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             if self.has(frame + offset, owner) {
+                self.frames[(frame + offset) as usize].last_space = Holder::Unknown;
                 self.release(frame + offset, 1, owner);
             }
         }

@@ -23,7 +23,7 @@ impl<P: Policy> Core<P> {
         let most = self.budget as usize;
         let mut more = false;
         for device in (0..DEVICE_COUNT_MAX).map(DeviceId) {
-            let runs = self.claimed_table(device).map(|table| table.begin_scrub(Some(space), KEEPER, most));
+            let runs = self.table(device).map(|table| table.begin_scrub(Some(space), KEEPER, most));
             let runs = runs.unwrap_or_default();
             more |= runs.iter().map(|(_, count)| *count as usize).sum::<usize>() == most;
             self.start_scrub(device, runs, out);
@@ -77,7 +77,7 @@ impl<P: Policy> Core<P> {
         let Some((device, runs)) = self.scrubs.remove(&ticket) else { return };
         // Frames that could not be scrubbed stay out of use: nobody shall read what they hold.
         if result == StepResult::Ok
-            && let Some(table) = self.claimed_table(device)
+            && let Some(table) = self.table(device)
         {
             table.scrubbed(&runs);
         }

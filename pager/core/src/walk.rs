@@ -145,11 +145,12 @@ impl<P: Policy> Core<P> {
         self.frames.iter_mut().flatten().chain(claimed)
     }
 
-    /// Frames that are in use, also while they are being claimed: for who gives some back.
-    pub(crate) fn claimed_table(&mut self, device: DeviceId) -> Option<&mut FrameTable> {
+    /// Frames of a device, also while they are being claimed: for entries that name more of them.
+    pub(crate) fn named_table(&mut self, device: DeviceId) -> Option<&mut FrameTable> {
         if self.frames.get(usize::from(device.0))?.is_some() { self.table(device) } else { self.rebuilding(device) }
     }
 
+    /// Frames that are being claimed.
     pub(crate) fn rebuilding(&mut self, device: DeviceId) -> Option<&mut FrameTable> {
         self.walks.iter_mut().filter(|walk| walk.device == device).find_map(|walk| match &mut walk.task {
             Task::Rebuild(rebuild) => Some(&mut rebuild.table),
@@ -235,11 +236,10 @@ impl<P: Policy> Core<P> {
 
     fn walk_ended(&mut self, walk: Walk) {
         if let Task::Rebuild(rebuild) = walk.task {
-            let Rebuild { mut table, has_old_bytes, .. } = *rebuild;
+            let mut table = rebuild.table;
             table.claimed();
-            if has_old_bytes {
-                self.note_unknown(walk.device);
-            }
+            // What has come home meanwhile, too.
+            self.note_unknown(walk.device);
             self.frames[usize::from(walk.device.0)] = Some(table);
         }
     }

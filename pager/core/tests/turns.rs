@@ -327,3 +327,37 @@ fn a_write_fault_whose_page_becomes_a_childs_too_while_its_window_is_mapped_may_
     let of_fault = runs.iter().find(|run| (run.first..run.first + run.count).contains(&fault_page));
     assert!(of_fault.is_some_and(|run| run.writable), "{runs:?}");
 }
+
+#[test]
+fn a_frame_that_one_of_two_gives_back_before_the_other_has_claimed_it_stays_the_others() {
+    let shared = Entry::on_device(DeviceId(0), 5).with_shared(true);
+    let away = |large: &mut Large| drop(large.send(Event::RegionFree { req: None, region: LARGE }));
+    let home = |large: &mut Large| {
+        large.send(Event::CpuFault { region: LARGE, page: 0, write: true, wp: false, minor: false });
+        large.send(Event::RegionFree { req: None, region: LARGE });
+        large.send(Event::SpaceGone { space: SpaceId(LARGE.0) });
+    };
+    for leave in [&away as &dyn Fn(&mut Large), &home] {
+        let mut machine = Machine::with(&[(LARGE, 0, shared), (CLIENT, 3, shared)]);
+        machine.core = Core::new(DefaultPolicy::default()).with_budget(1);
+        for region in [LARGE, CLIENT] {
+            let (space, page_count, backing, strays) = (SpaceId(region.0), PAGES, Backing::Private, Vec::new());
+            machine.send(Event::RecoverRegion { region, space, page_count, backing, strays });
+        }
+        let mut large = Large { machine, most: 0 };
+        large.device_up(8);
+        leave(&mut large);
+        let mut scrubbed = Vec::new();
+        for _ in 0..100 {
+            let actions = large.send(Event::Tick);
+            scrubbed.extend(actions.into_iter().filter_map(|action| match action {
+                Action::Scrub { runs, .. } => Some(runs),
+                _ => None,
+            }));
+        }
+        let of_child = |run: &(u32, u32)| (run.0..run.0 + run.1).contains(&5);
+        assert!(!scrubbed.concat().iter().any(of_child), "{scrubbed:?}");
+        assert_eq!(scrubbed.concat().iter().map(|run| run.1).sum::<u32>(), 7, "all others are: {scrubbed:?}");
+        assert_eq!(large.machine.entry(CLIENT, 3).state(), PageState::Device);
+    }
+}
