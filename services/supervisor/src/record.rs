@@ -1,10 +1,11 @@
 //! What is recorded of services: the supervisor's own record (who was started, died, came back), and the way to everybody's, the dead's too.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use uhmm_ipc::message::{ErrorCode, Fd, WireError, supervisor};
+use uhmm_kernel_hook::memfd;
 use uhmm_kit::Recorder;
 use uhmm_kit::record::{self, Each, Event, Kind, RECORD_NAME, What};
 
@@ -67,7 +68,10 @@ impl<F: FnOnce()> Supervisor<F> {
     }
 }
 
-/// Another descriptor of the same memory that can be neither written nor mapped for writing.
+/// Another descriptor of the same memory that can be neither written nor mapped for writing. A service may put anything into the vault:
+/// what is no memory is not opened, because that could wait for somebody.
 fn for_reading(fd: &Fd) -> std::io::Result<OwnedFd> {
+    let sealed = memfd::len(fd.as_fd()).and_then(|len| memfd::check_sealed(fd.as_fd(), len));
+    sealed.map_err(std::io::Error::other)?;
     File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(Into::into)
 }
