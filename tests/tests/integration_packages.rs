@@ -75,10 +75,17 @@ fn integration_packages_units_confine_their_services() {
 }
 
 #[test]
-fn integration_packages_manifest_of_the_package_is_one() {
-    let mut command = Command::new(uhmm_exe());
-    let output = output(command.arg("plan").arg(deploy("manifest.toml")), "cargo build");
-    assert!(output.status.success() && said(&output).contains("soft0"), "{}", said(&output));
+fn integration_packages_manifests_are_some_and_kubernetes_has_the_same() {
+    for name in ["manifest.toml", "manifest-joining.toml"] {
+        let mut command = Command::new(uhmm_exe());
+        let output = output(command.arg("plan").arg(deploy(name)), "cargo build");
+        assert!(output.status.success() && said(&output).contains("soft0"), "{name}: {}", said(&output));
+    }
+    let read = |name: &str| std::fs::read_to_string(deploy(name)).expect("the file");
+    let (joining, map) = (read("manifest-joining.toml"), read("kubernetes/namespace.yaml"));
+    for line in joining.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        assert!(map.lines().any(|other| other.strip_prefix("    ") == Some(line)), "namespace.yaml lacks {line:?}");
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use uhmm_manifest::Kind;
 
 use crate::core::State;
 use crate::keeping::text_file;
-use crate::service::{Supervisor, SupervisorError};
+use crate::service::Supervisor;
 use crate::store::{Order, STATE, Store, What, is_whole};
 use crate::vault::{Vault, split};
 
@@ -51,12 +51,15 @@ pub(crate) struct Manager {
 
 impl Manager {
     /// `inherited`: what the store has handed over.
-    pub(crate) fn find(inherited: Vec<(String, OwnedFd)>) -> Result<Self, SupervisorError> {
-        let socket = NotifySocket::from_env()?;
+    pub(crate) fn find(inherited: Vec<(String, OwnedFd)>) -> Self {
+        let socket = NotifySocket::from_env().unwrap_or_else(|error| {
+            tracing::warn!(%error, "The service manager cannot be told anything");
+            None
+        });
         let limit = if socket.is_some() { store_limit() } else { 0 };
         let store = Store::new(limit, inherited.iter().map(|(name, _)| name.clone()));
         let period = watchdog().map(|longest| longest / 2);
-        Ok(Self { socket, period, store, left: left(inherited), ..Self::default() })
+        Self { socket, period, store, left: left(inherited), ..Self::default() }
     }
 
     /// What an earlier supervisor has had kept, if it is whole: the vault and the saved state.
@@ -127,11 +130,11 @@ impl Manager {
 
 impl<F: FnOnce()> Supervisor<F> {
     /// The vault is what it shall be: from now on the store follows it.
-    pub(crate) fn begin_store(&mut self) -> Result<(), SupervisorError> {
+    pub(crate) fn begin_store(&mut self) {
         // Whatever is not wanted by now nobody wants any more.
         self.manager.left = None;
         if self.manager.socket.is_none() {
-            return Ok(());
+            return;
         }
         if !self.manager.store.is_absent() {
             let mut orders = Vec::new();
@@ -140,7 +143,6 @@ impl<F: FnOnce()> Supervisor<F> {
             self.manager.obey(orders);
         }
         self.sign_of_life();
-        Ok(())
     }
 
     /// The loop runs.

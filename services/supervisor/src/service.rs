@@ -165,10 +165,10 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     saved.make_keys(&plan)?;
     saved.save()?;
     let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
-    supervisor.manager = Manager::find(inherited)?;
+    supervisor.manager = Manager::find(inherited);
     supervisor.expect_joins(tokens);
     supervisor.find_holder()?;
-    supervisor.begin_store()?;
+    supervisor.begin_store();
     supervisor.begin_record(None);
     supervisor.make_views()?;
     supervisor.begin()?;
