@@ -84,7 +84,7 @@ pub enum Error {
         /// How many.
         pages: u64,
     },
-    /// Nothing serves there.
+    /// Nothing serves there, or nobody is left there who could serve this session.
     #[error("No supervisor serves in {}: start one with `uhmm up`, or name its --run-dir", .run_dir.display())]
     NotRunning {
         /// Where it was looked for.

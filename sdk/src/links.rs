@@ -18,13 +18,14 @@
 //! in order, every idempotent call that was not answered. The preamble of the pager begins as `OpenSpace` and becomes
 //! `AttachSpace` when the space's token is known.
 
+mod abandoned;
 mod closing;
+mod held;
 mod introduced;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -45,6 +46,7 @@ use crate::pending::{Completer, Pending, pair};
 use crate::validation::{Validated, Validations};
 pub(crate) use closing::Left;
 use closing::{Closing, Goodbye, Standing};
+pub(crate) use held::Held;
 use introduced::clone_of;
 
 /// Name of the thread.
@@ -52,6 +54,7 @@ pub(crate) const LINK_THREAD: &str = "uhmm-links";
 const SUMMONS: FdToken = FdToken(1);
 const AGENT: FdToken = FdToken(2);
 const AGENT_ROOM: TimerToken = TimerToken(1);
+const LOOK: TimerToken = TimerToken(2);
 
 /// Turns an answer into what the app asked for and delivers it.
 pub(crate) type Deliver = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
@@ -108,31 +111,6 @@ pub(crate) struct Links {
     summons: Summons,
     life: LifeWatch,
     thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// A descriptor in the link thread's table, by its name there. Dropping it closes it.
-pub(crate) struct Held {
-    key: u64,
-    commands: Sender<Command>,
-    summons: Summons,
-}
-
-impl Held {
-    /// For [`Loop::fd`].
-    pub(crate) fn key(&self) -> u64 {
-        self.key
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let key = self.key;
-        let forget = Command::Do(Box::new(move |links: &mut Loop| drop(links.held.remove(&key))));
-        if self.commands.send(forget).is_ok() {
-            // When the thread has ended, so has its table.
-            drop(self.summons.call());
-        }
-    }
 }
 
 /// How this process introduces itself to the pager.
@@ -259,21 +237,6 @@ impl Links {
         let (completer, pending) = pair(TraceId::default(), Some(self.life.clone()));
         self.send(Command::Do(Box::new(move |links: &mut Loop| completer.complete(what(links)))));
         pending.wait()
-    }
-
-    /// Makes a descriptor on the link thread, where it stays; something of it that is no descriptor comes back with its handle.
-    pub(crate) fn hold<T: Send + 'static>(
-        &self,
-        make: impl FnOnce() -> Result<(OwnedFd, T), Error> + Send + 'static,
-    ) -> Result<(Held, T), Error> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let key = NEXT.fetch_add(1, Ordering::Relaxed);
-        let made = self.ask(move |links| {
-            let (fd, made) = make()?;
-            links.held.insert(key, Arc::new(fd));
-            Ok(made)
-        })?;
-        Ok((Held { key, commands: self.commands.clone(), summons: self.summons }, made))
     }
 
     /// The link thread is asked before a signal ends the process that dumps core.
@@ -404,6 +367,9 @@ impl Loop {
                     Ok(call) => self.send(peer, call, trace, deadline, deliver),
                     Err(error) => deliver(Err(error)),
                 },
+                Ok(Command::Validated { deliver, .. }) if self.standing.abandoned => {
+                    deliver(Err(self.nobody_serves()));
+                }
                 Ok(Command::Validated { driver, range, make, trace, deadline, deliver }) => {
                     if self.validations.stands(&driver, range, self.agent.view()) {
                         match make(self) {
@@ -427,13 +393,11 @@ impl Loop {
         }
     }
 
-    /// A descriptor that is [held](Links::hold).
-    pub(crate) fn fd(&self, key: u64) -> Result<Fd, Error> {
-        self.held.get(&key).cloned().ok_or(Error::AgentGone)
-    }
-
     /// Whether the pager has read all that this process's threads have told by munmap, mremap and fork.
     pub(crate) fn uffd_state(&self) -> Result<UffdState, Error> {
+        if self.standing.abandoned {
+            return Err(self.nobody_serves());
+        }
         let state = self.uffd.as_ref().map(Userfaultfd::state);
         state.unwrap_or(Ok(UffdState::Quiet)).map_err(Error::kernel("Asking for unread events"))
     }
@@ -473,6 +437,9 @@ impl Loop {
             Peer::Driver(name) => self.drivers.get(name).copied(),
         };
         let Some(link) = link else { return deliver(Err(Error::AgentGone)) };
+        if self.standing.abandoned {
+            return deliver(Err(self.nobody_serves()));
+        }
         tracing::debug!(trace = format_args!("{:016x}", trace.0), ?peer, call = call_name(&call), "Call sent");
         let id = self.reactor.call(link, call, trace, deadline);
         self.waiting.insert((link, id), deliver);
@@ -488,6 +455,7 @@ impl Loop {
             }
             Wake::Fd(AGENT) => self.agent_ended(),
             Wake::Timer(AGENT_ROOM) => self.start_agent_again(),
+            Wake::Timer(LOOK) => self.look_for_pager(),
             Wake::Done { link, call, result } if link == self.pager && self.validations.answered(call, &result) => {
                 self.send_validated();
             }
@@ -512,13 +480,17 @@ impl Loop {
                 self.on_introduced(Err(error));
             }
             Wake::LinkUp { link, reconnected, .. } => {
-                self.standing.pager_is_up |= link == self.pager;
+                if link == self.pager {
+                    self.pager_is_back();
+                }
                 if reconnected {
                     tracing::info!(service = self.name_of(link), "Reconnected");
                 }
             }
             Wake::LinkDown { link } => {
-                self.standing.pager_is_up &= link != self.pager;
+                if link == self.pager {
+                    self.pager_is_away();
+                }
                 tracing::info!(service = self.name_of(link), "Connection lost");
             }
             _ => {}

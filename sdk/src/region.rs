@@ -127,8 +127,13 @@ impl Region {
         let free = pager::Call::FreeRegion { region: self.id };
         match self.session.done("FreeRegion", free, deadline).wait() {
             // Repeated after a restart of the pager: the first one had got through.
-            Err(error) if error.code() == ErrorCode::NotFound => {}
-            other => other?,
+            Err(error) if error.code() == ErrorCode::NotFound && !matches!(error, Error::NotRunning { .. }) => {}
+            Err(error) => {
+                // Unmapping would wait for the pager too: the kernel tells it of the unmap and waits until it has listened.
+                std::mem::forget(Arc::clone(&self.mapping));
+                return Err(error);
+            }
+            Ok(()) => {}
         }
         let id = self.id;
         self.session.links.ask(move |links| {
@@ -146,8 +151,6 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         if let Err(error) = self.give_back(Some(DROP_DEADLINE)) {
-            // Unmapping would wait for the pager too: the kernel tells it of the unmap and waits until it has listened.
-            std::mem::forget(Arc::clone(&self.mapping));
             tracing::warn!(%error, region = self.id, "A region could not be freed: its addresses stay taken");
         }
     }

@@ -153,6 +153,12 @@ impl Validations {
         }
     }
 
+    /// Nobody will answer: all calls that wait.
+    pub(crate) fn give_up(&mut self) -> Vec<Validated> {
+        self.looks.clear();
+        std::mem::take(&mut self.waiting).into_values().flatten().map(|(_, _, call)| call).collect()
+    }
+
     /// A call whose turn it is, and why it is refused, if it is.
     pub(crate) fn next(&mut self) -> Option<(Validated, Option<WireError>)> {
         let is_due = |lane: &&mut VecDeque<(CallId, Answer, Validated)>| {

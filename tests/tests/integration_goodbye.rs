@@ -1,6 +1,7 @@
 //! A session that ends while its process goes on: the bytes stay, the place is free, and nobody takes it for an accident. Parts of
 //! `tests/c/goodbye.c`, on devices that the CPU sees and on such that it does not, and what C does not show.
 
+use std::mem::ManuallyDrop;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -116,4 +117,47 @@ fn integration_a_refused_session_leaves_nothing_behind() {
     drop(session);
     drop(connects_soon(&bed));
     no_accident(&bed);
+}
+
+/// Supervisor, holder and pager at once are one death more than anybody promises. Nobody is left waiting for an answer, and the process may begin anew.
+#[test]
+fn integration_nobody_waits_for_an_answer_of_a_system_that_is_gone() {
+    let text = manifest("64MiB", "");
+    let mut bed = TestBed::with_log(&text);
+    let session = bed.session();
+    let device = session.device("soft0").expect("device");
+    // Unmapping it would wait for a pager that never comes.
+    let memory = ManuallyDrop::new(ProgramMemory::private(LEN).expect("mmap"));
+    let region = session.allocate(LEN).expect("allocate");
+    session.adopt(memory.addr(), LEN).expect("adopt");
+    session.migrate(memory.addr(), LEN, &device).expect("migrate");
+    bed.kill_all();
+    let not_running = |error: Error| assert!(matches!(error, Error::NotRunning { .. }), "{error:?}");
+    // The first ones may have been sent before anybody knew.
+    not_running(session.residency(memory.addr(), LEN).expect_err("nobody answers"));
+    not_running(session.migrate(memory.addr(), LEN, &device).expect_err("nobody answers"));
+    not_running(device.read(memory.addr(), &mut [0; 4096]).map(drop).expect_err("nobody answers"));
+    not_running(session.adopt(memory.addr(), LEN).map(drop).expect_err("nobody answers"));
+    not_running(region.free().expect_err("nobody answers"));
+    bed.start_again(&text);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match session.residency(memory.addr(), LEN) {
+            Err(Error::NotRunning { .. }) if Instant::now() < deadline => std::thread::yield_now(),
+            Err(Error::Service { code: ErrorCode::Permission, .. }) => break,
+            other => panic!("the new system does not know this session, and says: {other:?}"),
+        }
+    }
+    let again = bed.session();
+    let device_again = again.device("soft0").expect("device");
+    let other = ProgramMemory::private(LEN).expect("mmap");
+    other.write(0, &[7; 64]).expect("write");
+    again.adopt(other.addr(), LEN).expect("adopt");
+    assert!(again.migrate(other.addr(), LEN, &device_again).expect("migrate").complete());
+    let begun = Instant::now();
+    drop((device, session));
+    assert!(begun.elapsed() < Duration::from_secs(5), "nobody is there to be waited for");
+    let mut found = [0; 64];
+    other.read(0, &mut found).expect("read");
+    assert_eq!(found, [7; 64]);
 }

@@ -30,7 +30,8 @@ use crate::access::AccessBook;
 use crate::access::engine::EngineLane;
 use crate::copy_service::CopyService;
 use crate::device::{
-    DeviceMemory, DevicePageTable, Driver, FaultId, JobId, JobQueue, OpenContext, PAGE_BYTES, RegionKey, RegionMap,
+    DeviceMemory, DevicePageTable, Driver, DriverParts, FaultId, JobId, JobQueue, OpenContext, PAGE_BYTES, RegionKey,
+    RegionMap,
 };
 use crate::error::DriverError;
 use crate::fault::{FaultBook, Retry, WindowId};
@@ -182,6 +183,27 @@ fn end<M: DeviceMemory>(memory: &mut M, ending: Ending) {
     }
 }
 
+/// The device, and which content its memory has.
+fn open_device<D: Driver>(
+    service: &mut Service,
+    plan: &DevicePlan,
+    port: &DevicePort,
+    driver: &mut D,
+) -> Result<(DriverParts<D>, Generation), DriverError> {
+    let (state, kept): (Vec<_>, Vec<_>) =
+        service.vault.take(VAULT_PREFIX).into_iter().partition(|(name, _)| name == STATE_NAME);
+    let context = OpenContext { plan, kept, port: port.clone() };
+    let parts = driver.open(context).map_err(|source| DriverError::Open { device: plan.name.clone(), source })?;
+    let frame_count = parts.memory.frame_count();
+    let state = state.into_iter().next().map(|(_, fd)| fd);
+    let generation = Generation::settle(state, parts.origin, frame_count)?;
+    tracing::info!(
+        device = %plan.name, frame_count, origin = ?parts.origin, generation = generation.number,
+        aperture = parts.memory.aperture().is_some(), "Device is open"
+    );
+    Ok((parts, generation))
+}
+
 impl<D: Driver> DriverLoop<D> {
     /// Everything up to the first turn of the loop, and the wakes that came before it; `None` when told to stop.
     fn open(mut service: Service, name: &str, driver: &mut D) -> Result<Option<(Self, Vec<Wake>)>, DriverError> {
@@ -189,18 +211,8 @@ impl<D: Driver> DriverLoop<D> {
         let plan = plan.ok_or_else(|| DriverError::NoDevice { name: name.to_owned() })?;
         let waker = service.reactor.waker();
         let port = DevicePort::new(move || waker.wake());
-        let (state, kept): (Vec<_>, Vec<_>) =
-            service.vault.take(VAULT_PREFIX).into_iter().partition(|(name, _)| name == STATE_NAME);
-        let context = OpenContext { plan: &plan, kept, port: port.clone() };
-        let mut parts =
-            driver.open(context).map_err(|source| DriverError::Open { device: plan.name.clone(), source })?;
+        let (mut parts, generation) = open_device(&mut service, &plan, &port, driver)?;
         let frame_count = parts.memory.frame_count();
-        let state = state.into_iter().next().map(|(_, fd)| fd);
-        let generation = Generation::settle(state, parts.origin, frame_count)?;
-        tracing::info!(
-            device = %plan.name, frame_count, origin = ?parts.origin, generation = generation.number,
-            aperture = parts.memory.aperture().is_some(), "Device is open"
-        );
         let early = match keep_in_vault(&mut service, &parts.memory, &generation)? {
             ControlFlow::Continue(early) => early,
             ControlFlow::Break(ending) => {
@@ -212,21 +224,15 @@ impl<D: Driver> DriverLoop<D> {
 
         let len_bytes = u64::from(frame_count) * PAGE_BYTES;
         let map_all = |memory: Aperture| Window::map_aperture(memory.fd.as_fd(), memory.offset_bytes, len_bytes);
-        let window = parts.memory.aperture().map(map_all);
-        let window = window
-            .transpose()
-            .map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;
-        let stats = Stats::new();
-        let lane = EngineLane::new(port.clone());
+        let window = parts.memory.aperture().map(map_all).transpose();
+        let window = window.map_err(|source| DriverError::Open { device: plan.name.clone(), source: source.into() })?;
+        let (stats, lane) = (Stats::new(), EngineLane::new(port.clone()));
+        let copies = Arc::clone(&stats.copy);
         let copy = match (parts.memory.aperture(), parts.engine) {
             (Some(_), _) => None,
-            (None, Some(engine)) => Some(CopyService::start(
-                engine,
-                frame_count,
-                plan.staging_bytes,
-                Arc::clone(&stats.copy),
-                lane.clone(),
-            )?),
+            (None, Some(engine)) => {
+                Some(CopyService::start(engine, frame_count, plan.staging_bytes, copies, lane.clone())?)
+            }
             (None, None) => return Err(DriverError::NoCopyPath { driver: driver.name() }),
         };
         let fault_waits = service.record.histogram("device_fault_wait");

@@ -353,22 +353,27 @@ impl<P: Policy> Core<P> {
             {
                 self.migrate_run_out(dir, order, request, left, device, out)
             }
-            _ => {
-                let status = settled_status(first, target);
-                let narrow = || {
-                    Self::run_while(dir, region, left, |_, entry| {
-                        !entry.is_moving()
-                            && settled_status(entry, target) == status
-                            && entry.is_settled_system() == first.is_settled_system()
-                            && (!entry.owns_frame() || entry.device() == first.device())
-                    })
-                };
-                let run = self.wide_run(dir, region, left).unwrap_or_else(narrow);
-                request.fates.set(run, status);
-                request.cursor = run.end();
-                Next::Again
-            }
+            _ => self.settle(dir, request, left, target),
         }
+    }
+
+    /// The next pages are where they belong, or stay for a reason of their own.
+    fn settle(&self, dir: &impl Directory, request: &mut Request, left: Pages, target: Target) -> Next {
+        let region = request.region;
+        let first = Self::entry(dir, region, left.first);
+        let status = settled_status(first, target);
+        let narrow = || {
+            Self::run_while(dir, region, left, |_, entry| {
+                !entry.is_moving()
+                    && settled_status(entry, target) == status
+                    && entry.is_settled_system() == first.is_settled_system()
+                    && (!entry.owns_frame() || entry.device() == first.device())
+            })
+        };
+        let run = self.wide_run(dir, region, left).unwrap_or_else(narrow);
+        request.fates.set(run, status);
+        request.cursor = run.end();
+        Next::Again
     }
 
     /// The next pages are not among those that are to move.

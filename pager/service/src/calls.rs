@@ -42,46 +42,7 @@ impl Pager {
             return refuse(ErrorCode::Protocol, "The connection is gone");
         };
         let role = session.peer.role;
-        let allowed = match &request {
-            pager::Call::OpenSpace { .. }
-            | pager::Call::AttachSpace { .. }
-            | pager::Call::CloseSpace
-            | pager::Call::CreateRegion { .. }
-            | pager::Call::FreeRegion { .. }
-            | pager::Call::Migrate { .. }
-            | pager::Call::Query { .. }
-            | pager::Call::Advise { .. }
-            | pager::Call::AdoptRegion { .. }
-            | pager::Call::AttachFile { .. }
-            | pager::Call::ReleaseRange { .. }
-            | pager::Call::Discard { .. }
-            | pager::Call::ProtectionChanged { .. }
-            | pager::Call::Revalidate { .. }
-            | pager::Call::Evict { .. }
-            | pager::Call::QueryAttributes { .. }
-            | pager::Call::HotRanges { .. }
-            | pager::Call::ReadTrace { .. }
-            | pager::Call::Inject { .. }
-            | pager::Call::FramesDone { .. }
-            | pager::Call::AgentStarted { .. }
-            | pager::Call::UserfaultfdDevice => role == Role::Client,
-            pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } | pager::Call::DeviceLost { .. } => {
-                role == Role::Driver
-            }
-            pager::Call::MirrorLogin
-            | pager::Call::OpenMirror { .. }
-            | pager::Call::CloseMirror { .. }
-            | pager::Call::Lookup { .. }
-            | pager::Call::Resolve { .. }
-            | pager::Call::InvalidateDone { .. } => role == Role::Mirror,
-            // A client names no process but itself.
-            pager::Call::Home { pid, .. } => role == if *pid == 0 { Role::Client } else { Role::Operator },
-            pager::Call::ListRegions
-            | pager::Call::EmptyDevice { .. }
-            | pager::Call::Strip { .. }
-            | pager::Call::MoveRegion { .. } => role == Role::Operator,
-        };
-        if !allowed {
+        if !may_ask(role, &request) {
             return refuse(ErrorCode::Permission, format!("A {role:?} may not make this call to the pager"));
         }
         match request {
@@ -154,5 +115,48 @@ impl Pager {
             pager::Call::MoveRegion { region, target } => self.move_region(conn, call, trace, region, target),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
+    }
+}
+
+/// Who may ask what of the pager.
+fn may_ask(role: Role, request: &pager::Call) -> bool {
+    match request {
+        pager::Call::OpenSpace { .. }
+        | pager::Call::AttachSpace { .. }
+        | pager::Call::CloseSpace
+        | pager::Call::CreateRegion { .. }
+        | pager::Call::FreeRegion { .. }
+        | pager::Call::Migrate { .. }
+        | pager::Call::Query { .. }
+        | pager::Call::Advise { .. }
+        | pager::Call::AdoptRegion { .. }
+        | pager::Call::AttachFile { .. }
+        | pager::Call::ReleaseRange { .. }
+        | pager::Call::Discard { .. }
+        | pager::Call::ProtectionChanged { .. }
+        | pager::Call::Revalidate { .. }
+        | pager::Call::Evict { .. }
+        | pager::Call::QueryAttributes { .. }
+        | pager::Call::HotRanges { .. }
+        | pager::Call::ReadTrace { .. }
+        | pager::Call::Inject { .. }
+        | pager::Call::FramesDone { .. }
+        | pager::Call::AgentStarted { .. }
+        | pager::Call::UserfaultfdDevice => role == Role::Client,
+        pager::Call::DriverLogin { .. } | pager::Call::AttachTable { .. } | pager::Call::DeviceLost { .. } => {
+            role == Role::Driver
+        }
+        pager::Call::MirrorLogin
+        | pager::Call::OpenMirror { .. }
+        | pager::Call::CloseMirror { .. }
+        | pager::Call::Lookup { .. }
+        | pager::Call::Resolve { .. }
+        | pager::Call::InvalidateDone { .. } => role == Role::Mirror,
+        // A client names no process but itself.
+        pager::Call::Home { pid, .. } => role == if *pid == 0 { Role::Client } else { Role::Operator },
+        pager::Call::ListRegions
+        | pager::Call::EmptyDevice { .. }
+        | pager::Call::Strip { .. }
+        | pager::Call::MoveRegion { .. } => role == Role::Operator,
     }
 }

@@ -248,7 +248,9 @@ impl Look<'_> {
             // Changed since maps was read: the next look sees what it is now.
             let Some(flags) = flags.around(&candidate.piece) else { continue };
             let mapping = Mapping { flags, ..candidate.mapping.clone() };
-            let guarded = is_kept_stack(whole) && pagemap::is_guard(pagemap.as_fd(), whole.start);
+            let first = AddrRange { start: whole.start, len: PAGE_SIZE };
+            let guarded = || pagemap::guards(pagemap.as_fd(), first).is_ok_and(|guards| !guards.is_empty());
+            let guarded = is_kept_stack(whole) && guarded();
             match decide(&mapping, &Surroundings { guarded, ..candidate.around }) {
                 Ok(()) => kept.push(candidate),
                 Err(why) => self.rule_out(&candidate, why),

@@ -42,6 +42,8 @@ pub(crate) struct Goodbye {
 #[derive(Default)]
 pub(super) struct Standing {
     pub(super) pager_is_up: bool,
+    /// Nobody is left who could serve us.
+    pub(super) abandoned: bool,
     /// It has known our space.
     pub(super) was_known: bool,
     /// It does not know our space, or not any more.

@@ -125,7 +125,10 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             None => {
                 tracing::error!("The holder does not tell what it has: it is killed, and another one is started");
-                self.kill_holder();
+                if self.kill_holder().1 == 0 {
+                    // Which one it was nobody knows: another one begins as soon as its socket is free.
+                    self.holder_later();
+                }
             }
         }
         Ok(())
@@ -137,8 +140,10 @@ impl<F: FnOnce()> Supervisor<F> {
             return Ok(());
         }
         if self.plan.holder_join.is_none() {
+            // It may have died since.
+            let Ok(pidfd) = PidFd::open(pid) else { return self.start_holder() };
             self.saved.started(HOLDER, pid);
-            return self.watch_holder(pid, PidFd::open(pid)?, None);
+            return self.watch_holder(pid, pidfd, None);
         }
         match self.joins.inside.get(HOLDER).map(|inside| inside.pidfd.try_clone()) {
             Some(pidfd) => self.watch_holder(u32::MAX, pidfd?, None),
@@ -408,20 +413,22 @@ fn take_over(reactor: &mut Reactor, link: LinkId) -> Result<Option<Told>, Superv
     }
 }
 
+/// What comes meanwhile is for the loop: that the holder has died, above all, is told once.
 fn answer(reactor: &mut Reactor, link: LinkId, call: Call, until: Instant) -> Result<Option<Reply>, SupervisorError> {
     let left = until.saturating_duration_since(Instant::now());
     let asked = reactor.call(link, call, TraceId::default(), Some(left));
-    let mut wakes = Vec::new();
-    loop {
+    let (mut wakes, mut others, mut answer) = (Vec::new(), Vec::new(), None);
+    while answer.is_none() {
         reactor.poll(None, &mut wakes)?;
         for wake in wakes.drain(..) {
-            if let Wake::Done { call, result, .. } = wake
-                && call == asked
-            {
-                return Ok(result.ok());
+            match wake {
+                Wake::Done { call, result, .. } if call == asked => answer = Some(result.ok()),
+                other => others.push(other),
             }
         }
     }
+    others.into_iter().for_each(|wake| reactor.put_back(wake));
+    Ok(answer.flatten())
 }
 
 /// A memory file with this in it.
