@@ -69,6 +69,18 @@ impl Unit {
     }
 }
 
+impl Drop for Unit {
+    /// A test that fails leaves nothing running: what does not listen ends when its folder is gone.
+    fn drop(&mut self) {
+        if !self.main.try_wait().is_ok_and(|ended| ended.is_some()) {
+            if Operator::connect(Some(self.dir.path())).and_then(Operator::shutdown).is_err() {
+                let _ = self.main.kill();
+            }
+            let _ = self.main.wait();
+        }
+    }
+}
+
 #[test]
 fn integration_manager_hears_that_all_is_ready_and_signs_of_life_until_the_loop_hangs() {
     let unit = Unit::start();
