@@ -549,7 +549,7 @@ impl<L: Fn(usize) -> u64> Reader<L> {
     }
 
     /// The next event.
-    pub fn next(&mut self) -> Next {
+    pub fn take_next(&mut self) -> Next {
         let head = self.written();
         if self.next > head {
             return Next::End;

@@ -8,7 +8,6 @@
 //! All that it is given of the system is a folder with the sockets that it may use, and the token. Errors that an operator must mend end the
 //! process with their text; a supervisor that is not there (yet) is waited for.
 
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -59,7 +58,7 @@ pub fn join(args: &ServiceArgs, role: Role) -> Result<Joined, KitError> {
     check_folder(&args.run_dir)?;
     let key = args.token_file.as_deref().map_or_else(|| Ok(KEY_OF_USER.to_vec()), read_token)?;
     // Before there is any other thread, and before anything is opened that the guard would keep open.
-    let far: Fd = Arc::new(OwnedFd::from(guard::stand()?.into_fd()));
+    let far: Fd = Arc::new(guard::stand()?.into_fd());
     let mut reactor = Reactor::new(Identity {
         name: join_name(&args.name),
         role,

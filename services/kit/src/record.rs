@@ -190,7 +190,7 @@ mod tests {
         let foreign: Fd = std::sync::Arc::new(uhmm_kernel_hook::memfd::create_sealed("other", 4096).unwrap());
         let recorder = Recorder::open(Some(foreign), 1);
         let mut reader = reader(&recorder);
-        assert!(matches!(reader.next(), Next::Event(Event { what: What::Started, .. })));
+        assert!(matches!(reader.take_next(), Next::Event(Event { what: What::Started, .. })));
     }
 
     #[test]

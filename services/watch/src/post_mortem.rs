@@ -110,9 +110,9 @@ fn counters(values: &[Value], times: &[Times]) -> String {
     }
     for times in times {
         let count: u64 = times.buckets.iter().sum();
-        if count > 0 {
+        if let Some(mean_ns) = times.sum_ns.checked_div(count) {
             let name = format!("{}{}", times.name, labels(&times.labels));
-            let _ = writeln!(text, "  {name:<56} {count}, {} on average", duration(times.sum_ns / count));
+            let _ = writeln!(text, "  {name:<56} {count}, {} on average", duration(mean_ns));
         }
     }
     text

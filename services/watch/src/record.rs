@@ -116,8 +116,8 @@ impl ServiceRecord {
     }
 
     /// The next event.
-    pub fn next(&mut self) -> Next {
-        self.reader.next()
+    pub fn take_next(&mut self) -> Next {
+        self.reader.take_next()
     }
 
     /// Only what is written from now on.
@@ -136,7 +136,7 @@ impl ServiceRecord {
         // A writer that is faster than this reader shall not keep it for ever.
         let until = self.reader.written();
         loop {
-            match self.reader.next() {
+            match self.reader.take_next() {
                 Next::Event(event) => {
                     events.push(event);
                     if event.sequence >= until {

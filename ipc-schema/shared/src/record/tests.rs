@@ -51,14 +51,14 @@ fn events_come_in_order_and_whole_with_who_wrote_them() {
     let memory = Memory::new(WORDS);
     let mut writer = writer(&memory, 3);
     let mut reader = reader(&memory);
-    assert_eq!(reader.next(), Next::End);
+    assert_eq!(reader.take_next(), Next::End);
     let moved = Event { why: Why::Eviction, from: Place::Device(2), to: Place::Home, ..numbered(9) };
     writer.push(&moved);
     writer.push(&Event::named(What::ServiceDied, 5, "a name of more than twenty-four bytes", 4));
-    assert_eq!(reader.next(), Next::Event(Event { sequence: 1, incarnation: 3, ..moved }));
-    let Next::Event(named) = reader.next() else { panic!("a second one was written") };
+    assert_eq!(reader.take_next(), Next::Event(Event { sequence: 1, incarnation: 3, ..moved }));
+    let Next::Event(named) = reader.take_next() else { panic!("a second one was written") };
     assert_eq!((&named.name_bytes()[..], named.value), (&b"a name of more than twen"[..], 4));
-    assert_eq!(reader.next(), Next::End);
+    assert_eq!(reader.take_next(), Next::End);
 }
 
 #[test]
@@ -68,11 +68,11 @@ fn a_slow_reader_is_told_how_much_it_has_lost() {
     let mut reader = reader(&memory);
     let all = EVENTS_MAX as u64 + 100;
     (1..=all).for_each(|n| writer.push(&numbered(n)));
-    assert_eq!(reader.next(), Next::Lost(100));
+    assert_eq!(reader.take_next(), Next::Lost(100));
     for n in 101..=all {
-        assert_eq!(reader.next(), Next::Event(Event { sequence: n, incarnation: 1, ..numbered(n) }));
+        assert_eq!(reader.take_next(), Next::Event(Event { sequence: n, incarnation: 1, ..numbered(n) }));
     }
-    assert_eq!(reader.next(), Next::End);
+    assert_eq!(reader.take_next(), Next::End);
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn what_a_reader_gets_while_events_are_overwritten_is_whole_and_complete() {
     let (mut read, mut lost) = (0, 0);
     loop {
         let ended = stop.load(Ordering::Acquire);
-        match reader.next() {
+        match reader.take_next() {
             Next::Event(event) => {
                 let n = event.sequence;
                 assert_eq!(event, Event { sequence: n, incarnation: 1, ..numbered(n) });
@@ -125,9 +125,9 @@ fn a_successor_goes_on_where_the_dead_one_stopped() {
     second.observe(waits, 300);
     second.push(&numbered(3));
     let mut reader = reader(&memory);
-    assert!(matches!(reader.next(), Next::Event(Event { sequence: 1, incarnation: 1, .. })));
-    assert_eq!(reader.next(), Next::Lost(1));
-    assert!(matches!(reader.next(), Next::Event(Event { sequence: 3, incarnation: 2, .. })));
+    assert!(matches!(reader.take_next(), Next::Event(Event { sequence: 1, incarnation: 1, .. })));
+    assert_eq!(reader.take_next(), Next::Lost(1));
+    assert!(matches!(reader.take_next(), Next::Event(Event { sequence: 3, incarnation: 2, .. })));
     let times = reader.histogram(waits);
     assert_eq!((times.sum_ns, times.buckets[1]), (600, 2));
     assert_eq!(reader.defined(), 3);
@@ -150,12 +150,12 @@ fn memory_that_is_no_record_becomes_one_and_nonsense_in_one_is_no_event() {
     assert!(!reader(&memory).is_record());
     drop(writer(&memory, 1));
     assert!(reader(&memory).is_record());
-    assert_eq!((reader(&memory).defined(), reader(&memory).next()), (0, Next::End));
+    assert_eq!((reader(&memory).defined(), reader(&memory).take_next()), (0, Next::End));
     // A writer that lies about everything ends nobody.
     memory.0.iter().skip(1).for_each(|word| word.store(u64::MAX - 1, Ordering::Relaxed));
     let mut reader = reader(&memory);
-    assert!(matches!(reader.next(), Next::Lost(_)));
-    (0..10).for_each(|_| assert_eq!(reader.next(), Next::Lost(1)));
+    assert!(matches!(reader.take_next(), Next::Lost(_)));
+    (0..10).for_each(|_| assert_eq!(reader.take_next(), Next::Lost(1)));
     assert_eq!(reader.definition(0).map(|definition| definition.kind), None);
     assert!(Writer::begin(Memory::new(WORDS - 1), 1, 1, 1).is_none());
 }
