@@ -27,7 +27,7 @@ pub fn draw(top: &Top, frame: &mut Frame<'_>) {
     };
     let services = top.now.services.len().max(1) as u16 + 2;
     let devices = top.now.devices.len().clamp(1, 8) as u16 + 1;
-    let log = if right.is_some() { 0 } else { (left.height / 4).clamp(3, 10) };
+    let log = if right.is_some() { 0 } else { (left.height / 5).clamp(3, 10) };
     let [services, devices, rates, regions, log] = Layout::vertical([
         Constraint::Length(services.min(left.height * 3 / 8)),
         Constraint::Length(devices),
