@@ -27,8 +27,6 @@ const LOCK_LIMIT: &str =
 const MAP_LIMIT: &str = "Memory stays: the process has as many mappings as vm.max_map_count allows";
 const NO_MEMORY: &str = "Memory stays: the system, or the process's control group, has no memory for the way out";
 
-/// Why pages stay that the agent was to take out, where somebody can do something about it.
-
 /// Pages that failed together.
 #[derive(Clone, Debug)]
 struct Noted {

@@ -7,7 +7,6 @@
 //! ```
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -236,7 +235,7 @@ impl<F: FnOnce()> Supervisor<F> {
         }
         let Some(asking) = self.joins.asking.get_mut(HOLDER).and_then(VecDeque::pop_front) else { return Ok(()) };
         let (listener, keys_toml) = self.holder_inheritance()?;
-        let listener: Fd = Arc::new(OwnedFd::from(listener.into_fd()));
+        let listener: Fd = Arc::new(listener.into_fd());
         let incarnation = self.next_holder();
         self.joins.inside.insert(HOLDER.to_owned(), asking.outside.clone());
         self.watch_holder(asking.pid, asking.outside.pidfd.try_clone()?, None)?;
