@@ -71,10 +71,14 @@ pub fn plan(path: Option<&Path>, run_dir: PathBuf, sandbox: bool) -> anyhow::Res
     let plan = manifest(path)?.resolve()?;
     let place = Place { run_dir, exe: std::env::current_exe().context("The path of this program is unknown")? };
     // Of all, also where only the usual plan is asked for: a sandbox that cannot be made is told before anything starts.
-    let profiles = plan.services.iter().map(|service| Profile::of(&plan, service, &place));
+    let (joining, started): (Vec<_>, Vec<_>) = plan.services.iter().partition(|service| service.join.is_some());
+    let profiles = started.iter().map(|service| Profile::of(&plan, service, &place));
     let profiles = profiles.collect::<Result<Vec<Profile>, _>>();
     if sandbox {
         profiles?.iter().chain([&Profile::of_holder(&place)]).for_each(|profile| println!("{}", profile.print()));
+        for service in joining {
+            println!("{} joins: its container or unit confines it, and the supervisor does not", service.name);
+        }
         return Ok(());
     }
     println!("{}", plan.print());
