@@ -38,8 +38,9 @@ fn integration_clients_other_role() {
     };
     let Ok(region) = session.allocate(8 * MIB) else { return println!("no region") };
     region.write_u64(0, 7).expect("write");
-    let device = session.device("soft0").expect("device");
-    match session.migrate(region.addr(), region.len_bytes(), &device) {
+    let migrated =
+        session.device("soft0").and_then(|device| session.migrate(region.addr(), region.len_bytes(), &device));
+    match migrated {
         Ok(report) => println!("migrated: {} {}", report.moved_pages, report.why),
         Err(error) => println!("not migrated: {error}"),
     }
