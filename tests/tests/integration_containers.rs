@@ -338,13 +338,10 @@ fn integration_what_is_wrong_with_a_container_is_told_by_name_and_costs_nobody_a
     let mut second = system.containers.start(&words);
     assert!(!second.wait() && second.log().contains("supervisor.sock"), "{}", second.log());
     // And one that may not use the folder.
-    words[4] = &driver_uid;
-    let mut foreign = system.containers.start(&words);
-    assert!(
-        !foreign.wait() && foreign.log().contains("run directory") || foreign.log().contains("Run directory"),
-        "{}",
-        foreign.log()
-    );
+    let plain = "[[service]]\nname = \"pager\"\nkind = \"pager\"\n[[service]]\nname = \"mirror\"\nkind = \"mirror\"\n";
+    let plain = path(&system.containers.file("plain.toml", plain, DRIVER));
+    let mut foreign = system.containers.start(&["core", "--manifest", &plain, "--uid", &driver_uid]);
+    assert!(!foreign.wait() && foreign.log().contains("must be a folder of this user"), "{}", foreign.log());
 
     // What is not in the manifest has no bundle.
     let refused = system.containers.bundle(&["driver", "soft7", "--manifest", &manifest]).expect_err("no such driver");
