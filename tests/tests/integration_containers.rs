@@ -4,10 +4,12 @@
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Instant;
 
 use uhmm_kernel_hook::program::ProgramMemory;
 use uhmm_kernel_hook::{SeqPacket, UffdKind};
-use uhmm_sdk::{Session, Target};
+use uhmm_sdk::{Operator, Session, Target};
+use uhmm_tests::PATIENCE;
 use uhmm_tests::container::{CLIENT, CORE, Container, Containers, DRIVER, HOLDER};
 use uhmm_tests::pattern::word;
 
@@ -155,6 +157,24 @@ impl System {
         start_driver(&mut self.containers, &self.manifest, &self.tokens[1])
     }
 
+    /// Waits until the holder has all that the supervisor has, its own entries (state, mark) too.
+    fn holder_is_full(&self) {
+        let mut operator = Operator::connect(Some(&self.containers.run_dir())).expect("an operator");
+        let mut entries = |service: &str| {
+            let metrics = operator.stats(service).unwrap_or_default();
+            metrics.iter().find(|metric| metric.name == "vault_entries").map_or(0, |metric| metric.value)
+        };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (kept, held) = (entries("supervisor"), entries("holder"));
+            if kept > 0 && held >= kept + 2 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the holder has {held} entries, the supervisor {kept}");
+            std::thread::yield_now();
+        }
+    }
+
     fn program(&mut self, test: &str) -> Container {
         let own = path(&std::env::current_exe().expect("this program"));
         let uid = CLIENT.to_string();
@@ -192,6 +212,7 @@ fn integration_every_container_is_killed_and_replaced_and_no_byte_is_wrong() {
     goes_on(&mut program);
 
     // An upgrade of the core, and its sudden death: pager, mirror and supervisor at once.
+    system.holder_is_full();
     for signal in ["TERM", "KILL"] {
         system.core.end(signal);
         system.new_core();
@@ -203,6 +224,7 @@ fn integration_every_container_is_killed_and_replaced_and_no_byte_is_wrong() {
     system.holder = start_holder(&mut system.containers, &system.tokens[0]);
     system.holder.wait_log("Let in");
     goes_on(&mut program);
+    system.holder_is_full();
     system.core.end("KILL");
     system.new_core();
     goes_on(&mut program);
@@ -224,6 +246,7 @@ fn integration_containers_of_an_ordinary_user_are_killed_and_replaced_too() {
     system.driver.end("KILL");
     system.driver = system.new_driver();
     goes_on(&mut program);
+    system.holder_is_full();
     for signal in ["TERM", "KILL"] {
         system.core.end(signal);
         system.new_core();

@@ -1,4 +1,4 @@
-//! Folders to be given to those who run elsewhere: each has the sockets that its user may connect to and nothing else.
+//! The run directory, and folders in it to be given to those who run elsewhere: each has the sockets that its user may connect to and nothing else.
 //!
 //! ```text
 //!   RUN_DIR/             0700: nobody else comes here
@@ -17,6 +17,28 @@ use uhmm_manifest::{Kind, Plan};
 
 use crate::service::{Supervisor, SupervisorError};
 use crate::state::HOLDER;
+
+/// Made when it is not there; refused where anybody else could get at it.
+pub(crate) fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
+    let refused = |problem: String| SupervisorError::RunDir { path: path.to_owned(), problem };
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| refused(error.to_string()))?;
+    let meta = std::fs::symlink_metadata(path).map_err(|error| refused(error.to_string()))?;
+    // Somebody else could have made it first, under a name that is easy to guess, to get hold of the sockets.
+    if !meta.is_dir() || meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(refused("it must be a folder of this user with mode 0700: remove it or choose another".to_owned()));
+    }
+    Ok(())
+}
+
+/// Nothing of uhmm has run there: there is nothing to adopt, and nothing to wait for.
+pub(crate) fn is_fresh(run_dir: &Path) -> bool {
+    let left = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        name == "supervisor.toml" || Path::new(&name).extension().is_some_and(|extension| extension == "sock")
+    };
+    std::fs::read_dir(run_dir).is_ok_and(|mut entries| !entries.any(|entry| entry.is_ok_and(left)))
+}
 
 /// A folder below the run directory, and which sockets of the run directory it shows.
 fn doors(plan: &Plan, run_dir: &Path) -> Vec<(PathBuf, BTreeSet<PathBuf>)> {

@@ -2,7 +2,6 @@
 //! second keeper: `keeping.rs`.
 
 use std::collections::HashMap;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use uhmm_manifest::{Kind, Manifest, Plan};
 
 use crate::confining::{Confined, KIND_DENIED};
 use crate::core::{Action, Core, State};
+use crate::doors::{is_fresh, make_run_dir};
 use crate::joining::{JoinBook, tokens};
 use crate::keeping::{Keeping, TIMER_HOLDER, TIMER_HOLDER_PING, TOKEN_HOLDER};
 use crate::manager::{Manager, TIMER_RETRY, TIMER_WATCHDOG};
@@ -193,15 +193,6 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     Ok(())
 }
 
-/// Nothing of uhmm has run there: there is nothing to adopt, and nothing to wait for.
-fn is_fresh(run_dir: &Path) -> bool {
-    let left = |entry: std::fs::DirEntry| {
-        let name = entry.file_name();
-        name == "supervisor.toml" || Path::new(&name).extension().is_some_and(|extension| extension == "sock")
-    };
-    std::fs::read_dir(run_dir).is_ok_and(|mut entries| !entries.any(|entry| entry.is_ok_and(left)))
-}
-
 /// A process that the dead supervisor was just starting has its socket until it runs its own program; nobody tells when that is.
 pub(crate) fn bind_after(path: &Path, patience: Duration) -> Result<SeqListener, HookError> {
     let until = Instant::now() + patience;
@@ -233,18 +224,6 @@ fn listen_for_all(run_dir: &Path, plan: &Plan) -> Result<Vault, SupervisorError>
         listen(run_dir, plan, &service.name, &mut vault)?;
     }
     Ok(vault)
-}
-
-fn make_run_dir(path: &Path) -> Result<(), SupervisorError> {
-    let refused = |problem: String| SupervisorError::RunDir { path: path.to_owned(), problem };
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|error| refused(error.to_string()))?;
-    let meta = std::fs::symlink_metadata(path).map_err(|error| refused(error.to_string()))?;
-    // Somebody else could have made it first, under a name that is easy to guess, to get hold of the sockets.
-    if !meta.is_dir() || meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
-        return Err(refused("it must be a folder of this user with mode 0700: remove it or choose another".to_owned()));
-    }
-    Ok(())
 }
 
 impl<F: FnOnce()> Supervisor<F> {
