@@ -17,6 +17,8 @@ pub const LOOKS_PER_TURN: u32 = 8192;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Search {
     looks: u64,
+    /// The next frame. Its own: two searches that take turns under one hand would each see the frames of every other turn only.
+    next: Option<u32>,
     /// Frames that got a second chance.
     pub chances: u32,
 }
@@ -49,8 +51,8 @@ impl FrameTable {
             }
             let may_ask = search.looks < u64::from(total) * 2;
             search.looks += 1;
-            let at = self.hand;
-            self.hand = (self.hand + 1) % total;
+            let at = search.next.unwrap_or(self.hand);
+            search.next = Some((at + 1) % total);
             let Some(owner) = self.frames[at as usize].owner else { continue };
             // What must stay is not asked about: its mark is of use when it may go.
             let passes = std::mem::take(&mut self.frames[at as usize].referenced) || spare(owner);
@@ -145,6 +147,21 @@ mod tests {
             assert!(most <= LOOKS_PER_TURN, "{most} owners were looked at in one turn");
             assert_eq!(turns, 4 * frame_count / LOOKS_PER_TURN + 1, "and it comes to an end");
         }
+    }
+
+    #[test]
+    fn searches_that_take_turns_each_see_every_frame() {
+        let frame_count = 2 * LOOKS_PER_TURN;
+        let mut table = FrameTable::new(frame_count);
+        table.allocate(frame_count, owner(0), SpaceId(1));
+        let last = u64::from(frame_count) - 1;
+        let (mut vain, mut good) = (Search::default(), Search::default());
+        let mut found = Found::NotYet;
+        while found == Found::NotYet {
+            table.victims(8, &mut vain, |_| true, |_| false);
+            found = table.victims(8, &mut good, |owner| owner.page != last, |_| false);
+        }
+        assert_eq!(found, Found::Victim(owner(last), 1));
     }
 
     #[test]

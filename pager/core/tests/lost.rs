@@ -58,9 +58,10 @@ fn what_lies_between_comes_home_and_only_what_is_lost_is_poisoned() {
     let poisoned = |action: &Action| matches!(action, Action::Poison { pages, .. } if *pages == Pages::one(1));
     assert!(actions.iter().any(poisoned), "{actions:?}");
     assert_eq!(fill(&actions), Some((ticket, Pages { first: 2, count: 2 })));
-    let actions = machine.send(Event::FillDone { ticket, done_pages: 2, stop: None });
+    let mut actions = machine.send(Event::FillDone { ticket, done_pages: 2, stop: None });
     use PageState::{Poisoned, System};
     assert_eq!(states(&machine), [System, Poisoned, System, System]);
+    actions.extend((0..4).flat_map(|_| machine.send(Event::Tick)));
     let answered = |action: &Action| matches!(action, Action::Reply { req: ReqId(7), .. });
     assert!(actions.iter().any(answered), "{actions:?}");
 }

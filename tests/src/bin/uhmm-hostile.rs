@@ -55,10 +55,18 @@ fn args() -> Args {
     args
 }
 
+/// A line in one write: others write to the same pipe.
+fn say(line: &str) {
+    io::Write::write_all(&mut io::stderr(), format!("{line}\n").as_bytes()).expect("standard error");
+}
+
 fn report(name: &str, outcome: &io::Result<()>) {
     match outcome {
-        Ok(()) => eprintln!("{name} allowed"),
-        Err(error) => eprintln!("{name} denied {}", error.raw_os_error().map_or_else(|| error.to_string(), errno)),
+        Ok(()) => say(&format!("{name} allowed")),
+        Err(error) => {
+            let errno = error.raw_os_error().map_or_else(|| error.to_string(), errno);
+            say(&format!("{name} denied {errno}"));
+        }
     }
 }
 
@@ -136,7 +144,7 @@ fn main() {
         // Whatever runs then does not say `end`.
         report("another program", &Err(execute(program)));
     }
-    eprintln!("end");
+    say("end");
     // Ended from outside, so that it is not started again and again.
     loop {
         std::thread::park();
