@@ -61,8 +61,8 @@ pub enum Copy {
     Across { ticket: Ticket, from_frame: u32, to: u8, frame: u32, count: u32 },
     /// The second half of a copy from device to device: the pager's own buffer to frames.
     Bounced { ticket: Ticket, buffer: u64, frame: u32, count: u32 },
-    /// Zero some frames; the last part of a scrub or a zero fill completes the ticket.
-    Zero { ticket: Ticket, frame: u32, count: u32, scrub: bool, last: bool },
+    /// Zero some frames: all of a zero fill, or a part of a scrub.
+    Zero { ticket: Ticket, frame: u32, count: u32, scrub: bool },
 }
 
 impl Copy {
@@ -165,14 +165,14 @@ impl Pager {
             Copy::HomeHuge { ticket, region, pages, frame } => {
                 self.private_fill_huge(ticket, region, pages, deferred.device, frame);
             }
-            Copy::Zero { ticket, frame, count, scrub, last } => {
+            Copy::Zero { ticket, frame, count, scrub } => {
                 let (from, len) = (u64::from(frame) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
                 let zeroed = self.aperture(deferred.device).map(|aperture| aperture.fill(from, len, 0));
                 if let Some(Err(error)) = &zeroed {
                     tracing::error!(%error, device = deferred.device, frame, "Zeroing device memory failed");
                 }
                 let result = if matches!(zeroed, Some(Ok(()))) { StepResult::Ok } else { StepResult::Io };
-                self.zero_done(ticket, scrub, last, result);
+                self.zero_done(ticket, scrub, result);
             }
         }
     }
@@ -269,11 +269,12 @@ impl Pager {
         filled
     }
 
-    fn zero_done(&mut self, ticket: Ticket, scrub: bool, last: bool, result: StepResult) {
-        match (scrub, last) {
-            (true, true) => self.push(Event::ScrubDone { ticket, result }),
-            (true, false) => {}
-            (false, _) => self.push(Event::ZeroDone { ticket, result }),
+    fn zero_done(&mut self, ticket: Ticket, scrub: bool, result: StepResult) {
+        if !scrub {
+            return self.push(Event::ZeroDone { ticket, result });
+        }
+        if let Some(result) = self.scrubs_begun.ended(ticket, result) {
+            self.push(Event::ScrubDone { ticket, result });
         }
     }
 
@@ -310,7 +311,7 @@ impl Pager {
                 Copy::Home { ticket, .. } | Copy::HomeHuge { ticket, .. } => {
                     self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::Io) });
                 }
-                Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, StepResult::Io),
+                Copy::Zero { ticket, scrub, .. } => self.zero_done(ticket, scrub, StepResult::Io),
                 Copy::Staged { ticket, pages, run, .. } => self.staged_done(ticket, pages, run, false),
                 Copy::Across { ticket, .. } => self.push(Event::CopyDone { ticket, result: StepResult::Io }),
                 Copy::Bounced { ticket, buffer, .. } => self.bounced(ticket, buffer, false),
@@ -457,7 +458,7 @@ impl Pager {
                 self.push(Event::FillDone { ticket, done_pages: 0, stop: Some(FillStop::NotHuge) });
             }
             Copy::Out { ticket, .. } => self.push(Event::CopyDone { ticket, result }),
-            Copy::Zero { ticket, scrub, last, .. } => self.zero_done(ticket, scrub, last, result),
+            Copy::Zero { ticket, scrub, .. } => self.zero_done(ticket, scrub, result),
             Copy::Staged { ticket, pages, run, .. } => self.staged_done(ticket, pages, run, ok),
             Copy::Across { .. } => self.bounce_read(device_id, job, deferred, ok),
             Copy::Bounced { ticket, buffer, .. } => self.bounced(ticket, buffer, ok),

@@ -79,7 +79,7 @@ impl Pager {
                 self.start_copy(Deferred { device: device.0, copy: Copy::Home { ticket, region, pages, frame } });
             }
             Action::ZeroFrames { ticket, device, frame, count } => {
-                let copy = Copy::Zero { ticket, frame, count, scrub: false, last: true };
+                let copy = Copy::Zero { ticket, frame, count, scrub: false };
                 self.start_copy(Deferred { device: device.0, copy });
             }
             Action::Scrub { ticket, device, runs } => self.scrub(ticket, device, &runs),
@@ -210,10 +210,11 @@ impl Pager {
 
     fn scrub(&mut self, ticket: Ticket, device: DeviceId, runs: &[(u32, u32)]) {
         if runs.is_empty() {
-            self.push(Event::ScrubDone { ticket, result: StepResult::Ok });
+            return self.push(Event::ScrubDone { ticket, result: StepResult::Ok });
         }
-        for (index, (frame, count)) in runs.iter().enumerate() {
-            let copy = Copy::Zero { ticket, frame: *frame, count: *count, scrub: true, last: index + 1 == runs.len() };
+        self.scrubs_begun.begin(ticket, runs.len());
+        for (frame, count) in runs {
+            let copy = Copy::Zero { ticket, frame: *frame, count: *count, scrub: true };
             self.scrubs.push_back(Deferred { device: device.0, copy });
         }
     }

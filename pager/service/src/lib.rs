@@ -63,6 +63,7 @@ mod revalidate;
 mod revoke;
 mod revoking;
 mod rules;
+mod scrubs;
 mod segments;
 mod service;
 mod space;

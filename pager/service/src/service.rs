@@ -40,6 +40,7 @@ use crate::requests::{Group, PendingRequest};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
+use crate::scrubs::Scrubs;
 use crate::space::{Regions, Space};
 use crate::stats::ShellStats;
 use crate::trace::TraceRing;
@@ -120,6 +121,8 @@ pub struct Pager {
     pub(crate) copies: VecDeque<Deferred>,
     /// Frames to be scrubbed, some each turn.
     pub(crate) scrubs: VecDeque<Deferred>,
+    /// Those that have not ended.
+    pub(crate) scrubs_begun: Scrubs,
     /// Spaces whose regions are given up, some each turn.
     pub(crate) ending: VecDeque<u64>,
     /// Spaces that are not removed yet although their process is dead or said goodbye.
@@ -277,6 +280,7 @@ impl Pager {
             gate_watches: Vec::new(),
             copies: VecDeque::new(),
             scrubs: VecDeque::new(),
+            scrubs_begun: Scrubs::default(),
             ending: VecDeque::new(),
             dying_spaces: 0,
             unread: BTreeSet::new(),
