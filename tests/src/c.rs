@@ -16,7 +16,7 @@ pub fn source(name: &str) -> String {
 }
 
 /// Where cargo left `libuhmm.so`.
-fn library_dir() -> PathBuf {
+pub fn library_dir() -> PathBuf {
     let test = std::env::current_exe().expect("the test knows its own path");
     let deps = test.parent().expect("tests lie in target/PROFILE/deps").to_owned();
     assert!(deps.join("libuhmm.so").exists(), "{} has no libuhmm.so: run `cargo build -p uhmm-capi`", deps.display());

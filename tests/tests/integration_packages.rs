@@ -29,16 +29,19 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Beside the test: what the packages are made of.
-fn built() -> PathBuf {
-    let folder = uhmm_exe().parent().expect("a folder").to_owned();
-    assert!(folder.join("libuhmm.so").exists(), "libuhmm.so is missing: run `cargo build -p uhmm-capi`");
+/// What the packages are made of, in one folder. Cargo leaves the library of a test build where the tests are, and not beside the program.
+fn built(into: &Path) -> PathBuf {
+    let folder = into.join("built");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for file in [uhmm_exe(), c::library_dir().join("libuhmm.so")] {
+        std::fs::copy(&file, folder.join(file.file_name().expect("a name"))).expect("copied");
+    }
     folder
 }
 
-fn build(version: &str, into: &Path) {
+fn build(version: &str, shared: &Path, name: &str) {
     let mut command = Command::new(deploy("debian/build"));
-    command.arg(built()).arg(into).env("VERSION", version).env("COMPRESS", "gzip -z1");
+    command.arg(built(shared)).arg(shared.join(name)).env("VERSION", version).env("COMPRESS", "gzip -z1");
     let output = output(&mut command, "bash runs it");
     assert!(output.status.success(), "{}", said(&output));
     assert_eq!(said(&output).lines().filter(|line| line.ends_with(".deb")).count(), 3, "{}", said(&output));
@@ -47,8 +50,8 @@ fn build(version: &str, into: &Path) {
 #[test]
 fn integration_packages_install_run_upgrade_under_a_client_and_leave_nothing() {
     let shared = tempfile::tempdir().expect("a folder");
-    build("0.1.0-1", &shared.path().join("1"));
-    build("0.1.0-2", &shared.path().join("2"));
+    build("0.1.0-1", shared.path(), "1");
+    build("0.1.0-2", shared.path(), "2");
     for file in ["inside", "rounds.c"] {
         std::fs::copy(c::top().join("tests/packages").join(file), shared.path().join(file)).expect("copied");
     }
