@@ -46,6 +46,7 @@ struct Call {
     userfaultfdDevice @33 :Void;        # client; idempotent
     strip @34 :Strip;                   # operator; idempotent
     moveRegion @35 :MoveRegion;         # operator; idempotent
+    moveRange @36 :MoveRange;           # operator; idempotent
   }
 }
 
@@ -53,6 +54,15 @@ struct Call {
 struct Strip {
   region @0 :UInt64;
   cells @1 :UInt16;           # at most maxStripCells
+}
+
+# What of a process is managed there, as if it had asked itself.
+struct MoveRange {
+  pid @0 :UInt32;
+  process @1 :UInt64;         # the same process by its name, 0: not known
+  addr @2 :UInt64;
+  lenBytes @3 :UInt64;
+  target @4 :Sdk.Target;
 }
 
 struct MoveRegion {

@@ -64,6 +64,7 @@ pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;
 pub use memory::{Adopted, AdoptedKind, RangeAttributes, SnapshotPage, Uniform};
 pub use operator::Operator;
+pub use own::{Noted, never_manage};
 pub use paths::run_dir;
 pub use pending::Pending;
 pub use range::{PAGE_BYTES, enclosing_pages};

@@ -9,7 +9,7 @@ use uhmm_ipc::message::pager::RegionStatus;
 use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{Call, Fd, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
-use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd};
 
 use crate::links::{client_reactor, endpoint};
 use crate::{Error, paths};
@@ -76,6 +76,19 @@ impl Operator {
             Some(Reply::Pager(pager::Reply::Migrated { moved_pages, .. })) => Ok(moved_pages),
             Some(Reply::Pager(pager::Reply::Done)) => Ok(0),
             _ => Err(Error::StrangeReply { question: "MoveRegion" }),
+        }
+    }
+
+    /// Moves what of a process is managed in a range of its addresses, as it could itself: to a device, or home (`None`). Returns how many
+    /// pages moved. Parts that are not managed are no error.
+    pub fn move_range(&mut self, process: &PidFd, range: AddrRange, device: Option<u8>) -> Result<u64, Error> {
+        let target = device.map_or(pager::Target::Home, pager::Target::Device);
+        let pid = process.pid().ok().flatten().unwrap_or(0);
+        let (process, addr, len_bytes) = (process.name().unwrap_or(0), range.start, range.len);
+        let call = Call::Pager(pager::Call::MoveRange { pid, process, addr, len_bytes, target });
+        match self.converse("pager", call, false, None)? {
+            Some(Reply::Pager(pager::Reply::Migrated { moved_pages, .. })) => Ok(moved_pages),
+            _ => Err(Error::StrangeReply { question: "MoveRange" }),
         }
     }
 

@@ -32,7 +32,7 @@ static TABLE: [Slot; SLOTS] = [const {
 /// Keeps a mapping in the registry; dropping it forgets the mapping. (In a forked child that only forgets the child's entry.)
 #[derive(Debug)]
 #[must_use = "the mapping is forgotten when this is dropped"]
-pub(crate) struct Noted {
+pub struct Noted {
     slot: Option<usize>,
 }
 
@@ -43,6 +43,12 @@ impl Drop for Noted {
             slot.taken.store(false, Ordering::Release);
         }
     }
+}
+
+/// Memory of a library that belongs to uhmm and not to the program (its heap, for example): never put under management, by whatever call, as long
+/// as the answer lives. `what` it is goes into the text of refusals. Children inherit the entry with the mapping.
+pub fn never_manage(range: AddrRange, what: &'static str) -> Noted {
+    note(range, what)
 }
 
 /// Notes a mapping of the SDK's own; `what` it is goes into the text of refusals ("the stack of uhmm's agent"). When the table is full, which

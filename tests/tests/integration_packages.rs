@@ -33,7 +33,8 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
 fn built(into: &Path) -> PathBuf {
     let folder = into.join("built");
     std::fs::create_dir_all(&folder).expect("a folder");
-    for file in [uhmm_exe(), c::library_dir().join("libuhmm.so")] {
+    let libraries = ["libuhmm.so", "libuhmm_preload.so"].map(|name| c::library_dir().join(name));
+    for file in [uhmm_exe()].into_iter().chain(libraries) {
         std::fs::copy(&file, folder.join(file.file_name().expect("a name"))).expect("copied");
     }
     folder

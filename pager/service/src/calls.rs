@@ -2,11 +2,13 @@
 
 use uhmm_ipc::message::{Call, ErrorCode, Reply, Role, TraceId, WireError, common, pager};
 use uhmm_ipc::{CallId, ConnId};
+use uhmm_kernel_hook::AddrRange;
 use uhmm_kit::record;
 use uhmm_pager_core::Backing;
 
 use crate::clients::Opening;
 use crate::create::Wanted;
+use crate::home::Whose;
 use crate::requests::FaultKind;
 use crate::service::Pager;
 
@@ -112,6 +114,10 @@ impl Pager {
             pager::Call::UserfaultfdDevice => Some(self.userfaultfd_device()),
             pager::Call::EmptyDevice { device, then } => self.empty_device(conn, call, device, then),
             pager::Call::Strip { region, cells } => Some(self.strip(region, cells)),
+            pager::Call::MoveRange { pid, process, addr, len_bytes, target } => {
+                let who = Whose::Process { pid, name: process };
+                self.move_range(conn, call, trace, (who, AddrRange { start: addr, len: len_bytes }), target)
+            }
             pager::Call::MoveRegion { region, target } => self.move_region(conn, call, trace, region, target),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
@@ -157,6 +163,7 @@ fn may_ask(role: Role, request: &pager::Call) -> bool {
         pager::Call::ListRegions
         | pager::Call::EmptyDevice { .. }
         | pager::Call::Strip { .. }
-        | pager::Call::MoveRegion { .. } => role == Role::Operator,
+        | pager::Call::MoveRegion { .. }
+        | pager::Call::MoveRange { .. } => role == Role::Operator,
     }
 }

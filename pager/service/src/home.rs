@@ -107,7 +107,7 @@ impl Pager {
         None
     }
 
-    fn spaces_of(&self, who: Whose) -> Vec<u64> {
+    pub(crate) fn spaces_of(&self, who: Whose) -> Vec<u64> {
         let is_called = |space: &Space, name| space.pidfd.as_ref().is_some_and(|pidfd| pidfd.name().ok() == Some(name));
         let mine = |id: u64, space: &Space| match who {
             Whose::Process { pid, name: 0 } => space.state.pid == pid,
@@ -120,12 +120,20 @@ impl Pager {
 
     /// What of a process can be away: what is shown to it of memory that is not a file.
     fn movable(&self, who: Whose) -> Vec<Piece> {
-        let segments = self.spaces_of(who).into_iter().flat_map(|id| self.touched(id, 0, u64::MAX));
+        self.movable_between(who, 0, u64::MAX)
+    }
+
+    /// The same between two addresses, which are whole pages.
+    pub(crate) fn movable_between(&self, who: Whose, start: u64, end: u64) -> Vec<Piece> {
+        let segments = self.spaces_of(who).into_iter().flat_map(|id| self.touched(id, start, end));
         let piece = |id: u64| {
             let segment = self.regions.segment(id)?;
             let region = self.regions.get(segment.region)?;
-            let movable = region.phase == Phase::Live && region.backing != Backing::File;
-            movable.then(|| Piece { located: Located { region: region.id, pages: segment.pages() }, offset: 0 })
+            let (from, to) = (segment.addr.max(start), segment.range().end().min(end));
+            let movable = region.phase == Phase::Live && region.backing != Backing::File && from < to;
+            let first = segment.first_page + (from - segment.addr) / PAGE_SIZE;
+            let pages = || Pages { first, count: (to - from) / PAGE_SIZE };
+            movable.then(|| Piece { located: Located { region: region.id, pages: pages() }, offset: 0 })
         };
         segments.filter_map(piece).collect()
     }

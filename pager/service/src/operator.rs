@@ -1,12 +1,14 @@
-//! What the operator asks of regions that are somebody else's: where their pages are, and to move them as their owner could.
+//! What the operator asks of memory that is somebody else's: where its pages are, and to move them as their owner could.
 
 use uhmm_ipc::message::pager::{StripCell, Target};
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_kit::record::{self, What, Why};
 use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, Target as CoreTarget};
 
 use crate::calls::{Answer, refuse};
+use crate::home::Whose;
 use crate::noted::place;
 use crate::requests::{Located, Piece, Then};
 use crate::service::Pager;
@@ -59,35 +61,84 @@ impl Pager {
             return refuse(ErrorCode::Invalid, format!("Region {id} shows a file: devices use it in place"));
         }
         let (space, pages) = (region.space, Pages { first: 0, count: region.page_count });
-        let target = match target {
-            Target::Home => CoreTarget::Home,
-            Target::Device(device) => {
-                let Some(plan) = self.service.plan.device(device) else {
-                    return refuse(
-                        ErrorCode::NotFound,
-                        format!("Device {device} is not in the plan: see `uhmm status`"),
-                    );
-                };
-                if plan.coherent {
-                    let text =
-                        format!("Device {} is coherent: only its user's own programs move memory there", plan.name);
-                    return refuse(ErrorCode::Permission, text);
-                }
-                if self.spaces.get(&space).is_some_and(|space| space.state.at_home) {
-                    let text = "Its process stays at home: let it leave with `uhmm home --release PID`";
-                    return refuse(ErrorCode::Busy, text);
-                }
-                CoreTarget::Device(DeviceId(device))
-            }
+        let target = match self.operators_target(&[space], target) {
+            Ok(target) => target,
+            Err(error) => return Some(Err(error)),
         };
         let event = self.event_at(What::Request, uhmm_pager_core::RegionId(id), pages);
+        self.move_pieces(conn, call, trace, (event, &[piece_of(id, pages)]), target)
+    }
+
+    /// What of a process is managed in a range. Parts that are not, of whatever is mapped there, stay where they are.
+    pub(crate) fn move_range(
+        &mut self,
+        conn: ConnId,
+        call: CallId,
+        trace: TraceId,
+        (who, range): (Whose, AddrRange),
+        target: Target,
+    ) -> Answer {
+        let range = match AddrRange::new(range.start, range.len) {
+            Ok(range) => range,
+            Err(error) => return refuse(ErrorCode::Invalid, error.to_string()),
+        };
+        let spaces = self.spaces_of(who);
+        if spaces.is_empty() {
+            let text = "This process has no memory under management: `uhmm status` lists those that have";
+            return refuse(ErrorCode::NotFound, text);
+        }
+        let target = match self.operators_target(&spaces, target) {
+            Ok(target) => target,
+            Err(error) => return Some(Err(error)),
+        };
+        let pieces = self.movable_between(who, range.start, range.end());
+        let Some(first) = pieces.first() else {
+            return Some(Ok(pager::Reply::Migrated { moved_pages: 0, runs: Vec::new(), why: String::new() }));
+        };
+        let event = self.event_at(What::Request, uhmm_pager_core::RegionId(first.located.region), first.located.pages);
+        let event = record::Event { addr: range.start, pages: range.len / PAGE_SIZE, ..event };
+        self.move_pieces(conn, call, trace, (event, &pieces), target)
+    }
+
+    fn move_pieces(
+        &mut self,
+        conn: ConnId,
+        call: CallId,
+        trace: TraceId,
+        (event, pieces): (record::Event, &[Piece]),
+        target: CoreTarget,
+    ) -> Answer {
         let event = record::Event { why: Why::User, trace: trace.0, to: place(target), ..event };
         self.begin_request(conn, call, event);
-        let piece = Piece { located: Located { region: id, pages }, offset: 0 };
         let migrate = |req, region, pages| Event::Migrate { req, region, pages, target };
-        self.ask_pieces((conn, call, trace), &[piece], Then::Tell, migrate);
+        self.ask_pieces((conn, call, trace), pieces, Then::Tell, migrate);
         None
     }
+
+    /// Where an operator may send pages of these spaces.
+    fn operators_target(&self, spaces: &[u64], target: Target) -> Result<CoreTarget, WireError> {
+        let Target::Device(device) = target else { return Ok(CoreTarget::Home) };
+        let Some(plan) = self.service.plan.device(device) else {
+            let text = format!("Device {device} is not in the plan: see `uhmm status`");
+            return Err(WireError::new(ErrorCode::NotFound, text));
+        };
+        if plan.coherent {
+            let text = format!("Device {} is coherent: only its user's own programs move memory there", plan.name);
+            return Err(WireError::new(ErrorCode::Permission, text));
+        }
+        if spaces.iter().any(|id| self.spaces.get(id).is_some_and(|space| space.state.at_home)) {
+            let text = "Its process stays at home: let it leave with `uhmm home --release PID`";
+            return Err(WireError::new(ErrorCode::Busy, text));
+        }
+        if self.records.is_closed(device) {
+            return Err(WireError::new(ErrorCode::NoMemory, self.closed_text(device)));
+        }
+        Ok(CoreTarget::Device(DeviceId(device)))
+    }
+}
+
+fn piece_of(region: u64, pages: Pages) -> Piece {
+    Piece { located: Located { region, pages }, offset: 0 }
 }
 
 fn cell_of(raw: u64) -> StripCell {

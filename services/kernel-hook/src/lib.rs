@@ -51,6 +51,7 @@ pub mod fd_keeper;
 pub mod fork;
 pub mod guard;
 mod guarded;
+pub mod heap;
 pub mod hostile;
 pub mod huge_file;
 pub mod huge_pool;

@@ -213,6 +213,22 @@ fn remote_iovec(addr: u64, len: usize) -> libc::iovec {
     libc::iovec { iov_base: std::ptr::without_provenance_mut(addr as usize), iov_len: len }
 }
 
+/// Ends this process at once, without its exit handlers: for a library that is loaded into somebody else's program, before that has begun.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: ends the process; no other code of it runs.
+    unsafe { libc::_exit(code) }
+}
+
+/// Runs `act` and leaves the calling thread's `errno` as it was: a program may read it where no system call of its own is in between.
+pub fn with_errno_kept<T>(act: impl FnOnce() -> T) -> T {
+    // SAFETY: the address of a word of the calling thread, which lives as long as the thread.
+    let before = unsafe { *libc::__errno_location() };
+    let done = act();
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = before };
+    done
+}
+
 fn transferred(call: &'static str, addr: u64, len: usize, rc: isize) -> Result<usize, HookError> {
     if rc >= 0 {
         return Ok(rc as usize);

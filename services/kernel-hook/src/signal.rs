@@ -16,6 +16,11 @@ impl StopSignals {
         Self::block_these(&[libc::SIGTERM, libc::SIGINT])
     }
 
+    /// What a program is sent to end, reload or report, for who stands before it and passes it on: and SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2.
+    pub fn block_to_pass_on() -> Result<Self, HookError> {
+        Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2])
+    }
+
     /// And SIGCHLD: children that nobody else waits for.
     pub(crate) fn block_with_children() -> Result<Self, HookError> {
         Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD])
@@ -44,14 +49,33 @@ impl StopSignals {
 
     /// One that came, if there is one.
     pub(crate) fn take(&self) -> Result<Option<libc::c_int>, HookError> {
+        Ok(self.take_one()?.map(|came| came.number))
+    }
+
+    /// One that came, if there is one, and who it is from.
+    ///
+    /// # Errors
+    /// `Call`.
+    pub fn take_one(&self) -> Result<Option<Came>, HookError> {
+        const SI_KERNEL: i32 = 0x80;
         let mut one = [0; size_of::<libc::signalfd_siginfo>()];
+        let word = |one: &[u8], at: usize| i32::from_ne_bytes([one[at], one[at + 1], one[at + 2], one[at + 3]]);
         match rustix::io::read(&self.fd, &mut one) {
-            // `ssi_signo` is the first word.
-            Ok(_) => Ok(Some(i32::from_ne_bytes([one[0], one[1], one[2], one[3]]))),
+            // `ssi_signo`, `ssi_errno`, `ssi_code`.
+            Ok(_) => Ok(Some(Came { number: word(&one, 0), by_kernel: word(&one, 8) == SI_KERNEL })),
             Err(rustix::io::Errno::AGAIN) => Ok(None),
             Err(error) => Err(HookError::failed("read(signalfd)", error)),
         }
     }
+}
+
+/// A signal that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Came {
+    /// Its number.
+    pub number: i32,
+    /// A terminal sent it to the whole process group (Ctrl-C), so that the others there have got it too.
+    pub by_kernel: bool,
 }
 
 /// Runs `act` with every signal blocked in the calling thread, then puts the mask back. A thread that `act` starts inherits the blocked

@@ -44,6 +44,10 @@ enum Command {
         /// leave what is kept. `uhmm down` ends everything all the same
         #[arg(long)]
         replaceable: bool,
+        /// End when standard input has ended and no process has memory here any more, and remove these folders: for who starts a system for
+        /// one program
+        #[arg(long, hide = true, value_name = "FOLDER")]
+        until_unused: Vec<PathBuf>,
         /// Log format
         #[arg(long, value_enum, default_value_t = Log::Text)]
         log: Log,
@@ -51,6 +55,8 @@ enum Command {
         #[arg(long)]
         metrics: Option<SocketAddr>,
     },
+    /// Run a program that knows nothing of uhmm with its private memory managed: `uhmm run --ram 512MiB -- PROGRAM`
+    Run(commands::RunArgs),
     /// Stop the supervisor and every service
     Down,
     /// Make a token by which a service that joins proves itself
@@ -272,13 +278,18 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::BenchFloor(args) => commands::bench_floor(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
-        Command::Up { manifest, file, adopt, replaceable, log, metrics } => {
+        Command::Up { manifest, file, adopt, replaceable, until_unused, log, metrics } => {
+            if !until_unused.is_empty() {
+                commands::end_when_unused(&run_dir)?;
+            }
             if let Some(address) = metrics {
                 commands::export_beside(&run_dir, address)?;
             }
             let manifest = commands::manifest_or_file(manifest.as_deref(), file)?;
             commands::up(manifest, run_dir, (adopt, replaceable), log.into())?;
+            until_unused.iter().try_for_each(commands::remove)?;
         }
+        Command::Run(args) => return commands::run(&args, cli.run_dir.as_deref()),
         Command::Down => commands::down(&run_dir)?,
         Command::Token => commands::token()?,
         Command::Plan { manifest, sandbox } => commands::plan(manifest.as_deref(), run_dir, sandbox)?,

@@ -26,9 +26,9 @@ pub(crate) const BUF: u64 = 4 << 20;
 /// Cases that fill a device need so many pieces of 2 MiB.
 const LEAST_PMDS: u64 = 4;
 /// How long a disturbed step is asked again.
-const RETRY_PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const RETRY_PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at pages that a killed pager has left on their way.
-const SETTLE_POLL: Duration = Duration::from_millis(5);
+pub(crate) const SETTLE_POLL: Duration = Duration::from_millis(5);
 
 /// Bytes of a snapshot, as the kernel's selftest driver has them.
 pub(crate) mod prot {

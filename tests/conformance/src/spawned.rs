@@ -1,10 +1,13 @@
 //! Helper processes of a case: the same case in another process, told by its role what part it plays.
 
 use std::process::{Child, Stdio};
+use std::time::Instant;
 
-use crate::case::{CaseArgs, CaseResult, During, Failure, Outcome, OutcomeStatus};
+use uhmm_sdk::Operator;
+
+use crate::case::{CaseArgs, CaseResult, During, Failure, Outcome, OutcomeStatus, ensure};
 use crate::child::{OUTCOME_MARK, command};
-use crate::ctx::Ctx;
+use crate::ctx::{Ctx, RETRY_PATIENCE, SETTLE_POLL};
 
 /// A running helper; killed when it is dropped before its end.
 pub(crate) struct Spawned {
@@ -69,6 +72,20 @@ impl Spawned {
     pub(crate) fn kill(mut self) -> CaseResult {
         let Some(mut child) = self.child.take() else { return Ok(()) };
         child.kill().and_then(|()| child.wait()).map(|_| ()).during("Kill a helper process")
+    }
+
+    /// The same, and waits until the pager has let go of its memory: until then what it had begun may still take room on a device from others.
+    /// The end of a process is known to the pager by an event, of which nobody else is told.
+    pub(crate) fn kill_and_reclaim(self, ctx: &Ctx) -> CaseResult {
+        let pid = self.child.as_ref().map_or(0, std::process::Child::id);
+        self.kill()?;
+        let mut operator = Operator::connect(Some(ctx.run_dir()))?;
+        let end = Instant::now() + RETRY_PATIENCE;
+        while operator.regions()?.iter().any(|region| region.pid == pid) {
+            ensure!(Instant::now() < end, "A killed process still has regions after {RETRY_PATIENCE:?}");
+            std::thread::sleep(SETTLE_POLL);
+        }
+        Ok(())
     }
 
     /// Waits for the helper's first line on standard output, which it prints when it has reached a certain point.

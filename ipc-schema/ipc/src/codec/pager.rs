@@ -143,6 +143,14 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_region(*region);
             to.set_cells(*cells);
         }
+        Call::MoveRange { pid, process, addr, len_bytes, target } => {
+            let mut to = to.init_move_range();
+            to.set_pid(*pid);
+            to.set_process(*process);
+            to.set_addr(*addr);
+            to.set_len_bytes(*len_bytes);
+            write_target(*target, to.init_target());
+        }
         Call::MoveRegion { region, target } => {
             let mut to = to.init_move_region();
             to.set_region(*region);
@@ -318,6 +326,11 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::Strip(from) => {
             let from = from?;
             Call::Strip { region: from.get_region(), cells: from.get_cells() }
+        }
+        call::MoveRange(from) => {
+            let from = from?;
+            let (addr, len_bytes, target) = (from.get_addr(), from.get_len_bytes(), read_target(from.get_target()?)?);
+            Call::MoveRange { pid: from.get_pid(), process: from.get_process(), addr, len_bytes, target }
         }
         call::MoveRegion(from) => {
             let from = from?;

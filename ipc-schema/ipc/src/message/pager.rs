@@ -409,6 +409,19 @@ pub enum Call {
         /// How many cells, at most 1024.
         cells: u16,
     },
+    /// Operator: what of a process is managed in a range goes somewhere, as if it had asked itself. Answered with `Migrated`.
+    MoveRange {
+        /// Its process id.
+        pid: u32,
+        /// The same process by the name of its pidfd, which is the same in all pid namespaces; 0: not known.
+        process: u64,
+        /// First address.
+        addr: u64,
+        /// Bytes; whole pages.
+        len_bytes: u64,
+        /// Where to.
+        target: Target,
+    },
     /// Operator: all of a region goes somewhere, as if its owner had asked. Answered with `Migrated`.
     MoveRegion {
         /// Region.

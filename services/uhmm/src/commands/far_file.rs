@@ -14,6 +14,18 @@ pub struct FarFile {
     path: Option<PathBuf>,
 }
 
+impl FarFile {
+    /// How much.
+    pub fn size(&self) -> ByteSize {
+        self.size
+    }
+
+    /// Where, if that was said.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+}
+
 impl FromStr for FarFile {
     type Err = String;
 

@@ -10,10 +10,12 @@ mod manual;
 mod model_orders;
 mod new_driver;
 mod renew;
+mod run;
 mod show;
 mod watch;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use uhmm_kit::LogFormat;
@@ -31,6 +33,7 @@ pub use far_file::{FarFile, manifest_or_file};
 pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use renew::renew;
+pub use run::{RunArgs, run};
 pub use show::{stats, status};
 pub use watch::{
     EventsArgs, MetricsArgs, PostMortemArgs, TopArgs, TraceArgs, events, export_beside, metrics, post_mortem, top,
@@ -58,6 +61,40 @@ pub fn up(
     let options = SupervisorOptions { run_dir, exe, adopt, replaceable, log };
     uhmm_supervisor::run(manifest, options, || uhmm_kit::say("ready"))?;
     Ok(())
+}
+
+/// Beside `uhmm up`: ends it when whoever has started it has closed its input (or has died), and no process has memory under management.
+pub fn end_when_unused(run_dir: &Path) -> anyhow::Result<()> {
+    /// Nobody is told when the last region has gone.
+    const POLL: Duration = Duration::from_millis(100);
+    let run_dir = run_dir.to_owned();
+    let watch = move || {
+        // Whatever is said there means nothing; only its end does.
+        drop(std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
+        let unused =
+            || -> Result<bool, uhmm_sdk::Error> { Ok(Operator::connect(Some(&run_dir))?.regions()?.is_empty()) };
+        // A pager that is being started again answers later.
+        while !unused().unwrap_or(false) {
+            std::thread::sleep(POLL);
+        }
+        if let Err(error) = Operator::connect(Some(&run_dir)).and_then(Operator::shutdown) {
+            tracing::error!(%error, "A system that nobody uses does not end");
+        }
+    };
+    // The supervisor's own thread takes this process's signals.
+    uhmm_kernel_hook::signal::with_all_blocked(|| std::thread::spawn(watch))?;
+    Ok(())
+}
+
+/// A folder with all that is in it; one that has gone already is no error.
+pub fn remove(folder: impl AsRef<Path>) -> anyhow::Result<()> {
+    let folder = folder.as_ref();
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{} cannot be removed", folder.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `uhmm down`.

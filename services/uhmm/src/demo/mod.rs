@@ -15,6 +15,7 @@ mod reference;
 mod report;
 mod text;
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::{Context, bail};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_manifest::{Kind, Manifest};
@@ -30,6 +31,9 @@ use uhmm_sdk::Operator;
 
 /// Exit status of a program that Ctrl-C has ended, as shells have it.
 const INTERRUPTED: u8 = 130;
+
+/// Between two looks whether a system will ever be ready.
+const STARTING: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// What runs under the demo: one software device whose memory is there from the start, as hardware has it, so that
 /// what the migration releases can be seen in the memory cgroup. Drills kill often and are not held against anybody.
@@ -113,17 +117,22 @@ pub(crate) struct System {
 impl System {
     /// Makes its private run directory, and waits until every service of the manifest is ready.
     pub(crate) fn start(run_dir: PathBuf, text: &str) -> anyhow::Result<Self> {
-        // Not recursive and private: a folder that somebody else has put there must not be used.
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&run_dir)
-            .with_context(|| format!("{} cannot be made", run_dir.display()))?;
+        make_private(&run_dir)?;
         let manifest = run_dir.join("manifest.toml");
         std::fs::write(&manifest, text)?;
+        Self::start_in(run_dir.clone(), &[OsStr::new("--manifest"), manifest.as_os_str()], &[&run_dir])
+    }
+
+    /// The same in a private folder that is there, with these arguments of `uhmm up`. `folders` are removed with it. Should this process die, the
+    /// system ends when nobody has memory there any more.
+    pub(crate) fn start_in(run_dir: PathBuf, up: &[&OsStr], folders: &[&Path]) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--run-dir").arg(&run_dir).arg("up").arg("--manifest").arg(&manifest);
+        command.arg("--run-dir").arg(&run_dir).arg("up").args(up);
+        for folder in folders {
+            command.arg("--until-unused").arg(folder);
+        }
         // A process group of its own: Ctrl-C reaches the demo and the client, and the demo stops the system in order.
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         if std::env::var_os("UHMM_LOG").is_none() {
             // Every kill is announced below; the services' own warnings about it would only be in the way.
             command.env("UHMM_LOG", "error");
@@ -131,12 +140,24 @@ impl System {
         let mut supervisor = command.spawn().context("The supervisor cannot be started")?;
         let stdout = supervisor.stdout.take().context("The supervisor has no output")?;
         let system = Self { supervisor, run_dir };
+        // A service that cannot work is started again some times before it is held.
+        while poll(&mut [PollFd::new(&stdout, PollFlags::IN)], Some(&STARTING))? == 0 {
+            if let Some(service) = system.held() {
+                bail!("{service} cannot be started: see its messages above");
+            }
+        }
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;
         if line.trim() != "ready" {
             bail!("The supervisor ended before its services were ready: see its messages above");
         }
         Ok(system)
+    }
+
+    /// A service that the supervisor does not start again.
+    fn held(&self) -> Option<String> {
+        let services = Operator::connect(Some(&self.run_dir)).and_then(|mut operator| operator.status()).ok()?;
+        services.into_iter().find(|service| service.state == "held").map(|service| service.name)
     }
 
     /// Where its sockets are.
@@ -154,10 +175,19 @@ impl Drop for System {
         {
             tracing::debug!(%error, "The supervisor had ended");
         }
-        if let Err(error) = self.supervisor.wait().and_then(|_| std::fs::remove_dir_all(&self.run_dir)) {
-            eprintln!("{} could not be removed: {error}", self.run_dir.display());
+        // It removes its folders itself, unless it was killed.
+        if let Err(error) =
+            self.supervisor.wait().map_err(Into::into).and_then(|_| crate::commands::remove(&self.run_dir))
+        {
+            eprintln!("{error:#}");
         }
     }
+}
+
+/// Not recursive and private: a folder that somebody else has put there must not be used.
+pub(crate) fn make_private(folder: &Path) -> anyhow::Result<()> {
+    let made = std::fs::DirBuilder::new().mode(0o700).create(folder);
+    made.with_context(|| format!("{} cannot be made", folder.display()))
 }
 
 /// Starts system and client, waits for the client.

@@ -50,7 +50,7 @@ fn eviction_is_bounded(ctx: &Ctx) -> CaseResult {
             ensure!(elapsed < Duration::from_secs(8), "4 MiB took {elapsed:?} beside a process that over-subscribes");
         }
     }
-    hog.kill()?;
+    hog.kill_and_reclaim(ctx)?;
     // Everything is given back: the device can be filled by us alone.
     let mine = ctx.huge(memory / 4 * 3, Some(2))?;
     ctx.all_to_device(0, &mine)?;

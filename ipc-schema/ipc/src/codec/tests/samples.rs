@@ -23,7 +23,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice
-            UserfaultfdDevice Strip MoveRegion),
+            UserfaultfdDevice Strip MoveRegion MoveRange),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -117,6 +117,7 @@ fn client_calls() -> Vec<Call> {
         EmptyDevice { device: 0, then: pager::Emptied::Opened },
         Strip { region: 7, cells: 80 },
         MoveRegion { region: 7, target: pager::Target::Device(2) },
+        MoveRange { pid: 7, process: 8, addr: 0x1000, len_bytes: 0x2000, target: pager::Target::Home },
         AdoptRegion { addr, len_bytes },
         AttachFile { addr, len_bytes, file: fd(12288), offset_bytes: 4096 },
         ReleaseRange { addr, len_bytes },
