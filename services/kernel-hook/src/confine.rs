@@ -168,6 +168,8 @@ pub struct Confinement {
     pub files: Option<Vec<(PathBuf, FileAccess)>>,
     /// TCP stays allowed.
     pub tcp: bool,
+    /// Where not, connecting to these ports stays allowed.
+    pub tcp_ports: Vec<u16>,
     /// System calls.
     pub filter: Option<Filter>,
 }

@@ -10,6 +10,7 @@
 mod accounts;
 mod clients;
 mod error;
+mod nbd;
 mod parse;
 mod plan;
 mod resolve;
@@ -17,11 +18,12 @@ mod show;
 
 pub use clients::Client;
 pub use error::ManifestError;
+pub use nbd::{NbdPlace, NbdUrl, Urls};
 pub use parse::{
     ByteSize, ClientEntry, Device, Holder, Join, Kind, Manifest, Quota, Restart, Sandbox, SandboxMode, Seal, Service,
     Supervisor,
 };
-pub use plan::{Account, Channel, ClientPlan, DevicePlan, Plan, ServicePlan};
+pub use plan::{Account, Channel, ClientPlan, DevicePlan, Plan, RemotePlan, ServicePlan};
 pub use resolve::MEMORY_BYTES_MAX;
 
 /// Devices that one plan can have: one bit each in a directory entry.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use uhmm_pci::PciPath;
 
 use crate::ManifestError;
+use crate::nbd::{NbdUrl, Urls};
 
 /// A size in bytes; written as a number or with a suffix: `"64MiB"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -237,13 +238,31 @@ pub struct Device {
     #[serde(default)]
     pub cmb: bool,
     /// A storage device is taken whatever it holds: **everything on it is destroyed**. Without it a device that holds anybody else's data is
-    /// refused. For drivers of PCI devices, and `"file"`.
+    /// refused. For drivers of PCI devices, `"file"` and `"nbd"`.
     #[serde(default)]
     pub format: bool,
     /// A file on a local disk, or a partition, whose blocks are the device's memory. For driver `"file"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Whether pages are sealed where they lie: `"aes-gcm"`, or `"none"`. For driver `"file"`.
+    /// The block server whose export is the device's memory, or one for each replica. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<Urls>,
+    /// Connections to a server, where it allows several. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
+    /// How many servers have each page: as many as `url` names. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u32>,
+    /// How long a read waits for a server that is away, before its page is lost. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_s: Option<u32>,
+    /// How long after the end of a session a server may still execute a write of it. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settle_s: Option<u32>,
+    /// Whether a write is on the server's own medium before it counts. For driver `"nbd"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub durable: Option<bool>,
+    /// Whether pages are sealed where they lie: `"aes-gcm"`, or `"none"`. For drivers `"file"`, `"nbd"` and `"nvme"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seal: Option<Seal>,
     /// Device memory. A software device has exactly this much, 1 GiB if nothing is said; of a PCI device it is the most that is used.
@@ -406,13 +425,23 @@ impl Manifest {
 
     /// Pager, mirror and one device `far0` in a file.
     pub fn far_memory(size: ByteSize, path: &Path) -> Self {
+        Self::far(size, "file", |device| device.path = Some(path.to_owned()))
+    }
+
+    /// Pager, mirror and one device `far0` on a block server.
+    pub fn remote_memory(size: ByteSize, url: &NbdUrl) -> Self {
+        Self::far(size, "nbd", |device| device.url = Some(Urls::One(url.to_string())))
+    }
+
+    fn far(size: ByteSize, driver: &str, place: impl Fn(&mut Device)) -> Self {
         let mut manifest = Self::built_in();
         for service in manifest.services.iter_mut().filter(|service| service.kind == Kind::Driver) {
-            (service.name, service.driver) = ("far0".to_owned(), Some("file".to_owned()));
+            (service.name, service.driver) = ("far0".to_owned(), Some(driver.to_owned()));
         }
         for device in &mut manifest.devices {
             (device.name, device.service) = ("far0".to_owned(), "far0".to_owned());
-            (device.memory_bytes, device.path) = (Some(size), Some(path.to_owned()));
+            device.memory_bytes = Some(size);
+            place(device);
         }
         manifest
     }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uhmm_pci::PciPath;
 
 use crate::ManifestError;
+use crate::nbd::NbdUrl;
 use crate::parse::{Join, Kind, Quota, Restart, Sandbox, Seal, Supervisor};
 
 /// One service.
@@ -75,6 +76,21 @@ pub struct ClientPlan {
     pub max_region_bytes: u64,
 }
 
+/// Memory on block servers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemotePlan {
+    /// One for each replica.
+    pub urls: Vec<NbdUrl>,
+    /// Connections to each.
+    pub connections: u32,
+    /// How long a read waits for a server that is away.
+    pub patience_s: u32,
+    /// How long after the end of a session a write of it may land.
+    pub settle_s: u32,
+    /// Writes are on the server's medium before they count, where it can say so.
+    pub durable: bool,
+}
+
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicePlan {
@@ -99,6 +115,9 @@ pub struct DevicePlan {
     /// File or partition whose blocks are its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Block servers, one for each replica.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<RemotePlan>,
     /// Whether pages are sealed there.
     #[serde(default)]
     pub seal: Seal,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::parse::{Device, Join, Kind, Manifest, Service};
-use crate::plan::{Channel, DevicePlan, Plan, ServicePlan};
+use crate::plan::{Channel, DevicePlan, Plan, RemotePlan, ServicePlan};
 use crate::{DEVICE_COUNT_MAX, ManifestError};
 
 const PAGE_BYTES: u64 = 4096;
@@ -14,9 +14,15 @@ pub const MEMORY_BYTES_MAX: u64 = (u32::MAX as u64) * PAGE_BYTES;
 const MEMORY_BYTES_DEFAULT: u64 = 1 << 30;
 /// The copy engine moves chunks of 2 MiB.
 const STAGING_BYTES_MIN: u64 = 2 << 20;
+/// To a block server, where it allows several.
+const CONNECTIONS_DEFAULT: u32 = 4;
+/// A server's machine starts again meanwhile.
+const PATIENCE_S_DEFAULT: u32 = 120;
+/// Longer than a segment lives in a network (two minutes).
+const SETTLE_S_DEFAULT: u32 = 180;
 /// Built-in drivers and whether they drive PCI devices. `uhmm driver NAME` runs them.
 const BUILT_IN_DRIVERS: &[(&str, bool)] =
-    &[("soft", false), ("bar", true), ("nvme", true), ("edu", true), ("accel", true), ("file", false)];
+    &[("soft", false), ("bar", true), ("nvme", true), ("edu", true), ("accel", true), ("file", false), ("nbd", false)];
 
 impl Manifest {
     /// Checks everything and decides what was left open. Programs of third parties must exist now.
@@ -116,10 +122,11 @@ impl Manifest {
             cmb: device.cmb,
             format: device.format,
             path: device.path.clone(),
+            remote: remote(device),
             seal: device.seal.unwrap_or_default(),
             memory_bytes: memory_bytes(device),
             populate: device.populate,
-            aperture: device.aperture && device.path.is_none(),
+            aperture: device.aperture && device.path.is_none() && device.url.is_none(),
             coherent: device.coherent,
             workers: device.workers,
             staging_bytes: device.staging_bytes.0,
@@ -200,6 +207,11 @@ fn check_device(device: &Device, service: &Service) -> Result<(), ManifestError>
     }
     check_pci(device, service)?;
     check_path(device, service)?;
+    check_url(device, service)?;
+    let sealable = device.path.is_some() || device.url.is_some() || service.driver.as_deref() == Some("nvme");
+    if device.seal.is_some() && (!sealable || device.cmb) {
+        return wrong("`seal` is for devices with `path` or `url`, and for namespaces of NVMe: remove it".into());
+    }
     let memory_bytes = memory_bytes(device);
     if memory_bytes == 0 || !memory_bytes.is_multiple_of(PAGE_BYTES) || memory_bytes > MEMORY_BYTES_MAX {
         return wrong(format!("memory_bytes = {memory_bytes} must be a multiple of {PAGE_BYTES}, from 4KiB to 16TiB"));
@@ -228,7 +240,6 @@ fn check_path(device: &Device, service: &Service) -> Result<(), ManifestError> {
     let by_file = service.driver.as_deref() == Some("file");
     match &device.path {
         None if by_file => wrong("driver \"file\" needs a file or a partition: path = \"/var/lib/uhmm/far0\"".into()),
-        None if device.seal.is_some() => wrong("`seal` is for devices with `path`: remove it".into()),
         Some(_) if !by_file && service.driver.is_some() => {
             wrong("`path` is for driver \"file\": remove it, or use that driver".into())
         }
@@ -239,6 +250,54 @@ fn check_path(device: &Device, service: &Service) -> Result<(), ManifestError> {
         Some(_) if device.populate => wrong("a file's room is always reserved at the start: remove `populate`".into()),
         _ => Ok(()),
     }
+}
+
+/// Third parties' drivers may have servers of their own.
+fn check_url(device: &Device, service: &Service) -> Result<(), ManifestError> {
+    let wrong = |problem: String| Err(ManifestError::Device { device: device.name.clone(), problem });
+    let by_nbd = service.driver.as_deref() == Some("nbd");
+    let Some(urls) = &device.url else {
+        let numbers = [device.connections, device.replicas, device.patience_s, device.settle_s];
+        return match (by_nbd, numbers.iter().any(Option::is_some) || device.durable.is_some()) {
+            (true, _) => wrong("driver \"nbd\" needs a block server: url = \"nbd://192.0.2.7/export\"".into()),
+            (_, true) => {
+                wrong("connections, replicas, patience_s, settle_s and durable are for devices with `url`".into())
+            }
+            _ => Ok(()),
+        };
+    };
+    let count = urls.parsed().map_err(|problem| ManifestError::Device { device: device.name.clone(), problem })?.len();
+    let range = |key: &str, given: Option<u32>, low: u32, high: u32| match given {
+        Some(value) if !(low..=high).contains(&value) => wrong(format!("{key} = {value} must be {low} to {high}")),
+        _ => Ok(()),
+    };
+    range("connections", device.connections, 1, 16)?;
+    range("patience_s", device.patience_s, 1, 3600)?;
+    range("settle_s", device.settle_s, 0, 86_400)?;
+    if service.driver.is_some() && !by_nbd {
+        return wrong("`url` is for driver \"nbd\": remove it, or use that driver".into());
+    }
+    if count == 0 || count > 2 || device.replicas.is_some_and(|replicas| replicas as usize != count) {
+        let replicas = device.replicas.unwrap_or(1);
+        return wrong(format!("replicas = {replicas} and {count} urls: name one server for each replica, 1 or 2"));
+    }
+    if device.coherent || device.populate || device.path.is_some() {
+        return wrong(
+            "a block server's memory is no window and no file: remove `coherent`, `populate` and `path`".into(),
+        );
+    }
+    Ok(())
+}
+
+/// What was checked, and what nobody has said.
+fn remote(device: &Device) -> Option<RemotePlan> {
+    Some(RemotePlan {
+        urls: device.url.as_ref()?.parsed().ok()?,
+        connections: device.connections.unwrap_or(CONNECTIONS_DEFAULT),
+        patience_s: device.patience_s.unwrap_or(PATIENCE_S_DEFAULT),
+        settle_s: device.settle_s.unwrap_or(SETTLE_S_DEFAULT),
+        durable: device.durable.unwrap_or(true),
+    })
 }
 
 /// Third parties' drivers may drive either kind of device.
@@ -257,7 +316,9 @@ fn check_pci(device: &Device, service: &Service) -> Result<(), ManifestError> {
     if device.pci.is_some() && (!device.aperture || device.populate) {
         return wrong("a PCI device decides about its memory itself: remove `aperture` and `populate`".into());
     }
-    for (key, given) in [("format", device.format && device.path.is_none()), ("cmb", device.cmb)] {
+    for (key, given) in
+        [("format", device.format && device.path.is_none() && device.url.is_none()), ("cmb", device.cmb)]
+    {
         if given && device.pci.is_none() {
             return wrong(format!("`{key}` is for PCI devices: remove it, or give `pci`"));
         }

@@ -10,7 +10,9 @@ fn line(device: &DevicePlan) -> String {
     let mib = device.memory_bytes >> 20;
     let (mib, aperture, pci) = match &device.pci {
         None => {
-            let path = device.path.as_ref().map_or("-".to_owned(), |path| path.display().to_string());
+            let urls = device.remote.iter().flat_map(|remote| &remote.urls).map(ToString::to_string);
+            let places: Vec<String> = device.path.iter().map(|path| path.display().to_string()).chain(urls).collect();
+            let path = if places.is_empty() { "-".to_owned() } else { places.join(" ") };
             (mib.to_string(), device.aperture.to_string(), path)
         }
         Some(pci) => {

@@ -15,6 +15,11 @@ const RET_USER_NOTIF: u32 = 0x7fc0_0000;
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 const AF_UNIX: u64 = 1;
+const AF_INET: u64 = 2;
+const AF_INET6: u64 = 10;
+const SOCK_STREAM: u64 = 1;
+/// What of the second argument is no flag.
+const SOCKET_KIND: u64 = 0xf;
 const CLONE_VM_AND_THREAD: u64 = 0x0001_0100;
 const IOCTL_FAMILY: u64 = 0xff00;
 
@@ -32,6 +37,8 @@ pub struct Call {
 pub enum Only {
     /// Unix sockets.
     Unix,
+    /// Unix sockets, and streams of TCP: no datagrams, which no port limits.
+    UnixAndTcp,
     /// Threads of the same process; no processes.
     Threads,
     /// The first argument is the own process, or 0.
@@ -57,6 +64,17 @@ impl Only {
         };
         match self {
             Self::Unix => Ok(vec![when(0, Op::Eq, AF_UNIX)?]),
+            Self::UnixAndTcp => {
+                let condition = |index, op, value| SeccompCondition::new(index, ArgLen::Dword, op, value);
+                let stream = |family| -> seccompiler::Result<SeccompRule> {
+                    Ok(SeccompRule::new(vec![
+                        condition(0, Op::Eq, family)?,
+                        condition(1, Op::MaskedEq(SOCKET_KIND), SOCK_STREAM)?,
+                        condition(2, Op::Eq, 0)?,
+                    ])?)
+                };
+                Ok(vec![when(0, Op::Eq, AF_UNIX)?, stream(AF_INET)?, stream(AF_INET6)?])
+            }
             Self::Threads => Ok(vec![when(0, Op::MaskedEq(CLONE_VM_AND_THREAD), CLONE_VM_AND_THREAD)?]),
             Self::Own => Ok(vec![when(0, Op::Eq, 0)?, when(0, Op::Eq, u64::from(OWN_PROCESS))?]),
             Self::Options(options) => options.iter().map(|option| when(0, Op::Eq, u64::from(*option))).collect(),

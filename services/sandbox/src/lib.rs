@@ -16,6 +16,7 @@ pub mod table;
 pub use filter::{Call, Only};
 pub use place::Place;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use uhmm_kernel_hook::confine::{Capability, Confinement, FileAccess, Folders, Limit, calls};
@@ -35,6 +36,8 @@ pub enum Role {
     Software,
     /// A driver whose memory is a file or a partition.
     File,
+    /// A driver whose memory is on block servers.
+    Remote,
     /// A driver of a PCI device of this machine.
     Vfio,
     /// A driver of a device in another process.
@@ -51,6 +54,7 @@ impl Role {
             Self::Mirror => "mirror",
             Self::Software => "driver (software)",
             Self::File => "driver (file)",
+            Self::Remote => "driver (block server)",
             Self::Vfio => "driver (VFIO)",
             Self::VfioUser => "driver (vfio-user)",
         }
@@ -60,6 +64,7 @@ impl Role {
         let device = plan.driver_service(&service.name);
         match (service.kind, device.and_then(|device| device.pci.as_ref())) {
             (Kind::Driver, None) if device.is_some_and(|device| device.path.is_some()) => Self::File,
+            (Kind::Driver, None) if device.is_some_and(|device| device.remote.is_some()) => Self::Remote,
             (Kind::Pager, _) => Self::Pager,
             (Kind::Mirror, _) => Self::Mirror,
             (Kind::Driver, None) => Self::Software,
@@ -130,6 +135,8 @@ pub struct Rules {
     pub folders: Folders,
     /// The network stays.
     pub network: bool,
+    /// It stays for TCP to these alone.
+    pub servers: Vec<SocketAddr>,
 }
 
 impl Profile {
@@ -176,6 +183,7 @@ impl Profile {
             files: place.files_of_built_in(),
             folders: Folders::default(),
             network: false,
+            servers: Vec::new(),
         };
         Self {
             service: "holder".to_owned(),
@@ -201,13 +209,14 @@ impl Profile {
         let has_view = self.role != Role::Holder;
         Ok(Confinement {
             folders: has_view.then(|| rules.folders.clone()),
-            network: !rules.network,
+            network: !rules.network && rules.servers.is_empty(),
             ipc: true,
             limits,
             account,
             capabilities: Some(rules.capabilities.clone()),
             files: Some(rules.files.clone()),
             tcp: rules.network,
+            tcp_ports: rules.servers.iter().map(SocketAddr::port).collect(),
             filter: Some(filter),
         })
     }
@@ -227,6 +236,11 @@ impl Rules {
             calls.retain(|call| call.name != "socket");
             calls.extend(table::NETWORK.iter().map(|name| Call { name: (*name).to_owned(), only: None }));
         }
+        let servers = place::server_addresses(plan, &service.name);
+        if !servers.is_empty() && !wanted.network {
+            let sockets = calls.iter_mut().filter(|call| call.only == Some(Only::Unix));
+            sockets.for_each(|call| call.only = Some(Only::UnixAndTcp));
+        }
         calls.sort();
         calls.dedup();
         Ok(Self {
@@ -235,12 +249,13 @@ impl Rules {
             files: place.files_of(plan, service, role),
             folders: place.folders_of(plan, service),
             network: wanted.network,
+            servers,
         })
     }
 }
 
 fn role_is_driver(role: Role) -> bool {
-    matches!(role, Role::Software | Role::File | Role::Vfio | Role::VfioUser)
+    matches!(role, Role::Software | Role::File | Role::Remote | Role::Vfio | Role::VfioUser)
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! Where a service runs: its program, its sockets, its device.
 
 use std::io::Read;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use uhmm_kernel_hook::confine::{FileAccess, Folders};
-use uhmm_manifest::{Plan, ServicePlan};
+use uhmm_manifest::{NbdPlace, Plan, ServicePlan};
 use uhmm_pci::PciPath;
 
 use crate::Role;
@@ -45,13 +46,10 @@ impl Place {
         self.run_dir.join("view").join(service)
     }
 
-    /// The socket of a service's device, if it lies among the services' own, where its folder is not shown.
+    /// The sockets of a service's device that lie among the services' own, where their folder is not shown.
     #[must_use]
-    pub fn device_socket(&self, plan: &Plan, service: &str) -> Option<PathBuf> {
-        match plan.driver_service(service).and_then(|device| device.pci.as_ref()) {
-            Some(PciPath::VfioUser(socket)) if socket.parent() == Some(&self.run_dir) => Some(socket.clone()),
-            _ => None,
-        }
+    pub fn device_sockets(&self, plan: &Plan, service: &str) -> Vec<PathBuf> {
+        device_sockets(plan, service).filter(|socket| socket.parent() == Some(&self.run_dir)).collect()
     }
 
     /// Programs of uhmm.
@@ -106,12 +104,9 @@ impl Place {
         let sandbox = &service.sandbox;
         let mut shown = vec![self.program(service)];
         shown.extend([&sandbox.read, &sandbox.write, &sandbox.execute].into_iter().flatten().cloned());
-        if let Some(PciPath::VfioUser(socket)) =
-            plan.driver_service(&service.name).and_then(|device| device.pci.as_ref())
-        {
-            // Its folder: a device that is started again makes another socket there.
-            shown.extend(socket.parent().filter(|folder| *folder != self.run_dir).map(Path::to_path_buf));
-        }
+        // Their folders: a device or a server that is started again makes another socket there.
+        let folders = device_sockets(plan, &service.name).filter_map(|socket| Some(socket.parent()?.to_owned()));
+        shown.extend(folders.filter(|folder| *folder != self.run_dir));
         let file = plan.driver_service(&service.name).and_then(|device| device.path.as_ref());
         shown.extend(file.map(|path| path.parent().filter(|_| !path.exists()).unwrap_or(path).to_owned()));
         Folders {
@@ -127,6 +122,32 @@ impl Place {
             _ => self.exe.clone(),
         }
     }
+}
+
+/// Where a device in another process listens, or a block server.
+fn device_sockets<'a>(plan: &'a Plan, service: &str) -> impl Iterator<Item = PathBuf> + use<'a> {
+    let device = plan.driver_service(service);
+    let pci = device.and_then(|device| match &device.pci {
+        Some(PciPath::VfioUser(socket)) => Some(socket.clone()),
+        _ => None,
+    });
+    let urls = device.and_then(|device| device.remote.as_ref()).into_iter().flat_map(|remote| &remote.urls);
+    pci.into_iter().chain(urls.filter_map(|url| match &url.place {
+        NbdPlace::Unix(socket) => Some(socket.clone()),
+        NbdPlace::Tcp(_) => None,
+    }))
+}
+
+/// Where a service's block servers listen by TCP.
+pub(crate) fn server_addresses(plan: &Plan, service: &str) -> Vec<SocketAddr> {
+    let remote = plan.driver_service(service).and_then(|device| device.remote.as_ref());
+    let places = remote.into_iter().flat_map(|remote| &remote.urls).map(|url| &url.place);
+    places
+        .filter_map(|place| match place {
+            NbdPlace::Tcp(address) => Some(*address),
+            NbdPlace::Unix(_) => None,
+        })
+        .collect()
 }
 
 /// The device files of a PCI device's VFIO group, and of the device itself where the kernel has such.

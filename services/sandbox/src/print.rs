@@ -52,8 +52,17 @@ impl Rules {
             format!("{}, if the supervisor has them", names.join(" "))
         };
         let _ = writeln!(text, "  {:<14}{kept}; none more by exec (no_new_privs)", "capabilities");
-        let network =
-            if self.network { "as the machine's" } else { "none: a namespace with nothing in it, Unix sockets alone" };
+        let servers = self.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let network = match (self.network, servers.is_empty()) {
+            (true, _) => "as the machine's".to_owned(),
+            (false, true) => "none: a namespace with nothing in it, Unix sockets alone".to_owned(),
+            (false, false) if LandlockSupport::probe().tcp() => {
+                format!("the machine's, for TCP to the ports of its block servers alone: {servers}")
+            }
+            (false, false) => {
+                format!("the machine's, for TCP to {servers}; this kernel's Landlock does not limit ports")
+            }
+        };
         let _ = writeln!(text, "  {:<14}{network}", "network");
         if let Some((view, run_dir)) = &self.folders.view {
             let _ = writeln!(text, "  {:<14}{} shows {}", "folders", run_dir.display(), view.display());
@@ -83,6 +92,7 @@ fn shown(call: &Call) -> String {
     match &call.only {
         None => call.name.clone(),
         Some(Only::Unix) => format!("{}(AF_UNIX)", call.name),
+        Some(Only::UnixAndTcp) => format!("{}(AF_UNIX, TCP)", call.name),
         Some(Only::Own) => format!("{}(own process)", call.name),
         Some(Only::Threads) => format!("{}(threads)", call.name),
         Some(Only::Options(options) | Only::Second(options)) => format!("{}({})", call.name, hex(options)),

@@ -56,7 +56,7 @@ pub fn calls(role: Role) -> Vec<Call> {
         Role::Pager => &[FAMILY_USERFAULTFD, FAMILY_FILESYSTEM],
         Role::Vfio => &[FAMILY_VFIO],
         Role::File => &[FAMILY_BLOCK],
-        Role::Holder | Role::Mirror | Role::Software | Role::VfioUser => &[],
+        Role::Holder | Role::Mirror | Role::Software | Role::Remote | Role::VfioUser => &[],
     };
     let more: &[&str] = match role {
         Role::Pager => PAGER,
@@ -88,6 +88,6 @@ pub fn capabilities(role: Role) -> &'static [Capability] {
         Role::Vfio => &[Capability::IpcLock],
         // Buffers that io_uring pins.
         Role::File => &[Capability::IpcLock],
-        Role::Holder | Role::Mirror | Role::Software | Role::VfioUser => &[],
+        Role::Holder | Role::Mirror | Role::Software | Role::Remote | Role::VfioUser => &[],
     }
 }

@@ -31,7 +31,9 @@ fn rules(driver: &str, device: &str) -> Rules {
 
 #[test]
 fn every_call_of_the_table_exists() {
-    for role in [Role::Holder, Role::Pager, Role::Mirror, Role::Software, Role::File, Role::Vfio, Role::VfioUser] {
+    for role in
+        [Role::Holder, Role::Pager, Role::Mirror, Role::Software, Role::File, Role::Remote, Role::Vfio, Role::VfioUser]
+    {
         for call in table::calls(role) {
             assert!(calls::number(&call.name).is_some(), "{}", call.name);
         }
@@ -199,4 +201,21 @@ fn a_shell_under_the_filter_cannot_fork_and_that_is_told() {
     let output = child.wait_with_output().expect("its output");
     assert!(!String::from_utf8_lossy(&output.stdout).contains("forked"), "{output:?}");
     assert!(names.iter().any(|name| ["clone", "fork", "vfork"].contains(&name.as_str())), "{names:?}");
+}
+
+#[test]
+fn a_driver_of_block_servers_reaches_them_and_nothing_else() {
+    let tcp = profile("", "url = \"nbd://192.0.2.7:99/x\"").expect("a profile");
+    let rules = tcp.rules.as_ref().expect("rules");
+    let socket = rules.calls.iter().find(|call| call.name == "socket").expect("sockets");
+    assert_eq!((tcp.role, socket.only.clone(), rules.network), (Role::Remote, Some(Only::UnixAndTcp), false));
+    assert!(!rules.calls.iter().any(|call| ["bind", "listen", "sendmmsg"].contains(&call.name.as_str())));
+    let confinement = tcp.confinement().expect("a confinement");
+    assert_eq!((confinement.network, confinement.tcp, confinement.tcp_ports), (false, false, vec![99]));
+    assert!(tcp.print().contains("192.0.2.7:99") && tcp.print().contains("socket(AF_UNIX, TCP)"), "{}", tcp.print());
+    let unix = profile("", "url = \"nbd+unix:///x?socket=/run/server/s\"").expect("a profile");
+    let rules = unix.rules.as_ref().expect("rules");
+    let socket = rules.calls.iter().find(|call| call.name == "socket").expect("sockets");
+    assert_eq!((socket.only.clone(), unix.confinement().expect("a confinement").network), (Some(Only::Unix), true));
+    assert!(rules.folders.shown.contains(&"/run/server".into()), "the server's socket: {:?}", rules.folders.shown);
 }

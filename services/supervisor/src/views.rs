@@ -89,7 +89,7 @@ impl<F: FnOnce()> Supervisor<F> {
             |name: &str| PathBuf::from(self.plan.endpoint_path(run_dir, name).file_name().unwrap_or_default());
         let mut sockets: Vec<PathBuf> = called.map(|channel| inner.join(file_of(&channel.to))).collect();
         sockets.extend([inner.join("supervisor.sock"), run_dir.join(HOLDER_SOCKET)]);
-        sockets.extend(self.place().device_socket(&self.plan, &plan.name));
+        sockets.extend(self.place().device_sockets(&self.plan, &plan.name));
         for socket in sockets.iter().filter(|socket| socket.exists()) {
             crate::doors::show(socket, view)?;
         }

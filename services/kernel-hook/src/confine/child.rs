@@ -35,7 +35,12 @@ impl Prepared {
             Some(rules) => {
                 let rules = rules.iter().map(|(path, access)| Ok((c_path(path)?, *access)));
                 let rules = rules.collect::<Result<_, HookError>>()?;
-                Some(landlock::Prepared { support: LandlockSupport::probe(), rules, tcp: wanted.tcp })
+                Some(landlock::Prepared {
+                    support: LandlockSupport::probe(),
+                    rules,
+                    tcp: wanted.tcp,
+                    ports: wanted.tcp_ports.clone(),
+                })
             }
         };
         Ok(Self {

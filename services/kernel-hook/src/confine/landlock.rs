@@ -10,6 +10,7 @@ use super::{Report, Step};
 
 const VERSION: u32 = 1;
 const RULE_PATH_BENEATH: u32 = 1;
+const RULE_PORT: u32 = 2;
 const EXECUTE: u64 = 1;
 const WRITE_FILE: u64 = 1 << 1;
 const READ_FILE: u64 = 1 << 2;
@@ -24,6 +25,7 @@ const OF_FILES: u64 = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV;
 const FIRST: u64 = (1 << 13) - 1;
 const REFER: u64 = 1 << 13;
 const TCP: u64 = 0b11;
+const CONNECT: u64 = 0b10;
 const ABSTRACT_SOCKETS_AND_SIGNALS: u64 = 0b11;
 
 /// What may be done with a file, or with what is below a folder.
@@ -71,6 +73,12 @@ struct Ruleset {
     files: u64,
     tcp: u64,
     scoped: u64,
+}
+
+#[repr(C)]
+struct Port {
+    allowed: u64,
+    port: u64,
 }
 
 #[repr(C, packed)]
@@ -125,6 +133,8 @@ pub(super) struct Prepared {
     pub support: LandlockSupport,
     pub rules: Vec<(CString, FileAccess)>,
     pub tcp: bool,
+    /// Where it may connect to all the same.
+    pub ports: Vec<u16>,
 }
 
 impl Prepared {
@@ -165,6 +175,16 @@ impl Prepared {
             // SAFETY: as above.
             let opened = unsafe { OwnedFd::from_raw_fd(opened) };
             allow(&ruleset, opened.as_raw_fd(), access.rights() & handled)?;
+        }
+        for port in self.ports.iter().filter(|_| attributes.tcp != 0) {
+            let rule = Port { allowed: CONNECT, port: u64::from(*port) };
+            // SAFETY: reads the rule.
+            let added = unsafe {
+                libc::syscall(libc::SYS_landlock_add_rule, ruleset.as_raw_fd(), RULE_PORT, &raw const rule, 0)
+            };
+            if added != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
         // A log that is a file or a terminal may be opened again, by its number. (Pipes may in any case.)
         // SAFETY: standard error, which no rule can outlive.
