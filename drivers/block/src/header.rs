@@ -12,7 +12,7 @@
 //!
 //! A driver that goes on with what its predecessor kept in the vault wants the header of that life; with any other one the frames are lost.
 
-use std::fmt;
+use uhmm_driver_kit::Hint;
 
 use crate::table::Life;
 
@@ -44,37 +44,18 @@ pub enum Found {
     Foreign(Hint),
 }
 
-/// What foreign data looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hint {
-    /// Boot sector signature.
-    Partitions,
-    /// Our magic, but another sum.
-    Torn,
-    /// Of a newer version.
-    Newer,
-    /// Anything else.
-    Unknown,
-}
-
-impl fmt::Display for Hint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Partitions => "a partition table or boot sector",
-            Self::Torn => "a damaged header of uhmm",
-            Self::Newer => "a header of a newer uhmm",
-            Self::Unknown => "of an unknown kind",
-        })
-    }
-}
-
 impl Header {
     /// The first 4 KiB.
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_with_beat(0)
+    }
+
+    /// The same, with a count that says that somebody is there, where no lock does.
+    pub fn encode_with_beat(&self, beat: u64) -> Vec<u8> {
         let mut page = vec![0; 4096];
         page[..8].copy_from_slice(&MAGIC);
         let Life { owner, number } = self.life;
-        let words = [VERSION, u64::from(self.in_use), owner[0], owner[1], number, u64::from(self.blocks)];
+        let words = [VERSION, u64::from(self.in_use), owner[0], owner[1], number, u64::from(self.blocks), beat];
         for (place, word) in page[8..SUM_AT].chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
@@ -91,8 +72,7 @@ impl Found {
             return Self::Empty;
         }
         if begin.len() < 4096 || begin[..8] != MAGIC {
-            let boots = begin.len() >= 512 && begin[510..512] == [0x55, 0xaa];
-            return Self::Foreign(if boots { Hint::Partitions } else { Hint::Unknown });
+            return Self::Foreign(Hint::of_foreign(begin));
         }
         let word = |at: usize| begin[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
         if word(SUM_AT) != checksum(&begin[..SUM_AT]) {
@@ -120,6 +100,8 @@ mod tests {
     #[test]
     fn a_header_comes_back_as_it_was_and_every_damage_is_noticed() {
         assert_eq!(Found::decode(&HEADER.encode()), Found::Header(HEADER));
+        assert_eq!(Found::decode(&HEADER.encode_with_beat(7)), Found::Header(HEADER));
+        assert_ne!(HEADER.encode_with_beat(7), HEADER.encode());
         let given_back = Header { in_use: false, ..HEADER };
         assert_eq!(Found::decode(&given_back.encode()), Found::Header(given_back));
         for at in 8..72 {

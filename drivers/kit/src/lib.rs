@@ -18,6 +18,7 @@
 pub mod device;
 pub mod fault;
 mod file_pages;
+mod hint;
 pub mod port;
 pub mod seal;
 pub mod stats;
@@ -42,6 +43,7 @@ pub use device::{
 };
 pub use error::DriverError;
 pub use file_pages::FilePages;
+pub use hint::Hint;
 pub use port::{DeviceEvent, DevicePort};
 pub use run::run_driver;
 pub use table::{AddressSpaces, MappedRegion, SharedTable};

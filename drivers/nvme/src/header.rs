@@ -27,7 +27,7 @@
 //! notice each other by host. **Not protected**: a second controller of the same subsystem that somebody drives at the same time without
 //! looking at the header, and machines that have no `/etc/machine-id` (they all look alike).
 
-use std::fmt;
+use uhmm_driver_kit::Hint;
 
 /// Bytes in front of the first frame.
 pub const HEADER_BYTES: u64 = 128 << 10;
@@ -62,30 +62,6 @@ pub enum HeaderError {
         "Namespace's header was changed while it was in use: it is left as it is; find out who else writes to this controller's namespace"
     )]
     Changed,
-}
-
-/// What foreign data looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hint {
-    /// Boot sector signature.
-    Partitions,
-    /// Our magic, but a checksum that does not match.
-    Torn,
-    /// A header of a newer version of ours.
-    Newer,
-    /// Anything else.
-    Unknown,
-}
-
-impl fmt::Display for Hint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Partitions => "a partition table",
-            Self::Torn => "a damaged header of uhmm",
-            Self::Newer => "a header of a newer uhmm",
-            Self::Unknown => "of an unknown kind",
-        })
-    }
 }
 
 /// Whether a manager has the namespace.
@@ -149,8 +125,7 @@ impl Found {
             return Self::Empty;
         }
         if area.len() < 4096 || area[..8] != MAGIC {
-            let partitions = area.len() >= 512 && area[510..512] == [0x55, 0xaa];
-            return Self::Foreign(if partitions { Hint::Partitions } else { Hint::Unknown });
+            return Self::Foreign(Hint::of_foreign(area));
         }
         if half(CRC_AT) != checksum(&area[..CRC_AT]) {
             return Self::Foreign(Hint::Torn);

@@ -14,11 +14,11 @@ use std::sync::Arc;
 
 use rustix::fs::{self, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
-use uhmm_driver_kit::PAGE_BYTES;
+use uhmm_driver_kit::{Hint, PAGE_BYTES};
 use uhmm_kernel_hook::{HookError, Window};
 
 use super::transfer;
-use crate::header::{Found, HEADER_BYTES, Header, Hint};
+use crate::header::{Found, HEADER_BYTES, Header};
 use crate::table::Life;
 
 /// Blocks beside those that hold a full device's pages: 1 in so many.
@@ -127,14 +127,14 @@ pub struct Medium {
 }
 
 /// Frames of a device of that size, and blocks for them.
-fn shape(memory_bytes: u64) -> (u32, u32) {
+pub fn shape(memory_bytes: u64) -> (u32, u32) {
     let spare = |frames: u32| (frames / SPARE_PART).clamp(SPARE_MIN, SPARE_MAX);
     let frames = u32::try_from(memory_bytes / PAGE_BYTES).unwrap_or(u32::MAX).min(u32::MAX - 1 - SPARE_MAX);
     (frames, frames + spare(frames))
 }
 
-/// The most frames whose blocks fit into `room` blocks.
-fn fitting(room: u64, wanted: u32) -> Option<(u32, u32)> {
+/// The most frames, and blocks for them, that fit into `room` blocks.
+pub fn fitting(room: u64, wanted: u32) -> Option<(u32, u32)> {
     let (mut low, mut high) = (0, wanted);
     while low < high {
         let middle = low + (high - low).div_ceil(2);
