@@ -1,4 +1,4 @@
-//! PCI devices made of software, for drivers to be tested against without hardware and without root.
+//! PCI devices made of software, for drivers to be tested against without hardware and without root; and a block server ([`block`]).
 //!
 //! ```text
 //!   driver                                               model process, or the driver's own process in unit tests
@@ -17,6 +17,7 @@
 //! [`DmaFault`], and the model reports it as its kind of device does. So a driver that takes the device over maps first.
 
 pub mod accel;
+pub mod block;
 pub mod config;
 pub mod dma;
 pub mod faults;

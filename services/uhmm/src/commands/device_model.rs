@@ -8,16 +8,19 @@ use std::sync::mpsc;
 use anyhow::Context;
 use uhmm_manifest::ByteSize;
 use uhmm_models::accel::Accel;
+use uhmm_models::block::{BlockOptions, BlockOrder, BlockServer};
 use uhmm_models::faults::{FaultPlan, PlannedFault};
 use uhmm_models::nvme::{NvmeModel, NvmeOptions};
 use uhmm_models::{DeviceModel, Machine, Server};
 
 use crate::Log;
-use crate::commands::model_orders::Control;
+use crate::commands::model_orders::{Control, serve_block};
 
 /// Which device.
 #[derive(clap::Subcommand)]
 pub enum Model {
+    /// A block server (NBD) for driver "nbd", which does wrong on order
+    Block(BlockArgs),
     /// An accelerator: memory behind BAR 2, and a copy engine
     Accel {
         /// Its memory, a power of two
@@ -42,6 +45,76 @@ pub enum Model {
     },
 }
 
+/// What `uhmm device-model block` takes.
+#[derive(clap::Args)]
+pub struct BlockArgs {
+    /// Size of the export
+    #[arg(long, default_value = "256MiB")]
+    memory: ByteSize,
+    /// Where it listens: url = "nbd+unix:///?socket=PATH"
+    #[arg(long, required_unless_present = "tcp")]
+    socket: Option<PathBuf>,
+    /// Or a loopback address, as in 127.0.0.1:10809
+    #[arg(long, conflicts_with = "socket")]
+    tcp: Option<std::net::SocketAddr>,
+    /// Where its bytes are, so that they outlive it; without it in memory
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// Name of the export
+    #[arg(long, default_value = "")]
+    export: String,
+    /// Refuses writes
+    #[arg(long)]
+    read_only: bool,
+    /// Answers reads in the old way
+    #[arg(long)]
+    no_structured: bool,
+    /// Does not say that several connections see the same
+    #[arg(long)]
+    no_multi_conn: bool,
+    /// What goes wrong with which request (late@17), or with how many of a thousand (late=5): drop, drop-answer, delay, late, reorder,
+    /// duplicate, corrupt, lie, error, full, cut, wrong-magic, wrong-handle, too-long, half; may be given several times
+    #[arg(long = "fault", value_name = "FAULT@N|FAULT=N")]
+    faults: Vec<BlockOrder>,
+    /// How long "late" and "delay" are
+    #[arg(long, default_value = "1000")]
+    late_ms: u64,
+    /// Take orders on standard input, one a line, and answer each with a line of JSON: fault FAULT@N, late-ms N, size BYTES, cut, counters
+    #[arg(long)]
+    orders: bool,
+    /// Log format
+    #[arg(long, value_enum, default_value_t = Log::Text)]
+    log: Log,
+}
+
+fn block_server(args: BlockArgs) -> anyhow::Result<()> {
+    uhmm_kit::init_log(args.log.into(), "block", 0);
+    let server = BlockServer::new(BlockOptions {
+        size: args.memory.0,
+        file: args.file,
+        export: args.export,
+        read_only: args.read_only,
+        structured: !args.no_structured,
+        multi_conn: !args.no_multi_conn,
+        late: std::time::Duration::from_millis(args.late_ms),
+        ..BlockOptions::default()
+    })?;
+    args.faults.iter().for_each(|order| server.order(*order));
+    if args.orders {
+        let server = server.clone();
+        std::thread::Builder::new().name("orders".into()).spawn(move || {
+            let ended = serve_block(&server, std::io::stdin().lock(), std::io::stdout());
+            tracing::info!(?ended, "No more orders");
+        })?;
+    }
+    match (args.socket, args.tcp) {
+        (Some(socket), _) => server.serve_unix(&socket, || uhmm_kit::say("ready"))?,
+        (None, Some(address)) => server.serve_tcp(address, |_| uhmm_kit::say("ready"))?,
+        (None, None) => anyhow::bail!("Say where it listens: --socket PATH or --tcp ADDRESS"),
+    }
+    Ok(())
+}
+
 /// What all models have.
 #[derive(clap::Args)]
 pub struct ModelArgs {
@@ -64,6 +137,7 @@ pub struct ModelArgs {
 impl Model {
     fn parts(self) -> anyhow::Result<(&'static str, Box<dyn DeviceModel>, Control, ModelArgs)> {
         Ok(match self {
+            Self::Block(_) => anyhow::bail!("A block server is no PCI device"),
             Self::Accel { memory, common } => {
                 let faults = FaultPlan::default();
                 ("accel", Box::new(Accel::new(memory.0, faults.clone())?), Control::Accel(faults), common)
@@ -81,6 +155,10 @@ impl Model {
 
 /// Prints `ready` when drivers can connect.
 pub fn device_model(model: Model) -> anyhow::Result<()> {
+    let model = match model {
+        Model::Block(args) => return block_server(args),
+        other => other,
+    };
     let (name, model, control, args) = model.parts()?;
     args.faults.iter().for_each(|planned| control.inject(*planned));
     uhmm_kit::init_log(args.log.into(), name, 0);

@@ -9,6 +9,8 @@
 //! | `unplug` | `{}` | surprise removal; the model ends |
 //! | anything else | `{"error":"..."}` | nothing |
 //!
+//! Those of a block server: `fault late@3`, `fault lie=5`, `late-ms 2000`, `size 1048576`, `cut` (every connection), `counters`.
+//!
 //! When the input ends the model goes on without orders.
 
 use std::io::{BufRead, Write};
@@ -16,6 +18,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use uhmm_models::Machine;
+use uhmm_models::block::BlockServer;
 use uhmm_models::faults::{FaultPlan, PlannedFault};
 use uhmm_models::nvme::NvmeControl;
 
@@ -82,6 +85,35 @@ impl Control {
         }
         Ok(())
     }
+}
+
+fn obey_block(order: &str, server: &BlockServer) -> Result<Value, String> {
+    let number = |word: &str| word.parse::<u64>().map_err(|_| format!("{word:?} is no number"));
+    match order.split_whitespace().collect::<Vec<_>>()[..] {
+        ["fault", planned] => server.order(planned.parse()?),
+        ["late-ms", count] => server.set_late(Duration::from_millis(number(count)?)),
+        ["size", bytes] => server.set_size(number(bytes)?),
+        ["cut"] => server.cut(),
+        ["counters"] => {
+            let seen = server.counters();
+            return Ok(json!({
+                "connections": seen.connections, "reads": seen.reads, "writes": seen.writes, "trims": seen.trims,
+                "faults": seen.faults, "late_writes": seen.late_writes,
+            }));
+        }
+        _ => return Err(format!("{order:?} is no order: write fault FAULT@N, late-ms N, size BYTES, cut or counters")),
+    }
+    Ok(json!({}))
+}
+
+/// As [`Control::serve`], for a block server.
+pub fn serve_block(server: &BlockServer, input: impl BufRead, mut output: impl Write) -> std::io::Result<()> {
+    for order in input.lines() {
+        let answer = obey_block(&order?, server).unwrap_or_else(|error| json!({ "error": error }));
+        writeln!(output, "{answer}")?;
+        output.flush()?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
