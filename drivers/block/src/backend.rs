@@ -20,6 +20,8 @@ pub struct BlockRequest {
     pub blocks: Run,
     /// Which buffer.
     pub slot: u32,
+    /// How often it was tried before: where several have the blocks, another one is asked.
+    pub tries: u32,
 }
 
 /// What a medium says about a request.
@@ -41,10 +43,13 @@ pub trait Backend: Send {
     /// Waits until something is answered, the patience is over, or nothing is in flight, and says what was answered.
     fn wait(&mut self, patience: Duration, answers: &mut Vec<(u64, Answer)>);
 
-    /// Sessions of which nothing lands any more, each said once.
+    /// Sessions of which nothing lands any more, and whose requests were all answered. Each is said once.
     fn dead_sessions(&mut self) -> Vec<u64> {
         Vec::new()
     }
+
+    /// What a request has read, which was answered last, is not what was put there, in these of its blocks.
+    fn wrong(&mut self, _id: u64, _blocks: Run) {}
 
     /// The time, in microseconds from any moment on.
     fn now_us(&self) -> u64;
@@ -67,6 +72,11 @@ impl Buffers {
         let pages = pages.clamp(1, PIECE_PAGES);
         let window = Arc::new(Window::anonymous(u64::from(depth) * u64::from(pages) * PAGE_BYTES)?);
         Ok(Self { window, pages })
+    }
+
+    /// The same in memory that is there: `pages` each.
+    pub fn over(window: Arc<Window>, pages: u32) -> Self {
+        Self { window, pages: pages.clamp(1, PIECE_PAGES) }
     }
 
     /// Where a page of a slot is.

@@ -11,7 +11,7 @@ use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::DiskMode;
 
 use crate::backend::Buffers;
-use crate::engine::{BlockEngine, BlockMemory, BlockPort, COPY_LIMITS, FILE_NAME, TABLE_NAME, UNIT_LIMITS};
+use crate::engine::{BlockEngine, BlockMemory, BlockPort, COPY_LIMITS, FILE_NAME, Hold, TABLE_NAME, UNIT_LIMITS};
 use crate::file::FileBackend;
 use crate::file::open::Medium;
 use crate::lane::{Lane, Shared};
@@ -103,6 +103,16 @@ impl Taken {
     }
 }
 
+impl Hold for Medium {
+    fn kept(&self) -> Vec<(String, Fd)> {
+        vec![(FILE_NAME.to_owned(), self.file.clone())]
+    }
+
+    fn give_back(&mut self, life: Life) -> Result<(), DeviceError> {
+        Ok(Medium::give_back(self, life)?)
+    }
+}
+
 impl Driver for FileDriver {
     type Memory = BlockMemory;
     type Engine = LockedEngine<BlockEngine>;
@@ -129,15 +139,22 @@ impl Driver for FileDriver {
         let units = plan.workers.max(1);
         let table = SharedTable::create(units, false)?;
         let locks = Arc::new(FrameLocks::default());
-        let frames = (0..units)
+        let unit_frames = (0..units)
             .map(|_| {
                 let (lane, _) = taken.lane(UNIT_LIMITS, 1, DiskMode::Auto)?;
                 Ok(UnitFrames::Port(Box::new(BlockPort::new(lane)?), locks.clone()))
             })
             .collect::<Result<_, DeviceError>>()?;
-        let queue = Workers::start(&table, &port, &self.kernels, frames)?;
+        let queue = Workers::start(&table, &port, &self.kernels, unit_frames)?;
         let engine = LockedEngine::new(BlockEngine::new(lane), locks);
         let Taken { medium, table: kept, life, origin, .. } = taken;
-        Ok(Parts { memory: BlockMemory::new(medium, kept, life), origin, engine: Some(engine), table, queue })
+        let frames = medium.frames;
+        Ok(Parts {
+            memory: BlockMemory::new(Box::new(medium), frames, kept, life),
+            origin,
+            engine: Some(engine),
+            table,
+            queue,
+        })
     }
 }

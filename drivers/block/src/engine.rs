@@ -9,7 +9,6 @@ use uhmm_driver_kit::{
 use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::{HookError, Window};
 
-use crate::file::open::Medium;
 use crate::lane::Lane;
 use crate::machine::{Ask, Failure, Limits, Op};
 use crate::table::Life;
@@ -18,15 +17,30 @@ use crate::table::Life;
 const COPIES_MAX: usize = 8;
 
 /// The copy engine's lane. It waits long: a disk that does not answer has nobody who could do better.
-pub const COPY_LIMITS: Limits = Limits { depth: 32, writes: 24, deadline_us: 60_000_000, tries: 3, pause_us: 1000 };
+pub const COPY_LIMITS: Limits =
+    Limits { depth: 32, writes: 24, deadline_us: 60_000_000, write_deadline_us: 60_000_000, tries: 3, pause_us: 1000 };
 
 /// A unit's lane: a page at a time. It works inside the gate, and the pager waits two seconds for that.
-pub const UNIT_LIMITS: Limits = Limits { depth: 4, writes: 3, deadline_us: 1_500_000, tries: 2, pause_us: 1000 };
+pub const UNIT_LIMITS: Limits =
+    Limits { depth: 4, writes: 3, deadline_us: 1_500_000, write_deadline_us: 1_500_000, tries: 2, pause_us: 1000 };
+
+/// What blocks lie on, as the kit's loop sees it.
+pub trait Hold: std::fmt::Debug {
+    /// What the vault keeps beside the table.
+    fn kept(&self) -> Vec<(String, Fd)>;
+
+    /// The system ends in order.
+    ///
+    /// # Errors
+    /// It cannot be told to the medium.
+    fn give_back(&mut self, life: Life) -> Result<(), DeviceError>;
+}
 
 /// What the frames are.
 #[derive(Debug)]
 pub struct BlockMemory {
-    medium: Medium,
+    medium: Box<dyn Hold>,
+    frames: u32,
     table: Fd,
     life: Life,
 }
@@ -38,14 +52,14 @@ pub const FILE_NAME: &str = "driver/block-file";
 
 impl BlockMemory {
     /// A medium and the table of what lies on it.
-    pub fn new(medium: Medium, table: Fd, life: Life) -> Self {
-        Self { medium, table, life }
+    pub fn new(medium: Box<dyn Hold>, frames: u32, table: Fd, life: Life) -> Self {
+        Self { medium, frames, table, life }
     }
 }
 
 impl DeviceMemory for BlockMemory {
     fn frame_count(&self) -> u32 {
-        self.medium.frames
+        self.frames
     }
 
     fn aperture(&self) -> Option<Aperture> {
@@ -53,11 +67,12 @@ impl DeviceMemory for BlockMemory {
     }
 
     fn kept(&self) -> Vec<(String, Fd)> {
-        vec![(TABLE_NAME.to_owned(), self.table.clone()), (FILE_NAME.to_owned(), self.medium.file.clone())]
+        let table = (TABLE_NAME.to_owned(), self.table.clone());
+        self.medium.kept().into_iter().chain([table]).collect()
     }
 
     fn give_back(&mut self) -> Result<(), DeviceError> {
-        Ok(self.medium.give_back(self.life)?)
+        self.medium.give_back(self.life)
     }
 }
 

@@ -16,6 +16,7 @@ use uhmm_kernel_hook::{HookError, MappedBytes};
 
 use crate::backend::{Answer, Backend, BlockRequest, Buffers};
 use crate::machine::{Action, Ask, Counts, Event, Failure, Fault, Limits, Machine, Outcome, Request};
+use crate::runs::Run;
 use crate::store::{Store, StoreError};
 use crate::table::Table;
 
@@ -42,6 +43,31 @@ impl Shared {
         let seal = seal.map_err(|_| StoreError::Damaged { frame: 0 })?;
         let life = table.life()?.number;
         Ok(Self { store: Mutex::new(Store::open(table.clone())?), table, seal, life })
+    }
+
+    /// The same, where writes of a dead driver may still land.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn open_after_death(table: Table) -> Result<Self, StoreError> {
+        let store = Mutex::new(Store::open_after_death(table.clone())?);
+        Ok(Self { store, ..Self::open(table)? })
+    }
+
+    /// Blocks, generations, marks.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// What lies in a block is what was put there for this frame. `page` is the page afterwards, or means nothing.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn unseal(&self, block: u32, frame: u32, page: &mut Page) -> Result<(), Fault> {
+        let Some(seal) = &self.seal else { return Ok(()) };
+        let (generation, tag) = (self.table.generation(block)?, self.table.tag(block)?);
+        let name = SealName { block, generation, frame, life: self.life };
+        seal.open(name, tag, page).map_err(Fault::Wrong)
     }
 
     /// Frames and blocks.
@@ -81,6 +107,13 @@ impl Lane {
             page: Box::new([0; PAGE_BYTES as usize]),
             ended: Vec::new(),
         }
+    }
+
+    /// Requests have so many pages at most.
+    #[must_use]
+    pub fn with_pieces(mut self, pages: u32) -> Self {
+        self.machine.set_pieces(pages);
+        self
     }
 
     /// Asks that have not ended.
@@ -123,11 +156,12 @@ impl Lane {
         let wait = self.machine.wakes_at().map(|at| Duration::from_micros(at.saturating_sub(now)));
         let mut answers = Vec::new();
         self.backend.wait(wait.unwrap_or(IDLE).min(IDLE), &mut answers);
-        for session in self.backend.dead_sessions() {
-            self.shared.store().session_is_dead(session);
-        }
         for (id, answer) in answers {
             self.answered(memory, id, answer);
+        }
+        // After the answers: whoever says that a session is dead has said before what it has left.
+        for session in self.backend.dead_sessions() {
+            self.shared.store().session_is_dead(session);
         }
         self.handle(memory, Event::Tick);
     }
@@ -164,10 +198,10 @@ impl Lane {
 
     fn start(&mut self, memory: &MappedBytes, request: Request) {
         let sealed = if request.write { self.close(memory, &request) } else { Ok(()) };
-        let Request { id, write, blocks, slot, .. } = request;
+        let Request { id, write, blocks, slot, tries, .. } = request;
         self.requests.insert(id, request);
         match sealed {
-            Ok(()) => self.backend.submit(BlockRequest { id, write, blocks, slot }),
+            Ok(()) => self.backend.submit(BlockRequest { id, write, blocks, slot, tries }),
             // Nothing was sent, so it is answered at once.
             Err(fault) => self.answered(memory, id, Answer::Failed(fault)),
         }
@@ -203,6 +237,12 @@ impl Lane {
                 }
             }
         }
+        if let Some(fault @ Fault::Wrong(_)) = &fault {
+            tracing::debug!(%fault, first = request.blocks.first, pages = wrong.len(), "Pages came back wrong");
+            for at in &wrong {
+                self.backend.wrong(request.id, Run { first: request.blocks.first + at, count: 1 });
+            }
+        }
         fault.map_or(Outcome::Done, |fault| Outcome::Wrong(wrong, fault))
     }
 
@@ -212,12 +252,7 @@ impl Lane {
         }
         let block = request.blocks.first + at;
         self.buffers.window.read(self.buffers.at(request.slot, at), &mut self.page[..])?;
-        if let Some(seal) = &self.shared.seal {
-            let table = &self.shared.table;
-            let (generation, tag) = (table.generation(block)?, table.tag(block)?);
-            let name = SealName { block, generation, frame: request.frame + at, life: self.shared.life };
-            seal.open(name, tag, &mut self.page).map_err(Fault::Wrong)?;
-        }
+        self.shared.unseal(block, request.frame + at, &mut self.page)?;
         let into = (request.place + u64::from(at)) * PAGE_BYTES;
         memory.write(into, &self.page[..]).map_err(|error: HookError| error.into())
     }

@@ -1,4 +1,4 @@
-//! Device memory in blocks of a medium that everybody has: a file on a local disk, or a partition. (Block servers come next: `nbd`.)
+//! Device memory in blocks of a medium that everybody has: a file on a local disk, a partition, or an export of a block server.
 //!
 //! ```text
 //!   driver      the parts for the kit; taking a medium or going on with it
@@ -8,10 +8,10 @@
 //!   store       frames and blocks; what rests and what is free                               (pure, over the table)
 //!   runs        free blocks                                                                 (pure)
 //!   table       block, generation and tag of every page, in the vault's memory
-//!   backend     what a medium has to do         file: O_DIRECT, by io_uring or threads
+//!   backend     what a medium has to do         file: O_DIRECT, by io_uring or threads; nbd: block servers
 //!   header      whose medium it is
 //! ```
-//! docs/block.md says what it promises.
+//! docs/block.md says what it promises, docs/remote.md what block servers add.
 
 pub mod backend;
 mod driver;
@@ -20,8 +20,10 @@ pub mod file;
 pub mod header;
 pub mod lane;
 pub mod machine;
+pub mod nbd;
 pub mod runs;
 pub mod store;
 pub mod table;
 
 pub use driver::{FileDriver, Taken, run, take};
+pub use nbd::run as run_nbd;

@@ -31,12 +31,20 @@ pub struct Limits {
     pub depth: u32,
     /// Writes among them: the rest is for reads, which somebody waits for.
     pub writes: u32,
-    /// A request that is not answered for so long is given up.
+    /// A read that is not answered for so long is given up.
     pub deadline_us: u64,
+    /// A write: its page stays at home.
+    pub write_deadline_us: u64,
     /// How often a page is read or written before it is given up.
     pub tries: u32,
     /// Pause before the second try; four times as long before each further one.
     pub pause_us: u64,
+}
+
+impl Limits {
+    fn deadline_us(&self, write: bool) -> u64 {
+        if write { self.write_deadline_us } else { self.deadline_us }
+    }
 }
 
 /// What is done to frames.
@@ -78,6 +86,8 @@ pub struct Request {
     pub place: u64,
     /// Which of the lane's buffers.
     pub slot: u32,
+    /// How often it was tried before.
+    pub tries: u32,
 }
 
 /// Why pages were not moved.
@@ -215,6 +225,7 @@ pub struct Machine {
     later: Vec<(u64, Piece)>,
     flights: HashMap<u64, Flight>,
     slots: Vec<u32>,
+    piece_pages: u32,
     writing: u32,
     next_id: u64,
     counts: Counts,
@@ -231,10 +242,16 @@ impl Machine {
             later: Vec::new(),
             flights: HashMap::new(),
             slots: (0..limits.depth).rev().collect(),
+            piece_pages: PIECE_PAGES,
             writing: 0,
             next_id: 1,
             counts: Counts::default(),
         }
+    }
+
+    /// Requests have so many pages at most.
+    pub fn set_pieces(&mut self, pages: u32) {
+        self.piece_pages = pages.clamp(1, PIECE_PAGES);
     }
 
     /// Asks that have not ended.
@@ -255,8 +272,7 @@ impl Machine {
     /// When [`Event::Tick`] has something to do.
     pub fn wakes_at(&self) -> Option<u64> {
         let deadlines = self.flights.values().filter(|flight| !flight.given_up).map(|flight| flight.deadline_us);
-        let queued =
-            self.reads.iter().chain(&self.writes).map(|piece| piece.since_us.saturating_add(self.limits.deadline_us));
+        let queued = self.reads.iter().chain(&self.writes).map(|piece| self.end_us(piece));
         deadlines.chain(self.later.iter().map(|(due, _)| *due)).chain(queued).min()
     }
 
@@ -287,13 +303,13 @@ impl Machine {
         let done = match op {
             Op::Zero => store.zero(frames),
             Op::Write => {
-                for at in (0..frames.count).step_by(PIECE_PAGES as usize) {
-                    let count = PIECE_PAGES.min(frames.count - at);
+                for at in (0..frames.count).step_by(self.piece_pages as usize) {
+                    let count = self.piece_pages.min(frames.count - at);
                     pieces.push(piece(Frames { first: frames.first + at, count }, None));
                 }
                 Ok(())
             }
-            Op::Read => store.parts(frames, PIECE_PAGES).map(|parts| {
+            Op::Read => store.parts(frames, self.piece_pages).map(|parts| {
                 for part in parts {
                     let Some(first) = part.block else {
                         let place = place + u64::from(part.frames.first - frames.first);
@@ -351,7 +367,7 @@ impl Machine {
         // Its old blocks may be the next ones that are taken, but not by itself.
         piece.avoid.drain(..).for_each(|run| store.release(run));
         let Some(blocks) = taken else {
-            if now_us.saturating_sub(piece.since_us) < self.limits.deadline_us {
+            if self.end_us(&piece) > now_us {
                 // Others end their reads and writes meanwhile.
                 self.later.push((now_us + self.limits.pause_us.max(1), piece));
             } else {
@@ -387,8 +403,9 @@ impl Machine {
             frame: piece.frames.first,
             place: piece.place,
             slot,
+            tries: piece.tries,
         }));
-        let deadline_us = now_us.saturating_add(self.limits.deadline_us);
+        let deadline_us = now_us.saturating_add(self.limits.deadline_us(piece.write));
         self.flights.insert(id, Flight { piece, blocks, slot, deadline_us, given_up: false });
     }
 
@@ -488,6 +505,11 @@ impl Machine {
         self.piece_ended(piece.ticket, out);
     }
 
+    /// Nobody waits for it any longer.
+    fn end_us(&self, piece: &Piece) -> u64 {
+        piece.since_us.saturating_add(self.limits.deadline_us(piece.write))
+    }
+
     fn pause(&self, tries: u32) -> u64 {
         self.limits.pause_us << (2 * (tries - 1)).min(20)
     }
@@ -495,9 +517,9 @@ impl Machine {
     /// What is not answered in time is not waited for. The request keeps what it may still use. Nor is a slot waited for any longer, when all have
     /// such requests.
     fn give_up(&mut self, store: &mut Store, now_us: u64, out: &mut Vec<Action>) {
-        let patient = |piece: &Piece| piece.since_us.saturating_add(self.limits.deadline_us) > now_us;
         let (reads, writes) = (std::mem::take(&mut self.reads), std::mem::take(&mut self.writes));
-        let (kept, queued): (VecDeque<Piece>, VecDeque<Piece>) = reads.into_iter().chain(writes).partition(patient);
+        let (kept, queued): (VecDeque<Piece>, VecDeque<Piece>) =
+            reads.into_iter().chain(writes).partition(|piece| self.end_us(piece) > now_us);
         kept.into_iter().for_each(|piece| self.queue(piece));
         for piece in queued {
             piece.pinned.into_iter().for_each(|(pin, _)| store.unpin(pin));
@@ -518,7 +540,7 @@ impl Machine {
     fn too_late(&mut self, piece: &Piece, out: &mut Vec<Action>) {
         self.counts.late += 1;
         let all: Vec<u32> = (0..piece.frames.count).collect();
-        self.failed(piece, &all, Fault::Late(self.limits.deadline_us));
+        self.failed(piece, &all, Fault::Late(self.limits.deadline_us(piece.write)));
         self.piece_ended(piece.ticket, out);
     }
 

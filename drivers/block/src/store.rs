@@ -8,6 +8,9 @@
 //!      +----------------+       v
 //!      +---- answered late, or the session is known to be dead ---- rests (quarantine)
 //! ```
+//! Where a session can outlive its client, blocks rest too that a driver which has died had begun to write, and those that hold a page but
+//! may be written late by one replica's old session do not become free before that is over (haunted).
+//!
 //! A block is written once a generation and never while anybody refers to it. A write without an answer may still land, so its block rests.
 
 use uhmm_driver_kit::Frames;
@@ -18,6 +21,9 @@ use crate::table::Table;
 
 /// A read that holds its blocks.
 pub type Pin = u64;
+
+/// The session of a driver that has died: what it had begun may still land.
+pub const PREDECESSOR: u64 = 0;
 
 /// Why a table cannot be gone on with.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +59,8 @@ pub struct Store {
     read_still: Vec<Run>,
     /// A write of that session was not answered.
     resting: Vec<(u64, Run)>,
+    /// The same, and other replicas have the page.
+    haunted: Vec<(u64, Pin)>,
 }
 
 impl Store {
@@ -61,6 +69,18 @@ impl Store {
     /// # Errors
     /// `Damaged`.
     pub fn open(table: Table) -> Result<Self, StoreError> {
+        Self::over(table, false)
+    }
+
+    /// The same, but what the earlier one had begun may land: those blocks rest until [`PREDECESSOR`] is dead.
+    ///
+    /// # Errors
+    /// `Damaged`.
+    pub fn open_after_death(table: Table) -> Result<Self, StoreError> {
+        Self::over(table, true)
+    }
+
+    fn over(table: Table, may_land: bool) -> Result<Self, StoreError> {
         let mut used = vec![false; table.blocks() as usize];
         for frame in 0..table.frames() {
             let Some(block) = table.block_of(frame)? else { continue };
@@ -69,15 +89,38 @@ impl Store {
                 _ => return Err(StoreError::Damaged { frame }),
             }
         }
-        let mut free = FreeRuns::default();
-        let mut at = 0;
-        for part in used.chunk_by(|one, other| one == other) {
-            if !part[0] {
-                free.free(Run { first: at, count: part.len() as u32 });
-            }
-            at += part.len() as u32;
+        let mut of = Vec::with_capacity(used.len());
+        for (block, used) in used.into_iter().enumerate() {
+            let open = table.is_open(block as u32)?;
+            of.push(match (used, open && may_land) {
+                (false, false) => Place::Free,
+                (false, true) => Place::Rests,
+                (true, false) => Place::Used,
+                (true, true) => Place::Haunted,
+            });
         }
-        Ok(Self { table, free, pins: Vec::new(), next_pin: 0, read_still: Vec::new(), resting: Vec::new() })
+        let mut store = Self {
+            table,
+            free: FreeRuns::default(),
+            pins: Vec::new(),
+            next_pin: 0,
+            read_still: Vec::new(),
+            resting: Vec::new(),
+            haunted: Vec::new(),
+        };
+        let mut at = 0;
+        for part in of.chunk_by(|one, other| one == other) {
+            let run = Run { first: at, count: part.len() as u32 };
+            match part[0] {
+                Place::Free => store.free.free(run),
+                Place::Rests => store.rest(PREDECESSOR, run),
+                // Answered by the other replica, perhaps.
+                Place::Haunted => store.haunt(PREDECESSOR, run),
+                Place::Used => {}
+            }
+            at += run.count;
+        }
+        Ok(store)
     }
 
     /// The table.
@@ -102,6 +145,9 @@ impl Store {
 
     /// Taken blocks that hold nothing anybody wants, and where nothing lands any more.
     pub fn release(&mut self, run: Run) {
+        if !self.is_haunted(run) {
+            (run.first..run.end()).for_each(|block| self.settle(block));
+        }
         let mut rest = run;
         // Parts that are read wait; what lies between them is free.
         while rest.count > 0 {
@@ -122,8 +168,33 @@ impl Store {
         self.resting.push((session, run));
     }
 
+    /// Blocks that hold a page or will, and where a write of that session may still land: the same bytes. They are not written anew before it is dead.
+    pub fn haunt(&mut self, session: u64, run: Run) {
+        let pin = self.pin(run);
+        self.haunted.push((session, pin));
+    }
+
+    fn is_haunted(&self, run: Run) -> bool {
+        let held = |pin: &Pin| self.pins.iter().any(|(other, held)| other == pin && held.meets(run));
+        self.haunted.iter().any(|(_, pin)| held(pin))
+    }
+
+    fn settle(&self, block: u32) {
+        if let Err(error) = self.table.settle(block) {
+            tracing::error!(%error, block, "A mark in the block table cannot be taken away");
+        }
+    }
+
     /// Nothing of that session lands any more.
     pub fn session_is_dead(&mut self, session: u64) {
+        let (dead, alive) = std::mem::take(&mut self.haunted).into_iter().partition(|(of, _)| *of == session);
+        self.haunted = alive;
+        let dead: Vec<(u64, Pin)> = dead;
+        for (_, pin) in dead {
+            let run = self.pins.iter().find(|(other, _)| *other == pin).map(|(_, run)| *run);
+            run.into_iter().flat_map(|run| run.first..run.end()).for_each(|block| self.settle(block));
+            self.unpin(pin);
+        }
         let (dead, alive) = std::mem::take(&mut self.resting).into_iter().partition(|(of, _)| *of == session);
         self.resting = alive;
         let dead: Vec<(u64, Run)> = dead;
@@ -135,6 +206,9 @@ impl Store {
     /// # Errors
     /// The table's memory; frames that are not there.
     pub fn publish(&mut self, first_frame: u32, run: Run) -> Result<(), HookError> {
+        if !self.is_haunted(run) {
+            (run.first..run.end()).for_each(|block| self.settle(block));
+        }
         self.point(first_frame, run.count, |at| Some(run.first + at))
     }
 
@@ -204,6 +278,15 @@ impl Store {
     }
 }
 
+/// What a block is when a driver begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Free,
+    Used,
+    Rests,
+    Haunted,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +344,37 @@ mod tests {
         assert_eq!((store.free_blocks(), store.resting_blocks()), (5, 3));
         store.session_is_dead(7);
         assert_eq!((store.free_blocks(), store.resting_blocks()), (8, 0));
+    }
+
+    #[test]
+    fn what_a_dead_driver_had_begun_rests_until_that_is_over() {
+        let mut store = store(8, 8);
+        let (written, begun) = (store.take(2).unwrap(), store.take(3).unwrap());
+        for block in (written.first..written.end()).chain(begun.first..begun.end()) {
+            store.table().next_generation(block).unwrap();
+        }
+        store.publish(0, written).unwrap();
+        let settled = Store::open(store.table().clone()).unwrap();
+        assert_eq!((settled.free_blocks(), settled.resting_blocks()), (6, 0));
+        let mut next = Store::open_after_death(store.table().clone()).unwrap();
+        assert_eq!((next.free_blocks(), next.resting_blocks()), (3, 3), "answered writes are over");
+        next.session_is_dead(PREDECESSOR);
+        assert_eq!((next.free_blocks(), next.resting_blocks()), (6, 0));
+        let later = Store::open_after_death(store.table().clone()).unwrap();
+        assert_eq!(later.free_blocks(), 6, "and that is noted");
+    }
+
+    #[test]
+    fn a_page_that_one_replica_may_still_write_keeps_its_block_from_others() {
+        let mut store = store(8, 8);
+        let run = store.take(2).unwrap();
+        (run.first..run.end()).for_each(|block| assert_eq!(store.table().next_generation(block).unwrap(), 1));
+        store.haunt(5, run);
+        store.publish(0, run).unwrap();
+        store.zero(frames(0, 8)).unwrap();
+        assert_eq!((store.free_blocks(), store.table().is_open(run.first).unwrap()), (6, true));
+        store.session_is_dead(5);
+        assert_eq!((store.free_blocks(), store.table().is_open(run.first).unwrap()), (8, false));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!   page 0    magic, version | frames, blocks | life | owner | sealed, key
 //!   4096      block of frame 0, 1, ...         4 bytes each: block + 1, or 0 = the frame is zero
 //!             generation and tag of block 0, 1, ...   8 + 16 bytes each
+//!             marks of block 0, 1, ...                4 bytes each: a write has begun and was not answered; replicas that do not have it
 //! ```
 //! A driver may be killed between any two stores. A page is written to a block that nobody refers to: its generation is counted, then its tag
 //! noted, then it is written, and when the medium has acknowledged it **one store** makes the frame refer to it. So a successor finds each frame
@@ -16,9 +17,10 @@ use uhmm_kernel_hook::{HookError, Prot, Window, memfd, random_bytes};
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"uhmmblck");
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const AT_MAGIC: u64 = 0;
 const AT_VERSION: u64 = 8;
 const AT_FRAMES: u64 = 16;
@@ -28,6 +30,10 @@ const AT_OWNER: u64 = 40;
 const AT_SEALED: u64 = 56;
 const AT_KEY: u64 = 64;
 const ENTRY_BYTES: u64 = 8 + TAG_BYTES as u64;
+/// A write of this block has begun, and nobody has answered.
+const OPEN: u32 = 1;
+/// From here on: a bit for each replica that does not have what the block holds.
+const MISSING_SHIFT: u32 = 8;
 
 /// Whose bytes a medium holds, and which life of this memory they belong to. Drawn at a cold start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,11 +66,15 @@ pub struct Table {
 }
 
 fn len_bytes(frames: u32, blocks: u32) -> u64 {
-    (entries_at(frames) + u64::from(blocks) * ENTRY_BYTES).next_multiple_of(PAGE_BYTES)
+    (marks_at(frames, blocks) + 4 * u64::from(blocks)).next_multiple_of(PAGE_BYTES)
 }
 
 fn entries_at(frames: u32) -> u64 {
     (PAGE_BYTES + 4 * u64::from(frames)).next_multiple_of(64)
+}
+
+fn marks_at(frames: u32, blocks: u32) -> u64 {
+    entries_at(frames) + u64::from(blocks) * ENTRY_BYTES
 }
 
 impl Table {
@@ -184,8 +194,55 @@ impl Table {
     /// As [`Table::life`].
     pub fn next_generation(&self, block: u32) -> Result<u64, HookError> {
         let next = self.generation(block)? + 1;
+        self.marks(block)?.store(OPEN, Ordering::SeqCst);
         self.window.store_u64(self.entry(block), next)?;
         Ok(next)
+    }
+
+    fn marks(&self, block: u32) -> Result<&AtomicU32, HookError> {
+        self.window.atomic_u32(marks_at(self.frames, self.blocks) + 4 * u64::from(block))
+    }
+
+    /// A write of this block has begun and was not answered.
+    ///
+    /// # Errors
+    /// As [`Table::life`].
+    pub fn is_open(&self, block: u32) -> Result<bool, HookError> {
+        Ok(self.marks(block)?.load(Ordering::SeqCst) & OPEN != 0)
+    }
+
+    /// It was answered, or nothing of it lands any more.
+    ///
+    /// # Errors
+    /// As [`Table::life`].
+    pub fn settle(&self, block: u32) -> Result<(), HookError> {
+        let marks = self.marks(block)?;
+        if marks.load(Ordering::SeqCst) & OPEN != 0 {
+            marks.fetch_and(!OPEN, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Replicas that do not have what a block holds, a bit each.
+    ///
+    /// # Errors
+    /// As [`Table::life`].
+    pub fn missing(&self, block: u32) -> Result<u32, HookError> {
+        Ok(self.marks(block)?.load(Ordering::SeqCst) >> MISSING_SHIFT)
+    }
+
+    /// A replica has it, or does not.
+    ///
+    /// # Errors
+    /// As [`Table::life`].
+    pub fn set_missing(&self, block: u32, replica: u32, missing: bool) -> Result<(), HookError> {
+        let (marks, bit) = (self.marks(block)?, 1 << (MISSING_SHIFT + replica));
+        if missing {
+            marks.fetch_or(bit, Ordering::SeqCst)
+        } else {
+            marks.fetch_and(!bit, Ordering::SeqCst)
+        };
+        Ok(())
     }
 
     /// The tag of what a block holds.
@@ -227,7 +284,16 @@ mod tests {
             (Some(129), Some(0), None)
         );
         assert_eq!((next.generation(129).unwrap(), next.tag(129).unwrap()), (2, [9; TAG_BYTES]));
-        assert!(next.block_of(100).is_ok() && next.generation(131).is_err() || next.generation(200).is_err());
+        assert!(next.generation(2000).is_err() && next.missing(2000).is_err());
+        table.set_missing(129, 1, true).unwrap();
+        assert_eq!((next.is_open(129).unwrap(), next.missing(129).unwrap(), next.missing(128).unwrap()), (true, 2, 0));
+        table.settle(129).unwrap();
+        assert_eq!((next.is_open(129).unwrap(), next.missing(129).unwrap()), (false, 2));
+        table.next_generation(129).unwrap();
+        assert_eq!((next.is_open(129).unwrap(), next.missing(129).unwrap()), (true, 0), "it is written anew");
+        table.set_missing(129, 0, true).unwrap();
+        table.set_missing(129, 0, false).unwrap();
+        assert_eq!(next.missing(129).unwrap(), 0);
         for (frames, blocks, sealed) in [(101, 130, true), (100, 131, true), (100, 130, false), (100_000, 130, true)] {
             assert!(Table::adopt(&fd, frames, blocks, sealed).unwrap().is_none(), "{frames} {blocks} {sealed}");
         }

@@ -37,6 +37,9 @@ enum Command {
         /// Without a manifest: far memory in a file instead of the software device, as in 64GiB or 64GiB:/var/lib/uhmm/far0
         #[arg(long, value_name = "SIZE[:PATH]", conflicts_with = "manifest")]
         file: Option<commands::FarFile>,
+        /// Without a manifest: far memory on a block server, as in nbd://192.0.2.7/export 64GiB
+        #[arg(long, value_names = ["URL", "SIZE"], num_args = 2, conflicts_with_all = ["manifest", "file"])]
+        nbd: Option<Vec<String>>,
         /// Take over services that outlived an earlier supervisor
         #[arg(long)]
         adopt: bool,
@@ -177,6 +180,9 @@ enum Driver {
     /// (service) Files on local disks, and partitions
     #[command(hide = true)]
     File(ServiceFlags),
+    /// (service) Exports of block servers
+    #[command(hide = true)]
+    Nbd(ServiceFlags),
     /// (service) NVMe namespaces
     #[command(hide = true)]
     Nvme(ServiceFlags),
@@ -196,6 +202,7 @@ impl Driver {
             Self::Soft(flags) => uhmm_driver_soft::run(flags.into_args(run_dir))?,
             Self::Bar(flags) => uhmm_driver_bar::run(flags.into_args(run_dir))?,
             Self::File(flags) => uhmm_driver_block::run(flags.into_args(run_dir))?,
+            Self::Nbd(flags) => uhmm_driver_block::run_nbd(flags.into_args(run_dir))?,
             Self::Nvme(flags) => uhmm_driver_nvme::run(flags.into_args(run_dir))?,
             Self::Edu(flags) => uhmm_driver_edu::run(flags.into_args(run_dir))?,
             Self::Accel(flags) => uhmm_driver_accel::run(flags.into_args(run_dir))?,
@@ -278,14 +285,14 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::BenchFloor(args) => commands::bench_floor(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
-        Command::Up { manifest, file, adopt, replaceable, until_unused, log, metrics } => {
+        Command::Up { manifest, file, nbd, adopt, replaceable, until_unused, log, metrics } => {
             if !until_unused.is_empty() {
                 commands::end_when_unused(&run_dir)?;
             }
             if let Some(address) = metrics {
                 commands::export_beside(&run_dir, address)?;
             }
-            let manifest = commands::manifest_or_file(manifest.as_deref(), file)?;
+            let manifest = commands::manifest_or_far(manifest.as_deref(), file, nbd.as_deref())?;
             commands::up(manifest, run_dir, (adopt, replaceable), log.into())?;
             until_unused.iter().try_for_each(commands::remove)?;
         }

@@ -66,7 +66,7 @@ impl FileBackend {
 
 impl Backend for FileBackend {
     fn submit(&mut self, request: BlockRequest) {
-        let BlockRequest { id, write, blocks, slot } = request;
+        let BlockRequest { id, write, blocks, slot, .. } = request;
         if let Some(fault) = write.then(|| self.shrunk()).flatten() {
             return self.refused.push((id, Answer::Failed(fault)));
         }

@@ -16,7 +16,8 @@ use crate::table::Life;
 
 const FRAMES: u32 = 200;
 const BLOCKS: u32 = 264;
-const LIMITS: Limits = Limits { depth: 6, writes: 4, deadline_us: 50_000, tries: 4, pause_us: 100 };
+const LIMITS: Limits =
+    Limits { depth: 6, writes: 4, deadline_us: 50_000, write_deadline_us: 50_000, tries: 4, pause_us: 100 };
 
 /// What the medium does, in thousandths of all requests.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,7 +86,7 @@ impl World {
     }
 
     fn answer(&mut self, flight: InFlight, buffers: &Buffers, answers: &mut Vec<(u64, Answer)>) {
-        let BlockRequest { id, write, blocks, slot } = flight.request;
+        let BlockRequest { id, write, blocks, slot, .. } = flight.request;
         let failed = self.chance(self.mood.fails);
         let lies = self.chance(self.mood.lies);
         if write {

@@ -1,11 +1,11 @@
-//! `uhmm up --file SIZE[:PATH]`: far memory from two words.
+//! `uhmm up --file SIZE[:PATH]` and `uhmm up --nbd URL SIZE`: far memory from two words.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Context;
-use uhmm_manifest::{ByteSize, Manifest};
+use uhmm_manifest::{ByteSize, Manifest, NbdUrl};
 
 /// How much, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +50,12 @@ fn usual_path(root: bool, var: impl Fn(&str) -> Option<PathBuf>) -> anyhow::Resu
         .join("uhmm/far0"))
 }
 
-/// The manifest of `uhmm up`.
-pub fn manifest_or_file(path: Option<&Path>, file: Option<FarFile>) -> anyhow::Result<Manifest> {
+/// The manifest of `uhmm up`. `nbd`: url and size.
+pub fn manifest_or_far(path: Option<&Path>, file: Option<FarFile>, nbd: Option<&[String]>) -> anyhow::Result<Manifest> {
+    if let Some([url, size]) = nbd {
+        let url: NbdUrl = url.parse().map_err(anyhow::Error::msg)?;
+        return Ok(Manifest::remote_memory(size.parse().map_err(anyhow::Error::msg)?, &url));
+    }
     let Some(FarFile { size, path }) = file else { return super::manifest(path) };
     let path = match path {
         Some(path) => std::path::absolute(path)?,
@@ -103,7 +107,7 @@ mod tests {
     #[test]
     fn the_manifest_has_the_one_device() {
         let file = "64MiB:/data/far0".parse().unwrap();
-        let plan = manifest_or_file(None, Some(file)).unwrap().resolve().unwrap();
+        let plan = manifest_or_far(None, Some(file), None).unwrap().resolve().unwrap();
         let device = plan.device_by_name("far0").unwrap();
         assert_eq!((device.memory_bytes, device.path.as_deref()), (64 << 20, Some(Path::new("/data/far0"))));
         assert!(device.seal.is_sealed());
@@ -111,5 +115,12 @@ mod tests {
             (plan.devices.len(), plan.service("far0").unwrap().command.join(" ")),
             (1, "driver file".to_owned())
         );
+        let words = ["nbd://192.0.2.7/x".to_owned(), "64MiB".to_owned()];
+        let plan = manifest_or_far(None, None, Some(&words)).unwrap().resolve().unwrap();
+        let remote = plan.device_by_name("far0").unwrap().remote.as_ref().unwrap();
+        assert_eq!(remote.urls[0].to_string(), "nbd://192.0.2.7:10809/x");
+        assert_eq!(plan.service("far0").unwrap().command.join(" "), "driver nbd");
+        let wrong = ["nbd://x".to_owned(), "64MiB".to_owned()];
+        assert!(manifest_or_far(None, None, Some(&wrong)).unwrap_err().to_string().contains("nbd://x"));
     }
 }

@@ -29,7 +29,7 @@ pub use cdi::{CdiArgs, cdi};
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
-pub use far_file::{FarFile, manifest_or_file};
+pub use far_file::{FarFile, manifest_or_far};
 pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use renew::renew;
