@@ -16,6 +16,7 @@ use rustix::process::Signal;
 use uhmm_kernel_hook::{PidFd, SeqPacket};
 use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
+pub mod block;
 pub mod c;
 pub mod container;
 pub mod manager;

@@ -32,6 +32,7 @@ pub(crate) struct System {
 /// A system that we have started.
 struct Own {
     supervisor: Child,
+    servers: Option<Servers>,
     exe: PathBuf,
     driver: String,
     coherent: bool,
@@ -51,11 +52,66 @@ fn manifest(driver: &str, coherent: bool, folder: &Path) -> String {
              [[device]]\nname = \"{driver}{index}\"\nservice = \"{driver}{index}\"\nmemory_bytes = \"{DEVICE_MEMORY}\"\n\
              coherent = {coherent}\n"
         );
-        if driver == "file" {
-            text += &format!("path = {:?}\n", folder.join(format!("far{index}")));
+        match driver {
+            "file" => text += &format!("path = {:?}\n", folder.join(format!("far{index}"))),
+            "nbd" => {
+                let socket = Servers::folder(folder).join(format!("far{index}"));
+                // Servers on this machine are done at once with what a killed driver has left.
+                text += &format!("url = \"nbd+unix:///?socket={}\"\nsettle_s = 1\n", socket.display());
+            }
+            _ => {}
         }
     }
     text
+}
+
+/// Block servers of a system of our own: the devices of driver "nbd". They live as long as the run.
+struct Servers {
+    folder: PathBuf,
+    children: Vec<Child>,
+}
+
+impl Servers {
+    /// Where they listen: not in the run directory, of which services see a part only.
+    fn folder(run_dir: &Path) -> PathBuf {
+        run_dir.with_extension("servers")
+    }
+
+    fn start(exe: &Path, run_dir: &Path) -> Result<Self, ConformanceError> {
+        let folder = Self::folder(run_dir);
+        std::fs::DirBuilder::new().mode(0o700).create(&folder).map_err(ConformanceError::path(&folder))?;
+        let mut servers = Self { folder, children: Vec::new() };
+        for index in 0..DEVICE_COUNT {
+            let mut command = Command::new(exe);
+            command.args(["device-model", "block", "--memory", "128MiB", "--socket"]);
+            command.arg(servers.folder.join(format!("far{index}"))).process_group(0);
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+            let mut child = command.spawn().map_err(ConformanceError::process("Starting a block server"))?;
+            let mut line = String::new();
+            if let Some(stdout) = child.stdout.take() {
+                let read = BufReader::new(stdout).read_line(&mut line);
+                read.map_err(ConformanceError::process("Reading a block server's answer"))?;
+            }
+            servers.children.push(child);
+            if line.trim() != "ready" {
+                return Err(ConformanceError::NotReady { log: "A block server has ended".to_owned() });
+            }
+        }
+        Ok(servers)
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            if let Err(error) = child.kill().and_then(|()| child.wait()) {
+                tracing::warn!(%error, "A block server could not be ended");
+            }
+        }
+        if let Err(error) = std::fs::remove_dir_all(&self.folder) {
+            tracing::warn!(%error, folder = %self.folder.display(), "Block servers' sockets could not be removed");
+        }
+    }
 }
 
 impl System {
@@ -65,9 +121,11 @@ impl System {
         // Not recursive and private: a folder that somebody else has put there must not be used.
         std::fs::DirBuilder::new().mode(0o700).create(&run_dir).map_err(ConformanceError::path(&run_dir))?;
         let mut system = Self { run_dir, own: None };
+        let servers = (driver == "nbd").then(|| Servers::start(exe, &system.run_dir)).transpose();
+        let servers = servers.inspect_err(|_| system.remove_run_dir())?;
         let supervisor = system.spawn(exe, driver, coherent);
         let supervisor = supervisor.inspect_err(|_| system.remove_run_dir())?;
-        system.own = Some(Own { supervisor, exe: exe.to_owned(), driver: driver.to_owned(), coherent });
+        system.own = Some(Own { supervisor, servers, exe: exe.to_owned(), driver: driver.to_owned(), coherent });
         system.wait_started()?;
         Ok(system)
     }
@@ -111,10 +169,10 @@ impl System {
     /// A fresh system in the place of the old one, where it is ours: what a failed case did to it is no other case's fault.
     /// False when the system is somebody else's.
     pub(crate) fn restart(&mut self) -> Result<bool, ConformanceError> {
-        let Some(Own { exe, driver, supervisor, coherent }) = self.own.take() else { return Ok(false) };
+        let Some(Own { exe, driver, supervisor, servers, coherent }) = self.own.take() else { return Ok(false) };
         self.stop(supervisor);
         let supervisor = self.spawn(&exe, &driver, coherent)?;
-        self.own = Some(Own { supervisor, exe, driver, coherent });
+        self.own = Some(Own { supervisor, servers, exe, driver, coherent });
         self.wait_started()?;
         Ok(true)
     }
@@ -181,6 +239,7 @@ impl Drop for System {
     fn drop(&mut self) {
         if let Some(own) = self.own.take() {
             self.stop(own.supervisor);
+            drop(own.servers);
             self.remove_run_dir();
         }
     }
@@ -201,6 +260,8 @@ mod tests {
             (2, 1)
         );
         assert!(text.contains("name = \"nvme0\"") && text.contains("name = \"nvme1\""));
+        let remote = manifest("nbd", false, folder);
+        assert!(remote.contains("socket=/run/here.servers/far1\""), "{remote}");
         let files = manifest("file", false, folder);
         assert!(files.contains("path = \"/run/here/far0\"") && files.contains("path = \"/run/here/far1\""), "{files}");
     }
