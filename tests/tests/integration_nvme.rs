@@ -17,6 +17,8 @@ const MIB: u64 = 1 << 20;
 const LEN: u64 = 2 * MIB;
 const WORDS: u64 = LEN / 8;
 const PAGES: u64 = LEN / 4096;
+/// These tests look at the medium.
+const OPEN: &str = "seal = \"none\"";
 
 /// A model, a system that drives it, and a client with a region. Dropped from top to bottom: the region before its system, that before the device.
 struct Scene {
@@ -34,8 +36,12 @@ impl Scene {
     }
 
     fn with_restart(restart: &str) -> Self {
+        Self::with(OPEN, restart)
+    }
+
+    fn with(options: &str, restart: &str) -> Self {
         let model = NvmeModel::start("16MiB");
-        let bed = TestBed::with_log(&manifest_nvme(&model.pci(), "", restart));
+        let bed = TestBed::with_log(&manifest_nvme(&model.pci(), options, restart));
         let session = bed.session();
         let device = session.device("nvme0").expect("device");
         let region = session.allocate(LEN).expect("region");
@@ -229,6 +235,60 @@ fn kill_rounds(name: &str, prepare: fn(&Scene), work: fn(&Scene)) {
     assert_eq!(scene.bed.log().matches("adopted=true").count(), 10, "{}", scene.bed.log());
 }
 
+/// What everybody gets who does not ask for anything else.
+#[test]
+fn integration_nvme_pages_are_sealed_on_the_medium_and_a_damaged_one_is_lost_alone() {
+    let scene = Scene::with("", RESTART);
+    scene.out();
+    let ours: std::collections::HashSet<u64> = (0..PAGES).map(|page| word(scene.seed, page * 512)).collect();
+    assert_eq!(scene.model.pages_with(|found| ours.contains(&found)), 0, "nobody can read them");
+    assert!(scene.model.pages_with(|found| found != 0) as u64 >= PAGES, "they are there");
+    scene.compare("home again");
+    scene.out();
+    let medium = scene.model.medium();
+    let is_used = |at: u64| {
+        let mut page = [0; 4096];
+        medium.read_exact_at(&mut page, at).expect("the medium is read");
+        page.iter().any(|byte| *byte != 0)
+    };
+    // Blocks that hold pages, and blocks that held them before: one of each kind in a row may be damaged without harm, all of them not.
+    for at in (HEADER_BYTES..16 * MIB).step_by(4096).filter(|at| is_used(*at)).step_by(7) {
+        let mut byte = [0];
+        medium.read_exact_at(&mut byte, at + 1000).expect("the medium is read");
+        medium.write_all_at(&[byte[0] ^ 4], at + 1000).expect("the medium is written");
+    }
+    drop(scene.session.migrate(scene.region.addr(), LEN, Target::Home).expect("migrate home"));
+    let lost = scene.poisoned_pages();
+    assert!((PAGES / 16..PAGES / 2).contains(&lost), "{lost} of {PAGES} pages are lost");
+    scene.bed.wait_log("not those that were put there last");
+    scene.compare_what_is_left("the others");
+}
+
+#[test]
+fn integration_nvme_with_seals_a_killed_driver_leaves_every_byte() {
+    let mut scene = Scene::with("", RESTART);
+    let mut rng = Rng::new(5);
+    for round in 0..12 {
+        if round % 2 == 0 {
+            scene.seed = round / 2 + 1;
+            scene.fill();
+        }
+        let way = if round % 2 == 0 { Target::from(&scene.device) } else { Target::Home };
+        let steps = rng.below(400_000);
+        scene.bed.kill_during(
+            "nvme0",
+            |_| spin(steps),
+            || drop(scene.session.migrate(scene.region.addr(), LEN, way).expect("migrate")),
+        );
+        if round % 3 == 0 {
+            scene.compare("after a kill");
+        }
+    }
+    scene.compare("the end");
+    assert_eq!(scene.resets(), 0, "nobody has reset the controller");
+    assert_eq!(scene.poisoned_pages(), 0);
+}
+
 #[test]
 fn integration_nvme_driver_killed_during_migration_out_is_adopted_without_a_reset() {
     kill_rounds("migration out", Scene::home, Scene::out);
@@ -410,7 +470,7 @@ fn integration_nvme_cold_restart_shows_nothing_old() {
     };
     let header_before = header(&scene);
     scene.bed.kill_all();
-    scene.bed.start_again(&manifest_nvme(&scene.model.pci(), "", RESTART));
+    scene.bed.start_again(&manifest_nvme(&scene.model.pci(), OPEN, RESTART));
     scene.bed.wait_ready("nvme0", 0);
     let header_now = header(&scene);
     assert_eq!(header_before[..16], header_now[..16], "a header of the same kind");
@@ -451,7 +511,7 @@ fn integration_nvme_given_back_by_down_is_taken_by_another_host_without_format()
     scene.bed.stop();
     let old = carry_away(&scene.model);
     assert_eq!(old, Header { state: State::Released, ..first }, "{}", scene.bed.log());
-    scene.bed.start_again(&manifest_nvme(&scene.model.pci(), "", RESTART));
+    scene.bed.start_again(&manifest_nvme(&scene.model.pci(), OPEN, RESTART));
     scene.bed.wait_ready("nvme0", 0);
     let new = header(&scene.model);
     assert_eq!((new.state, new.host, new.frames), (State::InUse, old.host, old.frames));
@@ -468,13 +528,13 @@ fn integration_nvme_of_another_host_that_was_killed_is_refused_until_format_is_s
     scene.bed.kill_all();
     let old = carry_away(&scene.model);
     assert_eq!(old.state, State::InUse);
-    let mut bed = TestBed::without_waiting(&manifest_nvme(&scene.model.pci(), "", RESTART));
+    let mut bed = TestBed::without_waiting(&manifest_nvme(&scene.model.pci(), OPEN, RESTART));
     bed.wait_log("Namespace is in use by another host");
     assert_ne!(bed.status("nvme0").state, "ready");
     bed.stop();
     assert_eq!(header(&scene.model), Header { host: !old.host, ..old }, "refused, and touched all the same");
     scene.compare_medium("after the refusal");
-    bed.start_again(&manifest_nvme(&scene.model.pci(), "format = true", RESTART));
+    bed.start_again(&manifest_nvme(&scene.model.pci(), "format = true\nseal = \"none\"", RESTART));
     bed.wait_ready("nvme0", 0);
     let new = header(&scene.model);
     assert_eq!((new.state, new.host), (State::InUse, old.host));
@@ -491,8 +551,8 @@ fn integration_nvme_namespace_with_foreign_data_is_refused_until_format_is_said(
     let mut foreign = vec![0x3d; 16 << 20];
     foreign[510..512].copy_from_slice(&[0x55, 0xaa]);
     model.medium().write_all_at(&foreign, 0).expect("the medium is written");
-    let mut bed = TestBed::without_waiting(&manifest_nvme(&model.pci(), "", RESTART));
-    bed.wait_log("Namespace holds data that is not uhmm's (a partition table)");
+    let mut bed = TestBed::without_waiting(&manifest_nvme(&model.pci(), OPEN, RESTART));
+    bed.wait_log("Namespace holds data that is not uhmm's (a partition table or boot sector)");
     assert!(bed.log().contains("`format = true` in the manifest's [[device]]"), "{}", bed.log());
     assert_ne!(bed.status("nvme0").state, "ready");
     let bystander = Bystander { bed: &bed, stop: AtomicBool::new(true) };
@@ -501,7 +561,7 @@ fn integration_nvme_namespace_with_foreign_data_is_refused_until_format_is_said(
     let mut found = vec![0; foreign.len()];
     model.medium().read_exact_at(&mut found, 0).expect("the medium is read");
     assert!(found == foreign, "somebody's data was touched");
-    bed.start_again(&manifest_nvme(&model.pci(), "format = true", RESTART));
+    bed.start_again(&manifest_nvme(&model.pci(), "format = true\nseal = \"none\"", RESTART));
     bed.wait_ready("nvme0", 0);
     assert_eq!(model.pages_with(|word| word == u64::from_le_bytes([0x3d; 8])), 0, "formatting leaves nothing");
     let session = bed.session();
@@ -519,7 +579,7 @@ const CONFORMANCE: &str = "^(T0[1-5]_|T1[0-3]_|T2[24]_|T3[0-4]_|K06_|K10_|K12_|F
 #[test]
 fn integration_nvme_conformance_subset_holds() {
     let model = NvmeModel::start("33MiB");
-    let manifest = manifest_nvme(&model.pci(), "memory_bytes = \"32MiB\"", RESTART);
+    let manifest = manifest_nvme(&model.pci(), "memory_bytes = \"32MiB\"\nseal = \"none\"", RESTART);
     let bed = TestBed::with_log(&manifest);
     let mut command = std::process::Command::new(uhmm_tests::uhmm_exe());
     command.arg("--run-dir").arg(bed.run_dir());

@@ -3,17 +3,21 @@
 use std::sync::Arc;
 
 use uhmm_compute::{FrameLocks, Kernel, LockedEngine, UnitFrames, Workers, kernels};
+use uhmm_driver_block::engine::{BlockEngine, BlockPort, TABLE_NAME};
+use uhmm_driver_block::file::open::shape;
 use uhmm_driver_kit::{
-    DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, Parts, ServiceArgs, SharedTable, run_driver,
+    DeviceError, DevicePort, Driver, DriverError, DriverParts, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES,
+    Parts, ServiceArgs, SharedTable, run_driver,
 };
 
 use uhmm_ipc::message::Fd;
 use uhmm_pci::{PciDevice, RemovalWatch};
 
 use crate::cmb;
-use crate::engine::{NvmeEngine, NvmeMemory, NvmePort};
+use crate::engine::{AnyEngine, NvmeEngine, NvmeMemory, NvmePort};
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
+use crate::sealed::Sealed;
 use crate::shell::{Controller, DMA_NAME, Options};
 
 /// A namespace as device memory, with compute units in software.
@@ -38,7 +42,7 @@ pub fn run(args: ServiceArgs) -> Result<(), DriverError> {
 
 impl Driver for NvmeDriver {
     type Memory = NvmeMemory;
-    type Engine = LockedEngine<NvmeEngine>;
+    type Engine = LockedEngine<AnyEngine>;
     type Table = SharedTable;
     type Queue = Workers;
 
@@ -59,7 +63,8 @@ impl Driver for NvmeDriver {
         if plan.cmb {
             return self.open_buffer(device, &kept, &OpenContext { plan, kept: Vec::new(), port }, removal);
         }
-        let memory = kept.into_iter().find(|(name, _)| name == DMA_NAME).map(|(_, fd)| fd);
+        let named = |wanted: &str| kept.iter().find(|(name, _)| name == wanted).map(|(_, fd)| fd.clone());
+        let (memory, kept_table) = (named(DMA_NAME), named(TABLE_NAME));
         let controller = Controller::open(device, memory, Options::default())?;
         if let Some(identity) = controller.identity() {
             tracing::info!(
@@ -68,20 +73,46 @@ impl Driver for NvmeDriver {
                 pairs = controller.pairs(), adopted = controller.is_adopted(), "Controller runs"
             );
         }
-        let (namespace, origin) = Namespace::open(controller, plan.memory_bytes, plan.format)?;
         let units = plan.workers.max(1);
+        if plan.seal.is_sealed() {
+            let (most, blocks) = shape(plan.memory_bytes);
+            let (namespace, origin) = Namespace::open(controller, u64::from(blocks) * PAGE_BYTES, plan.format)?;
+            let (sealed, origin) = Sealed::open(namespace, origin, most, kept_table)?;
+            return self.open_sealed(sealed, origin, units, &port, removal);
+        }
+        let (namespace, origin) = Namespace::open(controller, plan.memory_bytes, plan.format)?;
         let table = SharedTable::create(units, false)?;
         let locks = Arc::new(FrameLocks::default());
         let frames = (0..units)
             .map(|_| Ok(UnitFrames::Port(Box::new(NvmePort::new(namespace.clone())?), locks.clone())))
             .collect::<Result<_, NvmeError>>()?;
         let queue = Workers::start(&table, &port, &self.kernels, frames)?;
-        let engine = LockedEngine::new(NvmeEngine::new(namespace.clone()), locks);
+        let engine = LockedEngine::new(AnyEngine::Open(NvmeEngine::new(namespace.clone())), locks);
         Ok(Parts { memory: NvmeMemory::new(namespace, Some(removal)), origin, engine: Some(engine), table, queue })
     }
 }
 
 impl NvmeDriver {
+    /// Unless `seal = "none"`: pages pass through the block driver's lanes.
+    fn open_sealed(
+        &self,
+        sealed: Sealed,
+        origin: MemoryOrigin,
+        units: u32,
+        port: &DevicePort,
+        removal: RemovalWatch,
+    ) -> Result<DriverParts<Self>, DeviceError> {
+        let table = SharedTable::create(units, false)?;
+        let locks = Arc::new(FrameLocks::default());
+        let frames = (0..units)
+            .map(|_| Ok(UnitFrames::Port(Box::new(BlockPort::new(sealed.unit_lane()?)?), locks.clone())))
+            .collect::<Result<_, DeviceError>>()?;
+        let queue = Workers::start(&table, port, &self.kernels, frames)?;
+        let engine = AnyEngine::Sealed(Box::new(BlockEngine::new(sealed.copy_lane()?)));
+        let engine = Some(LockedEngine::new(engine, locks));
+        Ok(Parts { memory: NvmeMemory::sealed(sealed, Some(removal)), origin, engine, table, queue })
+    }
+
     /// `cmb = true`: everybody sees the memory, so nothing is copied by the device.
     fn open_buffer(
         &self,

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use uhmm_compute::FramePort;
 use uhmm_driver_bar::memory::BarMemory;
+use uhmm_driver_block::engine::BlockEngine;
 use uhmm_driver_kit::{
     CopyEngine, CopyOp, CopyWork, DeviceError, DeviceMemory, Frames, PAGE_BYTES, StagedCopy, Staging, StagingUse,
 };
@@ -17,6 +18,7 @@ use uhmm_pci::{DmaMapping, DmaMemory, DmaRight, RemovalWatch};
 
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
+use crate::sealed::Sealed;
 use crate::shell::InFlight;
 
 /// Copies in flight: two of 2 MiB fill a queue of 32 commands of 128 KiB.
@@ -32,6 +34,7 @@ pub struct NvmeMemory {
 #[derive(Debug)]
 enum MemoryFrames {
     Namespace(Namespace),
+    Sealed(Sealed),
     Buffer(BarMemory),
 }
 
@@ -39,6 +42,11 @@ impl NvmeMemory {
     /// A namespace.
     pub fn new(namespace: Namespace, removal: Option<RemovalWatch>) -> Self {
         Self { frames: MemoryFrames::Namespace(namespace), _removal: removal }
+    }
+
+    /// A namespace whose pages are sealed.
+    pub fn sealed(sealed: Sealed, removal: Option<RemovalWatch>) -> Self {
+        Self { frames: MemoryFrames::Sealed(sealed), _removal: removal }
     }
 
     /// The controller's memory buffer.
@@ -51,13 +59,14 @@ impl DeviceMemory for NvmeMemory {
     fn frame_count(&self) -> u32 {
         match &self.frames {
             MemoryFrames::Namespace(namespace) => namespace.frame_count(),
+            MemoryFrames::Sealed(sealed) => sealed.frame_count(),
             MemoryFrames::Buffer(memory) => memory.frame_count(),
         }
     }
 
     fn aperture(&self) -> Option<Aperture> {
         match &self.frames {
-            MemoryFrames::Namespace(_) => None,
+            MemoryFrames::Namespace(_) | MemoryFrames::Sealed(_) => None,
             MemoryFrames::Buffer(memory) => memory.aperture(),
         }
     }
@@ -68,6 +77,10 @@ impl DeviceMemory for NvmeMemory {
                 let controller = namespace.controller();
                 std::iter::once(controller.kept()).chain(controller.device().kept()).collect()
             }
+            MemoryFrames::Sealed(sealed) => {
+                let controller = sealed.namespace().controller();
+                [controller.kept(), sealed.kept()].into_iter().chain(controller.device().kept()).collect()
+            }
             MemoryFrames::Buffer(memory) => memory.kept(),
         }
     }
@@ -76,6 +89,7 @@ impl DeviceMemory for NvmeMemory {
     fn give_back(&mut self) -> Result<(), DeviceError> {
         match &self.frames {
             MemoryFrames::Namespace(namespace) => namespace.release().map_err(|error| explain(&error).into()),
+            MemoryFrames::Sealed(sealed) => sealed.namespace().release().map_err(|error| explain(&error).into()),
             MemoryFrames::Buffer(_) => Ok(()),
         }
     }
@@ -148,7 +162,7 @@ fn finished(started: Option<InFlight>) -> Result<(), NvmeError> {
 }
 
 /// The kit logs one line.
-fn explain(error: &NvmeError) -> String {
+pub(crate) fn explain(error: &NvmeError) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
@@ -197,6 +211,46 @@ impl CopyEngine for NvmeEngine {
             let outcome = finished(started);
             work.done(copy, self.ended(outcome));
         }
+    }
+}
+
+/// Either way of copying.
+#[derive(Debug)]
+pub enum AnyEngine {
+    /// Straight.
+    Open(NvmeEngine),
+    /// Sealed.
+    Sealed(Box<BlockEngine>),
+}
+
+impl AnyEngine {
+    fn engine(&mut self) -> &mut dyn CopyEngine {
+        match self {
+            Self::Open(engine) => engine,
+            Self::Sealed(engine) => &mut **engine,
+        }
+    }
+}
+
+impl CopyEngine for AnyEngine {
+    fn attach(&mut self, staging: &Staging) -> Result<(), DeviceError> {
+        self.engine().attach(staging)
+    }
+
+    fn copy_in(&mut self, staging: &Staging, staging_page: u32, frames: Frames) -> Result<(), DeviceError> {
+        self.engine().copy_in(staging, staging_page, frames)
+    }
+
+    fn copy_out(&mut self, frames: Frames, staging: &Staging, staging_page: u32) -> Result<(), DeviceError> {
+        self.engine().copy_out(frames, staging, staging_page)
+    }
+
+    fn scrub(&mut self, frames: Frames) -> Result<(), DeviceError> {
+        self.engine().scrub(frames)
+    }
+
+    fn serve(&mut self, staging: &Staging, work: &mut dyn CopyWork) {
+        self.engine().serve(staging, work);
     }
 }
 

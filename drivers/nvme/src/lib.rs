@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   driver      the parts for the kit; cmb: the controller's own memory instead of the namespace
-//!   kit's copy thread, compute units --- engine: staging, pages, mapped for DMA
+//!   kit's copy thread, compute units --- engine: staging, pages, mapped for DMA      (seal = "none")
+//!                                    \-- sealed: lanes of uhmm-driver-block over mapped buffers
 //!                                          |
 //!   namespace   frames -> blocks, the header in front of them, taking it at the start
 //!   shell       registers, queue memory, interrupts, who waits for whom
@@ -24,6 +25,7 @@ pub mod machine;
 pub mod namespace;
 pub mod protocol;
 pub mod queue;
+pub mod sealed;
 pub mod shell;
 mod start;
 

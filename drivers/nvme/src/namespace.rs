@@ -89,6 +89,14 @@ impl Namespace {
         }
     }
 
+    /// Who has it, and which life it is in.
+    ///
+    /// # Errors
+    /// The vault's memory.
+    pub fn content(&self) -> Result<Option<Content>, NvmeError> {
+        Ok(self.book().content()?)
+    }
+
     /// What the vault's memory says of the frames.
     fn book(&self) -> Book<'_> {
         let (memory, layout) = self.controller.memory();
