@@ -162,6 +162,9 @@ enum Command {
     /// (internal) What answers the faults of a bench's floor
     #[command(hide = true)]
     BenchFloor(commands::BenchFloorArgs),
+    /// (internal) What answers a bench's messages
+    #[command(hide = true)]
+    BenchEcho(commands::BenchEchoArgs),
     /// (internal) One case of the conformance suite
     #[command(hide = true)]
     ConformanceCase(commands::ConformanceCaseArgs),
@@ -283,6 +286,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Bench(args) => return commands::bench(&args),
         Command::BenchClient(args) => commands::bench_client(&args)?,
         Command::BenchFloor(args) => commands::bench_floor(&args)?,
+        Command::BenchEcho(args) => commands::bench_echo(&args)?,
         Command::Demo(args) => return demo::run(args),
         Command::DemoClient(args) => return demo::run_client(args),
         Command::Up { manifest, file, nbd, adopt, replaceable, until_unused, log, metrics } => {

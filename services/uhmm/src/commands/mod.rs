@@ -24,7 +24,9 @@ use uhmm_sandbox::{Place, Profile};
 use uhmm_sdk::Operator;
 use uhmm_supervisor::SupervisorOptions;
 
-pub use bench::{BenchArgs, BenchClientArgs, BenchFloorArgs, bench, bench_client, bench_floor};
+pub use bench::{
+    BenchArgs, BenchClientArgs, BenchEchoArgs, BenchFloorArgs, bench, bench_client, bench_echo, bench_floor,
+};
 pub use cdi::{CdiArgs, cdi};
 pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conformance_case};
 pub use device_model::{Model, device_model};

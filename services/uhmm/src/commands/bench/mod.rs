@@ -2,25 +2,98 @@
 //! nothing else. Rounds of both alternate, so that a machine that is slow for a while is slow for both. Only ratios mean anything.
 //!
 //! ```text
-//!   uhmm bench --+-- uhmm up (a system of its own)
-//!                +-- uhmm bench-floor: one handler of every bare client's userfaultfd
-//!                `-- uhmm bench-client, some for each side: they do a round when they are told, all at once
+//!   uhmm bench --+-- uhmm up (a system of its own)                    bed.rs       what is measured: benches/, one file a bench
+//!                +-- uhmm bench-floor, bench-echo: bare processes     floor/       how it is shown:  figure.rs, report.rs, plot.rs
+//!                `-- uhmm bench-client: programs, where many are needed            where it ran:     host.rs, place.rs
 //! ```
 
-mod client;
+mod bed;
+mod benches;
+mod figure;
 mod floor;
-mod party;
-mod scale;
+mod host;
+mod place;
+mod plot;
+mod report;
+mod run;
 
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::PoisonError;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use uhmm_kernel_hook::signal::StopSignals;
+use uhmm_sdk::Operator;
 
-pub use client::{BenchClientArgs, bench_client};
-pub use floor::{BenchFloorArgs, bench_floor};
+pub use benches::client::{BenchClientArgs, bench_client};
+pub use floor::echo::{BenchEchoArgs, bench_echo};
+pub use floor::handler::{BenchFloorArgs, bench_floor};
 
-/// What there is to measure.
-const NAMES: [&str; 1] = ["scale"];
+use bed::Device;
+use run::Run;
+
+/// One kind of work.
+struct Bench {
+    name: &'static str,
+    what: &'static str,
+    floor: &'static str,
+    reach: &'static str,
+    run: fn(&mut Run<'_>) -> anyhow::Result<()>,
+}
+
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "fault",
+        what: "a CPU fault on a 4 KiB page that lives on the device, in random order",
+        floor: "a bare handler in another process, in the same place; unpinned: the one of the same CPU",
+        reach: "p50 <= 1.15, p99 <= 1.5; unpinned p50 <= 1.5",
+        run: benches::fault::run,
+    },
+    Bench {
+        name: "scan",
+        what: "the CPU reads a range that lives on the device",
+        floor: "bare fill and map, one thread ahead of the reader; memcpy; the same without fault-around",
+        reach: ">= 0.9 sequential; huge >= 0.6 of memcpy; no pattern below 0.95 of itself without fault-around",
+        run: benches::scan::run,
+    },
+    Bench {
+        name: "out",
+        what: "a range is migrated to the device",
+        floor: "the bare kernel's steps by one thread; memcpy",
+        reach: ">= 0.9 of the bare steps",
+        run: benches::ways::out,
+    },
+    Bench {
+        name: "home",
+        what: "a range is migrated home",
+        floor: "the bare kernel's steps by one thread; memcpy",
+        reach: ">= 0.9 of the bare steps",
+        run: benches::ways::home,
+    },
+    Bench {
+        name: "access",
+        what: "a device reads, writes and adds by address",
+        floor: "memcpy; migration in the same run",
+        reach: "mapped >= 0.7 of memcpy; from home >= 0.8 of migrate; all mapped >= 10 GiB/s",
+        run: benches::access::run,
+    },
+    Bench {
+        name: "job",
+        what: "a job sums memory at home",
+        floor: "migrate, then sum",
+        reach: ">= 0.6 by faults alone",
+        run: benches::job::run,
+    },
+    Bench {
+        name: "scale",
+        what: "faults with many clients and regions",
+        floor: "the bare handler with as many; uhmm with one",
+        reach: "<= 1.2 of one",
+        run: benches::scale::run,
+    },
+];
 
 /// `uhmm bench`
 #[derive(clap::Args)]
@@ -28,97 +101,114 @@ pub struct BenchArgs {
     /// Which ones [default: all]
     #[arg(value_name = "NAME")]
     names: Vec<String>,
-    /// Rounds of each case; the middle one is shown
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
+    /// Rounds of each case; the middle one is shown [default: each bench's own]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
     /// Print an array of JSON objects instead of the table
     #[arg(long)]
     json: bool,
-    /// Only the case of this name, or those whose names have this text
+    /// Print tables of Markdown, as in docs/performance.md
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
+    /// Draw SVG files into this folder
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+    /// Whose devices: soft, file, nvme or accel (the last two by their models)
+    #[arg(long, value_name = "NAME", default_value = "soft")]
+    driver: String,
+    /// Little memory, one round: shows that everything works, and no figure means anything
+    #[arg(long)]
+    short: bool,
+    /// Only cases with this text in their names
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Print what there is to measure, and measure nothing
+    #[arg(long)]
+    list: bool,
 }
 
-/// One figure.
-struct Figure {
-    bench: &'static str,
-    case: String,
-    unit: &'static str,
-    /// Of each round: uhmm's and the floor's.
-    rounds: Vec<(f64, f64)>,
+/// The run's private folder; systems that still run there are ended with it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("uhmm-bench-{}", std::process::id()));
+        // Not recursive and private: a folder that somebody else has put there must not be used.
+        let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
+        made.with_context(|| format!("{} cannot be made", path.display()))?;
+        Ok(Self(path))
+    }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+fn clear(folder: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(folder) {
+        eprintln!("{} could not be removed: {error}", folder.display());
+    }
 }
 
-impl Figure {
-    fn value(&self) -> f64 {
-        median(self.rounds.iter().map(|(value, _)| *value))
+impl Drop for Folder {
+    fn drop(&mut self) {
+        clear(&self.0);
     }
+}
 
-    fn floor(&self) -> f64 {
-        median(self.rounds.iter().map(|(_, floor)| *floor))
-    }
+/// Ends the systems that run, and this process, when it is told to end.
+fn end_in_order(signals: StopSignals, folder: PathBuf) {
+    std::thread::spawn(move || {
+        while poll(&mut [PollFd::new(&signals, PollFlags::IN)], None).is_err() {}
+        for run_dir in bed::RUNNING.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if let Err(error) = Operator::connect(Some(run_dir)).and_then(Operator::shutdown) {
+                eprintln!("The system in {} could not be ended: {error}", run_dir.display());
+            }
+        }
+        clear(&folder);
+        std::process::exit(130);
+    });
+}
 
-    /// The middle of the rounds' own ratios: both sides of a round have met the same machine.
-    fn ratio(&self) -> f64 {
-        median(self.rounds.iter().map(|(value, floor)| value / floor))
+fn asked(names: &[String]) -> anyhow::Result<Vec<&'static Bench>> {
+    if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|bench| bench.name != name.as_str())) {
+        let known: Vec<&str> = BENCHES.iter().map(|bench| bench.name).collect();
+        bail!("There is no bench {unknown:?}: take some of {}", known.join(", "));
     }
-
-    /// How far apart the ratios of the rounds are, as a part of the middle one.
-    fn spread(&self) -> f64 {
-        let ratios = self.rounds.iter().map(|(value, floor)| value / floor);
-        let (low, high) = ratios.fold((f64::MAX, f64::MIN), |(low, high), ratio| (low.min(ratio), high.max(ratio)));
-        (high - low) / self.ratio()
-    }
-
-    fn json(&self) -> serde_json::Value {
-        serde_json::json!({
-            "bench": self.bench, "case": self.case, "value": self.value(), "unit": self.unit,
-            "floor": self.floor(), "ratio": self.ratio(), "spread": self.spread(),
-        })
-    }
-
-    fn row(&self) -> String {
-        let Self { bench, case, unit, .. } = self;
-        let (value, floor) = (self.value(), self.floor());
-        format!(
-            "{bench:<8} {case:<22} {value:>10.2} {floor:>10.2} {:>7.2} {:>6.2}  {unit}",
-            self.ratio(),
-            self.spread()
-        )
-    }
+    let wanted = |bench: &&Bench| names.is_empty() || names.iter().any(|name| name == bench.name);
+    Ok(BENCHES.iter().filter(wanted).collect())
 }
 
 /// Runs them and prints their figures.
 pub fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
-    if let Some(unknown) = args.names.iter().find(|name| !NAMES.contains(&name.as_str())) {
-        bail!("There is no bench {unknown:?}: take some of {}", NAMES.join(", "));
-    }
-    let figures = scale::run(args.rounds, args.only.as_deref())?;
-    if args.json {
-        println!("{}", serde_json::Value::from_iter(figures.iter().map(Figure::json)));
+    let benches = asked(&args.names)?;
+    if args.list {
+        benches.iter().for_each(|bench| report::describe(bench));
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{:<8} {:<22} {:>10} {:>10} {:>7} {:>6}  unit", "bench", "case", "uhmm", "floor", "ratio", "spread");
-    figures.iter().for_each(|figure| println!("{}", figure.row()));
-    Ok(ExitCode::SUCCESS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_figure_compares_the_two_sides_of_each_round() {
-        // The second round met a machine of half the speed.
-        let rounds = vec![(10.0, 20.0), (5.0, 10.0), (12.0, 20.0)];
-        let figure = Figure { bench: "scale", case: "a case".to_owned(), unit: "us", rounds };
-        assert_eq!((figure.value(), figure.floor(), figure.ratio()), (10.0, 20.0, 0.5));
-        assert!((figure.spread() - 0.2).abs() < 1e-9);
-        assert_eq!(figure.json()["ratio"], 0.5);
+    let driver = Device::named(&args.driver)?;
+    if let Some(folder) = &args.plot {
+        std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
     }
+    // Before the first child and thread, so that a signal cannot end the run without ending its systems.
+    let signals = StopSignals::block()?;
+    let folder = Folder::new()?;
+    end_in_order(signals, folder.0.clone());
+    let mut run = Run::new(driver, args, folder.0.clone());
+    let statement = host::statement()?;
+    eprintln!("{statement}");
+    let start = host::Pulse::take(&run)?;
+    for bench in benches {
+        eprintln!("{}: {}", bench.name, bench.what);
+        run.bench = bench.name;
+        (bench.run)(&mut run).with_context(|| format!("Bench {}", bench.name))?;
+    }
+    let host = host::Pulse::take(&run)?.figures(&start);
+    run.figures.splice(0..0, host);
+    report::print(&run, args, &statement);
+    if let Some(folder) = &args.plot {
+        plot::draw_all(&run, folder)?;
+    }
+    let unsound = run.figures.iter().find(|figure| !figure.is_sound());
+    if let Some(figure) = unsound {
+        bail!("{}, {}: a round gave no number: {:?}", figure.bench, figure.case, figure.rounds);
+    }
+    anyhow::ensure!(!run.figures.is_empty(), "Nothing was measured: no case has {:?} in its name", args.only);
+    Ok(ExitCode::SUCCESS)
 }

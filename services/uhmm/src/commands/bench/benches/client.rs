@@ -8,17 +8,15 @@
 //! ```
 
 use std::io::BufRead;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
-use hdrhistogram::Histogram;
-use uhmm_kernel_hook::{Features, ManagedMapping, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd};
+use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_sdk::{Device, Region, Session};
 
-/// The handler of bare clients may be busy with others that connect.
-const CONNECT_TRIES: u32 = 1000;
+use super::super::floor::bare::BareMemory;
+use super::touch::{histogram, shuffled};
 
 /// `uhmm bench-client`
 #[derive(clap::Args)]
@@ -26,6 +24,9 @@ pub struct BenchClientArgs {
     /// Run directory of the system
     #[arg(long)]
     system: Option<PathBuf>,
+    /// Its device
+    #[arg(long, default_value = "soft0")]
+    device: String,
     /// Socket of the handler of bare clients
     #[arg(long)]
     floor: Option<PathBuf>,
@@ -40,7 +41,7 @@ pub struct BenchClientArgs {
 /// Whose pages are touched.
 enum Memory {
     Managed { session: Session, device: Device, regions: Vec<Region> },
-    Bare { regions: Vec<(ManagedMapping, std::os::fd::OwnedFd)> },
+    Bare { regions: Vec<BareMemory> },
 }
 
 impl Memory {
@@ -48,24 +49,13 @@ impl Memory {
         let len_bytes = args.pages * PAGE_SIZE;
         if let Some(run_dir) = &args.system {
             let session = Session::connect(Some(run_dir))?;
-            let device = session.device("soft0")?;
+            let device = session.device(&args.device)?;
             let regions = (0..args.regions).map(|_| session.allocate(len_bytes));
             let regions = regions.collect::<Result<_, _>>()?;
             return Ok(Self::Managed { session, device, regions });
         }
         let path = args.floor.as_ref().context("Give --system or --floor")?;
-        let (uffd, _) = Userfaultfd::create(None)?;
-        uffd.api(Features::MISSING_SHMEM)?;
-        let region = |_| {
-            let memory = memfd::create_sealed("uhmm-bench-floor", len_bytes)?;
-            let mapping = ManagedMapping::map(memory.as_fd(), len_bytes, None)?;
-            uffd.register(mapping.range(), RegisterMode::MISSING)?;
-            anyhow::Ok((mapping, memory))
-        };
-        let regions = (0..args.regions).map(region).collect::<Result<_, _>>()?;
-        let handler = connect(path)?;
-        let sent = handler.send(b"u", &[uffd.as_fd()])?;
-        anyhow::ensure!(sent == SendStatus::Sent, "The handler of bare clients is gone");
+        let regions = (0..args.regions).map(|_| BareMemory::new(len_bytes, path)).collect::<Result<_, _>>()?;
         Ok(Self::Bare { regions })
     }
 
@@ -77,9 +67,9 @@ impl Memory {
                     anyhow::ensure!(report.complete(), "Not every page went to the device: {:?}", report.runs);
                 }
             }
-            Self::Bare { regions, .. } => {
-                for (mapping, memory) in regions {
-                    memfd::punch_hole(memory.as_fd(), 0, mapping.len())?;
+            Self::Bare { regions } => {
+                for region in regions {
+                    region.empty()?;
                 }
             }
         }
@@ -90,40 +80,17 @@ impl Memory {
         let offset = page * PAGE_SIZE;
         match self {
             Self::Managed { regions, .. } => regions[region as usize].read_u64(offset).map(drop)?,
-            Self::Bare { regions, .. } => regions[region as usize].0.load_u64(offset).map(drop)?,
+            Self::Bare { regions, .. } => regions[region as usize].mapping().load_u64(offset).map(drop)?,
         }
         Ok(())
     }
-}
-
-fn connect(path: &std::path::Path) -> anyhow::Result<SeqPacket> {
-    for _ in 0..CONNECT_TRIES {
-        match SeqPacket::connect(path) {
-            Ok(socket) => return Ok(socket),
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
-        }
-    }
-    bail!("The handler of bare clients does not answer at {}", path.display())
-}
-
-/// Every number below `count` once, the same each time.
-fn shuffled(count: u64) -> Vec<u64> {
-    let mut order: Vec<u64> = (0..count).collect();
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
-    for last in (1..order.len()).rev() {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        order.swap(last, (seed % (last as u64 + 1)) as usize);
-    }
-    order
 }
 
 /// Does rounds until its input ends.
 pub fn bench_client(args: &BenchClientArgs) -> anyhow::Result<()> {
     let memory = Memory::new(args)?;
     let order = shuffled(args.regions * args.pages);
-    let mut touches = Histogram::<u64>::new_with_bounds(1, 10_000_000_000, 2)?;
+    let mut touches = histogram()?;
     for line in std::io::stdin().lock().lines() {
         match line?.as_str() {
             "away" => {
@@ -143,19 +110,4 @@ pub fn bench_client(args: &BenchClientArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_page_is_touched_once_and_no_walk_is_seen() {
-        let order = shuffled(1000);
-        let mut sorted = order.clone();
-        sorted.sort_unstable();
-        assert_eq!(sorted, (0..1000).collect::<Vec<_>>());
-        let walks = order.windows(2).filter(|two| two[0] + 1 == two[1]).count();
-        assert!(walks < 10, "{walks} pages are met just after the one before them");
-    }
 }

@@ -11,7 +11,6 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use uhmm_kernel_hook::{CopyMode, PAGE_SIZE, SeqListener, SeqPacket, UffdEvent, Userfaultfd, Window};
 
-const HOT: Duration = Duration::from_micros(60);
 const LISTENER: u64 = 0;
 const INPUT: u64 = 1;
 /// Connections by their number from here on, until they have sent their userfaultfd: then it has that number.
@@ -23,6 +22,12 @@ const EVENTS: usize = 128;
 pub struct BenchFloorArgs {
     /// Where to listen
     socket: PathBuf,
+    /// For so long after a fault it looks again before it sleeps
+    #[arg(long, default_value_t = 60)]
+    hot_us: u64,
+    /// Asks a `bench-echo` there before it answers a fault: one message each way
+    #[arg(long)]
+    hop: Option<PathBuf>,
 }
 
 struct Handler {
@@ -33,6 +38,7 @@ struct Handler {
     next: u64,
     source: Window,
     faults: Vec<UffdEvent>,
+    hop: Option<SeqPacket>,
 }
 
 /// Serves until its input ends.
@@ -43,8 +49,11 @@ pub fn bench_floor(args: &BenchFloorArgs) -> anyhow::Result<()> {
     epoll::add(&epoll, std::io::stdin(), EventData::new_u64(INPUT), EventFlags::IN)?;
     let source = Window::anonymous(PAGE_SIZE)?;
     source.fill(0, PAGE_SIZE, 0x5a)?;
+    let hop = args.hop.as_deref().map(SeqPacket::connect).transpose()?;
     let (greeting, serving) = Default::default();
-    let mut handler = Handler { epoll, listener, greeting, serving, next: CLIENTS, source, faults: Vec::new() };
+    let mut handler = Handler { epoll, listener, greeting, serving, next: CLIENTS, source, faults: Vec::new(), hop };
+    let hot = Duration::from_micros(args.hot_us);
+    uhmm_kit::say("ready");
     let mut events = Vec::with_capacity(EVENTS);
     let mut hot_until = Instant::now();
     loop {
@@ -61,7 +70,7 @@ pub fn bench_floor(args: &BenchFloorArgs) -> anyhow::Result<()> {
                 LISTENER => handler.accept()?,
                 id => {
                     if handler.serve(id)? {
-                        hot_until = Instant::now() + HOT;
+                        hot_until = Instant::now() + hot;
                     }
                 }
             }
@@ -95,6 +104,9 @@ impl Handler {
         self.faults.clear();
         uffd.read_events(&mut self.faults)?;
         for fault in &self.faults {
+            if let Some(hop) = &self.hop {
+                super::echo::ask(hop)?;
+            }
             if let UffdEvent::Fault { addr, .. } = fault {
                 let outcome = uffd.copy(addr & !(PAGE_SIZE - 1), &self.source, 0, PAGE_SIZE, CopyMode::default())?;
                 anyhow::ensure!(outcome.done_bytes == PAGE_SIZE, "A page could not be filled: {:?}", outcome.stop);

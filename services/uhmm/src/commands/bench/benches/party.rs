@@ -10,8 +10,8 @@ use anyhow::Context;
 /// How a side's clients find what serves them.
 #[derive(Clone, Copy)]
 pub(super) enum Side<'a> {
-    /// The run directory of a system.
-    Uhmm(&'a Path),
+    /// The run directory of a system, and its device.
+    Uhmm(&'a Path, &'a str),
     /// The socket of the bare handler.
     Floor(&'a Path),
 }
@@ -32,21 +32,50 @@ pub(super) struct Round {
 }
 
 /// A child that ends with its input.
-pub(super) struct Helper {
+pub(in super::super) struct Helper {
     child: Child,
     input: Option<ChildStdin>,
+    /// It listens to nobody.
+    killed: bool,
 }
 
 impl Helper {
     pub fn start(command: &mut Command) -> anyhow::Result<Self> {
         let mut child = command.stdin(Stdio::piped()).spawn().context("A process of the bench cannot be started")?;
-        Ok(Self { input: child.stdin.take(), child })
+        Ok(Self { input: child.stdin.take(), child, killed: false })
+    }
+
+    /// It does not end with its input: it is killed.
+    pub fn killed(mut self) -> Self {
+        self.killed = true;
+        self
+    }
+
+    /// What it says.
+    pub fn output(&mut self) -> anyhow::Result<ChildStdout> {
+        self.child.stdout.take().context("A process of the bench has no output")
+    }
+
+    /// Waits for the line that says that it is there.
+    pub fn ready(mut self) -> anyhow::Result<Self> {
+        let mut line = String::new();
+        BufReader::new(self.output()?).read_line(&mut line)?;
+        anyhow::ensure!(
+            line.trim() == "ready",
+            "A process of the bench ended before it was ready: see its message above"
+        );
+        Ok(self)
     }
 }
 
 impl Drop for Helper {
     fn drop(&mut self) {
         drop(self.input.take());
+        if self.killed
+            && let Err(error) = self.child.kill()
+        {
+            tracing::debug!(%error, "A process of the bench had ended");
+        }
         if let Err(error) = self.child.wait() {
             tracing::debug!(%error, "A process of the bench cannot be waited for");
         }
@@ -82,13 +111,13 @@ impl Party {
             let mut command = Command::new(&exe);
             command.arg("bench-client").stdout(Stdio::piped());
             match side {
-                Side::Uhmm(run_dir) => command.arg("--system").arg(run_dir),
+                Side::Uhmm(run_dir, device) => command.arg("--system").arg(run_dir).args(["--device", device]),
                 Side::Floor(socket) => command.arg("--floor").arg(socket),
             };
             command.args(["--regions", &shape.regions.to_string(), "--pages", &shape.pages.to_string()]);
             let mut helper = Helper::start(&mut command)?;
-            let output = helper.child.stdout.take().context("A client of the bench has no output")?;
-            Ok(Client { helper, output: BufReader::new(output) })
+            let output = BufReader::new(helper.output()?);
+            Ok(Client { helper, output })
         };
         (0..shape.clients).map(client).collect::<anyhow::Result<_>>().map(Self)
     }

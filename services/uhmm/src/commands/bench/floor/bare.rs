@@ -1,0 +1,79 @@
+//! Memory of this process whose faults a bare handler in another process answers with UFFDIO_COPY.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use uhmm_kernel_hook::{Features, ManagedMapping, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd};
+
+use super::super::benches::party::Helper;
+use super::super::benches::touch::{Touch, shuffled};
+use super::super::place::{self, Place};
+use super::super::run::Run;
+
+/// Shared memory, registered, and its handler's connection.
+pub(in super::super) struct BareMemory {
+    mapping: ManagedMapping,
+    memory: OwnedFd,
+    _uffd: Userfaultfd,
+    _handler: SeqPacket,
+}
+
+impl BareMemory {
+    pub fn new(len: u64, handler: &Path) -> anyhow::Result<Self> {
+        let (uffd, _) = Userfaultfd::create(None)?;
+        uffd.api(Features::MISSING_SHMEM)?;
+        let memory = memfd::create_sealed("uhmm-bench-floor", len)?;
+        let mapping = ManagedMapping::map(memory.as_fd(), len, None)?;
+        uffd.register(mapping.range(), RegisterMode::MISSING)?;
+        let socket = SeqPacket::connect(handler)?;
+        let sent = socket.send(b"u", &[uffd.as_fd()])?;
+        anyhow::ensure!(sent == SendStatus::Sent, "The handler of bare memory is gone");
+        Ok(Self { mapping, memory, _uffd: uffd, _handler: socket })
+    }
+
+    pub fn mapping(&self) -> &ManagedMapping {
+        &self.mapping
+    }
+
+    /// Every page is missing afterwards.
+    pub fn empty(&self) -> anyhow::Result<()> {
+        Ok(memfd::punch_hole(self.memory.as_fd(), 0, self.mapping.len())?)
+    }
+}
+
+/// A handler process, and where it listens.
+pub(in super::super) struct Bare {
+    _handler: Helper,
+    socket: std::path::PathBuf,
+    place: Place,
+}
+
+impl Bare {
+    /// `options`: of `uhmm bench-floor`, beside those that the place asks for.
+    pub fn start(run: &Run<'_>, place: Place, options: &[&str]) -> anyhow::Result<Self> {
+        let socket = run.path("floor");
+        // On its faulting thread's only CPU a handler that looks again takes that CPU from the thread.
+        let hot_us = if place == Place::OneCpu { "0" } else { "60" };
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("bench-floor").arg(&socket).args(["--hot-us", hot_us]).args(options).stdout(Stdio::piped());
+        let handler = place::on(&place.services()?, || Helper::start(&mut command)?.ready())?;
+        Ok(Self { _handler: handler, socket, place })
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub fn memory(&self, len: u64) -> anyhow::Result<BareMemory> {
+        BareMemory::new(len, &self.socket)
+    }
+
+    /// The p50 of so many faults, one after the other.
+    pub fn p50_us(&self, pages: u64) -> anyhow::Result<f64> {
+        let memory = self.memory(pages * PAGE_SIZE)?;
+        let order = shuffled(pages);
+        let touch = Touch { order: &order, threads: 1, pause: None, cpus: self.place.program()? };
+        Ok(touch.all(memory.mapping(), false)?.value_at_quantile(0.5) as f64 / 1000.0)
+    }
+}
