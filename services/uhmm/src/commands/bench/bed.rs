@@ -180,6 +180,11 @@ impl Bed {
         &self.names[index]
     }
 
+    /// The name of a service, by its part: pager, mirror, driver.
+    pub fn service(&self, part: &str) -> String {
+        if part == "driver" { self.device(0).to_owned() } else { part.to_owned() }
+    }
+
     pub fn operator(&self) -> anyhow::Result<Operator> {
         Ok(Operator::connect(Some(self.run_dir()))?)
     }

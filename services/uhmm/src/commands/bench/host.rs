@@ -1,7 +1,8 @@
 //! The machine: what it is, how steady it is, and how much of its memory is free.
 
+use std::collections::BTreeMap;
+
 use anyhow::Context;
-use uhmm_kernel_hook::process::rss;
 
 use super::figure::{Figure, Reach};
 use super::floor::bare::Bare;
@@ -97,9 +98,48 @@ pub(super) fn room_for(bytes: u64) -> anyhow::Result<Result<(), String>> {
     )))
 }
 
-/// Private memory of a process.
-pub(super) fn private_bytes(pid: u32) -> anyhow::Result<u64> {
-    Ok(rss(pid)?.anon)
+/// Private memory of these processes, and what their memory files hold but for device memory. Each file counts once.
+pub(super) fn own_bytes(pids: &[u32]) -> anyhow::Result<u64> {
+    let mut files: BTreeMap<String, u64> = BTreeMap::new();
+    let mut private = 0;
+    for pid in pids {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"));
+        let maps = maps.with_context(|| format!("/proc/{pid}/smaps tells how much memory a service takes"))?;
+        let mut file = None;
+        for line in maps.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("Rss:") => {
+                    let bytes = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10;
+                    if let Some(most) = file.as_ref().and_then(|file| files.get_mut(file)) {
+                        *most += bytes;
+                    }
+                }
+                Some("Private_Dirty:") if file.is_none() => {
+                    private += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10;
+                }
+                // The line that begins a mapping: its range, rights, offset, device, inode, and what it shows.
+                Some(word) if word.contains('-') => file = memory_file(pid, line, &mut files),
+                _ => {}
+            }
+        }
+    }
+    Ok(private + files.values().sum::<u64>())
+}
+
+/// The name of a mapping's memory file, unless it is a device's memory or was seen in another process.
+fn memory_file(pid: &u32, line: &str, files: &mut BTreeMap<String, u64>) -> Option<String> {
+    let (name, inode) = (line.split("/memfd:").nth(1)?, line.split_whitespace().nth(4)?);
+    if name.starts_with("uhmm-device") {
+        return Some(String::new());
+    }
+    let owner = format!("{inode} ");
+    if files.keys().any(|key| key.starts_with(&owner) && !key.ends_with(&format!(" {pid}"))) {
+        return Some(String::new());
+    }
+    let key = format!("{owner}{name} {pid}");
+    files.entry(key.clone()).or_insert(0);
+    Some(key)
 }
 
 /// CPU time of all threads of a process, in nanoseconds.

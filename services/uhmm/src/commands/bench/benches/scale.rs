@@ -70,6 +70,12 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
             run.figure(format!("{} : one", case.name), case.unit, flat, beside_first);
         }
     }
+    if run.wants("a region of") {
+        super::sizes::large_regions(run, &bed)?;
+    }
+    if run.wants("adopt, migrate, release") {
+        super::sizes::cost_a_page(run, &bed)?;
+    }
     Ok(())
 }
 

@@ -39,10 +39,19 @@ pub(in super::super) struct Touch<'a> {
 impl Touch<'_> {
     /// All of it, all threads at once. With `write` pages are written, else read.
     pub fn all(&self, memory: &ManagedMapping, write: bool) -> anyhow::Result<Histogram<u64>> {
+        self.from(memory, 0, write)
+    }
+
+    /// The same for pages that begin at an offset; they are read.
+    pub fn at(&self, memory: &ManagedMapping, off: u64) -> anyhow::Result<Histogram<u64>> {
+        self.from(memory, off, false)
+    }
+
+    fn from(&self, memory: &ManagedMapping, off: u64, write: bool) -> anyhow::Result<Histogram<u64>> {
         let part = self.order.len().div_ceil(self.threads);
         let parts = self.order.chunks(part);
         std::thread::scope(|scope| {
-            let work: Vec<_> = parts.map(|pages| scope.spawn(move || self.part(memory, pages, write))).collect();
+            let work: Vec<_> = parts.map(|pages| scope.spawn(move || self.part(memory, (off, pages), write))).collect();
             let mut all = histogram()?;
             for thread in work {
                 let part = thread.join().map_err(|_| anyhow::anyhow!("A thread of the bench panicked"))??;
@@ -52,15 +61,20 @@ impl Touch<'_> {
         })
     }
 
-    fn part(&self, memory: &ManagedMapping, pages: &[u64], write: bool) -> anyhow::Result<Histogram<u64>> {
+    fn part(
+        &self,
+        memory: &ManagedMapping,
+        (off, pages): (u64, &[u64]),
+        write: bool,
+    ) -> anyhow::Result<Histogram<u64>> {
         place::stay_on(&self.cpus)?;
         let mut took = histogram()?;
         for page in pages {
             let begun = Instant::now();
             if write {
-                memory.store_u64(page * PAGE_SIZE, *page)?;
+                memory.store_u64(off + page * PAGE_SIZE, *page)?;
             } else {
-                memory.load_u64(page * PAGE_SIZE)?;
+                memory.load_u64(off + page * PAGE_SIZE)?;
             }
             took.saturating_record(u64::try_from(begun.elapsed().as_nanos())?);
             if let Some(pause) = self.pause {

@@ -4,7 +4,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use uhmm_kernel_hook::{Features, ManagedMapping, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd};
+use uhmm_kernel_hook::{
+    AddrRange, Features, ManagedMapping, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd,
+};
 
 use super::super::benches::party::Helper;
 use super::super::benches::touch::{Touch, shuffled};
@@ -67,6 +69,17 @@ impl Bare {
 
     pub fn memory(&self, len: u64) -> anyhow::Result<BareMemory> {
         BareMemory::new(len, &self.socket)
+    }
+
+    /// The handler is told when this range is unmapped, as long as the value lives.
+    pub fn hear_of(&self, range: AddrRange) -> anyhow::Result<impl Sized + use<>> {
+        let (uffd, _) = Userfaultfd::create(None)?;
+        uffd.api(Features::EVENT_UNMAP)?;
+        uffd.register(range, RegisterMode::MISSING)?;
+        let socket = SeqPacket::connect(&self.socket)?;
+        let sent = socket.send(b"u", &[uffd.as_fd()])?;
+        anyhow::ensure!(sent == SendStatus::Sent, "The handler of bare memory is gone");
+        Ok((uffd, socket))
     }
 
     /// The p50 of so many faults, one after the other.
