@@ -130,7 +130,8 @@ pub(super) fn own_bytes(pids: &[u32]) -> anyhow::Result<u64> {
 /// The name of a mapping's memory file, unless it is a device's memory or was seen in another process.
 fn memory_file(pid: &u32, line: &str, files: &mut BTreeMap<String, u64>) -> Option<String> {
     let (name, inode) = (line.split("/memfd:").nth(1)?, line.split_whitespace().nth(4)?);
-    if name.starts_with("uhmm-device") {
+    // Of software devices, and of programs.
+    if name.starts_with("uhmm-vram") || name.starts_with("uhmm-region") {
         return Some(String::new());
     }
     let owner = format!("{inode} ");

@@ -24,6 +24,8 @@ use std::sync::PoisonError;
 
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::Signal;
+use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::signal::StopSignals;
 use uhmm_sdk::Operator;
 
@@ -223,6 +225,11 @@ fn end_in_order(signals: StopSignals, folder: PathBuf) {
             if let Err(error) = Operator::connect(Some(run_dir)).and_then(Operator::shutdown) {
                 eprintln!("The system in {} could not be ended: {error}", run_dir.display());
             }
+        }
+        for pid in benches::party::KILLED.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // Children of this process that nobody has waited for: the number is theirs.
+            let killed = PidFd::open(*pid).and_then(|child| child.signal(Signal::KILL));
+            tracing::debug!(?killed, pid, "A device model ends");
         }
         clear(&folder);
         std::process::exit(130);

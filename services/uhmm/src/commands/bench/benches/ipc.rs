@@ -5,7 +5,7 @@ use std::time::Instant;
 use uhmm_kernel_hook::SeqPacket;
 
 use super::super::figure::Reach;
-use super::super::floor::echo::{Echo, Stubs, ask};
+use super::super::floor::echo::{Echo, Stubs, ask, waiting};
 use super::super::place::{self, Place};
 use super::super::run::Run;
 use super::touch::histogram;
@@ -34,7 +34,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
         let mut rounds = Vec::new();
         place::on(&place.program()?, || {
             let mut link = Stubs::connect(stubs.socket())?;
-            let socket = SeqPacket::connect(bare.socket())?;
+            let socket = waiting(SeqPacket::connect(bare.socket())?)?;
             for round in 0..=run.rounds(9) {
                 let ours = quantiles(count, || link.ask())?;
                 let its = quantiles(count, || ask(&socket))?;

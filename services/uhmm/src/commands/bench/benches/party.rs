@@ -1,8 +1,10 @@
 //! Some client processes of one side, which do their rounds together.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -31,6 +33,9 @@ pub(super) struct Round {
     pub p50_ns: Vec<u64>,
 }
 
+/// Children that nothing else ends, for whoever must end them when the run is interrupted.
+pub(in super::super) static KILLED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
 /// A child that ends with its input.
 pub(in super::super) struct Helper {
     child: Child,
@@ -48,6 +53,7 @@ impl Helper {
     /// It does not end with its input: it is killed.
     pub fn killed(mut self) -> Self {
         self.killed = true;
+        KILLED.lock().unwrap_or_else(PoisonError::into_inner).insert(self.child.id());
         self
     }
 
@@ -71,10 +77,10 @@ impl Helper {
 impl Drop for Helper {
     fn drop(&mut self) {
         drop(self.input.take());
-        if self.killed
-            && let Err(error) = self.child.kill()
-        {
-            tracing::debug!(%error, "A process of the bench had ended");
+        if self.killed {
+            let killed = self.child.kill();
+            tracing::debug!(?killed, "A process of the bench ends");
+            KILLED.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.child.id());
         }
         if let Err(error) = self.child.wait() {
             tracing::debug!(%error, "A process of the bench cannot be waited for");

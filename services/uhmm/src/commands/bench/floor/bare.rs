@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use uhmm_kernel_hook::{
-    AddrRange, Features, ManagedMapping, PAGE_SIZE, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd,
+    AddrRange, Features, ManagedMapping, PAGE_SIZE, RecvStatus, RegisterMode, SendStatus, SeqPacket, Userfaultfd, memfd,
 };
 
 use super::super::benches::party::Helper;
@@ -17,8 +17,7 @@ use super::super::run::Run;
 pub(in super::super) struct BareMemory {
     mapping: ManagedMapping,
     memory: OwnedFd,
-    _uffd: Userfaultfd,
-    _handler: SeqPacket,
+    handler: SeqPacket,
 }
 
 impl BareMemory {
@@ -28,10 +27,11 @@ impl BareMemory {
         let memory = memfd::create_sealed("uhmm-bench-floor", len)?;
         let mapping = ManagedMapping::map(memory.as_fd(), len, None)?;
         uffd.register(mapping.range(), RegisterMode::MISSING)?;
-        let socket = SeqPacket::connect(handler)?;
-        let sent = socket.send(b"u", &[uffd.as_fd()])?;
+        let handler = SeqPacket::connect(handler)?;
+        let sent = handler.send(b"u", &[uffd.as_fd()])?;
         anyhow::ensure!(sent == SendStatus::Sent, "The handler of bare memory is gone");
-        Ok(Self { mapping, memory, _uffd: uffd, _handler: socket })
+        // The handler alone has the descriptor now: if it ends, nobody waits for it.
+        Ok(Self { mapping, memory, handler })
     }
 
     pub fn mapping(&self) -> &ManagedMapping {
@@ -40,6 +40,8 @@ impl BareMemory {
 
     /// Every page is missing afterwards.
     pub fn empty(&self) -> anyhow::Result<()> {
+        let status = self.handler.recv(&mut [0; 8], &mut Vec::new(), 0)?;
+        anyhow::ensure!(status != RecvStatus::Closed, "The handler of bare memory has ended: see its message above");
         Ok(memfd::punch_hole(self.memory.as_fd(), 0, self.mapping.len())?)
     }
 }

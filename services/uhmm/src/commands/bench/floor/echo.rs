@@ -27,9 +27,14 @@ pub struct BenchEchoArgs {
     stubs: bool,
 }
 
-/// Serves until it is killed.
+/// Serves until its input ends.
 pub fn bench_echo(args: &BenchEchoArgs) -> anyhow::Result<()> {
     let listener = SeqListener::bind(&args.socket)?;
+    // Whoever has started it is there as long as its input is open.
+    std::thread::spawn(|| {
+        let read = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        std::process::exit(i32::from(read.is_err()))
+    });
     if args.stubs {
         return serve_stubs(listener);
     }
@@ -37,9 +42,16 @@ pub fn bench_echo(args: &BenchEchoArgs) -> anyhow::Result<()> {
     loop {
         poll(&mut [PollFd::new(&listener, PollFlags::IN)], None).context("poll")?;
         while let Some(socket) = listener.accept()? {
+            let socket = waiting(socket)?;
             std::thread::spawn(move || serve_bare(&socket));
         }
     }
+}
+
+/// From now on its calls wait. The hook's sockets never do, since event loops use them.
+pub(in super::super) fn waiting(socket: SeqPacket) -> anyhow::Result<SeqPacket> {
+    rustix::io::ioctl_fionbio(&socket, false).context("FIONBIO")?;
+    Ok(socket)
 }
 
 fn serve_bare(socket: &SeqPacket) {
@@ -130,7 +142,7 @@ impl Echo {
         let socket = run.path("echo");
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("bench-echo").arg(&socket).args(stubs.then_some("--stubs")).stdout(Stdio::piped());
-        let process = place::on(&place.services()?, || Helper::start(&mut command)?.killed().ready())?;
+        let process = place::on(&place.services()?, || Helper::start(&mut command)?.ready())?;
         Ok(Self { _process: process, socket })
     }
 

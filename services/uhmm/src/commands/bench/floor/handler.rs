@@ -34,7 +34,8 @@ struct Handler {
     epoll: OwnedFd,
     listener: SeqListener,
     greeting: HashMap<u64, SeqPacket>,
-    serving: HashMap<u64, Userfaultfd>,
+    /// The connection is open as long as somebody serves here.
+    serving: HashMap<u64, (Userfaultfd, SeqPacket)>,
     next: u64,
     source: Window,
     faults: Vec<UffdEvent>,
@@ -50,6 +51,7 @@ pub fn bench_floor(args: &BenchFloorArgs) -> anyhow::Result<()> {
     let source = Window::anonymous(PAGE_SIZE)?;
     source.fill(0, PAGE_SIZE, 0x5a)?;
     let hop = args.hop.as_deref().map(SeqPacket::connect).transpose()?;
+    let hop = hop.map(super::echo::waiting).transpose()?;
     let (greeting, serving) = Default::default();
     let mut handler = Handler { epoll, listener, greeting, serving, next: CLIENTS, source, faults: Vec::new(), hop };
     let hot = Duration::from_micros(args.hot_us);
@@ -97,10 +99,10 @@ impl Handler {
             let fd = fds.pop().with_context(|| format!("A bare client has sent no userfaultfd: {status:?}"))?;
             let uffd = Userfaultfd::from_fd(fd)?;
             epoll::add(&self.epoll, &uffd, EventData::new_u64(id), EventFlags::IN)?;
-            self.serving.insert(id, uffd);
+            self.serving.insert(id, (uffd, socket));
             return Ok(false);
         }
-        let Some(uffd) = self.serving.get(&id) else { return Ok(false) };
+        let Some((uffd, _)) = self.serving.get(&id) else { return Ok(false) };
         self.faults.clear();
         uffd.read_events(&mut self.faults)?;
         for fault in &self.faults {
