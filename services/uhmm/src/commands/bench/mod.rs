@@ -152,6 +152,13 @@ const BENCHES: &[Bench] = &[
         run: benches::scale::run,
     },
     Bench {
+        name: "cost",
+        what: "CPU time of each service for a page, a fault, a session: what one core can do",
+        floor: "CPU time of a bare handler for a fault",
+        reach: "none: docs/scaling.md reckons with it",
+        run: benches::costs::run,
+    },
+    Bench {
         name: "footprint",
         what: "memory of the services a managed byte; CPU of the services while nobody asks for anything",
         floor: "0.3 % of managed bytes; 0.1 % of a core",

@@ -2,12 +2,36 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use super::BenchArgs;
 use super::bed::{Bed, Device, Spec};
 use super::benches::ways::Measured;
 use super::figure::{Figure, Reach};
 use super::plot::Plot;
+
+/// A case that has taken so long has enough rounds, if it has a few.
+const LONG: Duration = Duration::from_secs(5);
+const FEW: u32 = 3;
+
+/// See [`Run::rounds`].
+pub(super) struct Rounds {
+    next: u32,
+    most: u32,
+    few: u32,
+    begun: Instant,
+}
+
+impl Iterator for Rounds {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        let round = self.next;
+        self.next += 1;
+        let enough = round > self.few && self.begun.elapsed() > LONG;
+        (round <= self.most && !enough).then_some(round)
+    }
+}
 
 /// What benches are given.
 pub(super) struct Run<'a> {
@@ -48,8 +72,15 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Rounds of a case: those asked for, one of a short run, else so many.
-    pub fn rounds(&self, usual: u32) -> u32 {
+    /// Rounds of a case: those asked for, one of a short run, else so many, and fewer on a slow machine. The first one (0) only touches
+    /// everything for the first time.
+    pub fn rounds(&self, usual: u32) -> Rounds {
+        let most = self.most_rounds(usual);
+        let few = if self.asked_rounds.is_some() { most } else { most.min(FEW) };
+        Rounds { next: 0, most, few, begun: Instant::now() }
+    }
+
+    pub fn most_rounds(&self, usual: u32) -> u32 {
         self.asked_rounds.unwrap_or(if self.short { 1 } else { usual })
     }
 
@@ -92,5 +123,18 @@ impl<'a> Run<'a> {
                 Ok(None)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_case_has_a_few_rounds_and_a_quick_one_all() {
+        let begun = Instant::now();
+        let long_ago = begun.checked_sub(2 * LONG).expect("the machine has run for ten seconds");
+        let count = |begun| Rounds { next: 0, most: 9, few: FEW, begun }.count();
+        assert_eq!((count(begun), count(long_ago)), (10, 4));
     }
 }

@@ -46,7 +46,7 @@ fn mapped(run: &mut Run<'_>, memory: &Managed) -> anyhow::Result<()> {
     memory.out()?;
     device.map(addr, bytes)?;
     let mut all: [Vec<(f64, f64)>; 3] = Default::default();
-    for round in 0..=run.rounds(3) {
+    for round in run.rounds(3) {
         let read = timed(bytes, || Ok(device.read(addr, &mut buffer).map(drop)?))?;
         let memcpy = copies.gib_s()?;
         let written = timed(bytes, || Ok(device.write(addr, &buffer).map(drop)?))?;
@@ -65,7 +65,7 @@ fn mapped(run: &mut Run<'_>, memory: &Managed) -> anyhow::Result<()> {
 fn faulted(run: &mut Run<'_>, memory: &Managed, kind: Kind) -> anyhow::Result<()> {
     let (device, addr, bytes) = (memory.device(), memory.addr(), memory.len());
     let mut all: [Vec<(f64, f64)>; 3] = Default::default();
-    for round in 0..=run.rounds(3) {
+    for round in run.rounds(3) {
         memory.home()?;
         let migrate = timed(bytes, || memory.out())?;
         memory.home()?;

@@ -32,7 +32,7 @@ pub(in super::super) fn ping_pong(run: &mut Run<'_>) -> anyhow::Result<()> {
         let touch = Touch { order: &order, threads: 1, pause: None, cpus: Place::OneCpu.program()? };
         let floor = bare.memory(pages * PAGE_SIZE)?;
         let mut rounds = Vec::new();
-        for round in 0..=run.rounds(7) {
+        for round in run.rounds(7) {
             // Nobody remembers that these pages were fought about before.
             let session = bed.session()?;
             let device = session.device(bed.device(0))?;
@@ -77,7 +77,7 @@ pub(in super::super) fn over_commit(run: &mut Run<'_>) -> anyhow::Result<()> {
         let memory = Managed::new(session, device, kind, bytes)?;
         let part = Managed::new(bed.session()?, memory.device().clone(), kind, device_bytes / 2)?;
         let mut rounds = Vec::new();
-        for round in 0..=run.rounds(3) {
+        for round in run.rounds(3) {
             let begun = Instant::now();
             memory.device().run(Job::new("sum", [memory.addr(), bytes]).idempotent())?;
             let ours = rate(bytes, begun);

@@ -41,7 +41,7 @@ fn rounds(
     mut away: impl FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<(Histogram<u64>, Histogram<u64>)>> {
     let mut rounds = Vec::new();
-    for round in 0..=run.rounds(7) {
+    for round in run.rounds(7) {
         away()?;
         let mine = touch.all(memory.mapping()?, write)?;
         floor.empty()?;
@@ -126,7 +126,7 @@ pub(in super::super) fn huge(run: &mut Run<'_>) -> anyhow::Result<()> {
     let copies = Copies::new(len, true)?;
     let order = shuffled(len / PIECE);
     let (mut found, mut first, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..=run.rounds(7) {
+    for round in run.rounds(7) {
         // Of its own: pages that came home small would stay so.
         let session = bed.session()?;
         let device = session.device(bed.device(0))?;

@@ -59,7 +59,7 @@ fn idle(run: &mut Run<'_>, bed: &Bed) -> anyhow::Result<()> {
         all.sum::<anyhow::Result<u64>>()
     };
     let mut rounds = Vec::new();
-    for _ in 0..run.rounds(3) {
+    for _ in 0..run.most_rounds(3) {
         let (begun, before) = (Instant::now(), used()?);
         // What is measured is what happens while nothing happens.
         std::thread::sleep(Duration::from_millis(if run.short { 1500 } else { 4000 }));

@@ -71,7 +71,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
     session.advise(region.addr(), LEN, Advice::ReadMostly(true))?;
     let samples = if run.short { 3 } else { 15 };
     let (mut discards, mut unmaps, mut events) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..=run.rounds(5) {
+    for round in run.rounds(5) {
         let middle = |each: &dyn Fn() -> anyhow::Result<f64>| {
             let all = (0..samples).map(|_| each()).collect::<anyhow::Result<Vec<_>>>()?;
             anyhow::Ok(median(all.into_iter()))

@@ -35,7 +35,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
         place::on(&place.program()?, || {
             let mut link = Stubs::connect(stubs.socket())?;
             let socket = waiting(SeqPacket::connect(bare.socket())?)?;
-            for round in 0..=run.rounds(9) {
+            for round in run.rounds(9) {
                 let ours = quantiles(count, || link.ask())?;
                 let its = quantiles(count, || ask(&socket))?;
                 if round > 0 {

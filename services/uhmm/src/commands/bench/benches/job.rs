@@ -33,7 +33,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
         let device = session.device(bed.device(0))?;
         let memory = Managed::new(session, device, kind, bytes)?;
         let (mut first, mut again) = (Vec::new(), Vec::new());
-        for round in 0..=run.rounds(5) {
+        for round in run.rounds(5) {
             memory.home()?;
             let begun = Instant::now();
             sum(&memory)?;

@@ -3,6 +3,7 @@
 pub(super) mod access;
 pub(super) mod client;
 pub(super) mod contended;
+pub(super) mod costs;
 pub(super) mod fault;
 pub(super) mod fault_more;
 pub(super) mod footprint;

@@ -57,6 +57,10 @@ impl Helper {
         self
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it says.
     pub fn output(&mut self) -> anyhow::Result<ChildStdout> {
         self.child.stdout.take().context("A process of the bench has no output")

@@ -125,10 +125,10 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
 
 /// Of each service: the rounds.
 fn case_of(run: &mut Run<'_>, bed: &Bed, case: &str, regions: u64, bytes: u64) -> anyhow::Result<Vec<Vec<(f64, f64)>>> {
-    let kills = run.rounds(9);
+    let kills = run.most_rounds(9);
     let mut scene = Scene::new(bed, regions, bytes, u64::from(kills + 1) * 3)?;
     let mut all = vec![Vec::new(); SERVICES.len()];
-    for round in 0..=kills {
+    for round in run.rounds(9) {
         for (service, rounds) in SERVICES.iter().zip(&mut all) {
             let pair = (scene.kill(service)?, start_ms()?);
             if round > 0 {

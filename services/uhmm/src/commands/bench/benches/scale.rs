@@ -84,7 +84,7 @@ fn measure(run: &Run<'_>, case: &Case, bed: &Bed, bare: &Bare) -> anyhow::Result
     let mut floor = Party::start(Side::Floor(bare.socket()), case.shape)?;
     let mut rounds = Vec::new();
     // The first round of both touches everything for the first time.
-    for round in 0..=run.rounds(7) {
+    for round in run.rounds(7) {
         let pair = (uhmm.round()?, floor.round()?);
         if round > 0 {
             rounds.push(((case.measure)(case.shape, &pair.0), (case.measure)(case.shape, &pair.1)));

@@ -97,7 +97,7 @@ fn sequential(run: &mut Run<'_>, bed: &Bed, kind: Kind, bytes: u64) -> anyhow::R
     let mut steps = Steps::new(kind, bytes)?;
     let copies = Copies::new(bytes.min(128 << 20), kind == Kind::Huge)?;
     let (mut rounds, mut memcpy) = (Vec::new(), Vec::new());
-    for round in 0..=run.rounds(3) {
+    for round in run.rounds(3) {
         let ours = scan(&memory, Pattern::Sequential)?;
         let its = read_behind(&mut steps, bytes)?;
         if round > 0 {
@@ -149,7 +149,7 @@ fn around(run: &mut Run<'_>, bed: &Bed, kind: Kind, bytes: u64) -> anyhow::Resul
     let memory = managed(bed, kind, bytes)?;
     for pattern in [Pattern::Strided, Pattern::Runs] {
         let mut rounds = Vec::new();
-        for round in 0..=run.rounds(3) {
+        for round in run.rounds(3) {
             let advise = |advice| memory.session().advise(memory.addr(), memory.len(), advice);
             advise(Advice::Granularity(None))?;
             let ours = scan(&memory, pattern)?;

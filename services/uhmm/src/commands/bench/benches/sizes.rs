@@ -36,7 +36,7 @@ pub(super) fn large_regions(run: &mut Run<'_>, bed: &Bed) -> anyhow::Result<()> 
         let part = region.bytes();
         part.fill(off, pages * PAGE_SIZE, 1)?;
         let mut row = Vec::new();
-        for round in 0..=run.rounds(7) {
+        for round in run.rounds(7) {
             session.migrate(region.addr() + off, pages * PAGE_SIZE, &device)?;
             let took = touch.at(part, off)?;
             if round > 0 {
@@ -59,7 +59,7 @@ pub(super) fn cost_a_page(run: &mut Run<'_>, bed: &Bed) -> anyhow::Result<()> {
     let mut rows: [Vec<Vec<f64>>; 3] = Default::default();
     for (count, len) in shapes {
         let mut all: [Vec<f64>; 3] = Default::default();
-        for round in 0..=run.rounds(5) {
+        for round in run.rounds(5) {
             let took = lives(bed, *count, *len)?;
             if round > 0 {
                 all.iter_mut().zip(took).for_each(|(row, took)| row.push(took));

@@ -124,7 +124,7 @@ fn case_of(run: &Run<'_>, bed: &Bed, (kind, busy): (Kind, bool), case: String, b
     let copies = Copies::new(bytes.min(256 << 20), kind == Kind::Huge)?;
     let mut measured = Measured { case, out: Vec::new(), home: Vec::new() };
     // The first round touches everything for the first time.
-    for round in 0..=run.rounds(3) {
+    for round in run.rounds(3) {
         let (ours, its) = beside(busy, || Ok((both_ways(&memory)?, steps_both_ways(&mut steps, bytes)?)))?;
         let memcpy = copies.gib_s()?;
         if round > 0 {

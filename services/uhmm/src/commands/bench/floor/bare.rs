@@ -48,7 +48,7 @@ impl BareMemory {
 
 /// A handler process, and where it listens.
 pub(in super::super) struct Bare {
-    _handler: Helper,
+    handler: Helper,
     socket: std::path::PathBuf,
     place: Place,
 }
@@ -62,7 +62,11 @@ impl Bare {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("bench-floor").arg(&socket).args(["--hot-us", hot_us]).args(options).stdout(Stdio::piped());
         let handler = place::on(&place.services()?, || Helper::start(&mut command)?.ready())?;
-        Ok(Self { _handler: handler, socket, place })
+        Ok(Self { handler, socket, place })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.handler.pid()
     }
 
     pub fn socket(&self) -> &Path {
