@@ -6,6 +6,9 @@ using Sdk = import "sdk.capnp";
 const maxRegions :UInt32 = 1024;
 const maxWhyBytes :UInt32 = 1024;
 const maxStripCells :UInt32 = 1024;
+const maxClaimIdBytes :UInt32 = 64;
+const maxClaimNameBytes :UInt32 = 256;
+const maxClaimsTold :UInt32 = 64;
 
 # Every call is idempotent: targets are absolute, creations carry the client's own key. All added in 0.1.
 struct Call {
@@ -47,7 +50,25 @@ struct Call {
     strip @34 :Strip;                   # operator; idempotent
     moveRegion @35 :MoveRegion;         # operator; idempotent
     moveRange @36 :MoveRange;           # operator; idempotent
+    setClaim @37 :Claim;                # operator; idempotent by id
+    removeClaim @38 :Text;              # operator; idempotent
+    listClaims @39 :Text;               # operator; idempotent: those behind this id
   }
+}
+
+# What whoever shows the token may use of devices.
+struct Claim {
+  id @0 :Text;                # at most maxClaimIdBytes
+  name @1 :Text;              # at most maxClaimNameBytes
+  token @2 :Data;             # in calls; 32 bytes
+  shares @3 :List(Share);     # at most Sdk.maxDevices
+  spaces @4 :UInt32;          # in answers: who uses it
+}
+
+struct Share {
+  device @0 :UInt8;
+  bytes @1 :UInt64;
+  usedBytes @2 :UInt64;       # in answers
 }
 
 # Where a region's pages are, in so many cells of equal size.
@@ -122,6 +143,7 @@ struct OpenSpace {
   full @2 :Bool;
   sentinelAddr @3 :UInt64;
   agent @4 :AgentMemory;
+  claim @5 :Data;             # its token, at most Sdk.maxTokenBytes; empty: none
 }
 
 struct AttachSpace {
@@ -240,7 +262,23 @@ struct Reply {
     granted @13 :List(Range);               # at most Sdk.maxRuns
     userfaultfdDeviceFd @14 :UInt16;        # /dev/userfaultfd, open: the caller makes its own userfaultfd with it
     strip @15 :Data;                        # at most maxStripCells; see message::pager::Reply::Strip
+    claims @16 :Claims;
   }
+}
+
+struct Claims {
+  claims @0 :List(Claim);     # at most maxClaimsTold, by id
+  more @1 :Bool;              # there are some behind these
+  devices @2 :List(DeviceUse); # at most Sdk.maxDevices
+  hasRules @3 :Bool;          # who shows no claim is held to rules of the manifest
+}
+
+struct DeviceUse {
+  device @0 :UInt8;
+  name @1 :Text;              # at most maxClaimNameBytes
+  memoryBytes @2 :UInt64;     # 0: it is not there
+  freeBytes @3 :UInt64;
+  closed @4 :Bool;            # drained
 }
 
 struct SpaceOpened {

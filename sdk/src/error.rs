@@ -68,6 +68,9 @@ pub enum Error {
         /// As given.
         name: String,
     },
+    /// The environment names a claim that cannot be one.
+    #[error("UHMM_CLAIM is no claim: it is 64 hexadecimal digits, as `uhmm dra` sets it; unset it to use none")]
+    BadClaim,
     /// All that is on a device is more than this machine has room for.
     #[error(
         "{away_bytes} bytes lie on the device and {free_bytes} are available here: end something, or move pages to another device, and try again"
@@ -150,6 +153,7 @@ impl Error {
             | Error::RangeWraps { .. }
             | Error::OutsideRegion { .. }
             | Error::AlreadyTaken
+            | Error::BadClaim
             | Error::BadDeviceName { .. } => ErrorCode::Invalid,
             Error::NotRunning { .. } | Error::NoSuchService { .. } | Error::NotForked => ErrorCode::NotFound,
             Error::Forbidden { .. } => ErrorCode::Permission,

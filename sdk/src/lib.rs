@@ -73,8 +73,8 @@ pub use residency::{MAX_DEVICES, MigrateReport, ResidencySummary};
 pub use session::Session;
 
 pub use uhmm_ipc::message::pager::{
-    AccessMode, Advice, FaultPoint, HotRange, PageStatus, RegionStatus, Residency, ResidencyRun, StatusRun, Target,
-    TraceCause, TraceKind, TraceRecord,
+    AccessMode, Advice, Claim, ClaimShare, Claims, DeviceUse, FaultPoint, HotRange, PageStatus, RegionStatus,
+    Residency, ResidencyRun, StatusRun, Target, TraceCause, TraceKind, TraceRecord,
 };
 pub use uhmm_ipc::message::supervisor::ServiceStatus;
 pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};

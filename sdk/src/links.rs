@@ -327,7 +327,8 @@ impl Loop {
                 let sent = clone_of(&uffd)?.into_fd();
                 let frames = Frames::new(Some(clone_of(&uffd)?), allocations);
                 let (full, memory) = (kind == UffdKind::Full, agent.memory()?);
-                let open = pager::Call::OpenSpace { nonce, uffd: Arc::new(sent), full, sentinel_addr, agent: memory };
+                let (uffd_sent, claim) = (Arc::new(sent), crate::paths::claim()?);
+                let open = pager::Call::OpenSpace { nonce, uffd: uffd_sent, full, sentinel_addr, agent: memory, claim };
                 (links(Some(uffd), None, frames, agent), open, kind)
             }
             Identification::Child { space, token } => {

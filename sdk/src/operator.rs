@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use uhmm_ipc::message::pager::RegionStatus;
+use uhmm_ipc::message::pager::{Claim, Claims, RegionStatus};
 use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{Call, Fd, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
 use uhmm_ipc::{LinkId, Reactor, Wake};
@@ -168,6 +168,42 @@ impl Operator {
     /// Pages may come to a device again.
     pub fn undrain(&mut self, device: u8) -> Result<(), Error> {
         self.evicted(pager::Call::EmptyDevice { device, then: pager::Emptied::Opened }).map(drop)
+    }
+
+    /// Gives out a claim: who shows its token has its shares of devices. Absolute: a claim of the same id is replaced.
+    pub fn set_claim(&mut self, claim: &Claim) -> Result<(), Error> {
+        self.done(pager::Call::SetClaim(claim.clone()), "SetClaim")
+    }
+
+    /// Takes a claim back, if there is one: its processes keep what they have on devices and get no more.
+    pub fn remove_claim(&mut self, id: &str) -> Result<(), Error> {
+        self.done(pager::Call::RemoveClaim { id: id.to_owned() }, "RemoveClaim")
+    }
+
+    /// Every claim, without its token, and what there is of devices.
+    pub fn claims(&mut self) -> Result<Claims, Error> {
+        let mut all = Claims::default();
+        loop {
+            let after = all.claims.last().map_or_else(String::new, |claim| claim.id.clone());
+            match self.ask("pager", Call::Pager(pager::Call::ListClaims { after }))? {
+                Reply::Pager(pager::Reply::Claims(mut page)) => {
+                    let more = page.more && !page.claims.is_empty();
+                    page.claims.splice(0..0, all.claims);
+                    all = Claims { more, ..page };
+                    if !more {
+                        return Ok(all);
+                    }
+                }
+                _ => return Err(Error::StrangeReply { question: "ListClaims" }),
+            }
+        }
+    }
+
+    fn done(&mut self, call: pager::Call, question: &'static str) -> Result<(), Error> {
+        match self.ask("pager", Call::Pager(call))? {
+            Reply::Pager(pager::Reply::Done) => Ok(()),
+            _ => Err(Error::StrangeReply { question }),
+        }
     }
 
     /// How many pages of all processes are there.

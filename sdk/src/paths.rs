@@ -22,6 +22,25 @@ fn choose(explicit: Option<&Path>, own: Option<std::ffi::OsString>, runtime: Opt
     }
 }
 
+/// Token of the claim that this program was given with its container, as `UHMM_CLAIM` has it; empty: none.
+///
+/// # Errors
+/// [`Error::BadClaim`]
+pub(crate) fn claim() -> Result<Vec<u8>, Error> {
+    std::env::var_os("UHMM_CLAIM").map_or(Ok(Vec::new()), |text| claim_of(&text.to_string_lossy()))
+}
+
+fn claim_of(text: &str) -> Result<Vec<u8>, Error> {
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(Error::BadClaim);
+    }
+    let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).map_err(|_| Error::BadClaim);
+    (0..64).step_by(2).map(byte).collect()
+}
+
 /// Socket and interface of a service, by its name in the plan.
 pub(crate) fn service(run_dir: &Path, name: &str) -> (PathBuf, Interface) {
     match name {
@@ -56,6 +75,15 @@ pub(crate) fn valid_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_claim_is_64_digits_or_none() {
+        assert_eq!(claim_of(&"0aF".repeat(22)[..64]).expect("a claim")[..3], [0x0a, 0xf0, 0xaf]);
+        assert_eq!(claim_of("").expect("none"), [0u8; 0]);
+        for wrong in ["0", &"g".repeat(64), &"a".repeat(66), &"\u{e4}".repeat(32)] {
+            assert!(matches!(claim_of(wrong), Err(Error::BadClaim)), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_nearest_setting_wins() {

@@ -105,7 +105,7 @@ fn open_space(uffd: Fd, sentinel_addr: u64) -> pager::Call {
     let orders = memory("uhmm-test-orders", uhmm_kernel_hook::agent::ORDERS_BYTES);
     let done: Fd = Arc::new(uhmm_kernel_hook::EventFd::new().expect("eventfd").into_fd());
     let agent = pager::AgentMemory { maps: maps.clone(), smaps: maps, pagemap, staging, orders, done, agent: None };
-    pager::Call::OpenSpace { nonce: 1, uffd, full: true, sentinel_addr, agent }
+    pager::Call::OpenSpace { nonce: 1, uffd, full: true, sentinel_addr, agent, claim: Vec::new() }
 }
 
 #[test]

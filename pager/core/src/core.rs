@@ -104,6 +104,8 @@ pub struct Core<P> {
     /// Spaces whose device memory is limited, by group, and the groups' limits in pages.
     pub(crate) groups: BTreeMap<SpaceId, u16>,
     pub(crate) group_limits: BTreeMap<u16, u64>,
+    /// The same, of one device.
+    pub(crate) device_limits: BTreeMap<(u16, DeviceId), u64>,
     /// Test hook: allocations until one fails, by space; huge ones apart.
     pub(crate) failing_allocation: BTreeMap<(SpaceId, bool), u32>,
     /// Clock of the event that is being handled.
@@ -154,6 +156,7 @@ impl<P: Policy> Core<P> {
             late_wakes: Vec::new(),
             groups: BTreeMap::new(),
             group_limits: BTreeMap::new(),
+            device_limits: BTreeMap::new(),
             failing_allocation: BTreeMap::new(),
             now_us: 0,
             stepping: ReqId(0),
@@ -272,6 +275,9 @@ impl<P: Policy> Core<P> {
                 self.scrub_space(space, out);
             }
             Event::SpaceGroup { space, group, limit_pages } => self.set_group(space, Some((group, limit_pages))),
+            Event::GroupOnDevice { group, device, limit_pages } => {
+                self.device_limits.insert((group, device), limit_pages);
+            }
             Event::RecoverRegion { region, space, page_count, backing, strays } => {
                 self.add_region(region, space, page_count, backing);
                 self.recover_region(dir, region, &strays, out);

@@ -208,6 +208,8 @@ pub enum Event {
     RegionFree { req: Option<ReqId>, region: RegionId },
     /// The space is of a group whose spaces have so many frames together, at most; told before its first region. Groups begin with 1.
     SpaceGroup { space: SpaceId, group: u16, limit_pages: u64 },
+    /// Of that, at most so many on one device.
+    GroupOnDevice { group: u16, device: DeviceId, limit_pages: u64 },
     /// All regions of the space were dropped: what they left in device memory is scrubbed.
     SpaceGone { space: SpaceId },
     /// At start, for every region of the vault. `strays`: pages of a private one that may be in the address space although their

@@ -27,6 +27,20 @@ pub(crate) struct Walk {
     task: Task,
 }
 
+impl Walk {
+    pub(crate) fn is_of(&self, device: DeviceId) -> bool {
+        self.device == device
+    }
+
+    /// Whose frames are being claimed.
+    pub(crate) fn table(&self) -> Option<&FrameTable> {
+        match &self.task {
+            Task::Rebuild(rebuild) => Some(&rebuild.table),
+            Task::Void | Task::Failed => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Task {
     Void,
@@ -129,11 +143,7 @@ impl<P: Policy> Core<P> {
 
     /// Tables of all devices, also those whose frames are being claimed.
     pub(crate) fn all_tables(&self) -> impl Iterator<Item = &FrameTable> {
-        let claimed = self.walks.iter().filter_map(|walk| match &walk.task {
-            Task::Rebuild(rebuild) => Some(&rebuild.table),
-            Task::Void | Task::Failed => None,
-        });
-        self.frames.iter().flatten().chain(claimed)
+        self.frames.iter().flatten().chain(self.walks.iter().filter_map(Walk::table))
     }
 
     /// The same, to be changed.

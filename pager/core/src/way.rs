@@ -7,6 +7,7 @@ use crate::evict::Room;
 use crate::frames::{HUGE_PAGES, Owner};
 use crate::out::Way;
 use crate::policy::Policy;
+use crate::walk::Walk;
 
 /// Where to, how and why.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +143,7 @@ impl<P: Policy> Core<P> {
         if self.allocation_fails(space, false) {
             return Allocated::Injected;
         }
-        let left = self.left_of_group(space);
+        let left = self.left_of_group(space, device);
         let run = Pages { count: run.count.min(left), ..run };
         if run.count == 0 {
             return Allocated::OverQuota;
@@ -170,12 +171,21 @@ impl<P: Policy> Core<P> {
         self.all_tables_mut().for_each(|table| table.set_group(space, number));
     }
 
-    /// How many frames more a space may have, with all others of its group.
-    pub fn left_of_group(&self, space: SpaceId) -> u64 {
+    /// How many frames of a device more a space may have, with all others of its group.
+    pub fn left_of_group(&self, space: SpaceId, device: DeviceId) -> u64 {
         let Some(group) = self.groups.get(&space) else { return u64::MAX };
         let limit = self.group_limits.get(group).copied().unwrap_or(u64::MAX);
         let charged = self.all_tables().map(|table| u64::from(table.charged(*group)));
-        limit.saturating_sub(charged.sum())
+        let left = limit.saturating_sub(charged.sum());
+        let here = self.device_limits.get(&(*group, device)).copied().unwrap_or(u64::MAX);
+        left.min(here.saturating_sub(self.charged_to(*group, device)))
+    }
+
+    /// Frames of a device that a group has.
+    pub fn charged_to(&self, group: u16, device: DeviceId) -> u64 {
+        let claimed = self.walks.iter().filter(|walk| walk.is_of(device)).find_map(Walk::table);
+        let table = claimed.or_else(|| self.frames.get(usize::from(device.0))?.as_ref());
+        table.map_or(0, |table| u64::from(table.charged(group)))
     }
 
     /// The test hook's countdown.

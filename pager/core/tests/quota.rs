@@ -8,11 +8,12 @@ use uhmm_pager_core::{
 };
 
 const DEVICE: DeviceId = DeviceId(0);
+const SECOND: DeviceId = DeviceId(1);
 const ALL: Pages = Pages { first: 0, count: PAGES };
 const ONE: RegionId = RegionId(1);
 const OTHER: RegionId = RegionId(2);
 
-/// Two regions of system pages, of a space each; a device with room for all.
+/// Two regions of system pages, of a space each; two devices with room for all.
 fn machine(limits: &[(u64, u16, u64)]) -> Machine {
     let pages = [ONE, OTHER].into_iter().flat_map(|region| (0..PAGES).map(move |page| (region, page, Entry::SYSTEM)));
     let mut machine = Machine::with(&pages.collect::<Vec<_>>());
@@ -23,14 +24,16 @@ fn machine(limits: &[(u64, u16, u64)]) -> Machine {
         let space = SpaceId(region.0);
         machine.send(Event::RegionAdded { region, space, page_count: PAGES, backing: Backing::Shared });
     }
-    machine.send(Event::DeviceUp {
-        device: DEVICE,
-        frame_count: 4 * PAGES as u32,
-        fresh_mappings: true,
-        memory_known: false,
-        memory_lost: false,
-        coherent: false,
-    });
+    for device in [DEVICE, SECOND] {
+        machine.send(Event::DeviceUp {
+            device,
+            frame_count: 4 * PAGES as u32,
+            fresh_mappings: true,
+            memory_known: false,
+            memory_lost: false,
+            coherent: false,
+        });
+    }
     machine
 }
 
@@ -47,7 +50,11 @@ fn next(action: &Action) -> Option<Event> {
 
 /// Everything that a request comes to; its answer as text.
 fn migrate(machine: &mut Machine, region: RegionId, req: u64) -> String {
-    let target = Target::Device(DEVICE);
+    migrate_to(machine, region, req, DEVICE)
+}
+
+fn migrate_to(machine: &mut Machine, region: RegionId, req: u64, device: DeviceId) -> String {
+    let target = Target::Device(device);
     let mut left = machine.send(Event::Migrate { req: ReqId(req), region, pages: ALL, target });
     for _ in 0..100 {
         let mut more = Vec::new();
@@ -94,4 +101,21 @@ fn a_group_with_nothing_gets_nothing() {
     let mut machine = machine(&[(1, 3, 0)]);
     assert!(migrate(&mut machine, ONE, 1).contains("NoMemory"));
     assert_eq!(on_device(&machine, ONE), 0);
+}
+
+#[test]
+fn a_group_has_of_each_device_what_it_may_have_there() {
+    let mut machine = machine(&[(1, 1, 2 * PAGES), (2, 1, 2 * PAGES)]);
+    for (device, limit_pages) in [(DEVICE, PAGES - 2), (SECOND, 1)] {
+        machine.send(Event::GroupOnDevice { group: 1, device, limit_pages });
+    }
+    assert!(migrate(&mut machine, ONE, 1).contains("NoMemory"));
+    assert_eq!(on_device(&machine, ONE), PAGES - 2);
+    // What is left of the first device's share is not the second's, and another space of the group finds what is left.
+    assert!(migrate_to(&mut machine, OTHER, 2, SECOND).contains("NoMemory"));
+    assert_eq!(on_device(&machine, OTHER), 1);
+    // More is given.
+    machine.send(Event::GroupOnDevice { group: 1, device: SECOND, limit_pages: PAGES });
+    assert!(!migrate_to(&mut machine, OTHER, 3, SECOND).contains("NoMemory"));
+    assert_eq!(on_device(&machine, OTHER), PAGES);
 }

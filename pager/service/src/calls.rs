@@ -48,8 +48,8 @@ impl Pager {
             return refuse(ErrorCode::Permission, format!("A {role:?} may not make this call to the pager"));
         }
         match request {
-            pager::Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent } => {
-                self.open_space(conn, call, Opening { nonce, uffd, full, sentinel_addr, agent })
+            pager::Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent, claim } => {
+                self.open_space(conn, call, Opening { nonce, uffd, full, sentinel_addr, agent, claim })
             }
             pager::Call::AttachSpace { space, token, agent } => self.attach_space(conn, call, space, &token, agent),
             pager::Call::CloseSpace => self.close_space(conn, call),
@@ -119,6 +119,9 @@ impl Pager {
                 self.move_range(conn, call, trace, (who, AddrRange { start: addr, len: len_bytes }), target)
             }
             pager::Call::MoveRegion { region, target } => self.move_region(conn, call, trace, region, target),
+            pager::Call::SetClaim(claim) => Some(self.set_claim(&claim)),
+            pager::Call::RemoveClaim { id } => Some(self.remove_claim(&id)),
+            pager::Call::ListClaims { after } => Some(Ok(self.list_claims(&after))),
             pager::Call::ListRegions => Some(Ok(pager::Reply::Regions(self.list_regions()))),
         }
     }
@@ -163,6 +166,9 @@ fn may_ask(role: Role, request: &pager::Call) -> bool {
         pager::Call::ListRegions
         | pager::Call::EmptyDevice { .. }
         | pager::Call::Strip { .. }
+        | pager::Call::SetClaim(_)
+        | pager::Call::RemoveClaim { .. }
+        | pager::Call::ListClaims { .. }
         | pager::Call::MoveRegion { .. }
         | pager::Call::MoveRange { .. } => role == Role::Operator,
     }

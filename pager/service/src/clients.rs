@@ -48,6 +48,7 @@ pub(crate) struct Opening {
     pub full: bool,
     pub sentinel_addr: u64,
     pub agent: AgentMemory,
+    pub claim: Vec<u8>,
 }
 
 /// The handshake of a client's userfaultfd. An earlier incarnation may have made it before it died: then the kernel refuses, and
@@ -112,7 +113,11 @@ impl Pager {
             return Some(Err(error));
         }
         let gid = self.sessions.get(&conn).map_or(u32::MAX, |session| session.peer.gid);
-        let rule = match self.admit_client(&caller, gid) {
+        let rule = match opening.claim.as_slice() {
+            [] => self.admit_client(&caller, gid),
+            token => self.admit_claim(token),
+        };
+        let rule = match rule {
             Ok(rule) => rule,
             Err(error) => return Some(Err(error)),
         };
@@ -172,7 +177,7 @@ impl Pager {
     }
 
     fn make_space(&mut self, caller: &Caller, rule: Rule, opening: Opening) -> Result<u64, WireError> {
-        let Opening { nonce, uffd, full, sentinel_addr, agent } = opening;
+        let Opening { nonce, uffd, full, sentinel_addr, agent, .. } = opening;
         let agent = self.open_agent(None, &agent).map_err(|text| WireError::new(ErrorCode::Invalid, text))?;
         let pidfd = caller.watched()?;
         let uffd = uffd.try_clone().map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;

@@ -32,6 +32,7 @@ mod agent_life;
 mod agent_ops;
 mod bounce;
 mod calls;
+mod claims;
 mod clients;
 mod closing;
 mod coherent;

@@ -1,4 +1,4 @@
-//! Who may use what: the manifest's `[[client]]` rules. A client is named when it opens its space, by what the kernel says of the process that
+//! Who may use what: the manifest's `[[client]]` rules, and claims (`claims.rs`) for who shows one. A client is named when it opens its space, by what the kernel says of the process that
 //! connected (user, group, control groups), and keeps its rule; its forked children have the same.
 //!
 //! ```text
@@ -11,12 +11,15 @@
 use uhmm_ipc::message::{ErrorCode, WireError};
 use uhmm_kernel_hook::{PAGE_SIZE, process};
 use uhmm_manifest::{Client, ClientPlan};
-use uhmm_pager_core::{Event, SpaceId};
+use uhmm_pager_core::{DeviceId, Event, SpaceId};
 
 use crate::clients::Caller;
 use crate::service::Pager;
 
-/// A rule by its place in the plan.
+/// Rules above are claims; no manifest has so many.
+pub(crate) const CLAIMS_FROM: u16 = 0x8000;
+
+/// A rule by its place in the plan, or a claim by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule(u32);
 
@@ -25,6 +28,16 @@ impl Rule {
     pub const NONE: Self = Self(0);
     /// Nothing is.
     pub const NOBODY: Self = Self(u32::MAX);
+
+    /// The claim of this number.
+    pub(crate) fn of_claim(number: u16) -> Self {
+        Self(number.into())
+    }
+
+    /// The number of its claim, if it is one.
+    pub(crate) fn claim(self) -> Option<u16> {
+        u16::try_from(self.0).ok().filter(|number| (CLAIMS_FROM..u16::MAX).contains(number))
+    }
 
     fn of(index: Option<usize>) -> Self {
         index.map_or(Self::NONE, |index| u32::try_from(index + 1).map_or(Self::NOBODY, Self))
@@ -41,11 +54,11 @@ impl Rule {
     }
 
     fn index(self) -> Option<usize> {
-        (self != Self::NONE).then(|| self.0 as usize - 1)
+        (self != Self::NONE && self.claim().is_none()).then(|| self.0 as usize - 1)
     }
 
     /// The core's word; rules beyond it are none that a manifest has.
-    fn group(self) -> u16 {
+    pub(crate) fn group(self) -> u16 {
         u16::try_from(self.0).unwrap_or(u16::MAX)
     }
 }
@@ -97,6 +110,9 @@ impl Pager {
     /// Whether a space may use a device.
     pub(crate) fn rule_allows(&self, space: u64, device: u8) -> Result<(), WireError> {
         let rule = self.rule_of_space(space);
+        if rule.claim().is_some() {
+            return self.claim_allows(rule, device);
+        }
         let plan = self.plan_of(rule);
         if rule == Rule::NONE
             || plan.is_some_and(|plan| plan.device_mask & 1u8.checked_shl(device.into()).unwrap_or(0) != 0)
@@ -107,6 +123,18 @@ impl Pager {
         let device = self.service.plan.device(device).map_or_else(|| device.to_string(), |device| device.name.clone());
         let text =
             format!("Device {device} is not for this client: [[client]] {name:?} of the manifest does not list it");
+        Err(WireError::new(ErrorCode::Permission, text))
+    }
+
+    fn claim_allows(&self, rule: Rule, device: u8) -> Result<(), WireError> {
+        if self.claims.bytes(rule, device) != 0 {
+            return Ok(());
+        }
+        let device = self.service.plan.device(device).map_or_else(|| device.to_string(), |device| device.name.clone());
+        let text = match self.claims.name(rule) {
+            Some(name) => format!("Claim {name:?} gives nothing of device {device}: ask for a share of it"),
+            None => format!("The claim of this process was taken back: device {device} is not for it any more"),
+        };
         Err(WireError::new(ErrorCode::Permission, text))
     }
 
@@ -122,6 +150,11 @@ impl Pager {
     /// Before the space's first region.
     pub(crate) fn tell_core_of_rule(&mut self, space: u64) {
         let rule = self.rule_of_space(space);
+        if rule.claim().is_some() {
+            // Of each device its share, so over all of them there is nothing more to say.
+            self.push(Event::SpaceGroup { space: SpaceId(space), group: rule.group(), limit_pages: u64::MAX });
+            return self.tell_core_of_claim(rule);
+        }
         let limit = match self.plan_of(rule) {
             Some(plan) => plan.device_memory_bytes,
             // Of a manifest that there is no more: it keeps what it has.
@@ -135,9 +168,14 @@ impl Pager {
 
     /// Why a space gets no more frames, if that is its rule's doing.
     pub(crate) fn over_quota(&self, space: u64) -> Option<String> {
-        let plan = self.plan_of(self.rule_of_space(space))?;
+        let rule = self.rule_of_space(space);
+        if rule.claim().is_some() {
+            return self.over_claim(space, rule);
+        }
+        let plan = self.plan_of(rule)?;
         let bytes = plan.device_memory_bytes?;
-        (self.core.left_of_group(SpaceId(space)) == 0).then(|| {
+        // The limit is one over all devices, so any of them tells.
+        (self.core.left_of_group(SpaceId(space), DeviceId(0)) == 0).then(|| {
             let name = &plan.name;
             format!("All {bytes} bytes of device memory that [[client]] {name:?} of the manifest gives are in use")
         })
@@ -163,5 +201,9 @@ mod tests {
         assert_eq!(Rule::from_word(u64::MAX), Rule::NOBODY);
         assert_eq!((Rule::NONE.index(), Rule::of(Some(3)).index()), (None, Some(3)));
         assert_eq!((Rule::of(Some(0)).group(), Rule::NOBODY.group()), (1, u16::MAX));
+        let claim = Rule::of_claim(CLAIMS_FROM + 7);
+        assert_eq!((claim.claim(), claim.index(), claim.group()), (Some(CLAIMS_FROM + 7), None, CLAIMS_FROM + 7));
+        assert_eq!(Rule::from_word(claim.word()), claim);
+        assert!([Rule::NONE, Rule::NOBODY, Rule::of(Some(41))].iter().all(|rule| rule.claim().is_none()));
     }
 }

@@ -25,6 +25,7 @@ use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId
 
 use crate::agent_life::TIMER_AGENT;
 use crate::agent_ops::Parts;
+use crate::claims::ClaimTable;
 use crate::closing::ClosingBook;
 use crate::copies::Deferred;
 use crate::create::Wanted;
@@ -107,6 +108,7 @@ pub struct Pager {
     pub(crate) spaces: BTreeMap<u64, Space>,
     pub(crate) devices: Devices,
     pub(crate) records: DeviceRecords,
+    pub(crate) claims: ClaimTable,
     pub(crate) sessions: HashMap<ConnId, Session>,
     pub(crate) mirror: Option<ConnId>,
     pub(crate) events: VecDeque<Event>,
@@ -244,6 +246,17 @@ fn journal(service: &mut Service) -> Result<EventJournal, HookError> {
     Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(|window| EventJournal::new(window, service.incarnation))
 }
 
+/// What was given out, or the place for it.
+fn claims(service: &mut Service) -> Result<ClaimTable, PagerError> {
+    let kept = service.vault.take(ClaimTable::VAULT_NAME).into_iter().next();
+    if let Some(claims) = kept.map(|(_, fd)| ClaimTable::adopt(fd)).transpose()?.flatten() {
+        return Ok(claims);
+    }
+    let claims = ClaimTable::create()?;
+    service.vault.put(&mut service.reactor, ClaimTable::VAULT_NAME, claims.fd());
+    Ok(claims)
+}
+
 impl Pager {
     fn new(mut service: Service) -> Result<Self, PagerError> {
         let kept = service.vault.take(DeviceRecords::VAULT_NAME).into_iter().next();
@@ -256,6 +269,7 @@ impl Pager {
                 records
             }
         };
+        let claims = claims(&mut service)?;
         let journal = journal(&mut service)?;
         let keepers = Keepers::start(&mut service);
         let noted = Noted::new(&mut service);
@@ -268,6 +282,7 @@ impl Pager {
             spaces: BTreeMap::new(),
             devices: Devices::default(),
             records,
+            claims,
             sessions: HashMap::new(),
             mirror: None,
             events: VecDeque::new(),

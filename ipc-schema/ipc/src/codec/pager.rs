@@ -1,19 +1,21 @@
 //! Pager interface: calls and events. Answers, and the types that the mirror shares, are in [`runs`].
 
-use uhmm_schema::pager_capnp::{call, driver_login, event, range, resolve};
+use uhmm_schema::pager_capnp::{MAX_CLAIM_ID_BYTES, call, driver_login, event, range, resolve};
 use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
-use super::limits::{in_data, out_data};
+use super::limits::{in_data, in_text, out_data, out_text};
 use crate::message::pager::{Call, CopyRing, Emptied, Event, Only};
 use crate::message::{Aperture, Fd};
 
 mod agent;
+mod claims;
 mod places;
 mod runs;
 
 use agent::{read_agent_memory, read_done, read_frames, read_started, write_agent_memory, write_frames};
+use claims::{read_claim, write_claim};
 use places::{
     point_from_wire, point_to_wire, read_advice, read_only, read_target, write_advice, write_only, write_target,
 };
@@ -22,12 +24,13 @@ pub(super) use runs::{read_map_runs, read_region, read_reply, write_map_runs, wr
 
 pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
-        Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent } => {
+        Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent, claim } => {
             let mut to = to.init_open_space();
             to.set_nonce(*nonce);
             to.set_uffd_fd(fds.put(uffd));
             to.set_full(*full);
             to.set_sentinel_addr(*sentinel_addr);
+            to.set_claim(out_data("openSpace.claim", claim, MAX_TOKEN_BYTES)?);
             write_agent_memory(agent, to.init_agent(), fds);
         }
         Call::AttachSpace { space, token, agent } => {
@@ -156,6 +159,9 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_region(*region);
             write_target(*target, to.init_target());
         }
+        Call::SetClaim(claim) => write_claim(claim, to.init_set_claim())?,
+        Call::RemoveClaim { id } => to.set_remove_claim(out_text("removeClaim", id, MAX_CLAIM_ID_BYTES)?),
+        Call::ListClaims { after } => to.set_list_claims(out_text("listClaims", after, MAX_CLAIM_ID_BYTES)?),
     }
     Ok(())
 }
@@ -235,7 +241,8 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let uffd = fds.take("openSpace.uffdFd", from.get_uffd_fd())?;
             let agent = read_agent_memory(from.get_agent()?, fds)?;
             let (nonce, full, sentinel_addr) = (from.get_nonce(), from.get_full(), from.get_sentinel_addr());
-            Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent }
+            let claim = in_data("openSpace.claim", from.get_claim(), MAX_TOKEN_BYTES)?;
+            Call::OpenSpace { nonce, uffd, full, sentinel_addr, agent, claim }
         }
         call::AttachSpace(from) => {
             let from = from?;
@@ -336,6 +343,9 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
             let from = from?;
             Call::MoveRegion { region: from.get_region(), target: read_target(from.get_target()?)? }
         }
+        call::SetClaim(from) => Call::SetClaim(read_claim(from?)?),
+        call::RemoveClaim(id) => Call::RemoveClaim { id: in_text("removeClaim", id, MAX_CLAIM_ID_BYTES)? },
+        call::ListClaims(after) => Call::ListClaims { after: in_text("listClaims", after, MAX_CLAIM_ID_BYTES)? },
     })
 }
 

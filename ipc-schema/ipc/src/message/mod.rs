@@ -4,6 +4,7 @@
 //! the conversions live in `crate::codec`. Descriptors are fields here ([`Fd`]) and travel by SCM_RIGHTS beside the bytes.
 
 mod agent;
+mod claims;
 pub mod common;
 pub mod driver;
 pub mod mirror;

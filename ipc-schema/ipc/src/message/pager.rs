@@ -2,6 +2,7 @@
 //! invalidations.
 
 pub use super::agent::*;
+pub use super::claims::*;
 pub use super::policy::*;
 use super::{Aperture, Fd};
 
@@ -150,6 +151,8 @@ pub enum Call {
         sentinel_addr: u64,
         /// For private memory.
         agent: AgentMemory,
+        /// Token of the claim that it uses; empty: none, and the manifest's rules hold.
+        claim: Vec<u8>,
     },
     /// Client: same process, new connection. A forked child's first call: with `agent`, once.
     AttachSpace {
@@ -429,6 +432,18 @@ pub enum Call {
         /// Where to.
         target: Target,
     },
+    /// Operator: whoever shows this token may use so much of these devices, and no more. A claim of the same id is replaced.
+    SetClaim(Claim),
+    /// Operator: nobody gets anything by this claim any more; what its processes have on devices, they keep. Done also if there is none.
+    RemoveClaim {
+        /// Which.
+        id: String,
+    },
+    /// Operator: claims in the order of their ids, and what there is of devices. Answered with `Claims`.
+    ListClaims {
+        /// Only those behind this one.
+        after: String,
+    },
 }
 
 /// Copy engine rings of a driver without an aperture.
@@ -536,6 +551,8 @@ pub enum Reply {
     },
     /// Answer to `ListRegions`.
     Regions(Vec<RegionStatus>),
+    /// Answer to `ListClaims`.
+    Claims(Claims),
 }
 
 /// What a region's system pages are, for devices.

@@ -7,6 +7,7 @@ use uhmm_schema::sdk_capnp::{
 };
 
 use super::agent::{read_memory, write_memory};
+use super::claims::{read_claims, write_claims};
 use super::places::{read_attribute_run, read_trace_record, write_attribute_run, write_trace_record};
 use crate::codec::error::{DecodeError, EncodeError};
 use crate::codec::fds::{FdSink, FdSource};
@@ -91,6 +92,7 @@ pub(in crate::codec) fn write_reply(
                 write_region_status(region, list.reborrow().get(index as u32))?;
             }
         }
+        Reply::Claims(claims) => write_claims(claims, to.init_claims())?,
     }
     Ok(())
 }
@@ -163,6 +165,7 @@ pub(in crate::codec) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) 
             in_len("regions", list.len(), MAX_REGIONS)?;
             Reply::Regions(list.iter().map(read_region_status).collect::<Result<_, _>>()?)
         }
+        reply::Claims(from) => Reply::Claims(read_claims(from?)?),
     })
 }
 

@@ -23,7 +23,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice
-            UserfaultfdDevice Strip MoveRegion MoveRange),
+            UserfaultfdDevice Strip MoveRegion MoveRange SetClaim RemoveClaim ListClaims),
         variants!("Mirror", mirror::Call: Login Open Close Lookup Fault Ack),
         variants!("Driver", driver::Call: Info OpenQueue Submit Access),
     ]
@@ -37,7 +37,7 @@ pub(super) fn reply_variants() -> BTreeSet<String> {
         variants!("Common", common::Reply: Stats),
         variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined Record),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
-            Evicted ChildAttached HotRanges Granted UserfaultfdDevice Strip),
+            Evicted ChildAttached HotRanges Granted UserfaultfdDevice Strip Claims),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
         variants!("Driver", driver::Reply: Info QueueOpened Finished Accessed),
     ]
@@ -96,12 +96,26 @@ fn agent() -> pager::AgentMemory {
     }
 }
 
+fn claim() -> pager::Claim {
+    let shares = (0..8).map(|device| pager::ClaimShare { device, bytes: 1 << 40, used_bytes: 4096 }).collect();
+    pager::Claim { id: "a".repeat(64), name: "n".repeat(256), token: vec![7; 32], shares, spaces: 3 }
+}
+
+fn devices() -> Vec<pager::DeviceUse> {
+    let device = |device| {
+        let name = "d".repeat(32);
+        pager::DeviceUse { device, name, memory_bytes: 1 << 40, free_bytes: 1 << 39, closed: device == 3 }
+    };
+    (0..8).map(device).collect()
+}
+
 fn client_calls() -> Vec<Call> {
     use pager::Advice::*;
     use pager::Call::*;
     let (addr, len_bytes) = (0x7f00_0000_0000, 1 << 21);
     let mut calls = vec![
-        OpenSpace { nonce: u64::MAX, uffd: fd(4096), full: true, sentinel_addr: addr, agent: agent() },
+        OpenSpace { nonce: u64::MAX, uffd: fd(4096), full: true, sentinel_addr: addr, agent: agent(), claim: vec![] },
+        OpenSpace { nonce: 1, uffd: fd(4096), full: true, sentinel_addr: addr, agent: agent(), claim: vec![9; 32] },
         AttachSpace { space: 1, token: vec![5; 16], agent: None },
         AttachSpace { space: 1, token: vec![5; 16], agent: Some(agent()) },
         CloseSpace,
@@ -118,6 +132,9 @@ fn client_calls() -> Vec<Call> {
         Strip { region: 7, cells: 80 },
         MoveRegion { region: 7, target: pager::Target::Device(2) },
         MoveRange { pid: 7, process: 8, addr: 0x1000, len_bytes: 0x2000, target: pager::Target::Home },
+        SetClaim(claim()),
+        RemoveClaim { id: "5".to_owned() },
+        ListClaims { after: String::new() },
         AdoptRegion { addr, len_bytes },
         AttachFile { addr, len_bytes, file: fd(12288), offset_bytes: 4096 },
         ReleaseRange { addr, len_bytes },
@@ -376,6 +393,7 @@ fn pager_replies() -> Vec<Reply> {
         R::Evicted { page_count: 77 },
         R::Resolved { runs: map_runs() },
         R::Regions(vec![region.clone(), region]),
+        R::Claims(pager::Claims { claims: vec![claim(); 64], more: true, devices: devices(), has_rules: true }),
     ]
     .map(Reply::Pager)
     .to_vec()
