@@ -21,6 +21,7 @@ struct Call {
     pong @9 :Pong;                # idempotent
     join @10 :Join;               # a process that the supervisor did not start; answered when its turn has come
     record @11 :Record;           # idempotent; operator
+    operatorKey @12 :Text;        # idempotent; operator: of the service with a socket of this name
   }
 }
 
@@ -75,6 +76,7 @@ struct Reply {
     killed @4 :Killed;
     joined @5 :Joined;
     record @6 :UInt16;                # a memfd for reading, see uhmm_shared::record
+    key @7 :Data;
   }
 }
 

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use uhmm_ipc::message::pager::{Claim, Claims, RegionStatus};
 use uhmm_ipc::message::supervisor::ServiceStatus;
-use uhmm_ipc::message::{Call, Fd, Metric, Reply, Role, TraceId, common, driver, pager, supervisor};
+use uhmm_ipc::message::{
+    Call, ErrorCode, Fd, Interface, Metric, Reply, Role, TraceId, common, driver, pager, supervisor,
+};
 use uhmm_ipc::{LinkId, Reactor, Wake};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd};
 
@@ -241,6 +243,21 @@ impl Operator {
         deadline: Option<Duration>,
     ) -> Result<Option<Reply>, Error> {
         let link = self.link(service)?;
+        let answer = self.answer(link, call, last, deadline);
+        if answer.as_ref().is_err_and(|error| error.code() == ErrorCode::Permission) {
+            // Another system in the same place has another key: the next call asks for it.
+            self.links.remove(service);
+        }
+        answer
+    }
+
+    fn answer(
+        &mut self,
+        link: LinkId,
+        call: Call,
+        last: bool,
+        deadline: Option<Duration>,
+    ) -> Result<Option<Reply>, Error> {
         let id = self.reactor.call(link, call, TraceId::fresh(), deadline);
         let mut wakes = Vec::new();
         loop {
@@ -255,6 +272,15 @@ impl Operator {
         }
     }
 
+    /// What makes an operator of a service: the supervisor gives it to whoever may come to it.
+    fn key(&mut self, socket: &Path) -> Result<Vec<u8>, Error> {
+        let socket = socket.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match self.ask("supervisor", Call::Supervisor(supervisor::Call::OperatorKey { socket }))? {
+            Reply::Supervisor(supervisor::Reply::Key(key)) => Ok(key),
+            _ => Err(Error::StrangeReply { question: "OperatorKey" }),
+        }
+    }
+
     fn link(&mut self, service: &str) -> Result<LinkId, Error> {
         if let Some(link) = self.links.get(service) {
             return Ok(*link);
@@ -262,7 +288,11 @@ impl Operator {
         if !paths::valid_name(service) || !paths::has_service(&self.run_dir, service)? {
             return Err(Error::NoSuchService { service: service.into(), run_dir: self.run_dir.clone() });
         }
-        let link = self.reactor.link(endpoint(&self.run_dir, service));
+        let mut endpoint = endpoint(&self.run_dir, service);
+        if endpoint.interface != Interface::Supervisor {
+            endpoint.key = self.key(&endpoint.path)?;
+        }
+        let link = self.reactor.link(endpoint);
         self.links.insert(service.into(), link);
         Ok(link)
     }

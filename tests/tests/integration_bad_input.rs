@@ -297,3 +297,24 @@ fn integration_a_session_can_be_dropped_after_its_system_ended() {
     ended.recv_timeout(std::time::Duration::from_secs(40)).expect("both are dropped");
     dropper.join().expect("no panic");
 }
+
+/// Programs in containers are shown sockets of pager and drivers, the same ones that operators use, and never the supervisor's.
+#[test]
+fn integration_who_is_shown_clients_sockets_alone_is_no_operator() {
+    let bed = TestBed::start("16MiB");
+    let empty = || pager::Call::EmptyDevice { device: 0, then: pager::Emptied::Closed };
+    let claim = pager::Claim { id: "mine".to_owned(), token: vec![7; 32], ..pager::Claim::default() };
+    for call in [empty(), pager::Call::ListRegions, pager::Call::SetClaim(claim.clone())] {
+        Raw::connect(&bed, Role::Operator).refused(call, ErrorCode::Permission, "no operator");
+    }
+    // Nor does a client become one by asking for more.
+    Raw::connect(&bed, Role::Client).refused(pager::Call::SetClaim(claim), ErrorCode::Permission, "Client");
+    assert!(bed.operator().claims().expect("claims").claims.is_empty());
+    // Who may come to the supervisor is one, also of the next pager and of the one after that.
+    for _ in 0..2 {
+        assert_eq!(bed.operator().regions().expect("regions"), []);
+        let killed = bed.kill("pager");
+        bed.wait_ready("pager", killed);
+    }
+    good_client_works(&bed);
+}

@@ -4,6 +4,7 @@
 //!   major numbers differ        -> Protocol       other interface than served -> Invalid
 //!   service role, no/wrong key  -> Permission     role not the name's         -> Permission
 //!   client that cannot be held  -> Permission     client at a service's door  -> Permission
+//!   operator without the key    -> Permission, where the supervisor gave one out: who was shown clients' sockets alone cannot ask it
 //!   otherwise Welcome: the smaller minor number and the smaller limits of both sides
 //! ```
 
@@ -43,7 +44,14 @@ impl Keys {
                 && channel.role.is_none_or(|role| role == hello.role)
         })
     }
+
+    fn admits_operator(&self, hello: &Hello) -> bool {
+        self.by_name.get(OPERATORS).is_none_or(|channel| same_bytes(&channel.key, &hello.key))
+    }
 }
+
+/// The name under which a service has the key of its operators. No service has such a one.
+pub const OPERATORS: &str = ":operators";
 
 /// Comparison whose time does not tell where the first difference is.
 fn same_bytes(left: &[u8], right: &[u8]) -> bool {
@@ -123,6 +131,10 @@ pub(crate) fn judge(identity: &Identity, keys: &Keys, hello: &Hello) -> Result<W
                 hello.name, identity.name, hello.role
             ),
         );
+    }
+    if hello.role == Role::Operator && !keys.admits_operator(hello) {
+        let text = format!("{} is no operator: it does not show what the supervisor gives to operators", hello.name);
+        return refuse(ErrorCode::Permission, text);
     }
     Ok(Welcome {
         major: MAJOR_VERSION,

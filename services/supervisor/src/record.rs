@@ -1,9 +1,11 @@
-//! What is recorded of services: the supervisor's own record (who was started, died, came back), and the way to everybody's, the dead's too.
+//! What is recorded of services: the supervisor's own record (who was started, died, came back), and the way to everybody's, the dead's too;
+//! the key that makes somebody an operator of a service.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use uhmm_ipc::OPERATORS;
 use uhmm_ipc::message::{ErrorCode, Fd, WireError, supervisor};
 use uhmm_kernel_hook::memfd;
 use uhmm_kit::Recorder;
@@ -65,6 +67,17 @@ impl<F: FnOnce()> Supervisor<F> {
         let fd = for_reading(&kept.ok_or_else(missing)?);
         let fd = fd.map_err(|error| WireError::new(ErrorCode::Io, format!("The record cannot be opened: {error}")))?;
         Ok(supervisor::Reply::Record(Arc::new(fd)))
+    }
+
+    /// What operators of a service show it.
+    pub(crate) fn operator_key(&self, socket: &str) -> Result<supervisor::Reply, WireError> {
+        let run_dir = &self.options.run_dir;
+        let is_it = |name: &str| self.plan.endpoint_path(run_dir, name).file_name().is_some_and(|file| file == socket);
+        let service = self.plan.services.iter().find(|service| is_it(&service.name));
+        let missing =
+            || WireError::new(ErrorCode::NotFound, format!("No service of the plan has the socket {socket:?}"));
+        let service = service.ok_or_else(missing)?;
+        Ok(supervisor::Reply::Key(self.saved.key(OPERATORS, &service.name)))
     }
 }
 

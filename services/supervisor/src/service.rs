@@ -377,6 +377,7 @@ impl<F: FnOnce()> Supervisor<F> {
                 | supervisor::Call::Shutdown
                 | supervisor::Call::Kill { .. }
                 | supervisor::Call::Record { .. }
+                | supervisor::Call::OperatorKey { .. }
         );
         if operators != (peer.role == Role::Operator) {
             let text = format!("A {:?} may not make this call to the supervisor", peer.role);
@@ -393,6 +394,7 @@ impl<F: FnOnce()> Supervisor<F> {
             }
             supervisor::Call::Kill { service } => self.drill(&service),
             supervisor::Call::Record { service } => self.record_of(&service),
+            supervisor::Call::OperatorKey { socket } => self.operator_key(&socket),
             other => match self.service_of(conn) {
                 Err(error) => Err(error),
                 Ok(service) => self.service_request(service, other),

@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use uhmm_ipc::OPERATORS;
 use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::process::{random_bytes, start_time};
 use uhmm_manifest::Plan;
@@ -95,7 +96,8 @@ impl SavedState {
         let to_holder = std::iter::once(("supervisor".to_owned(), HOLDER.to_owned()));
         let to_supervisor = plan.services.iter().map(|service| (service.name.clone(), "supervisor".to_owned()));
         let channels = plan.channels.iter().map(|channel| (channel.from.clone(), channel.to.clone()));
-        for (from, to) in to_holder.chain(to_supervisor).chain(channels).collect::<Vec<_>>() {
+        let operators = plan.services.iter().map(|service| (OPERATORS.to_owned(), service.name.clone()));
+        for (from, to) in to_holder.chain(to_supervisor).chain(channels).chain(operators).collect::<Vec<_>>() {
             let name = format!("{from}->{to}");
             let mut key = [0u8; KEY_BYTES];
             random_bytes(&mut key)?;
@@ -156,7 +158,7 @@ impl SavedState {
         self.keys.get(&format!("{from}->{to}")).map(|text| unhex(text)).unwrap_or_default()
     }
 
-    /// Every channel that a service is an end of, except the one to the supervisor: (the other end, key).
+    /// Every channel that a service is an end of, except the one to the supervisor: (the other end, key). The last one is its operators'.
     pub fn channel_keys(&self, plan: &Plan, service: &str) -> Vec<(String, Vec<u8>)> {
         let ends = plan.channels.iter().filter_map(|channel| {
             let other = match (channel.from == service, channel.to == service) {
@@ -166,7 +168,8 @@ impl SavedState {
             };
             Some((other.clone(), self.key(&channel.from, &channel.to)))
         });
-        ends.collect()
+        let operators = (OPERATORS.to_owned(), self.key(OPERATORS, service));
+        ends.chain(std::iter::once(operators)).collect()
     }
 }
 

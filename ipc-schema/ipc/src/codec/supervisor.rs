@@ -42,6 +42,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
         Call::Shutdown => to.set_shutdown(()),
         Call::Kill { service } => to.init_kill().set_service(name("kill.service", service)?),
         Call::Record { service } => to.init_record().set_service(name("record.service", service)?),
+        Call::OperatorKey { socket } => to.set_operator_key(name("operatorKey", socket)?),
         Call::Pong { sequence } => to.init_pong().set_sequence(*sequence),
         Call::Join { guard } => to.init_join().set_guard_fd(fds.put_optional(guard.as_ref())),
     }
@@ -86,6 +87,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::Shutdown(()) => Call::Shutdown,
         call::Kill(from) => Call::Kill { service: name("kill.service", from?.get_service())? },
         call::Record(from) => Call::Record { service: name("record.service", from?.get_service())? },
+        call::OperatorKey(socket) => Call::OperatorKey { socket: name("operatorKey", socket)? },
         call::Pong(from) => Call::Pong { sequence: from?.get_sequence() },
         call::Join(from) => Call::Join { guard: fds.take_optional("join.guardFd", from?.get_guard_fd())? },
     })
@@ -126,6 +128,7 @@ pub(super) fn write_reply(from: &Reply, mut to: reply::Builder<'_>, fds: &mut Fd
             to.set_keys_toml(out_text("joined.keysToml", keys_toml, MAX_PLAN_BYTES)?);
         }
         Reply::Record(fd) => to.set_record(fds.put(fd)),
+        Reply::Key(key) => to.set_key(out_data("key", key, MAX_KEY_BYTES)?),
     }
     Ok(())
 }
@@ -185,6 +188,7 @@ pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<
             }
         }
         reply::Record(index) => Reply::Record(fds.take("record", index)?),
+        reply::Key(key) => Reply::Key(in_data("key", key, MAX_KEY_BYTES)?),
     })
 }
 

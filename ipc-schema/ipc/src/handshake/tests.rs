@@ -140,3 +140,20 @@ fn only_services_pass_a_door_for_services() {
         assert_eq!(code(judge_door(&greeting(role), false)), None, "{role:?}");
     }
 }
+
+#[test]
+fn operators_show_their_key_where_there_is_one() {
+    let operator = greeting(Role::Operator);
+    assert!(judge(&pager(), &keys(), &operator).is_ok(), "nobody gave one out");
+    let mut keys = keys();
+    keys.set_key(OPERATORS, b"theirs".to_vec());
+    for wrong in [b"".as_slice(), b"secret", b"theirs "] {
+        let hello = Hello { key: wrong.to_vec(), ..greeting(Role::Operator) };
+        assert_eq!(code(judge(&pager(), &keys, &hello)), Some(ErrorCode::Permission));
+    }
+    assert!(judge(&pager(), &keys, &Hello { key: b"theirs".to_vec(), ..operator }).is_ok());
+    // It is no other one's.
+    assert!(judge(&pager(), &keys, &Hello { key: Vec::new(), ..greeting(Role::Client) }).is_ok());
+    let hello = Hello { key: b"theirs".to_vec(), ..greeting(Role::Mirror) };
+    assert_eq!(code(judge(&pager(), &keys, &hello)), Some(ErrorCode::Permission));
+}

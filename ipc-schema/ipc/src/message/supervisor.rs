@@ -57,6 +57,11 @@ pub enum Call {
         /// Service name, or `supervisor`.
         service: String,
     },
+    /// Operator: what a service's operators show it. Who is shown the sockets of clients alone cannot ask.
+    OperatorKey {
+        /// Name of its socket's file.
+        socket: String,
+    },
     /// A heartbeat's answer.
     Pong {
         /// From [`Event::Ping`].
@@ -127,6 +132,8 @@ pub enum Reply {
     },
     /// Answer to `Record`: the memfd.
     Record(Fd),
+    /// Answer to `OperatorKey`.
+    Key(Vec<u8>),
 }
 
 /// One line of `uhmm status`.

@@ -19,7 +19,7 @@ macro_rules! variants {
 pub(super) fn call_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Call: Stats),
-        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong Join Record),
+        variants!("Supervisor", supervisor::Call: Register Ready VaultPut VaultGet VaultRemove Fence Status Shutdown Kill Pong Join Record OperatorKey),
         variants!("Pager", pager::Call: OpenSpace AttachSpace CloseSpace CreateRegion FreeRegion Migrate Query Advise
             AdoptRegion AttachFile ReleaseRange Discard ProtectionChanged Revalidate Evict QueryAttributes HotRanges ReadTrace Inject FramesDone AgentStarted
             DriverLogin AttachTable DeviceLost MirrorLogin OpenMirror CloseMirror Lookup Resolve InvalidateDone ListRegions Home EmptyDevice
@@ -35,7 +35,7 @@ pub(super) fn call_variants() -> BTreeSet<String> {
 pub(super) fn reply_variants() -> BTreeSet<String> {
     [
         variants!("Common", common::Reply: Stats),
-        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined Record),
+        variants!("Supervisor", supervisor::Reply: Done Registered Vault Status Killed Joined Record Key),
         variants!("Pager", pager::Reply: Done SpaceOpened RegionCreated Migrated Residency Region Resolved Regions Attributes Trace
             Evicted ChildAttached HotRanges Granted UserfaultfdDevice Strip Claims),
         variants!("Mirror", mirror::Reply: Done Region Mapped),
@@ -76,6 +76,7 @@ fn supervisor_calls() -> Vec<Call> {
         Shutdown,
         Kill { service: service() },
         Record { service: service() },
+        OperatorKey { socket: "driver-soft0.sock".into() },
         Pong { sequence: 9 },
         Join { guard: Some(fd(4096)) },
         Join { guard: None },
@@ -288,6 +289,7 @@ fn supervisor_replies() -> Vec<Reply> {
         Joined { incarnation: 5, key: vec![3; 16], listener: Some(fd(4096)), keys_toml: "soft0 = \"00\"\n".into() },
         Joined { incarnation: 5, key: vec![3; 16], listener: None, keys_toml: String::new() },
         Record(fd(4096)),
+        Key(vec![3; 16]),
     ]
     .map(Reply::Supervisor)
     .to_vec()
