@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use uhmm_dra_args::DraArgs;
 use uhmm_kit::{LogFormat, ServiceArgs};
 use uhmm_supervisor::HolderOptions;
 
@@ -74,6 +75,8 @@ enum Command {
     },
     /// Print a Container Device Interface file: a container gets a device by its name (`uhmm cdi >/etc/cdi/uhmm.json`)
     Cdi(commands::CdiArgs),
+    /// Far memory for pods: a Kubernetes DRA driver between this node's kubelet and the running system (docs/kubernetes.md)
+    Dra(DraArgs),
     /// Services, incarnations, regions and where their pages are
     Status,
     /// Counters of every service
@@ -305,6 +308,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Token => commands::token()?,
         Command::Plan { manifest, sandbox } => commands::plan(manifest.as_deref(), run_dir, sandbox)?,
         Command::Cdi(args) => commands::cdi(&args, &run_dir)?,
+        Command::Dra(args) => commands::dra(&args, &run_dir)?,
         Command::Status => commands::status(&run_dir)?,
         Command::Stats { json } => commands::stats(&run_dir, json)?,
         Command::Top(args) => commands::top(&run_dir, args)?,

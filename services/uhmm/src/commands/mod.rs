@@ -5,6 +5,7 @@ mod cdi;
 mod conformance;
 mod device_model;
 mod doctor;
+mod dra;
 mod far_file;
 mod manual;
 mod model_orders;
@@ -32,6 +33,8 @@ pub use conformance::{ConformanceArgs, ConformanceCaseArgs, conformance, conform
 pub use device_model::{Model, device_model};
 pub use doctor::doctor;
 pub use far_file::{FarFile, manifest_or_far};
+pub use dra::dra;
+pub use far_file::{FarFile, manifest_or_file};
 pub use manual::{completions, man};
 pub use new_driver::{NewDriverArgs, new_driver};
 pub use renew::renew;

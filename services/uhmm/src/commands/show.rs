@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use uhmm_kernel_hook::confine::Step;
-use uhmm_sdk::{Metric, Operator, RegionStatus, ServiceStatus};
+use uhmm_sdk::{ClaimShare, Claims, Metric, Operator, RegionStatus, ServiceStatus};
 
 const BAR_CELLS: u64 = 32;
 
@@ -20,7 +20,25 @@ pub fn status(run_dir: &Path) -> anyhow::Result<()> {
     }
     let regions = operator.regions()?;
     print!("\n{}", regions_table(&regions));
+    print!("{}", claims_table(&operator.claims()?));
     Ok(())
+}
+
+/// Who was given what while the system runs; nothing where nobody was.
+fn claims_table(claims: &Claims) -> String {
+    let mut text = String::new();
+    for claim in &claims.claims {
+        if text.is_empty() {
+            text = format!("\n{:<42} {:<32} {:>9}  SHARES (USED OF MIB)\n", "CLAIM", "NAME", "PROCESSES");
+        }
+        let name = |id: u8| claims.devices.iter().find(|device| device.device == id).map_or("?", |device| &device.name);
+        let share = |share: &ClaimShare| {
+            format!("{} {}/{}", name(share.device), share.used_bytes.div_ceil(1 << 20), share.bytes >> 20)
+        };
+        let shares: Vec<String> = claim.shares.iter().map(share).collect();
+        text += &format!("{:<42} {:<32} {:>9}  {}\n", claim.id, claim.name, claim.spaces, shares.join(", "));
+    }
+    text
 }
 
 /// What is not in force for a service; `whole`, or `off` as its manifest says.
