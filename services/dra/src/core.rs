@@ -146,30 +146,37 @@ impl Core {
         Ok(self.operator()?.remove_claim(&format!("{PREFIX}{uid}"))?)
     }
 
-    /// The core has the entries' claims and no others of ours; it may have been started anew, or have missed what was said while it was away.
-    pub fn reconcile(&self, entries: &BTreeMap<String, Entry>) -> Result<Claims, CoreError> {
-        let mut operator = self.operator()?;
-        let claims = operator.claims()?;
-        let mut changed = false;
+    /// The core has the entries' claims and no others of ours; it may have been started anew, or have missed what was said while it was away. `there`:
+    /// what it said it has. What has changed since then is done once more, which changes nothing.
+    pub fn reconcile(&self, entries: &BTreeMap<String, Entry>, there: Claims) -> Result<Claims, CoreError> {
+        let mut operator = None;
         for (uid, entry) in entries {
-            match claim(uid, entry, &claims) {
-                Ok(wanted) if claims.claims.iter().any(|found| found.id == wanted.id && same(found, &wanted)) => {}
+            match claim(uid, entry, &there) {
+                Ok(wanted) if there.claims.iter().any(|found| found.id == wanted.id && same(found, &wanted)) => {}
                 Ok(wanted) => {
                     tracing::info!(claim = wanted.id, name = wanted.name, "The core did not have it");
-                    operator.set_claim(&wanted)?;
-                    changed = true;
+                    self.once(&mut operator)?.set_claim(&wanted)?;
                 }
                 Err(error) => tracing::warn!(%error, uid, "A claim cannot be given out again"),
             }
         }
-        for found in &claims.claims {
+        for found in &there.claims {
             if found.id.strip_prefix(PREFIX).is_some_and(|uid| !entries.contains_key(uid)) {
                 tracing::info!(claim = found.id, name = found.name, "The core had it still");
-                operator.remove_claim(&found.id)?;
-                changed = true;
+                self.once(&mut operator)?.remove_claim(&found.id)?;
             }
         }
-        if changed { Ok(operator.claims()?) } else { Ok(claims) }
+        match operator {
+            Some(mut operator) => Ok(operator.claims()?),
+            None => Ok(there),
+        }
+    }
+
+    fn once<'a>(&self, operator: &'a mut Option<Operator>) -> Result<&'a mut Operator, CoreError> {
+        Ok(match operator {
+            Some(operator) => operator,
+            None => operator.insert(self.operator()?),
+        })
     }
 }
 

@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use uhmm_sdk::Claims;
+
 use crate::allocation::{self, ClaimError};
 use crate::api::{Api, ApiError};
 use crate::cdi::Cdi;
@@ -27,6 +29,9 @@ pub enum PluginError {
     /// The API server.
     #[error("The claim cannot be read")]
     Api(#[from] ApiError),
+    /// The same, about what is offered.
+    #[error("The scheduler cannot be told of this node's devices")]
+    Offers(#[source] ApiError),
     /// The core.
     #[error(transparent)]
     Core(#[from] CoreError),
@@ -120,11 +125,14 @@ impl Plugin {
         check(claim)?;
         let known = self.checkpoint().claims().get(&claim.uid).cloned();
         if let Some(entry) = known.filter(|entry| entry.prepared) {
-            self.give(&mut self.checkpoint(), &claim.uid, entry.clone())?;
+            let there = self.core.claims()?;
+            self.give(&mut self.checkpoint(), &claim.uid, entry.clone(), &there)?;
             return Ok(self.devices(&claim.uid, &entry));
         }
         let object = self.api.claim(&claim.namespace, &claim.name)?;
         let shares = allocation::shares(&object, &claim.uid, &self.driver, &self.node)?;
+        // A core that does not answer is not waited for with the checkpoint in hand: pods that end need it.
+        let there = self.core.claims()?;
         let mut checkpoint = self.checkpoint();
         let token = match checkpoint.claims().get(&claim.uid) {
             Some(entry) => entry.token.clone(),
@@ -133,19 +141,19 @@ impl Plugin {
         let (namespace, name) = (claim.namespace.clone(), claim.name.clone());
         let entry = Entry { namespace, name, token, shares, prepared: false };
         let others = checkpoint.claims().iter().filter(|(uid, _)| **uid != claim.uid).map(|(_, entry)| entry);
-        check_room(&entry, &promised(others), &self.core.claims()?)?;
+        check_room(&entry, &promised(others), &there)?;
         checkpoint.set(&claim.uid, Some(entry.clone()))?;
-        self.give(&mut checkpoint, &claim.uid, entry.clone())?;
+        self.give(&mut checkpoint, &claim.uid, entry.clone(), &there)?;
         tracing::info!(claim.uid, claim.namespace, claim.name, shares = ?entry.shares, "Prepared");
         Ok(self.devices(&claim.uid, &entry))
     }
 
     /// Rule and file. The checkpoint, which has the entry, is held meanwhile.
-    fn give(&self, checkpoint: &mut Checkpoint, uid: &str, entry: Entry) -> Result<(), PluginError> {
+    fn give(&self, checkpoint: &mut Checkpoint, uid: &str, entry: Entry, claims: &Claims) -> Result<(), PluginError> {
         // Taken back while somebody waited for the checkpoint: the kubelet does not do that, and nothing would ever remove what is made here.
         let Some(there) = checkpoint.claims().get(uid) else { return Err(ClaimError::NotAllocated.into()) };
         let prepared = there.prepared;
-        self.core.give(uid, &entry, &self.core.claims()?)?;
+        self.core.give(uid, &entry, claims)?;
         self.cdi.give(uid, &entry).map_err(|source| PluginError::Cdi { folder: self.cdi.dir.clone(), source })?;
         if !prepared {
             checkpoint.set(uid, Some(Entry { prepared: true, ..entry }))?;
@@ -194,14 +202,15 @@ impl Plugin {
     /// Core, files and API server have what they should; what could not be done is told, and done the next time.
     pub fn look(&self) -> Vec<String> {
         let mut wrong: Vec<PluginError> = Vec::new();
+        let there = self.core.claims();
         let checkpoint = self.checkpoint();
         wrong.extend(self.reconcile_files(&checkpoint).err());
-        let core = self.core.reconcile(checkpoint.claims());
+        let core = there.and_then(|there| self.core.reconcile(checkpoint.claims(), there));
         let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
         let offers = slices.1.look(core.as_ref().ok(), &promised(checkpoint.claims().values()));
         // The API server may take its time, and claims do not wait for that.
         drop(checkpoint);
-        wrong.extend(slices.0.publish(&self.api, &offers).err().map(PluginError::from));
+        wrong.extend(slices.0.publish(&self.api, &offers).err().map(PluginError::Offers));
         let unbound = core.as_ref().is_ok_and(|claims| !claims.has_rules);
         wrong.extend(core.err().map(PluginError::from));
         let unbound = unbound.then(|| UNBOUND.to_owned());
