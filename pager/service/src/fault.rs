@@ -109,7 +109,7 @@ impl Pager {
             if !full_read {
                 return;
             }
-            self.stay_hot();
+            self.hot.fault(Instant::now());
             if begun.elapsed() > READ_TIME {
                 break;
             }

@@ -50,6 +50,7 @@ mod fork;
 mod granted;
 mod heat;
 mod home;
+mod hot;
 mod keepers;
 mod kernel_view;
 mod moved;

@@ -35,6 +35,7 @@ use crate::failures::Failures;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
+use crate::hot::{HotPoll, several_cpus};
 use crate::keepers::Keepers;
 use crate::noted::Noted;
 use crate::requests::{Group, PendingRequest};
@@ -50,9 +51,6 @@ use crate::trace::TraceRing;
 pub(crate) const REVOKE_DEADLINE_MS: u32 = 2_000;
 /// Retry of what the kernel answered with EAGAIN although no event was readable (the address space is changing).
 const AGAIN_RETRY: Duration = Duration::from_micros(500);
-/// After a fault the pager looks again this long before it sleeps: waking an idle core costs five times a fault
-/// (paging-floors.md, section 2). Bounded, so that an idle system costs nothing.
-const HOT_POLL: Duration = Duration::from_micros(60);
 
 const TIMER_AGAIN: TimerToken = TimerToken(1);
 pub(crate) const TIMER_GATE: TimerToken = TimerToken(2);
@@ -194,7 +192,7 @@ pub struct Pager {
     pub(crate) noted: Noted,
     again_armed: bool,
     pub(crate) children_armed: bool,
-    hot_until: Option<Instant>,
+    pub(crate) hot: HotPoll,
     started: Instant,
 }
 
@@ -340,7 +338,7 @@ impl Pager {
             noted,
             again_armed: false,
             children_armed: false,
-            hot_until: None,
+            hot: HotPoll::new(several_cpus()),
             started: Instant::now(),
         })
     }
@@ -368,18 +366,11 @@ impl Pager {
         if self.core.has_runnable_work() || works {
             return Some(Duration::ZERO);
         }
-        match self.hot_until {
-            Some(until) if Instant::now() < until => Some(Duration::ZERO),
-            _ => {
-                self.hot_until = None;
-                let now_us = self.now_us();
-                self.core.next_deadline_us().map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
-            }
+        if self.hot.looks(Instant::now()) {
+            return Some(Duration::ZERO);
         }
-    }
-
-    pub(crate) fn stay_hot(&mut self) {
-        self.hot_until = Some(Instant::now() + HOT_POLL);
+        let now_us = self.now_us();
+        self.core.next_deadline_us().map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
     }
 
     fn on_wake(&mut self, wake: Wake) {
