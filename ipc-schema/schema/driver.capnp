@@ -23,6 +23,7 @@ struct Access {
     makeExclusive @7 :Void;
     map @8 :Void;                 # pages are brought and mapped; nothing is read or written
     peek @9 :Void;                # as read, but what is not mapped ends it: nothing is brought
+    mapForWrite @10 :Void;        # as map, so that the pages may be written
   }
 }
 
@@ -37,6 +38,15 @@ struct Submit {
   args @2 :List(UInt64);        # at most maxJobWords
   # The job may be run again from its start.
   idempotent @3 :Bool;
+  # What the job uses: brought and mapped before it starts. At most maxJobRanges.
+  ranges @4 :List(JobRange);
+}
+
+# Whole pages.
+struct JobRange {
+  addr @0 :UInt64;
+  lenBytes @1 :UInt64;
+  write @2 :Bool;
 }
 
 struct Reply {

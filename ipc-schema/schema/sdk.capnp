@@ -12,6 +12,8 @@ const maxTokenBytes :UInt32 = 64;
 # Arguments and results of a job, kernels of a device.
 const maxJobWords :UInt32 = 1024;
 const maxKernels :UInt32 = 256;
+# Ranges that a job names.
+const maxJobRanges :UInt32 = 64;
 
 # Where pages go.
 struct Target {

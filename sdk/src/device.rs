@@ -1,18 +1,18 @@
 //! Devices: what they are, and jobs on virtual addresses.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uhmm_ipc::message::driver::AccessOp;
+use uhmm_ipc::message::driver::{AccessOp, JobRange};
 use uhmm_ipc::message::pager::Target;
 use uhmm_ipc::message::{Call, Reply, driver};
-use uhmm_kernel_hook::{AddrRange, Prot, Window, memfd};
+use uhmm_kernel_hook::AddrRange;
 
 use crate::Error;
-use crate::links::{Held, Links, Loop, Peer};
+use crate::links::{Loop, Peer};
 use crate::pending::Pending;
-use crate::range::{PAGE_BYTES, check_length, check_range};
+use crate::pieces::{Buffer, Buffers, Bytes};
+use crate::range::{PAGE_BYTES, check_range, enclosing_pages};
 use crate::session::Inner;
 
 /// What a device is.
@@ -39,19 +39,42 @@ pub struct Job {
     args: Vec<u64>,
     idempotent: bool,
     deadline: Option<Duration>,
+    ranges: Vec<JobRange>,
 }
 
 impl Job {
     /// A job that is not run again by itself: if the driver dies meanwhile it ends with
     /// [`ErrorCode::Stale`](crate::ErrorCode::Stale).
     pub fn new(kernel: impl Into<String>, args: impl Into<Vec<u64>>) -> Self {
-        Self { kernel: kernel.into(), args: args.into(), idempotent: false, deadline: None }
+        Self { kernel: kernel.into(), args: args.into(), idempotent: false, deadline: None, ranges: Vec::new() }
     }
 
     /// The job only reads, or writes absolute values: it is run again from its start after a restart of the driver.
     #[must_use]
     pub fn idempotent(mut self) -> Self {
         self.idempotent = true;
+        self
+    }
+
+    /// The job reads `len_bytes` bytes at `addr`: their pages are brought to the device and mapped there before it starts, which costs a small
+    /// part of faulting them in. A job may name 64 ranges. What is not named, does not fit (half of the device's memory) or is taken away
+    /// again is faulted in as ever, and what cannot be brought is no failure before the job touches it.
+    #[must_use]
+    pub fn reads(self, addr: u64, len_bytes: u64) -> Self {
+        self.uses(addr, len_bytes, false)
+    }
+
+    /// The same of what the job writes.
+    #[must_use]
+    pub fn writes(self, addr: u64, len_bytes: u64) -> Self {
+        self.uses(addr, len_bytes, true)
+    }
+
+    fn uses(mut self, addr: u64, len_bytes: u64, write: bool) -> Self {
+        let (addr, len_bytes) = enclosing_pages(addr, len_bytes);
+        if len_bytes > 0 {
+            self.ranges.push(JobRange { addr, len_bytes, write });
+        }
         self
     }
 
@@ -80,6 +103,7 @@ pub struct Device {
     pub(crate) session: Arc<Inner>,
     pub(crate) name: String,
     pub(crate) info: DeviceInfo,
+    pub(crate) buffers: Arc<Buffers>,
 }
 
 impl Device {
@@ -105,8 +129,8 @@ impl Device {
 
     /// Queues a job. Its faults on absent or migrated pages are answered by the services; nothing has to be moved before.
     pub fn submit(&self, job: Job) -> Pending<JobResult> {
-        let Job { kernel, args, idempotent, deadline } = job;
-        let call = driver::Call::Submit { space: self.session.space.id, kernel, args, idempotent };
+        let Job { kernel, args, idempotent, deadline, ranges } = job;
+        let call = driver::Call::Submit { space: self.session.space.id, kernel, args, idempotent, ranges };
         let make = |_: &mut Loop| Ok(Call::Driver(call));
         self.session.links.call_validated(&self.name, None, make, deadline, |reply| match reply {
             Reply::Driver(driver::Reply::Finished { results, fault_count, run_time_ns }) => {
@@ -140,9 +164,7 @@ pub struct AccessReport {
 impl Device {
     /// The device reads `into.len()` bytes at `addr`; whole pages.
     pub fn read(&self, addr: u64, into: &mut [u8]) -> Result<AccessReport, Error> {
-        let (bytes, report) = self.read_at(addr, into.len() as u64, None)?.wait()?;
-        into.copy_from_slice(&bytes);
-        Ok(report)
+        self.access_in_pieces(addr, into.len() as u64, AccessOp::Read, Bytes::Into(into))
     }
 
     /// [`Device::read`] without waiting.
@@ -160,7 +182,7 @@ impl Device {
 
     /// The device writes the bytes to `addr`; whole pages.
     pub fn write(&self, addr: u64, from: &[u8]) -> Result<AccessReport, Error> {
-        self.write_at(addr, from, None)?.wait()
+        self.access_in_pieces(addr, from.len() as u64, AccessOp::Write, Bytes::From(from))
     }
 
     /// [`Device::write`] without waiting; the bytes are copied before this returns.
@@ -173,7 +195,20 @@ impl Device {
     /// The device adds `value` to every aligned word of the range, atomically and wrapping; the words from before come back. Not run
     /// again by itself: if the driver dies meanwhile it ends with [`ErrorCode::Stale`](crate::ErrorCode::Stale).
     pub fn fetch_add(&self, addr: u64, len_bytes: u64, value: u64) -> Result<(Vec<u64>, AccessReport), Error> {
-        self.fetch_add_at(addr, len_bytes, value, None)?.wait()
+        let mut before = vec![0; (len_bytes / 8) as usize];
+        let report = self.fetch_add_into(addr, len_bytes, value, &mut before)?;
+        Ok((before, report))
+    }
+
+    /// [`Device::fetch_add`]; the words from before go to `before`, as many as it has room for.
+    pub fn fetch_add_into(
+        &self,
+        addr: u64,
+        len_bytes: u64,
+        value: u64,
+        before: &mut [u64],
+    ) -> Result<AccessReport, Error> {
+        self.access_in_pieces(addr, len_bytes, AccessOp::FetchAdd(value), Bytes::Words(before))
     }
 
     /// [`Device::fetch_add`] without waiting.
@@ -234,7 +269,7 @@ impl Device {
         self.access(addr, len_bytes, AccessOp::MakeExclusive, None, deadline, |_, report| Ok(report))
     }
 
-    fn access<T: Send + 'static>(
+    pub(crate) fn access<T: Send + 'static>(
         &self,
         addr: u64,
         len_bytes: u64,
@@ -256,31 +291,6 @@ impl Device {
             }
             _ => Err(Error::StrangeReply { question: "Access" }),
         }))
-    }
-}
-
-/// Memory between this process and a driver.
-struct Buffer {
-    memory: Held,
-    window: Window,
-}
-
-impl Buffer {
-    fn new(links: &Links, len_bytes: u64) -> Result<Self, Error> {
-        check_length(len_bytes)?;
-        let (memory, window) = links.hold(move || {
-            let failed = || Error::kernel("Making a device buffer");
-            let memory = memfd::create_sealed("uhmm-buffer", len_bytes).map_err(failed())?;
-            let window = Window::map(memory.as_fd(), 0, len_bytes, Prot::ReadWrite).map_err(failed())?;
-            Ok((memory, window))
-        })?;
-        Ok(Self { memory, window })
-    }
-
-    fn bytes(&self) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.window.len() as usize];
-        self.window.read(0, &mut bytes).map_err(Error::kernel("Reading a device buffer"))?;
-        Ok(bytes)
     }
 }
 

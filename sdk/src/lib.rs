@@ -50,6 +50,7 @@ pub mod operator;
 mod own;
 mod paths;
 mod pending;
+mod pieces;
 mod range;
 mod refused;
 mod region;

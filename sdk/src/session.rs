@@ -323,7 +323,7 @@ impl Session {
         if !paths::valid_name(name) {
             return Err(Error::BadDeviceName { name: name.into() });
         }
-        let open = |info| Device { session: Arc::clone(&self.inner), name: name.into(), info };
+        let open = |info| Device { session: Arc::clone(&self.inner), name: name.into(), info, buffers: Arc::default() };
         let known = self.inner.devices.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         if let Some(info) = known {
             return Ok(open(info));

@@ -97,7 +97,7 @@ impl Validations {
     pub(crate) fn stands(&self, driver: &str, range: Option<AddrRange>, view: View<'_>) -> bool {
         let covers = |known: &&Known| match (known.asked, range) {
             (None, None) => true,
-            (Some(asked), Some(range)) => asked == range,
+            (Some(asked), Some(range)) => asked.contains_range(&range),
             (None, Some(range)) => known.ranges.iter().any(|known| known.contains_range(&range)),
             (Some(_), None) => false,
         };
@@ -106,8 +106,8 @@ impl Validations {
         };
         let ranges = range.map_or(known.ranges.clone(), |range| vec![range]);
         let expected: Vec<Vma> = match range {
-            Some(range) if known.asked.is_none() => known.vmas.iter().filter_map(|vma| part_of(vma, range)).collect(),
-            _ => known.vmas.clone(),
+            Some(range) => known.vmas.iter().filter_map(|vma| part_of(vma, range)).collect(),
+            None => known.vmas.clone(),
         };
         let page_count: u64 = ranges.iter().map(|range| range.len / PAGE_SIZE).sum();
         view.grants == Some(known.grants)

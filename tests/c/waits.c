@@ -132,7 +132,25 @@ void jobs(const struct bench *bench)
     TRUE_THAT(report.fault_count > 0 && report.run_time_ns > 0);
     EXPECT_RESIDENCY(bench->session, memory, len, UHMM_RESIDENCY_DEVICE);
 
+    /* The same, of a job that says what it uses: there is nothing left to fault in. */
+    uhmm_job_range used = {memory, len, UHMM_JOB_READS}, wrong = {memory, len, 2};
+    OK(uhmm_migrate(bench->session, memory, len, NULL, NULL, NULL, 0));
+    OK(uhmm_run_with(bench->device, "sum", sum_args, 2, &used, 1, UHMM_JOB_IDEMPOTENT, 30000, &report, results, 2));
+    SAME(results[0], sum);
+    SAME(report.fault_count, 0);
+    EXPECT_RESIDENCY(bench->session, memory, len, UHMM_RESIDENCY_DEVICE);
+    FAILS(uhmm_run_with(bench->device, "sum", sum_args, 2, &wrong, 1, 0, 0, NULL, NULL, 0), EINVAL);
+    FAILS(uhmm_run_with(bench->device, "sum", sum_args, 2, NULL, 1, 0, 0, NULL, NULL, 0), EINVAL);
+
     uint64_t fill_args[] = {(uintptr_t)memory, len, 0x77};
+    used.access = UHMM_JOB_WRITES;
+    OK(uhmm_migrate(bench->session, memory, len, NULL, NULL, NULL, 0));
+    OK(uhmm_submit_with(bench->device, "fill", fill_args, 3, &used, 1, 0, 0, &pending));
+    SAME(uhmm_pending_wait(pending, -1), 1);
+    OK(uhmm_pending_finished(pending, &report, results, 2));
+    SAME(report.fault_count, 0);
+    OK(uhmm_pending_free(pending));
+    EXPECT_BYTE(memory, len, 0x77);
     OK(uhmm_submit(bench->device, "fill", fill_args, 3, 0, 0, &pending));
     SAME(uhmm_pending_wait(pending, -1), 1);
     OK(uhmm_pending_finished(pending, &report, results, 2));

@@ -23,12 +23,15 @@
 //!   are read, changed and written by the engine: a writable frame is this device's alone, and kernels of the space do not run
 //!   meanwhile (those that run already are waited for, those that are submitted wait).
 
+pub(crate) mod buffers;
 pub(crate) mod engine;
+pub(crate) mod prepare;
+mod stall;
 mod transfer;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use uhmm_ipc::message::driver::AccessOp;
 use uhmm_ipc::message::{ErrorCode, Fd, Reply, TraceId, WireError, driver};
@@ -40,20 +43,16 @@ use crate::device::{
 };
 use crate::fault::{FaultEvent, FaultRange, RANGE_PAGES_MAX};
 use crate::run::{DriverLoop, Due};
+use buffers::Buffers;
 use engine::{PIECE_PAGES, Piece, Run, gather};
-use transfer::{check, transfer};
+use prepare::Preparing;
+use stall::{Next, STALL_LIMIT, Stall};
+use transfer::{buffer_refused, check, transfer};
 
 /// Pages of one turn: some tens of microseconds, so that the loop's other work is not kept waiting.
 const TURN_PAGES: u64 = PIECE_PAGES;
 /// Faults of accesses are named by this bit and their job; the device's own never have it.
 const ACCESS_FAULT: u64 = 1 << 63;
-/// How long an access may stand on one page.
-const STALL_LIMIT: Duration = Duration::from_secs(1);
-/// First pause of one that does; doubled each time.
-const FIRST_PAUSE: Duration = Duration::from_micros(100);
-/// Longest pause.
-const LONGEST_PAUSE: Duration = Duration::from_millis(5);
-
 /// What a client asked for.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
@@ -73,53 +72,14 @@ impl Wanted {
         !matches!(self.op, AccessOp::Read | AccessOp::Map | AccessOp::Peek)
     }
 
+    /// Pages are brought and mapped, and that is all.
+    fn needs_no_bytes(&self) -> bool {
+        matches!(self.op, AccessOp::MakeExclusive | AccessOp::Map | AccessOp::MapForWrite)
+    }
+
     /// First address behind the range.
     fn end(&self) -> u64 {
         self.addr + self.len_bytes
-    }
-}
-
-/// Standing on one page.
-#[derive(Clone, Copy, Debug)]
-struct Stall {
-    page: u64,
-    since: Instant,
-    tries: u32,
-    /// The pause before the next try is over.
-    rested: bool,
-}
-
-/// What an access that cannot go on does next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Next {
-    Try,
-    Pause(Duration),
-    GiveUp,
-}
-
-impl Stall {
-    /// The page is out of reach, now.
-    fn at(stall: &mut Option<Self>, page: u64, now: Instant) -> Next {
-        match stall {
-            Some(same) if same.page == page => same.again(now),
-            _ => {
-                *stall = Some(Self { page, since: now, tries: 0, rested: false });
-                Next::Try
-            }
-        }
-    }
-
-    fn again(&mut self, now: Instant) -> Next {
-        if self.rested {
-            self.rested = false;
-            return Next::Try;
-        }
-        if now.saturating_duration_since(self.since) >= STALL_LIMIT {
-            return Next::GiveUp;
-        }
-        self.rested = true;
-        self.tries += 1;
-        Next::Pause(FIRST_PAUSE.saturating_mul(1 << (self.tries - 1).min(16)).min(LONGEST_PAUSE))
     }
 }
 
@@ -138,6 +98,10 @@ struct Access {
 }
 
 impl Access {
+    fn new(wanted: Wanted, buffer: Option<Arc<Window>>, trace: TraceId) -> Self {
+        Self { wanted, buffer, done_pages: 0, fault_count: 0, covered_end: 0, stall: None, trace }
+    }
+
     /// Where the walk stands.
     fn at(&self) -> u64 {
         self.wanted.addr + self.done_pages * PAGE_BYTES
@@ -173,7 +137,13 @@ pub(crate) struct AccessBook {
     adding: Option<u64>,
     /// Kernels that wait until it has.
     held_jobs: Vec<Job>,
+    /// Kernels that wait for their ranges.
+    preparing: BTreeMap<JobId, Preparing>,
+    pub(crate) buffers: Buffers<ConnId>,
 }
+
+/// Where a walk stands: a region, its first address and its pages.
+type Here = Option<(RegionKey, u64, u64)>;
 
 impl AccessBook {
     pub(crate) fn has_work(&self) -> bool {
@@ -228,7 +198,9 @@ impl<D: Driver> DriverLoop<D> {
         deadline: Option<Instant>,
         wanted: Wanted,
     ) -> Result<(), WireError> {
-        let buffer = check(&wanted)?.map(Arc::new);
+        self.jobs.check_queue(conn, wanted.space)?;
+        let map = |buffer| self.accesses.buffers.map(conn, buffer, wanted.len_bytes);
+        let buffer = check(&wanted)?.map(map).transpose().map_err(|error| buffer_refused(&error))?;
         let job = self.jobs.open_access(conn, call, wanted.space, trace)?;
         tracing::debug!(
             request = trace.0, job = job.0, space = wanted.space, addr = wanted.addr, len_bytes = wanted.len_bytes,
@@ -238,8 +210,7 @@ impl<D: Driver> DriverLoop<D> {
             let timer = self.after(deadline.saturating_duration_since(Instant::now()), Due::JobDeadline(job));
             self.job_timers.insert(job, timer);
         }
-        let access = Access { wanted, buffer, done_pages: 0, fault_count: 0, covered_end: 0, stall: None, trace };
-        self.accesses.accesses.insert(job, access);
+        self.accesses.accesses.insert(job, Access::new(wanted, buffer, trace));
         self.accesses.ready.push_back(job);
         Ok(())
     }
@@ -277,7 +248,8 @@ impl<D: Driver> DriverLoop<D> {
                 let why = "kernels of the space run, and the CPU does not see this device's memory: submit a kernel that adds";
                 self.end_access(job, Err(busy(at, why)));
             }
-            (Turn::More | Turn::Contended, _) => self.accesses.ready.push_back(job),
+            (Turn::More, _) => self.goes_on(job),
+            (Turn::Contended, _) => self.accesses.ready.push_back(job),
             (Turn::Missing, Next::Try) => fault.into_iter().for_each(|fault| self.step_faults(fault)),
             (Turn::Engine(_), _) => {}
             (Turn::EngineTaken, _) => self.accesses.engine_queue.push_back(job),
@@ -288,21 +260,22 @@ impl<D: Driver> DriverLoop<D> {
 
     fn walk(&mut self, job: JobId, access: &mut Access) -> Turn {
         let op = access.wanted.op;
-        let by_engine = self.window.is_none() && !matches!(op, AccessOp::MakeExclusive | AccessOp::Map);
+        let by_engine = self.window.is_none() && !access.wanted.needs_no_bytes();
         if by_engine && self.accesses.at_engine.is_some() {
             return Turn::EngineTaken;
         }
         if by_engine && matches!(op, AccessOp::FetchAdd(_)) && !self.additions_may_run(job, access.wanted.space) {
             return Turn::Contended;
         }
-        let mut runs = Vec::new();
-        let mut end = Turn::More;
+        let adds = matches!(op, AccessOp::FetchAdd(_));
+        let alone = adds && !self.plan.coherent && self.additions_may_run(job, access.wanted.space);
+        let (mut runs, mut here, mut end) = (Vec::new(), None, Turn::More);
         for _ in 0..TURN_PAGES {
             if access.done_pages == access.wanted.page_count() {
                 end = Turn::Done;
                 break;
             }
-            match self.walk_page(access, by_engine, &mut runs) {
+            match self.walk_page(access, &mut here, alone, by_engine.then_some(&mut runs)) {
                 Ok(true) => access.done_pages += 1,
                 Ok(false) => {
                     end = Turn::Missing;
@@ -314,21 +287,47 @@ impl<D: Driver> DriverLoop<D> {
         if runs.is_empty() { end } else { Turn::Engine(runs) }
     }
 
-    /// One page; false when it is missing.
-    fn walk_page(&mut self, access: &Access, by_engine: bool, runs: &mut Vec<Run>) -> Result<bool, WireError> {
+    /// One page; false when it is missing. `here`: where the page before was. `runs`: the engine's, if it takes them.
+    fn walk_page(
+        &mut self,
+        access: &Access,
+        here: &mut Here,
+        alone: bool,
+        runs: Option<&mut Vec<Run>>,
+    ) -> Result<bool, WireError> {
         let addr = access.at();
-        let Some((key, page)) = self.attached_at(access.wanted.space, addr) else { return Ok(false) };
+        let page_of = |(key, first, page_count): (RegionKey, u64, u64)| {
+            let page = addr.checked_sub(first)? / PAGE_BYTES;
+            (page < page_count).then_some((key, page))
+        };
+        if here.and_then(page_of).is_none() {
+            *here = self.attached_at(access.wanted.space, addr);
+        }
+        let Some((key, page)) = here.and_then(page_of) else { return Ok(false) };
         // A mapping alone does not say that the page is the device's alone.
         if access.wanted.op == AccessOp::MakeExclusive && addr >= access.covered_end {
             return Ok(false);
         }
-        let (window, mut result) = (&self.window, Ok(()));
-        let lent = self.table.with_page(key, page, access.wanted.writes(), &mut |place| match place {
-            Place::Frame(frame) if by_engine => gather(runs, frame, access.done_pages),
-            place => result = transfer(access, window.as_ref(), place),
-        });
+        let (window, mut result, mut runs) = (&self.window, Ok(()), runs);
+        let lent =
+            self.table.with_page(key, page, access.wanted.writes(), &mut |place| match (place, runs.as_deref_mut()) {
+                (Place::Frame(frame), Some(runs)) => gather(runs, frame, access.done_pages),
+                (place, _) => result = transfer(access, window.as_ref(), place, alone),
+            });
         result.map_err(|failure| failure.at(addr))?;
         lent.map_err(|error| broken(addr, &error.to_string()))
+    }
+
+    /// The next turn is another client's, if one waits. Accesses of one client end in the order that they came in: it may be waiting for the
+    /// first of them.
+    fn goes_on(&mut self, job: JobId) {
+        let space = |job: &JobId| self.accesses.accesses.get(job).map(|access| access.wanted.space);
+        let mine = space(&job);
+        if self.accesses.ready.iter().any(|other| space(other) != mine) {
+            self.accesses.ready.push_back(job);
+        } else {
+            self.accesses.ready.push_front(job);
+        }
     }
 
     /// The engine may add in frames of the space: no kernel changes them meanwhile.
@@ -381,6 +380,7 @@ impl<D: Driver> DriverLoop<D> {
     /// Ends a kernel, or an access.
     pub(crate) fn cancel_job(&mut self, job: JobId, why: WireError) {
         if self.accesses.contains(job) {
+            self.accesses.preparing.remove(&job);
             return self.end_access(job, Err(why));
         }
         let held = self.accesses.held_jobs.iter().position(|held| held.id == job);
@@ -394,11 +394,11 @@ impl<D: Driver> DriverLoop<D> {
         self.step_faults(FaultEvent::JobGone { job });
     }
 
-    fn attached_at(&self, space: u64, addr: u64) -> Option<(RegionKey, u64)> {
+    fn attached_at(&self, space: u64, addr: u64) -> Here {
         let of_space = RegionKey { space, region: 0 }..=RegionKey { space, region: u64::MAX };
         self.regions.range(of_space).find_map(|(key, attached)| {
             let page = addr.checked_sub(attached.map.addr)? / PAGE_BYTES;
-            (page < attached.map.page_count).then_some((*key, page))
+            (page < attached.map.page_count).then_some((*key, attached.map.addr, attached.map.page_count))
         })
     }
 
@@ -450,6 +450,9 @@ impl<D: Driver> DriverLoop<D> {
         let Some(access) = self.accesses.accesses.remove(&job) else { return };
         self.accesses.ready.retain(|other| *other != job);
         self.accesses.engine_queue.retain(|other| *other != job);
+        if self.prepared(job, &result) {
+            return;
+        }
         if let Some(timer) = self.job_timers.remove(&job) {
             self.cancel_timer(timer);
         }
@@ -497,7 +500,7 @@ mod tests {
     fn access(done_pages: u64, covered_pages: u64, fault_count: u64) -> Access {
         let wanted = Wanted { space: 1, addr: 0x10000, len_bytes: 100 * PAGE_BYTES, op: AccessOp::Read, buffer: None };
         let covered_end = if fault_count == 0 { 0 } else { wanted.addr + covered_pages * PAGE_BYTES };
-        Access { wanted, buffer: None, done_pages, fault_count, covered_end, stall: None, trace: TraceId(0) }
+        Access { done_pages, fault_count, covered_end, ..Access::new(wanted, None, TraceId(0)) }
     }
 
     #[test]
@@ -528,27 +531,5 @@ mod tests {
         book.at_engine = Some(JobId(3));
         assert!(book.holds_back(2) && book.holds_back(3));
         assert_eq!(book.held_tickets, [2, 3], "both come again when it has ended");
-    }
-
-    #[test]
-    fn every_second_try_of_one_page_is_a_pause_until_the_limit() {
-        let (mut stall, start) = (None, Instant::now());
-        assert_eq!(Stall::at(&mut stall, 4, start), Next::Try);
-        let mut now = start;
-        let mut pauses = Vec::new();
-        loop {
-            match Stall::at(&mut stall, 4, now) {
-                Next::Pause(pause) => {
-                    pauses.push(pause);
-                    now += pause;
-                    assert_eq!(Stall::at(&mut stall, 4, now), Next::Try, "after a pause it is tried");
-                }
-                Next::GiveUp => break,
-                Next::Try => panic!("no pause between two tries"),
-            }
-        }
-        assert!(pauses.is_sorted() && pauses[0] == FIRST_PAUSE && pauses.last() == Some(&LONGEST_PAUSE));
-        assert!(now - start >= STALL_LIMIT && now - start < STALL_LIMIT + LONGEST_PAUSE);
-        assert_eq!(Stall::at(&mut stall, 5, now), Next::Try, "another page is progress");
     }
 }

@@ -7,6 +7,7 @@ use uhmm_ipc::{CallId, ConnId};
 use uhmm_kit::record::{self, What, Why};
 
 use crate::access::Wanted;
+use crate::access::prepare::wanted;
 use crate::device::{DeviceMemory, Driver, JobId, JobReport, PAGE_BYTES};
 use crate::fault::FaultEvent;
 use crate::job::Request;
@@ -34,9 +35,9 @@ impl<D: Driver> DriverLoop<D> {
                 self.open_space(space, token, Some((conn, call)), trace);
                 None
             }
-            Call::Driver(driver::Call::Submit { space, kernel, args, idempotent }) => {
+            Call::Driver(driver::Call::Submit { space, kernel, args, idempotent, ranges }) => {
                 let request = Request { space, kernel, args, idempotent, trace };
-                self.submit(conn, call, request, deadline).err().map(Err)
+                self.submit(conn, call, request, &ranges, deadline).err().map(Err)
             }
             Call::Driver(driver::Call::Access { space, addr, len_bytes, op, buffer }) => {
                 let wanted = Wanted { space, addr, len_bytes, op, buffer };
@@ -77,9 +78,11 @@ impl<D: Driver> DriverLoop<D> {
         conn: ConnId,
         call: CallId,
         request: Request,
+        ranges: &[driver::JobRange],
         deadline: Option<Instant>,
     ) -> Result<(), WireError> {
         let trace = request.trace;
+        let ranges = wanted(request.space, ranges)?;
         let job = self.jobs.submit(conn, call, request)?;
         tracing::debug!(request = trace.0, job = job.id.0, space = job.space, kernel = job.kernel, "Job submitted");
         let now = record::Event::new(What::Job, record::now_ns());
@@ -89,7 +92,7 @@ impl<D: Driver> DriverLoop<D> {
             let timer = self.after(left, Due::JobDeadline(job.id));
             self.job_timers.insert(job.id, timer);
         }
-        self.start_job(job);
+        self.prepare_job(job, ranges, trace);
         Ok(())
     }
 
@@ -175,6 +178,7 @@ impl<D: Driver> DriverLoop<D> {
     /// A client's connection is gone: its jobs end; a space that nobody else uses is given up.
     pub(crate) fn client_gone(&mut self, conn: ConnId) {
         self.conns.remove(&conn);
+        self.accesses.buffers.forget(conn);
         let (jobs, unused_spaces) = self.jobs.closed(conn);
         for job in jobs {
             let why = WireError::new(ErrorCode::Stale, "The client disconnected: its job was cancelled");

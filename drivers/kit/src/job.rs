@@ -100,7 +100,8 @@ impl<Conn: Copy + Eq + Hash, Call: Copy> JobBook<Conn, Call> {
         Ok(self.name(Origin { conn, call, space, trace }))
     }
 
-    fn check_queue(&self, conn: Conn, space: u64) -> Result<(), WireError> {
+    /// The client may use the space.
+    pub(crate) fn check_queue(&self, conn: Conn, space: u64) -> Result<(), WireError> {
         if self.queues.get(&conn).is_some_and(|spaces| spaces.contains(&space)) {
             return Ok(());
         }

@@ -43,7 +43,8 @@ pub mod constants {
     };
     pub use uhmm_schema::pager_capnp::MAX_REGIONS;
     pub use uhmm_schema::sdk_capnp::{
-        MAX_DEVICES, MAX_JOB_WORDS, MAX_KERNELS, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS, PAGE_BYTES,
+        MAX_DEVICES, MAX_JOB_RANGES, MAX_JOB_WORDS, MAX_KERNELS, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS,
+        PAGE_BYTES,
     };
     pub use uhmm_schema::supervisor_capnp::{MAX_CHANNEL_KEYS, MAX_PLAN_BYTES, MAX_SERVICES, MAX_VAULT_ENTRIES};
 }

@@ -225,6 +225,16 @@
 #define UHMM_JOB_IDEMPOTENT 1
 
 /**
+ * The job reads the range.
+ */
+#define UHMM_JOB_READS 0
+
+/**
+ * The job writes the range, and may read it.
+ */
+#define UHMM_JOB_WRITES 1
+
+/**
  * Advice: bring the range home and keep it there. No device, value 0.
  */
 #define UHMM_ADVISE_PIN 0
@@ -684,6 +694,24 @@ typedef struct {
    */
   uint64_t run_time_ns;
 } uhmm_job_report;
+
+/**
+ * A range that a job uses, see uhmm_run_with().
+ */
+typedef struct {
+  /**
+   * First byte.
+   */
+  const void *addr;
+  /**
+   * Bytes; their pages are meant.
+   */
+  uint64_t len_bytes;
+  /**
+   * UHMM_JOB_READS or UHMM_JOB_WRITES.
+   */
+  uint32_t access;
+} uhmm_job_range;
 
 /**
  * What was advised for a range, and where it was prefetched to last. A field whose UHMM_MIXED_* bit is set has no one value and
@@ -1335,6 +1363,40 @@ int uhmm_submit(uhmm_device *device,
                 uint32_t flags,
                 uint32_t deadline_ms,
                 uhmm_pending **pending);
+
+/**
+ * uhmm_run() of a job that names what it uses: the pages of its `range_count` ranges (at most 64) are brought to the device and mapped there
+ * before it starts, which costs a small part of faulting them in. What is not named, does not fit (half of the device's memory) or is taken
+ * away again is faulted in as ever; what cannot be brought fails the job only if it touches it.
+ *
+ * Errors: as uhmm_run(); -EINVAL also the ranges.
+ */
+int uhmm_run_with(uhmm_device *device,
+                  const char *kernel,
+                  const uint64_t *args,
+                  size_t arg_count,
+                  const uhmm_job_range *ranges,
+                  size_t range_count,
+                  uint32_t flags,
+                  uint32_t deadline_ms,
+                  uhmm_job_report *report,
+                  uint64_t *results,
+                  size_t capacity);
+
+/**
+ * uhmm_run_with() without waiting: the answer comes through `pending`, see uhmm_pending_finished().
+ *
+ * Errors: -EINVAL a wrong handle, pointer, text, flag or range. The job's own come with its answer.
+ */
+int uhmm_submit_with(uhmm_device *device,
+                     const char *kernel,
+                     const uint64_t *args,
+                     size_t arg_count,
+                     const uhmm_job_range *ranges,
+                     size_t range_count,
+                     uint32_t flags,
+                     uint32_t deadline_ms,
+                     uhmm_pending **pending);
 
 /**
  * Whether the answer is here: 1, or 0 while it is not.

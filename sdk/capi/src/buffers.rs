@@ -77,6 +77,21 @@ pub(crate) unsafe fn bytes_mut<'a>(
     Ok(unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<u8>(), bytes.len()) })
 }
 
+/// Words that will be overwritten.
+///
+/// # Safety
+/// As [`items_mut`].
+pub(crate) unsafe fn words_mut<'a>(
+    first: *mut u64,
+    count: usize,
+    name: &'static str,
+) -> Result<&'a mut [u64], Failure> {
+    // SAFETY: the same contract.
+    let words = unsafe { items_mut(first, count, name) }?;
+    // SAFETY: memory that C allocated has some byte everywhere, and any bytes make words.
+    Ok(unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u64>(), words.len()) })
+}
+
 /// Bytes that the caller wrote.
 ///
 /// # Safety

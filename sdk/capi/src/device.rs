@@ -194,9 +194,8 @@ pub unsafe extern "C" fn uhmm_device_fetch_add(
         let report = unsafe { Out::optional(report, "report") }?;
         let count = if before.is_null() { 0 } else { usize::try_from(len_bytes / 8).unwrap_or(usize::MAX) };
         // SAFETY: the caller promises room for this many words.
-        let before = unsafe { items_mut(before, count, "before") }?;
-        let (words, done) = handles::get(device)?.fetch_add(address(addr)?, len_bytes, value)?;
-        buffers::copy_items(words, before);
+        let before = unsafe { buffers::words_mut(before, count, "before") }?;
+        let done = handles::get(device)?.fetch_add_into(address(addr)?, len_bytes, value, before)?;
         tell(report, done);
         Ok(())
     })

@@ -1,6 +1,6 @@
 //! Jobs: kernels of a device on the program's own pointers.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
@@ -15,6 +15,23 @@ use crate::pending::{Answer, uhmm_pending};
 /// The job only reads, or writes absolute values: it is run again from its start after a restart of the driver. Other jobs end with
 /// -ESTALE then.
 pub const UHMM_JOB_IDEMPOTENT: u32 = 1;
+
+/// A range that a job uses, see uhmm_run_with().
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct uhmm_job_range {
+    /// First byte.
+    pub addr: *const c_void,
+    /// Bytes; their pages are meant.
+    pub len_bytes: u64,
+    /// UHMM_JOB_READS or UHMM_JOB_WRITES.
+    pub access: u32,
+}
+
+/// The job reads the range.
+pub const UHMM_JOB_READS: u32 = 0;
+/// The job writes the range, and may read it.
+pub const UHMM_JOB_WRITES: u32 = 1;
 
 /// What a job brought, beside its results.
 #[repr(C)]
@@ -79,6 +96,86 @@ pub unsafe extern "C" fn uhmm_submit(
         let job = unsafe { job(kernel, args, arg_count, flags, deadline_ms) }?;
         pending.set(crate::pending::open(handles::get(device)?.submit(job), Answer::Finished));
         Ok(())
+    })
+}
+
+/// uhmm_run() of a job that names what it uses: the pages of its `range_count` ranges (at most 64) are brought to the device and mapped there
+/// before it starts, which costs a small part of faulting them in. What is not named, does not fit (half of the device's memory) or is taken
+/// away again is faulted in as ever; what cannot be brought fails the job only if it touches it.
+///
+/// Errors: as uhmm_run(); -EINVAL also the ranges.
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "a C function without a structure for its arguments")]
+pub unsafe extern "C" fn uhmm_run_with(
+    device: *mut uhmm_device,
+    kernel: *const c_char,
+    args: *const u64,
+    arg_count: usize,
+    ranges: *const uhmm_job_range,
+    range_count: usize,
+    flags: u32,
+    deadline_ms: u32,
+    report: *mut uhmm_job_report,
+    results: *mut u64,
+    capacity: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable, or null.
+        let report = unsafe { Out::optional(report, "report") }?;
+        // SAFETY: the caller's array of `capacity`.
+        let results = unsafe { items_mut(results, capacity, "results") }?;
+        // SAFETY: text that ends with a zero, and an array of `arg_count`.
+        let job = unsafe { job(kernel, args, arg_count, flags, deadline_ms) }?;
+        // SAFETY: an array of `range_count`.
+        let job = unsafe { with_ranges(job, ranges, range_count) }?;
+        tell(&handles::get(device)?.run(job)?, report, results);
+        Ok(())
+    })
+}
+
+/// uhmm_run_with() without waiting: the answer comes through `pending`, see uhmm_pending_finished().
+///
+/// Errors: -EINVAL a wrong handle, pointer, text, flag or range. The job's own come with its answer.
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments, reason = "a C function without a structure for its arguments")]
+pub unsafe extern "C" fn uhmm_submit_with(
+    device: *mut uhmm_device,
+    kernel: *const c_char,
+    args: *const u64,
+    arg_count: usize,
+    ranges: *const uhmm_job_range,
+    range_count: usize,
+    flags: u32,
+    deadline_ms: u32,
+    pending: *mut *mut uhmm_pending,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's variable.
+        let pending = unsafe { Out::new(pending, "pending") }?;
+        // SAFETY: text that ends with a zero, and an array of `arg_count`.
+        let job = unsafe { job(kernel, args, arg_count, flags, deadline_ms) }?;
+        // SAFETY: an array of `range_count`.
+        let job = unsafe { with_ranges(job, ranges, range_count) }?;
+        pending.set(crate::pending::open(handles::get(device)?.submit(job), Answer::Finished));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `ranges` is null or an array of `count`.
+unsafe fn with_ranges(job: Job, ranges: *const uhmm_job_range, count: usize) -> Result<Job, Failure> {
+    // SAFETY: the same contract.
+    let ranges = unsafe { items(ranges, count, "ranges") }?;
+    ranges.iter().try_fold(job, |job, range| {
+        let addr = buffers::address(range.addr)?;
+        match range.access {
+            UHMM_JOB_READS => Ok(job.reads(addr, range.len_bytes)),
+            UHMM_JOB_WRITES => Ok(job.writes(addr, range.len_bytes)),
+            other => {
+                let expected = "UHMM_JOB_READS or UHMM_JOB_WRITES";
+                Err(Failure::BadValue { name: "access", value: other.into(), expected })
+            }
+        }
     })
 }
 

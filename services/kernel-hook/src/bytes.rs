@@ -342,6 +342,26 @@ impl MappedBytes {
         Ok(())
     }
 
+    /// [`MappedBytes::read`] of words of this machine's byte order. None of them is read atomically.
+    ///
+    /// # Errors
+    /// See the type.
+    pub fn read_words(&self, off: u64, into: &mut [u64]) -> Result<(), HookError> {
+        // SAFETY: the same memory, ours alone while `into` is borrowed, and any bytes make words.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(into.as_mut_ptr().cast::<u8>(), size_of_val(into)) };
+        self.read(off, bytes)
+    }
+
+    /// [`MappedBytes::write`] of words of this machine's byte order. None of them is written atomically.
+    ///
+    /// # Errors
+    /// See the type.
+    pub fn write_words(&self, off: u64, from: &[u64]) -> Result<(), HookError> {
+        // SAFETY: the same memory, which nobody changes while `from` is borrowed; words have no padding.
+        let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from)) };
+        self.write(off, bytes)
+    }
+
     /// Copies `len` bytes inside the mapping; the two places may overlap.
     ///
     /// # Errors

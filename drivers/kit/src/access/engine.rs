@@ -84,7 +84,7 @@ impl Piece {
                     }
                     engine.copy_in(staging, 0, *frames)?;
                 }
-                AccessOp::MakeExclusive | AccessOp::Map => {}
+                AccessOp::MakeExclusive | AccessOp::Map | AccessOp::MapForWrite => {}
             }
         }
         Ok(())

@@ -1,30 +1,31 @@
 //! One page of a direct access: between the client's buffer and wherever the page is, in the loop.
 
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use uhmm_ipc::message::driver::AccessOp;
-use uhmm_ipc::message::{ErrorCode, WireError};
-use uhmm_kernel_hook::{HookError, Prot, Window, memfd};
+use uhmm_ipc::message::{ErrorCode, Fd, WireError};
+use uhmm_kernel_hook::{HookError, Window};
 
 use super::{Access, Wanted};
 use crate::device::{PAGE_BYTES, Place, SystemPages};
 
-/// The range and its buffer.
-pub(super) fn check(wanted: &Wanted) -> Result<Option<Window>, WireError> {
+/// The range, and whether there is a buffer where there must be one; that one, if bytes go there.
+pub(super) fn check(wanted: &Wanted) -> Result<Option<&Fd>, WireError> {
     let invalid = |text: String| WireError::new(ErrorCode::Invalid, text);
     let Wanted { addr, len_bytes, op, buffer, .. } = wanted;
     let aligned = addr.is_multiple_of(PAGE_BYTES) && len_bytes.is_multiple_of(PAGE_BYTES);
     if *len_bytes == 0 || !aligned || addr.checked_add(*len_bytes).is_none() {
         return Err(invalid(format!("Range [{addr:#x}, +{len_bytes:#x}) is empty, wraps, or is not page aligned")));
     }
-    let Some(buffer) = buffer else {
-        let needless = matches!(op, AccessOp::MakeExclusive | AccessOp::Map);
-        return if needless { Ok(None) } else { Err(invalid(format!("{op:?} needs a buffer"))) };
-    };
-    let refused = |error: HookError| invalid(format!("The buffer is refused: {error}"));
-    memfd::check_sealed(buffer.as_fd(), *len_bytes).map_err(refused)?;
-    Window::map(buffer.as_fd(), 0, *len_bytes, Prot::ReadWrite).map(Some).map_err(refused)
+    match buffer {
+        _ if wanted.needs_no_bytes() => Ok(None),
+        None => Err(invalid(format!("{op:?} needs a buffer"))),
+        Some(buffer) => Ok(Some(buffer)),
+    }
+}
+
+pub(super) fn buffer_refused(error: &HookError) -> WireError {
+    WireError::new(ErrorCode::Invalid, format!("The buffer is refused: {error}"))
 }
 
 /// Why a page could not be accessed.
@@ -68,8 +69,13 @@ impl From<std::io::Error> for TransferError {
     }
 }
 
-/// One page.
-pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_>) -> Result<(), TransferError> {
+/// One page. `alone`: nobody else changes a frame meanwhile.
+pub(super) fn transfer(
+    access: &Access,
+    memory: Option<&Window>,
+    place: Place<'_>,
+    alone: bool,
+) -> Result<(), TransferError> {
     let (Some(buffer), op) = (&access.buffer, access.wanted.op) else { return Ok(()) };
     let at = access.done_pages * PAGE_BYTES;
     let (bytes, offset) = match place {
@@ -92,7 +98,7 @@ pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_
                     let text = "it is a page of a file, where nothing can be added atomically".into();
                     return Err(TransferError { code: ErrorCode::Invalid, text });
                 }
-                AccessOp::MakeExclusive | AccessOp::Map => {}
+                AccessOp::MakeExclusive | AccessOp::Map | AccessOp::MapForWrite => {}
             }
             return Ok(());
         }
@@ -100,13 +106,20 @@ pub(super) fn transfer(access: &Access, memory: Option<&Window>, place: Place<'_
     match op {
         AccessOp::Read | AccessOp::Peek => bytes.copy_to(offset, buffer, at, PAGE_BYTES)?,
         AccessOp::Write => buffer.copy_to(at, bytes, offset, PAGE_BYTES)?,
+        AccessOp::FetchAdd(value) if alone && matches!(place, Place::Frame(_)) => {
+            let mut words = [0u64; PAGE_BYTES as usize / 8];
+            bytes.read_words(offset, &mut words)?;
+            buffer.write_words(at, &words)?;
+            words.iter_mut().for_each(|word| *word = word.wrapping_add(value));
+            bytes.write_words(offset, &words)?;
+        }
         AccessOp::FetchAdd(value) => {
             for word in (0..PAGE_BYTES).step_by(8) {
                 let before = bytes.atomic_u64(offset + word)?.fetch_add(value, Ordering::SeqCst);
                 buffer.store_u64(at + word, before)?;
             }
         }
-        AccessOp::MakeExclusive | AccessOp::Map => {}
+        AccessOp::MakeExclusive | AccessOp::Map | AccessOp::MapForWrite => {}
     }
     Ok(())
 }
@@ -116,6 +129,7 @@ mod tests {
     use std::sync::Arc;
 
     use uhmm_ipc::message::TraceId;
+    use uhmm_kernel_hook::memfd;
 
     use super::*;
 
@@ -135,7 +149,6 @@ mod tests {
             wanted(4096, 100, AccessOp::Read, Some(4096)),
             wanted(u64::MAX - 4095, 8192, AccessOp::Read, Some(8192)),
             wanted(4096, 8192, AccessOp::Write, None),
-            wanted(4096, 8192, AccessOp::Write, Some(4096)),
         ] {
             assert_eq!(ok(bad), Err(ErrorCode::Invalid));
         }
@@ -145,20 +158,14 @@ mod tests {
     fn an_addition_returns_the_words_from_before() {
         let memory = Window::anonymous(8192).unwrap();
         memory.store_u64(4096 + 8, 5).unwrap();
+        let buffer = Arc::new(Window::anonymous(4096).unwrap());
         let of = wanted(0, 4096, AccessOp::FetchAdd(u64::MAX), Some(4096));
-        let buffer = check(&of).unwrap();
-        let buffer = buffer.map(Arc::new);
-        let access = Access {
-            wanted: of,
-            buffer,
-            done_pages: 0,
-            fault_count: 0,
-            covered_end: 0,
-            stall: None,
-            trace: TraceId(0),
-        };
-        transfer(&access, Some(&memory), Place::Frame(1)).unwrap();
-        assert_eq!((memory.load_u64(4096).unwrap(), memory.load_u64(4096 + 8).unwrap()), (u64::MAX, 4));
-        assert_eq!(access.buffer.unwrap().load_u64(8).unwrap(), 5);
+        let access = Access::new(of, Some(buffer.clone()), TraceId(0));
+        for (alone, second) in [(false, 4), (true, 3)] {
+            transfer(&access, Some(&memory), Place::Frame(1), alone).unwrap();
+            assert_eq!(memory.load_u64(4096 + 8).unwrap(), second);
+            assert_eq!(buffer.load_u64(8).unwrap(), second + 1);
+        }
+        assert_eq!((memory.load_u64(4096).unwrap(), buffer.load_u64(0).unwrap()), (u64::MAX - 1, u64::MAX));
     }
 }

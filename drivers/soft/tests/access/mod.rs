@@ -1,9 +1,9 @@
 //! Direct accesses (`Access` calls) to the soft device, with and without an aperture, against a supervisor, a pager and a mirror
 //! played by the test.
 
-use crate::common::{AT, AnyError, FIRST_FRAME, PAGE_BYTES, PAGES, REGION, SPACE, World, submit};
+use crate::common::{AT, AnyError, FIRST_FRAME, PAGE_BYTES, PAGES, REGION, SPACE, World, submit, submit_with};
 use crate::{WITH_APERTURE, WITHOUT_APERTURE};
-use uhmm_ipc::message::driver::{AccessOp, Call, Reply};
+use uhmm_ipc::message::driver::{AccessOp, Call, JobRange, Reply};
 use uhmm_ipc::message::{ErrorCode, mirror};
 
 /// Pages and faults of an access.
@@ -164,4 +164,68 @@ fn integration_the_engine_adds_only_while_no_kernel_of_the_space_runs() -> Resul
         assert!(!world.done.contains_key(&endless));
         Ok(())
     })
+}
+
+fn pages(first: u64, count: u64, write: bool) -> JobRange {
+    JobRange { addr: AT + first * PAGE_BYTES, len_bytes: count * PAGE_BYTES, write }
+}
+
+fn faults_of(reply: &Reply) -> Option<u64> {
+    if let Reply::Finished { fault_count, .. } = reply { Some(*fault_count) } else { None }
+}
+
+/// A job finds there what it has named; what it may not have is no reason for it not to run.
+fn ranges_come_first(world: &mut World) -> Result<(), AnyError> {
+    world.open_queue()??;
+    world.busy = 1;
+    let args = [AT, 200 * PAGE_BYTES];
+    let ranges = vec![pages(0, 150, false), pages(150, 50, false)];
+    let done = world.call(submit_with("sum", &args, ranges))??;
+    assert_eq!(faults_of(&done), Some(0));
+    assert_eq!(
+        world.ranges,
+        [(0, 150, false), (0, 150, false), (150, 50, false)],
+        "asked for as ranges, one after the other"
+    );
+    world.ranges.clear();
+    let asked = world.asked.len();
+    assert_eq!(faults_of(&world.call(submit_with("sum", &args, vec![pages(0, 200, false)]))??), Some(0));
+    assert_eq!(world.asked.len(), asked, "all of it is there");
+
+    world.write_refused = true;
+    let behind = PAGES * PAGE_BYTES + AT;
+    let ranges = vec![pages(210, 10, true), JobRange { addr: behind, ..pages(0, 4, false) }];
+    let done = world.call(submit_with("sum", &[AT + 210 * PAGE_BYTES, PAGE_BYTES], ranges))??;
+    assert!(faults_of(&done).is_some_and(|count| count > 0), "it reads what it may read: {done:?}");
+    let writes = world.call(submit_with("fill", &[AT + 230 * PAGE_BYTES, PAGE_BYTES, 1], vec![pages(230, 1, true)]))?;
+    assert_eq!(
+        writes.map_err(|error| error.code).err(),
+        Some(ErrorCode::Permission),
+        "and fails where it may not write"
+    );
+    world.write_refused = false;
+
+    for bad in [JobRange { addr: AT + 1, ..pages(0, 1, false) }, JobRange { len_bytes: 0, ..pages(0, 1, false) }] {
+        let refused = world.call(submit_with("sum", &args, vec![bad]))?;
+        assert_eq!(refused.map_err(|error| error.code).err(), Some(ErrorCode::Invalid), "{bad:?}");
+    }
+    // One that waits for its range ends with its space, and has not begun.
+    world.busy = u32::MAX;
+    let waits = world.send(submit_with("fill", &[AT, PAGE_BYTES, 7], vec![pages(240, 1, true)]));
+    let asked = world.asked.len();
+    world.turn_until("its range is asked for", |world| world.asked.len() > asked)?;
+    world.mirror_says(mirror::Event::SpaceGone { space: SPACE })?;
+    assert_eq!(world.answer(waits)?.map_err(|error| error.code).err(), Some(ErrorCode::NotFound));
+    Ok(())
+}
+
+#[test]
+fn integration_a_job_finds_its_ranges_there_with_an_aperture() -> Result<(), AnyError> {
+    World::play("access::integration_a_job_finds_its_ranges_there_with_an_aperture", WITH_APERTURE, ranges_come_first)
+}
+
+#[test]
+fn integration_a_job_finds_its_ranges_there_without_an_aperture() -> Result<(), AnyError> {
+    let test = "access::integration_a_job_finds_its_ranges_there_without_an_aperture";
+    World::play(test, WITHOUT_APERTURE, ranges_come_first)
 }

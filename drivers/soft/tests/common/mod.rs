@@ -429,11 +429,17 @@ impl World {
 }
 
 pub fn submit(kernel: &str, args: &[u64]) -> driver::Call {
+    submit_with(kernel, args, Vec::new())
+}
+
+/// Of a job that names what it uses.
+pub fn submit_with(kernel: &str, args: &[u64], ranges: Vec<driver::JobRange>) -> driver::Call {
     driver::Call::Submit {
         space: SPACE,
         kernel: kernel.to_owned(),
         args: args.to_vec(),
         idempotent: kernel != "atomic_add",
+        ranges,
     }
 }
 

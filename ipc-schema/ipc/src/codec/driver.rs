@@ -1,15 +1,15 @@
 //! Driver interface.
 
-use capnp::primitive_list;
+use capnp::{primitive_list, struct_list};
 use uhmm_schema::common_capnp::{MAX_NAME_BYTES, MAX_TEXT_BYTES};
-use uhmm_schema::driver_capnp::{access, call, reply};
-use uhmm_schema::sdk_capnp::{MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
+use uhmm_schema::driver_capnp::{access, call, job_range, reply};
+use uhmm_schema::sdk_capnp::{MAX_JOB_RANGES, MAX_JOB_WORDS, MAX_KERNELS, MAX_TOKEN_BYTES};
 
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, in_len, in_text, out_data, out_len, out_text};
 use crate::message::Aperture;
-use crate::message::driver::{AccessOp, Call, CoherentMemory, Reply};
+use crate::message::driver::{AccessOp, Call, CoherentMemory, JobRange, Reply};
 
 pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSink) -> Result<(), EncodeError> {
     match from {
@@ -19,12 +19,19 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_space(*space);
             to.set_token(out_data("openQueue.token", token, MAX_TOKEN_BYTES)?);
         }
-        Call::Submit { space, kernel, args, idempotent } => {
+        Call::Submit { space, kernel, args, idempotent, ranges } => {
             let mut to = to.init_submit();
             to.set_space(*space);
             to.set_kernel(out_text("submit.kernel", kernel, MAX_NAME_BYTES)?);
             to.set_idempotent(*idempotent);
-            write_words(args, to.init_args(out_len("submit.args", args.len(), MAX_JOB_WORDS)?));
+            write_words(args, to.reborrow().init_args(out_len("submit.args", args.len(), MAX_JOB_WORDS)?));
+            let mut list = to.init_ranges(out_len("submit.ranges", ranges.len(), MAX_JOB_RANGES)?);
+            for (index, range) in ranges.iter().enumerate() {
+                let mut to = list.reborrow().get(index as u32);
+                to.set_addr(range.addr);
+                to.set_len_bytes(range.len_bytes);
+                to.set_write(range.write);
+            }
         }
         Call::Access { space, addr, len_bytes, op, buffer } => {
             let mut to = to.init_access();
@@ -40,6 +47,7 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
                 AccessOp::MakeExclusive => to.set_make_exclusive(()),
                 AccessOp::Map => to.set_map(()),
                 AccessOp::Peek => to.set_peek(()),
+                AccessOp::MapForWrite => to.set_map_for_write(()),
             }
         }
     }
@@ -63,6 +71,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
                 kernel: in_text("submit.kernel", from.get_kernel(), MAX_NAME_BYTES)?,
                 args: read_words("submit.args", from.get_args()?)?,
                 idempotent: from.get_idempotent(),
+                ranges: read_ranges(from.get_ranges()?)?,
             }
         }
         call::Access(from) => {
@@ -74,6 +83,7 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
                 access::op::MakeExclusive(()) => AccessOp::MakeExclusive,
                 access::op::Map(()) => AccessOp::Map,
                 access::op::Peek(()) => AccessOp::Peek,
+                access::op::MapForWrite(()) => AccessOp::MapForWrite,
             };
             let buffer = fds.take_optional("access.bufferFd", from.get_buffer_fd())?;
             let (space, addr, len_bytes) = (from.get_space(), from.get_addr(), from.get_len_bytes());
@@ -158,6 +168,15 @@ pub(super) fn read_reply(from: reply::Reader<'_>, fds: &mut FdSource) -> Result<
             }
         }
     })
+}
+
+fn read_ranges(from: struct_list::Reader<'_, job_range::Owned>) -> Result<Vec<JobRange>, DecodeError> {
+    in_len("submit.ranges", from.len(), MAX_JOB_RANGES)?;
+    let range = |from: job_range::Reader<'_>| {
+        let (addr, len_bytes, write) = (from.get_addr(), from.get_len_bytes(), from.get_write());
+        JobRange { addr, len_bytes, write }
+    };
+    Ok(from.iter().map(range).collect())
 }
 
 fn write_words(from: &[u64], mut to: primitive_list::Builder<'_, u64>) {

@@ -17,6 +17,19 @@ pub enum AccessOp {
     Map,
     /// Range to buffer, up to the first page that the device does not map: nothing is brought. NotFound when that is the first one.
     Peek,
+    /// As `Map`, so that the device may write the pages.
+    MapForWrite,
+}
+
+/// Whole pages that a job uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct JobRange {
+    /// First address, page aligned.
+    pub addr: u64,
+    /// Bytes, a multiple of the page size.
+    pub len_bytes: u64,
+    /// The job writes there.
+    pub write: bool,
 }
 
 /// Requests to a driver.
@@ -41,6 +54,8 @@ pub enum Call {
         args: Vec<u64>,
         /// The job may be run again from its start (it only reads, or writes absolute values).
         idempotent: bool,
+        /// What it uses: brought and mapped before it starts, as far as there is room; what is missing then is faulted in.
+        ranges: Vec<JobRange>,
     },
     /// Read or write a range through the device. Missing pages are faulted in with one range fault.
     Access {
@@ -52,7 +67,7 @@ pub enum Call {
         len_bytes: u64,
         /// What.
         op: AccessOp,
-        /// Sealed memfd of exactly `len_bytes`; `MakeExclusive` does not look at it.
+        /// Sealed memfd of at least `len_bytes`; where no bytes go nobody looks at it.
         buffer: Option<Fd>,
     },
 }

@@ -399,8 +399,13 @@ fn integration_a_server_that_answers_what_was_not_asked_loses_the_link_and_calls
     assert_eq!(fake.answer(), Answer::Closed);
     let _server = start(&place);
     assert_eq!(caller.until("the answer of a real server", |wake| done(wake, call)), Ok(()));
-    let unsent =
-        Call::Driver(driver::Call::Submit { space: 1, kernel: "x".repeat(300), args: Vec::new(), idempotent: true });
+    let unsent = Call::Driver(driver::Call::Submit {
+        space: 1,
+        kernel: "x".repeat(300),
+        args: Vec::new(),
+        idempotent: true,
+        ranges: Vec::new(),
+    });
     let call = caller.reactor.call(link, unsent, TraceId::default(), None);
     let refused = caller.until("our own bounds", |wake| done(wake, call));
     assert_eq!(refused.map_err(|error| error.code), Err(ErrorCode::Protocol));

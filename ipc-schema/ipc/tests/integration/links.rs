@@ -15,7 +15,13 @@ fn lookup(addr: u64) -> Call {
 }
 
 fn submit(kernel: &str, idempotent: bool) -> Call {
-    Call::Driver(driver::Call::Submit { space: 1, kernel: kernel.into(), args: vec![1, 2], idempotent })
+    Call::Driver(driver::Call::Submit {
+        space: 1,
+        kernel: kernel.into(),
+        args: vec![1, 2],
+        idempotent,
+        ranges: Vec::new(),
+    })
 }
 
 fn region(addr: u64, memory: &uhmm_ipc::message::Fd) -> Reply {
@@ -339,7 +345,13 @@ fn integration_a_call_that_is_too_large_for_the_peer_ends_and_the_link_goes_on()
     let mut caller = Caller::client(&place.path, Interface::Driver);
     let link = caller.link;
     let body = |count| {
-        Call::Driver(driver::Call::Submit { space: 1, kernel: "k".into(), args: vec![0; count], idempotent: true })
+        Call::Driver(driver::Call::Submit {
+            space: 1,
+            kernel: "k".into(),
+            args: vec![0; count],
+            idempotent: true,
+            ranges: Vec::new(),
+        })
     };
     for count in [1000, 2000, 1] {
         let call = caller.reactor.call(link, body(count), TraceId::default(), None);

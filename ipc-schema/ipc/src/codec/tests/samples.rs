@@ -241,15 +241,22 @@ fn mirror_calls() -> Vec<Call> {
 
 fn driver_calls() -> Vec<Call> {
     use driver::Call::*;
-    let submit = |idempotent| Submit { space: 1, kernel: "sum".into(), args: vec![1, u64::MAX, 3], idempotent };
+    let range = |write| driver::JobRange { addr: 4096, len_bytes: 8192, write };
+    let submit = |idempotent| Submit {
+        space: 1,
+        kernel: "sum".into(),
+        args: vec![1, u64::MAX, 3],
+        idempotent,
+        ranges: vec![range(true), range(false)],
+    };
     use driver::AccessOp::*;
-    let ops = [Read, Write, FetchAdd(u64::MAX), MakeExclusive, Map, Peek];
+    let ops = [Read, Write, FetchAdd(u64::MAX), MakeExclusive, Map, Peek, MapForWrite];
     let access = |op| Access {
         space: 1,
         addr: 4096,
         len_bytes: 8192,
         op,
-        buffer: (![MakeExclusive, Map].contains(&op)).then(|| fd(8192)),
+        buffer: (![MakeExclusive, Map, MapForWrite].contains(&op)).then(|| fd(8192)),
     };
     let simple = [Info, OpenQueue { space: 1, token: vec![3; 16] }, submit(true), submit(false)];
     simple.into_iter().chain(ops.map(access)).map(Call::Driver).collect()
