@@ -350,8 +350,8 @@ fn integration_nbd_connections_that_are_cut_cost_time_only() {
     let mut rng = Rng::new(7);
     for round in 0..rounds(8) {
         scene.fill(round);
+        let steps = rng.below(300_000);
         std::thread::scope(|scope| {
-            let steps = rng.below(300_000);
             let cutter = scope.spawn(|| {
                 for _ in 0..3 {
                     spin(steps);

@@ -114,7 +114,7 @@ impl Stubs {
     /// A call with a payload of 128 bytes (sixteen words), and its answer with the same.
     pub fn ask(&mut self) -> anyhow::Result<()> {
         let args = vec![7; PAYLOAD / 8];
-        let call = driver::Call::Submit { space: 1, kernel: "k".into(), args, idempotent: true };
+        let call = driver::Call::Submit { space: 1, kernel: "k".into(), args, idempotent: true, ranges: Vec::new() };
         let id = self.reactor.call(self.link, Call::Driver(call), TraceId::fresh(), None);
         loop {
             self.reactor.poll(None, &mut self.wakes)?;
