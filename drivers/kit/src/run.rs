@@ -40,7 +40,7 @@ use crate::job::JobBook;
 use crate::port::DevicePort;
 use crate::state::{Generation, STATE_NAME};
 use crate::stats::Stats;
-use crate::uplink::{Preamble, Restores, Uplink, Upstream};
+use crate::uplink::{Restores, Uplink, Upstream};
 
 /// Vault names of every driver begin with this.
 const VAULT_PREFIX: &str = "driver/";
@@ -327,7 +327,7 @@ impl<D: Driver> DriverLoop<D> {
             }
             Wake::LinkUp { link, reconnected, .. } => self.link_up(link, reconnected),
             Wake::LinkDown { link } => self.link_down(link)?,
-            Wake::Preamble { link, index, result } => self.preamble_answered(link, index, &result),
+            Wake::Preamble { link, call, result } => self.preamble_answered(link, &call, &result),
             Wake::Timer(token) => self.timer_fired(token),
             // Device events are drained after every batch.
             _ => {}
@@ -359,13 +359,8 @@ impl<D: Driver> DriverLoop<D> {
     }
 
     fn link_up(&mut self, link: uhmm_ipc::LinkId, reconnected: bool) {
-        if link == self.mirror.link {
-            self.mirror.up();
-        } else if link == self.pager.link {
-            self.pager.up();
-            if reconnected {
-                self.open_spaces_again();
-            }
+        if link == self.pager.link && reconnected {
+            self.open_spaces_again();
         }
     }
 
@@ -397,14 +392,15 @@ impl<D: Driver> DriverLoop<D> {
     }
 
     /// A refusal says that something of ours is gone upstream: forget it, and begin the session anew without it.
-    fn preamble_answered(&mut self, link: uhmm_ipc::LinkId, index: usize, result: &Result<Reply, WireError>) {
+    fn preamble_answered(&mut self, link: uhmm_ipc::LinkId, call: &Call, result: &Result<Reply, WireError>) {
+        let item = self.restored_by(call);
         let uplink = match link {
             link if link == self.mirror.link => &mut self.mirror,
             link if link == self.pager.link => &mut self.pager,
             _ => return,
         };
         let upstream = uplink.upstream;
-        let refused = uplink.preamble_answered(index, result);
+        let refused = uplink.preamble_answered(item, result);
         if let (Some(item), Err(error)) = (refused, result) {
             tracing::warn!(?upstream, ?item, %error, "Session refused: trying again without it");
             match item {
@@ -416,6 +412,22 @@ impl<D: Driver> DriverLoop<D> {
             self.after(pause, Due::Relink(upstream));
         }
         self.maybe_ready();
+    }
+
+    /// What a call of a preamble restores. Its region may have gone since that preamble was made.
+    fn restored_by(&self, call: &Call) -> Restores {
+        match call {
+            Call::Mirror(mirror::Call::Open { space, .. }) => Restores::Space(*space),
+            Call::Mirror(mirror::Call::Lookup { space, addr }) => {
+                let mut regions = self.regions.iter();
+                let found = regions.find(|(key, region)| key.space == *space && region.map.addr == *addr);
+                found.map_or(Restores::Nothing, |(key, _)| Restores::Region(*key))
+            }
+            Call::Pager(pager::Call::AttachTable { space, region, .. }) => {
+                Restores::Region(RegionKey { space: *space, region: *region })
+            }
+            _ => Restores::Login,
+        }
     }
 
     fn relink(&mut self, upstream: Upstream) {
@@ -441,20 +453,20 @@ impl<D: Driver> DriverLoop<D> {
     }
 
     /// What a new connection to mirror and to pager begins with, as of now.
-    fn preambles(&self) -> (Preamble, Preamble) {
+    fn preambles(&self) -> (Vec<Call>, Vec<Call>) {
         let mut mirror = vec![mirror_login(self.shown.device)];
         for (space, token) in &self.spaces {
             let open = mirror::Call::Open { space: *space, token: token.clone() };
-            mirror.push((Restores::Space(*space), Call::Mirror(open)));
+            mirror.push(Call::Mirror(open));
         }
         let mut pager = vec![self.shown.login(self.copy.as_ref().map(CopyService::ring))];
         for (key, region) in &self.regions {
             // A mirror that was restarted knows no intervals: it learns them from lookups.
             let lookup = mirror::Call::Lookup { space: key.space, addr: region.map.addr };
-            mirror.push((Restores::Region(*key), Call::Mirror(lookup)));
+            mirror.push(Call::Mirror(lookup));
             if let Some(table) = &region.table {
                 let attach = pager::Call::AttachTable { space: key.space, region: key.region, table: table.clone() };
-                pager.push((Restores::Region(*key), Call::Pager(attach)));
+                pager.push(Call::Pager(attach));
             }
         }
         (mirror, pager)
@@ -510,7 +522,7 @@ impl<D: Driver> DriverLoop<D> {
 }
 
 impl MemoryShown {
-    fn login(&self, copy_ring: Option<pager::CopyRing>) -> (Restores, Call) {
+    fn login(&self, copy_ring: Option<pager::CopyRing>) -> Call {
         let login = pager::Call::DriverLogin {
             device: self.device,
             generation: self.generation,
@@ -519,12 +531,12 @@ impl MemoryShown {
             gate: self.gate.clone(),
             copy_ring,
         };
-        (Restores::Login, Call::Pager(login))
+        Call::Pager(login)
     }
 }
 
-fn mirror_login(device: u8) -> (Restores, Call) {
-    (Restores::Login, Call::Mirror(mirror::Call::Login { device }))
+fn mirror_login(device: u8) -> Call {
+    Call::Mirror(mirror::Call::Login { device })
 }
 
 /// Returns after the supervisor has acknowledged everything: from then on the memory outlives this process. Gives back what

@@ -27,9 +27,6 @@ pub(crate) enum Restores {
     Nothing,
 }
 
-/// First calls of a connection, and what each restores.
-pub(crate) type Preamble = Vec<(Restores, Call)>;
-
 /// The other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Upstream {
@@ -60,40 +57,29 @@ pub(crate) struct Uplink {
     pub(crate) upstream: Upstream,
     pub(crate) link: LinkId,
     pub(crate) logged_in: bool,
-    items: Vec<Restores>,
-    /// The items of the preamble that the present connection runs; later changes do not move its indices.
-    running: Option<Vec<Restores>>,
     refused: bool,
 }
 
 impl Uplink {
     /// Connects; the preamble is set before the loop polls next, so that no connection goes without it.
-    pub(crate) fn open(service: &mut Service, upstream: Upstream, preamble: Preamble) -> Self {
+    pub(crate) fn open(service: &mut Service, upstream: Upstream, preamble: Vec<Call>) -> Self {
         let link = connect(service, upstream);
-        let mut uplink = Self { upstream, link, logged_in: false, items: Vec::new(), running: None, refused: false };
+        let uplink = Self { upstream, link, logged_in: false, refused: false };
         uplink.set_preamble(service, preamble);
         uplink
     }
 
     /// What the next connection begins with.
-    pub(crate) fn set_preamble(&mut self, service: &mut Service, preamble: Preamble) {
-        let (items, calls) = preamble.into_iter().unzip();
-        self.items = items;
-        service.reactor.set_preamble(self.link, calls);
-    }
-
-    pub(crate) fn up(&mut self) {
-        self.running = Some(self.items.clone());
+    pub(crate) fn set_preamble(&self, service: &mut Service, preamble: Vec<Call>) {
+        service.reactor.set_preamble(self.link, preamble);
     }
 
     pub(crate) fn down(&mut self) {
-        self.running = None;
         self.logged_in = false;
     }
 
-    /// An answer of the preamble. Returns what was refused, first refusal of this connection only.
-    pub(crate) fn preamble_answered(&mut self, index: usize, result: &Result<Reply, WireError>) -> Option<Restores> {
-        let item = self.running.as_ref().unwrap_or(&self.items).get(index).copied().unwrap_or(Restores::Login);
+    /// An answer of the preamble, to a call that restores `item`. Returns what was refused, first refusal of this connection only.
+    pub(crate) fn preamble_answered(&mut self, item: Restores, result: &Result<Reply, WireError>) -> Option<Restores> {
         match result {
             Ok(_) => {
                 self.logged_in |= item == Restores::Login;
@@ -121,7 +107,7 @@ impl Uplink {
     }
 
     /// Drops the refused connection and makes a new one; its unanswered calls never end by themselves.
-    pub(crate) fn reconnect(&mut self, service: &mut Service, preamble: Preamble) {
+    pub(crate) fn reconnect(&mut self, service: &mut Service, preamble: Vec<Call>) {
         service.reactor.drop_link(self.link);
         self.link = connect(service, self.upstream);
         self.refused = false;

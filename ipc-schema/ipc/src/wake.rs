@@ -101,8 +101,8 @@ pub enum Wake {
     Preamble {
         /// Which link.
         link: LinkId,
-        /// Index in the list given to [`set_preamble`](crate::Reactor::set_preamble).
-        index: usize,
+        /// The call. The list of today may be another one than that of this connection.
+        call: Call,
         /// The answer.
         result: Result<Reply, WireError>,
     },

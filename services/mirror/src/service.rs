@@ -55,10 +55,6 @@ struct Mirror {
     waiting: HashMap<CallId, Waiting>,
     /// What a new pager must be told: it does not keep who mirrors whom.
     tokens: BTreeMap<(u64, u8), Vec<u8>>,
-    /// What the calls of the next connection to the pager open, in order; the first call is the login.
-    preamble: Vec<(u64, u8)>,
-    /// The same of the present connection: later changes do not move its indices.
-    running: Vec<(u64, u8)>,
     actions: Vec<Action>,
     /// How invalidations began that are not through, for the record.
     invalidations: HashMap<u64, record::Event>,
@@ -79,8 +75,6 @@ pub fn run(args: ServiceArgs) -> Result<(), MirrorError> {
         sessions: HashMap::new(),
         waiting: HashMap::new(),
         tokens: BTreeMap::new(),
-        preamble: Vec::new(),
-        running: Vec::new(),
         actions: Vec::new(),
         invalidations: HashMap::new(),
         started: Instant::now(),
@@ -124,7 +118,6 @@ impl Mirror {
             Wake::Call { conn, call, trace, body, .. } => self.called(conn, call, trace, body),
             Wake::Done { link, call, result } if link == self.pager => self.answered(call, result),
             Wake::Event { link, body: Event::Pager(event), .. } if link == self.pager => self.pager_event(event),
-            Wake::LinkUp { link, .. } if link == self.pager => self.running.clone_from(&self.preamble),
             Wake::LinkDown { link } if link == self.pager => self.core.pager_lost(),
             Wake::Timer(TIMER_LOGIN) => self.reconnect(),
             Wake::Timer(TIMER_DEADLINE) => {
@@ -133,8 +126,8 @@ impl Mirror {
                 self.core.tick(now_ms, &mut self.actions);
                 self.act();
             }
-            Wake::Preamble { link, index, result: Err(error) } if link == self.pager => {
-                self.session_refused(index, &error);
+            Wake::Preamble { link, call, result: Err(error) } if link == self.pager => {
+                self.session_refused(&call, &error);
             }
             _ => {}
         }
@@ -142,8 +135,8 @@ impl Mirror {
 
     /// Something that the first calls named is gone at the pager: a client that died while neither of the two looked. It is
     /// forgotten, and the session begins anew without it.
-    fn session_refused(&mut self, index: usize, error: &WireError) {
-        let Some((space, device)) = index.checked_sub(1).and_then(|at| self.running.get(at)).copied() else {
+    fn session_refused(&mut self, call: &Call, error: &WireError) {
+        let Call::Pager(pager::Call::OpenMirror { space, device, .. }) = *call else {
             tracing::warn!(%error, "The pager refused the mirror's login: trying again");
             self.service.reactor.add_timer(LOGIN_PAUSE, TIMER_LOGIN);
             return;
@@ -304,7 +297,6 @@ impl Mirror {
 
     /// Login, then every open mirror, on each new connection to the pager.
     fn update_preamble(&mut self) {
-        self.preamble = self.tokens.keys().copied().collect();
         let open = self.tokens.iter().map(|((space, device), token)| {
             Call::Pager(pager::Call::OpenMirror { space: *space, token: token.clone(), device: *device })
         });

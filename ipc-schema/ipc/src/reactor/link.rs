@@ -58,6 +58,9 @@ pub(super) struct Link {
     pub(super) phase: Phase,
     pub(super) channel: Option<Channel>,
     pub(super) preamble: Vec<Call>,
+    /// The preamble of the present connection, as it was at its handshake: a list that changes while its calls are made one after the other
+    /// would lose some of them.
+    pub(super) running: Vec<Call>,
     /// Every call that has not ended, oldest first.
     pub(super) calls: BTreeMap<u64, Pending>,
     /// Those of them that are not sent, in sending order. May name calls that ended meanwhile.
@@ -119,6 +122,7 @@ impl Reactor {
             phase: Phase::Down,
             channel: None,
             preamble: Vec::new(),
+            running: Vec::new(),
             calls: BTreeMap::new(),
             unsent: VecDeque::new(),
             abandoned: HashSet::new(),
@@ -136,7 +140,7 @@ impl Reactor {
     }
 
     /// Calls to be made first on every new connection of the link, one after the other, each awaited: login, attach. Takes
-    /// effect with the next handshake; set it right after [`link`](Self::link). Results come as [`Wake::Preamble`].
+    /// effect with the next handshake, whatever the present connection is doing; set it right after [`link`](Self::link). Results come as [`Wake::Preamble`].
     pub fn set_preamble(&mut self, link: LinkId, calls: Vec<Call>) {
         if let Some(link) = find_link(&mut self.links, link) {
             link.preamble = calls;
@@ -317,6 +321,9 @@ impl Reactor {
         link.complaint.clear();
         let reconnected = std::mem::replace(&mut link.ever_up, true);
         self.shared.wakes.push(Wake::LinkUp { link: id, welcome, reconnected });
+        if let Some(link) = find_link(&mut self.links, id) {
+            link.running.clone_from(&link.preamble);
+        }
         self.run_preamble(id, 0);
         Ok(())
     }
@@ -337,7 +344,7 @@ impl Reactor {
     /// Sends the preamble call `index`, or lets the queue go when there are no more.
     pub(super) fn run_preamble(&mut self, id: LinkId, index: usize) {
         let Some(link) = find_link(&mut self.links, id) else { return };
-        let Some(body) = link.preamble.get(index).cloned() else {
+        let Some(body) = link.running.get(index).cloned() else {
             link.phase = Phase::Up;
             return self.pump(id);
         };

@@ -192,7 +192,7 @@ impl Reactor {
             return;
         };
         let failed = result.as_ref().err().cloned();
-        self.shared.wakes.push(Wake::Preamble { link: id, index, result });
+        self.shared.wakes.push(Wake::Preamble { link: id, call: pending.body, result });
         match failed {
             None => self.run_preamble(id, index + 1),
             Some(error) => {

@@ -208,17 +208,19 @@ fn integration_a_link_waits_for_a_service_that_does_not_exist_yet() {
     assert_eq!(caller.until("an answer", done(call)), Err(ErrorCode::NotFound));
 }
 
+/// Tells what it is asked.
+fn log(told: mpsc::Sender<String>) -> impl FnMut(&mut Reactor, Wake) + Send + 'static {
+    move |reactor, wake| {
+        if let Wake::Call { conn, call, body: Call::Mirror(body), .. } = wake {
+            told.send(format!("{body:?}")).expect("the test listens");
+            reactor.reply(conn, call, Ok(Reply::Mirror(mirror::Reply::Done)));
+        }
+    }
+}
+
 #[test]
 fn integration_the_preamble_comes_first_on_every_connection_and_in_order() {
     let place = Place::new();
-    let log = |told: mpsc::Sender<String>| {
-        move |reactor: &mut Reactor, wake: Wake| {
-            if let Wake::Call { conn, call, body: Call::Mirror(body), .. } = wake {
-                told.send(format!("{body:?}")).expect("the test listens");
-                reactor.reply(conn, call, Ok(Reply::Mirror(mirror::Reply::Done)));
-            }
-        }
-    };
     let (told, calls) = mpsc::channel();
     let server = Server::start(&place, Interface::Mirror, 1, log(told.clone()));
     let mut caller = Caller::client(&place.path, Interface::Mirror);
@@ -240,11 +242,34 @@ fn integration_the_preamble_comes_first_on_every_connection_and_in_order() {
     let mut indices = Vec::new();
     for _ in 0..4 {
         indices.push(caller.until("a preamble result", |wake| match wake {
-            Wake::Preamble { index, result: Ok(_), .. } => Some(*index),
+            Wake::Preamble { call: Call::Mirror(call), result: Ok(_), .. } => Some(format!("{call:?}")),
             _ => None,
         }));
     }
-    assert_eq!(indices, [0, 1, 0, 1]);
+    let both = &expected[..2];
+    assert_eq!(indices, [both, both].concat());
+}
+
+/// The owner's list may become shorter while the calls of a connection are made: each of that connection's is made all the same.
+#[test]
+fn integration_a_preamble_that_is_changed_while_it_runs_loses_no_call() {
+    let place = Place::new();
+    let (told, calls) = mpsc::channel();
+    let _server = Server::start(&place, Interface::Mirror, 1, log(told));
+    let mut caller = Caller::client(&place.path, Interface::Mirror);
+    let link = caller.link;
+    let close = |space| Call::Mirror(mirror::Call::Close { space });
+    caller.reactor.set_preamble(link, vec![close(1), close(2), close(3)]);
+    let first = |wake: &Wake| {
+        matches!(wake, Wake::Preamble { call: Call::Mirror(mirror::Call::Close { space: 1 }), .. }).then_some(())
+    };
+    caller.until("the first call", first);
+    // What the first call was about is gone.
+    caller.reactor.set_preamble(link, vec![close(2), close(3)]);
+    let ack = caller.reactor.call(link, Call::Mirror(mirror::Call::Ack { id: 4 }), TraceId::default(), None);
+    assert!(caller.until("an answer", done(ack)).is_ok());
+    let order: Vec<String> = calls.try_iter().collect();
+    assert_eq!(order, ["Close { space: 1 }", "Close { space: 2 }", "Close { space: 3 }", "Ack { id: 4 }"]);
 }
 
 #[test]
@@ -270,7 +295,8 @@ fn integration_a_failed_preamble_ends_queued_and_later_calls_until_the_link_is_r
     let later = caller.reactor.call(link, ack.clone(), TraceId::default(), None);
     assert_eq!(caller.until("the later call's end", done(later)), Err(ErrorCode::Busy));
     caller.until("the preamble's error", |wake| {
-        matches!(wake, Wake::Preamble { index: 0, result: Err(_), .. }).then_some(())
+        matches!(wake, Wake::Preamble { call: Call::Mirror(mirror::Call::Login { .. }), result: Err(_), .. })
+            .then_some(())
     });
     caller.reactor.reset_link(link);
     let after = caller.reactor.call(link, ack, TraceId::default(), None);
