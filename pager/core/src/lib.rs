@@ -22,6 +22,7 @@
 mod across;
 mod attr;
 mod clock;
+mod clones;
 mod coherent;
 mod core;
 mod discard;

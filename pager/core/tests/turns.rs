@@ -361,3 +361,76 @@ fn a_frame_that_one_of_two_gives_back_before_the_other_has_claimed_it_stays_the_
         assert_eq!(large.machine.entry(CLIENT, 3).state(), PageState::Device);
     }
 }
+
+const CHILD: RegionId = RegionId(6);
+
+fn fork() -> Event {
+    Event::Forked { parent: LARGE, child: CHILD, space: SpaceId(9) }
+}
+
+#[test]
+fn a_fork_takes_a_part_of_the_pages_each_turn_and_others_go_on() {
+    let mut large = Large::on_a_device();
+    large.most = 0;
+    large.machine.send(region_added(CLIENT, 2));
+    let actions = large.send(fork());
+    assert!(!actions.iter().any(|action| matches!(action, Action::Cloned { .. })));
+    large.machine.send(pin());
+    let turns = turns(&mut large.machine);
+    assert!(turns <= 8, "somebody else waits for {turns} turns");
+    assert!(large.machine.core.stands_still(LARGE), "it is not done yet");
+    large.settle();
+    assert!(!large.machine.core.stands_still(LARGE));
+    assert!(large.most <= TURN_PAGES, "{} pages in one turn", large.most);
+    let shared = |region, page| {
+        let entry = large.machine.entry(region, page);
+        entry.state() == PageState::Device && entry.shared() && u64::from(entry.frame()) == page
+    };
+    assert!((0..LARGE_PAGES).all(|page| shared(LARGE, page) && shared(CHILD, page)));
+}
+
+#[test]
+fn devices_let_go_of_a_part_before_it_is_shared_and_whatever_is_told_of_a_forking_parent_comes_after_the_fork() {
+    let mut large = Large::on_a_device();
+    let (pages, device, fault_page) = (Pages { first: 0, count: LARGE_PAGES }, DeviceId(0), 0);
+    let (write, whole, exclusive) = (true, true, false);
+    large.send(Event::Resolve { req: ASKED, region: LARGE, pages, fault_page, device, write, whole, exclusive });
+    large.settle();
+    assert_ne!(large.machine.entry(LARGE, 0).mapped_mask(), 0);
+    large.most = 0;
+    let mut actions = large.send(fork());
+    let dropped = Pages { first: LARGE_PAGES - 10, count: 10 };
+    assert!(large.send(Event::Removed { region: LARGE, pages: dropped }).is_empty(), "it is put off");
+    while large.machine.core.has_runnable_work() {
+        actions.extend(large.send(Event::Tick));
+    }
+    assert!(large.most <= TURN_PAGES, "{} pages in one turn", large.most);
+    let mut let_go = 0;
+    for action in &actions {
+        match action {
+            Action::Revoke { pages, .. } if pages.first <= let_go => let_go = pages.end(),
+            Action::Publish { region: CHILD, first, entries: EntryRun::Frames { count, .. } } => {
+                assert!(let_go >= LARGE_PAGES / 2 || first + count <= let_go, "page {first} is shared and mapped");
+            }
+            _ => {}
+        }
+    }
+    assert!(let_go > 0 && large.machine.entry(LARGE, 0).mapped_mask() == 0);
+    let states = |region| [0, LARGE_PAGES - 1].map(|page| large.machine.entry(region, page).state());
+    assert_eq!(states(CHILD), [PageState::Device; 2], "the child has what was dropped after the fork");
+    assert_eq!(states(LARGE), [PageState::Device, PageState::Absent]);
+}
+
+#[test]
+fn a_child_that_ends_before_it_has_its_entries_is_gone_at_once_and_leaves_nothing() {
+    let mut large = Large::on_a_device();
+    large.send(fork());
+    large.send(Event::RegionFree { req: None, region: CHILD });
+    let turns = large.settle();
+    assert!(turns < 20, "{turns} turns");
+    assert!(!large.machine.core.stands_still(LARGE));
+    large.machine.advise(Attr::default().with_granularity(Some(40)));
+    large.send(Event::CpuFault { region: LARGE, page: 0, write: true, wp: false, minor: false });
+    large.settle();
+    assert_eq!(large.machine.core.frame_counts(DeviceId(0)), Some((1 << 17, 1 << 17)), "all frames are free again");
+}

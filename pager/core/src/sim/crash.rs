@@ -19,7 +19,10 @@ impl Simulator {
                 self.world.leave_over(&pending);
             }
         }
-        let read = std::mem::take(&mut self.world.events);
+        let mut read = std::mem::take(&mut self.world.events);
+        let is_told = |fork: &Event| read.contains(fork);
+        let unfinished: Vec<_> = self.world.unfinished_forks().into_iter().filter(|fork| !is_told(fork)).collect();
+        unfinished.into_iter().for_each(|fork| read.push_front(fork));
         self.world.tidy_scratch();
         self.world.check()?;
         self.world.open.clear();
@@ -74,7 +77,9 @@ impl Simulator {
 
     /// The pager dies while it deals with this event.
     pub(super) fn keep(&mut self, event: &Event) {
-        if self.is_kept(event) {
+        // What was put off it has not dealt with, and a clone that is complete is not told again.
+        let is_done = matches!(event, Event::Forked { child, .. } if self.world.regions.get(child).is_some_and(|region| region.complete));
+        if self.is_kept(event) && !is_done {
             self.world.events.push_front(event.clone());
         }
     }
