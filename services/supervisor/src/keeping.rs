@@ -450,3 +450,31 @@ fn text_of(error: &dyn std::error::Error) -> String {
     let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
     format!("{error}{source}")
 }
+
+#[cfg(test)]
+mod tests {
+    use uhmm_ipc::message::Role;
+    use uhmm_ipc::{Identity, Limits};
+
+    use super::*;
+
+    /// A holder that is there and never answers.
+    #[test]
+    fn what_is_told_while_the_holder_is_asked_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("holder.sock");
+        let _silent = SeqListener::bind(&path).unwrap();
+        let limits = Limits::default();
+        let identity =
+            Identity { name: "supervisor".into(), role: Role::Supervisor, incarnation: 1, interface: None, limits };
+        let mut reactor = Reactor::new(identity).unwrap();
+        let link = reactor.link(Endpoint { path, interface: Interface::Supervisor, key: Vec::new() });
+        reactor.add_timer(Duration::ZERO, TIMER_HOLDER);
+        let until = Instant::now() + Duration::from_millis(50);
+        let answered = answer(&mut reactor, link, Call::Common(common::Call::Stats), until).unwrap();
+        assert!(answered.is_none(), "it ends at the deadline: {answered:?}");
+        let mut wakes = Vec::new();
+        reactor.poll(Some(Duration::ZERO), &mut wakes).unwrap();
+        assert!(wakes.iter().any(|wake| matches!(wake, Wake::Timer(TIMER_HOLDER))), "{wakes:?}");
+    }
+}
