@@ -30,7 +30,9 @@ impl Kind {
 
     /// `nbdkit`: its filters, plugin and their options.
     pub fn nbdkit(args: &[&str]) -> Self {
-        let own = ["--foreground", "--exit-with-parent", "--unix", "SOCKET"];
+        // Not with its parent: that is the thread which has started it.
+        // One thread a connection: with more, 1.32 (Debian 12) fails an assertion when a client goes in the middle of requests.
+        let own = ["--foreground", "--threads=1", "--unix", "SOCKET"];
         Self::packaged("nbdkit", "nbdkit", &own, args)
     }
 

@@ -372,8 +372,8 @@ fn integration_nbd_connections_that_are_cut_cost_time_only() {
 #[test]
 fn integration_nbd_a_moody_server_loses_nothing() {
     let moods = [
-        "error=10",
-        "full=10",
+        "error=3",
+        "full=3",
         "delay=10",
         "reorder=100",
         "cut=4",
@@ -403,7 +403,8 @@ fn integration_nbd_a_server_that_lies_never_shows_a_wrong_byte() {
     let args: Vec<&str> = moods.iter().flat_map(|mood| ["--fault", mood]).collect();
     let args = [&["--memory", "64MiB", "--late-ms", "200"], &args[..]].concat();
     let server = BlockServer::start(Kind::ours(&args));
-    let scene = Scene::over(&[&server], QUICK);
+    // Short patience: a connection with a request that is not answered is given up after 5 s.
+    let scene = Scene::over(&[&server], &format!("{QUICK}\npatience_s = 10"));
     let mut all_lost = 0;
     for seed in 1..rounds(8) {
         let region = scene.session.allocate(LEN).expect("region");
@@ -551,10 +552,11 @@ fn integration_nbd_what_cannot_be_had_is_refused_at_the_start() {
     refused(url, SIZE, "it has no export of that name");
     let server = BlockServer::start(Kind::qemu(&["--export-name=far0", "--format=raw", "FILE"]));
     refused(server.url(), SIZE, "it refuses export");
-    let server =
-        BlockServer::start(Kind::nbdkit(&["--filter=blocksize-policy", "memory", "64M", "blocksize-minimum=64k"]));
+    let large = ["blocksize-minimum=64k", "blocksize-preferred=64k", "blocksize-maximum=32M"];
+    let args = [&["--filter=blocksize-policy", "memory", "64M"], &large[..]].concat();
+    let server = BlockServer::start(Kind::nbdkit(&args));
     refused(server.url(), SIZE, "smaller blocks");
-    let server = BlockServer::start(Kind::nbdkit(&["pattern", "64M", "--filter=cow"]));
+    let server = BlockServer::start(Kind::nbdkit(&["--filter=cow", "pattern", "64M"]));
     refused(server.url(), SIZE, "holds data that is not uhmm's");
     // Something that is no block server.
     let socket = folder.path().join("letter");

@@ -3,6 +3,8 @@
 //!
 //! `cargo nextest run --release -p uhmm-driver-block --test speed --no-capture` on an idle machine shows figures.
 
+mod copies;
+
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,55 +13,10 @@ use uhmm_driver_block::engine::{BlockEngine, COPY_LIMITS};
 use uhmm_driver_block::machine::PIECE_PAGES;
 use uhmm_driver_block::take;
 use uhmm_driver_kit::seal::{Page, Seal, SealName};
-use uhmm_driver_kit::{CopyEngine, CopyOp, CopyWork, DeviceError, Frames, PAGE_BYTES, StagedCopy, Staging, StagingUse};
+use uhmm_driver_kit::{CopyOp, PAGE_BYTES};
 use uhmm_kernel_hook::DiskMode;
 
-const MIB: u64 = 1 << 20;
-const LEN: u64 = 256 * MIB;
-/// Frames of a copy of the pager's.
-const CHUNK: u32 = 512;
-const CHUNKS: u32 = (LEN / PAGE_BYTES) as u32 / CHUNK;
-/// Staging areas of the pager's usual size have room for so many.
-const STAGED: u32 = 8;
-
-/// As many copies as staging has room for, over and over.
-struct Copies {
-    op: CopyOp,
-    next: u32,
-    room: Vec<u32>,
-    failed: Option<String>,
-}
-
-impl CopyWork for Copies {
-    fn next(&mut self) -> Option<StagedCopy> {
-        if self.next == CHUNKS {
-            return None;
-        }
-        let staging_page = self.room.pop()?;
-        let frames = Frames { first: self.next * CHUNK, count: CHUNK };
-        self.next += 1;
-        Some(StagedCopy { ticket: u64::from(self.next), op: self.op, frames, staging_page })
-    }
-
-    fn done(&mut self, copy: StagedCopy, outcome: Result<(), DeviceError>) {
-        self.room.push(copy.staging_page);
-        self.failed = self.failed.take().or(outcome.err().map(|error| error.to_string()));
-    }
-}
-
-fn mib_per_s(time: Duration) -> f64 {
-    LEN as f64 / MIB as f64 / time.as_secs_f64()
-}
-
-fn copy_all(engine: &mut BlockEngine, staging: &Staging, op: CopyOp) -> f64 {
-    let mut work = Copies { op, next: 0, room: (0..STAGED).map(|at| at * CHUNK).collect(), failed: None };
-    let begin = Instant::now();
-    while work.next < CHUNKS {
-        engine.serve(staging, &mut work);
-    }
-    assert_eq!(work.failed, None);
-    mib_per_s(begin.elapsed())
-}
+use copies::{LEN, copy_all, staging};
 
 /// fio as it is used to find out what a disk can do.
 fn fio(folder: &Path, rw: &str) -> f64 {
@@ -82,8 +39,7 @@ fn far(folder: &Path, sealed: bool) -> (f64, f64) {
     let taken = take(&path, LEN, false, sealed, &[]).expect("a file");
     let (lane, way) = taken.lane(COPY_LIMITS, PIECE_PAGES, DiskMode::Auto).expect("a lane");
     let mut engine = BlockEngine::new(lane);
-    let staging = Staging::create(StagingUse::Pager, u64::from(STAGED * CHUNK) * PAGE_BYTES).expect("memory");
-    staging.window.fill(0, staging.window.len(), 0x5a).expect("filled");
+    let staging = staging();
     copy_all(&mut engine, &staging, CopyOp::CopyIn);
     copy_all(&mut engine, &staging, CopyOp::Scrub);
     let speeds = (copy_all(&mut engine, &staging, CopyOp::CopyIn), copy_all(&mut engine, &staging, CopyOp::CopyOut));

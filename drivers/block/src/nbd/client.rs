@@ -21,7 +21,7 @@ use uhmm_driver_kit::DeviceError;
 use uhmm_kernel_hook::{EventFd, HookError, PidFd, Window};
 use uhmm_manifest::NbdUrl;
 
-use super::connection::{Link, serve};
+use super::connection::{Link, Served, serve};
 use super::wire::{Export, Kind};
 use crate::backend::Answer;
 use crate::machine::Fault;
@@ -331,7 +331,7 @@ impl Shared {
             Kind::Read => self.settings.patience,
             _ => WRITE_PATIENCE,
         };
-        let waited = packet.since.max(since).elapsed();
+        let waited = since.elapsed();
         let fault = || {
             let seconds = since.elapsed().as_secs();
             Fault::Refused(format!(
@@ -452,9 +452,8 @@ impl Shared {
             match opened {
                 Ok(link) if index > 0 && !link.export.multi_conn => drop(link),
                 Ok(link) => {
-                    let began = Instant::now();
-                    self.use_link(index, link);
-                    if began.elapsed() > Duration::from_secs(1) {
+                    // One that has answered is worth another try soon.
+                    if self.use_link(index, link) {
                         length = PAUSE_MIN;
                     }
                 }
@@ -474,11 +473,12 @@ impl Shared {
         self.expire();
     }
 
-    fn use_link(&self, index: usize, mut link: Link) {
+    /// True: it has answered something.
+    fn use_link(&self, index: usize, mut link: Link) -> bool {
         self.note_up(Some(&link.export));
         let Export { size, structured, multi_conn, trim, fua, .. } = link.export;
         tracing::info!(url = %self.settings.url, index, size, structured, multi_conn, trim, fua, "Block server is here");
-        let (reason, closed, left) = serve(self, index, &mut link);
+        let Served { reason, closed, left, answered } = serve(self, index, &mut link);
         let stopped = self.lock().stop;
         let peer = link.reset();
         if !stopped {
@@ -487,5 +487,6 @@ impl Shared {
         self.lock().reason.clone_from(&reason);
         self.note_up(None);
         self.broken(left, closed, peer, &reason);
+        answered
     }
 }

@@ -287,6 +287,19 @@ struct Requests<'a> {
     flights: HashMap<u64, (Packet, Instant)>,
     /// It said that it goes away.
     goes: bool,
+    answered: bool,
+}
+
+/// How a connection ended.
+pub(super) struct Served {
+    /// Why.
+    pub reason: String,
+    /// The server's end of it was seen.
+    pub closed: bool,
+    /// What was in flight.
+    pub left: Vec<Packet>,
+    /// It has answered something before.
+    pub answered: bool,
 }
 
 impl Requests<'_> {
@@ -315,6 +328,7 @@ impl Sink for Requests<'_> {
             self.goes = true;
             return;
         }
+        self.answered = true;
         let Some((packet, _)) = self.flights.remove(&id) else { return };
         let url = &self.shared.settings.url;
         let failed = |errno| Answer::Failed(Fault::Refused(format!("block server {url} answers with {errno}")));
@@ -322,9 +336,9 @@ impl Sink for Requests<'_> {
     }
 }
 
-/// Moves requests until the connection breaks. Why, whether the server's end of it was seen, and what was in flight.
-pub(super) fn serve(shared: &Shared, index: usize, link: &mut Link) -> (String, bool, Vec<Packet>) {
-    let mut requests = Requests { shared, flights: HashMap::new(), goes: false };
+/// Moves requests until the connection breaks.
+pub(super) fn serve(shared: &Shared, index: usize, link: &mut Link) -> Served {
+    let mut requests = Requests { shared, flights: HashMap::new(), goes: false, answered: false };
     let error = loop {
         match turn(shared, index, link, &mut requests) {
             Ok(true) => {}
@@ -335,9 +349,11 @@ pub(super) fn serve(shared: &Shared, index: usize, link: &mut Link) -> (String, 
     let closed = matches!(&error, Some(LinkError::Socket { reason, .. })
         if [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe].contains(&reason.kind()));
     let reason = error.map_or_else(|| "it is not needed any more".to_owned(), |error| error.to_string());
+    let answered = requests.answered;
     let mut left: Vec<(u64, (Packet, Instant))> = requests.flights.into_iter().collect();
     left.sort_by_key(|(id, _)| *id);
-    (reason, closed, left.into_iter().map(|(_, (packet, _))| packet).collect())
+    let left = left.into_iter().map(|(_, (packet, _))| packet).collect();
+    Served { reason, closed, left, answered }
 }
 
 /// False: it ends in order.

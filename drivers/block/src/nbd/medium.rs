@@ -125,6 +125,11 @@ struct Opened {
     page: Vec<u8>,
 }
 
+/// Twice before a read's patience is over, if that is long.
+fn silence(patience_s: u32) -> Duration {
+    Duration::from_secs(u64::from(patience_s) / 2).clamp(SILENCE_MIRRORED, SILENCE)
+}
+
 fn check_export(url: &str, link: &Link, needed: u64) -> Result<(), RemoteError> {
     let (url, export) = (url.to_owned(), link.export);
     if export.read_only {
@@ -285,7 +290,7 @@ fn start(
             connections: plan.connections,
             patience: Duration::from_secs(u64::from(plan.patience_s)),
             settle: Duration::from_secs(u64::from(plan.settle_s)),
-            silence: if mirrored { SILENCE_MIRRORED } else { SILENCE },
+            silence: if mirrored { SILENCE_MIRRORED } else { silence(plan.patience_s) },
             epoch: Arc::default(),
         };
         let rule = Rule {

@@ -220,9 +220,9 @@ impl Client {
             }
             BlockFault::Reorder => {
                 let answer = self.perform(&request);
-                if let Some(earlier) = lock(&self.peer.held).replace(answer) {
-                    self.peer.send(&earlier)?;
-                }
+                // Not in one expression: the lock would be held while it is taken again.
+                let earlier = lock(&self.peer.held).replace(answer);
+                earlier.map_or(Ok(()), |earlier| self.peer.send(&earlier))?;
                 // Without a next one it goes by itself.
                 let peer = self.peer.clone();
                 self.server.agenda.add(std::time::Duration::from_millis(5), Box::new(move || drop(peer.send(&[]))));
