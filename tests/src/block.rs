@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -30,7 +31,6 @@ impl Kind {
 
     /// `nbdkit`: its filters, plugin and their options.
     pub fn nbdkit(args: &[&str]) -> Self {
-        // Not with its parent: that is the thread which has started it.
         // One thread a connection: with more, 1.32 (Debian 12) fails an assertion when a client goes in the middle of requests.
         let own = ["--foreground", "--threads=1", "--unix", "SOCKET"];
         Self::packaged("nbdkit", "nbdkit", &own, args)
@@ -127,6 +127,24 @@ impl BlockServer {
     }
 }
 
+type Started = std::io::Result<Child>;
+
+/// By a thread that lives as long as the test: nbdkit ends with its parent, and for Linux that is the thread which has started it.
+fn spawn(command: Command) -> Started {
+    static SPAWNER: OnceLock<Sender<(Command, Sender<Started>)>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (orders, taken) = channel::<(Command, Sender<Started>)>();
+        std::thread::spawn(move || {
+            // A test that does not wait for its server has failed already.
+            taken.into_iter().for_each(|(mut command, tell)| drop(tell.send(command.spawn())));
+        });
+        orders
+    });
+    let (tell, told) = channel();
+    spawner.send((command, tell)).expect("the thread lives");
+    told.recv().expect("the thread lives")
+}
+
 fn run(kind: &Kind, dir: &Path) -> Running {
     let socket = dir.join("socket");
     // A server that was killed has left it, and some refuse to begin then.
@@ -137,7 +155,8 @@ fn run(kind: &Kind, dir: &Path) -> Running {
     let log = File::options().create(true).append(true).open(dir.join("log")).expect("a log");
     let mut command = Command::new(&kind.program);
     command.args(kind.args.iter().map(fill)).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
-    let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let shown = format!("{command:?}");
+    let mut child = spawn(command).unwrap_or_else(|error| panic!("{shown}: {error}"));
     if kind.ours {
         let answers = Some(wait_for_ready(&mut child));
         return Running { child, answers };
@@ -147,7 +166,7 @@ fn run(kind: &Kind, dir: &Path) -> Running {
     while UnixStream::connect(&socket).is_err() {
         let ended = child.try_wait().expect("its state");
         let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
-        assert!(ended.is_none() && Instant::now() < deadline, "{command:?} does not listen: {ended:?} {log}");
+        assert!(ended.is_none() && Instant::now() < deadline, "{shown} does not listen: {ended:?} {log}");
         std::thread::yield_now();
     }
     Running { child, answers: None }
