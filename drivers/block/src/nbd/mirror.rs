@@ -200,7 +200,7 @@ mod tests {
         fn what_counts_is_somewhere(up in 0u32..4, first in 0u8..3, second in 0u8..3, turn in any::<bool>()) {
             let mut mirror = Mirror::new(2);
             let (mut behind, mut sent, mut told, mut held) = (0u32, 0u32, None, Vec::new());
-            let mut answers = vec![(0u32, first), (1, second)];
+            let mut answers = [(0u32, first), (1, second)];
             if turn { answers.reverse() }
             let mut steps = mirror.submit(1, true, 0, up, 0);
             for round in 0..3 {
