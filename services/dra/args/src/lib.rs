@@ -17,7 +17,7 @@ pub struct DraArgs {
     /// Name of the driver in ResourceSlices and DeviceClasses, a DNS name; also the vendor of the CDI devices
     #[arg(long, default_value = "uhmm.internal")]
     pub driver_name: String,
-    /// The kubelet's folder, as this process sees it
+    /// The kubelet's folder; in a container under the same path as on the node
     #[arg(long, default_value = "/var/lib/kubelet")]
     pub kubelet_dir: PathBuf,
     /// Where container runtimes look for CDI files

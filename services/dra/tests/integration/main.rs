@@ -118,7 +118,7 @@ fn integration_dra_a_pod_has_its_share_and_no_more_and_nobody_pays_for_it() {
 
 #[test]
 fn integration_dra_one_bad_claim_costs_the_others_nothing() {
-    let mut node = Node::start(ONLY_CLAIMS);
+    let node = Node::start(ONLY_CLAIMS);
     let result = |change: fn(&mut Value)| {
         let mut result = json!({
             "request": "r", "driver": "uhmm.internal", "pool": api::NODE, "device": "soft0", "consumedCapacity": { "memory": "2Mi" },
@@ -175,11 +175,20 @@ fn integration_dra_one_bad_claim_costs_the_others_nothing() {
     for name in ["too-much", "never-seen"] {
         assert_eq!(node.kubelet.unprepare(name).expect("an answer"), "");
     }
+}
 
+#[test]
+fn integration_dra_api_server_and_core_may_be_away() {
+    let mut node = Node::start(ONLY_CLAIMS);
+    node.api.allocate("good", &[("soft0", "4Mi")]);
+    node.api.allocate("good-2", &[("soft1", "4Mi")]);
+    node.api.allocate("other", &[("soft0", "2Mi")]);
+    node.kubelet.prepared("good");
+    node.kubelet.prepared("good-2");
     // The API server is away: what was prepared is answered all the same, and nothing else.
     node.api.change(|state| state.away = true);
     node.kubelet.prepared("good");
-    assert!(node.kubelet.refused("too-much").contains("503"));
+    assert!(node.kubelet.refused("other").contains("503"));
     assert_eq!(node.kubelet.unprepare("good-2").expect("an answer"), "");
     node.api.change(|state| state.away = false);
 
