@@ -333,7 +333,6 @@ fn integration_dra_what_cannot_work_says_so_at_once() {
 /// TLS around the API server.
 mod tls {
     use super::*;
-    use Command;
     use std::path::PathBuf;
 
     use rustls::pki_types::pem::PemObject;
