@@ -1,5 +1,7 @@
 //! Parts of uhmm in containers of their own: bundles by `services/deploy/bundle`, run by runc, ended when this is dropped.
 
+pub mod system;
+
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -23,6 +25,19 @@ pub struct Containers {
     dir: Arc<tempfile::TempDir>,
     made: usize,
     rootless: bool,
+    /// What `services/deploy/build` has made; otherwise everything is the program of this build.
+    programs: Option<PathBuf>,
+    /// A file system of its own for the run directory.
+    small: Option<Small>,
+}
+
+/// Mounted there until it is dropped.
+struct Small(PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg("--lazy").arg(&self.0).status());
+    }
 }
 
 /// One that was started.
@@ -142,6 +157,24 @@ impl Containers {
         Self::of(true)
     }
 
+    /// As [`Containers::new`], of the programs that images hold.
+    pub fn of_images(programs: &Path) -> Self {
+        Self { programs: Some(programs.to_owned()), ..Self::of(false) }
+    }
+
+    /// As [`Containers::new`]; the run directory is a file system of so many KiB.
+    pub fn in_small_space(kib: u32) -> Self {
+        let mut containers = Self::of(false);
+        let run_dir = containers.run_dir();
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", &format!("size={kib}k,mode=700,uid={CORE},gid={CORE}"), "tmpfs"])
+            .arg(&run_dir);
+        assert!(mount.status().expect("mount").success(), "{mount:?}: run the container tests as root");
+        containers.small = Some(Small(run_dir));
+        containers
+    }
+
     fn of(rootless: bool) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
@@ -158,7 +191,7 @@ impl Containers {
         if rootless {
             chown(dir.path(), Some(core), Some(core)).expect("chown");
         }
-        Self { dir: Arc::new(dir), made: 0, rootless }
+        Self { dir: Arc::new(dir), made: 0, rootless, programs: None, small: None }
     }
 
     /// The core's run directory.
@@ -183,7 +216,11 @@ impl Containers {
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../services/deploy/bundle");
         let mut command = Command::new(tool);
         command.arg(&out).args(words.iter().take_while(|word| **word != "--"));
-        command.arg("--run-dir").arg(self.run_dir()).arg("--uhmm").arg(uhmm_exe());
+        command.arg("--run-dir").arg(self.run_dir());
+        match &self.programs {
+            Some(programs) => command.arg("--programs").arg(programs),
+            None => command.arg("--uhmm").arg(uhmm_exe()),
+        };
         if self.rootless {
             command.arg(format!("--rootless={NOBODY}"));
         }

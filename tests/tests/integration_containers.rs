@@ -1,194 +1,18 @@
 //! Core, holder, driver and program each in a container of its own, as unprivileged as they can be: every one of them is killed and replaced
 //! while the program works, and not one byte is wrong. What each container was not given it cannot reach. Wrong input is told by name.
 
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Instant;
 
-use uhmm_kernel_hook::program::ProgramMemory;
-use uhmm_kernel_hook::{SeqPacket, UffdKind};
-use uhmm_sdk::{Operator, Session, Target};
-use uhmm_tests::PATIENCE;
-use uhmm_tests::container::{CLIENT, CORE, Container, Containers, DRIVER, HOLDER};
-use uhmm_tests::pattern::word;
+use uhmm_kernel_hook::SeqPacket;
+use uhmm_tests::container::system::{System, TOKEN, goes_on, path, say, start_driver, start_holder, work_until_killed};
+use uhmm_tests::container::{CORE, DRIVER};
 
-const SHARED_LEN: u64 = 4 << 20;
-const PRIVATE_LEN: u64 = 1 << 20;
-const TOKEN: &str = "0123456789abcdef0123456789abcdef";
-
-/// What runs in the program's container: its memory goes to the device and comes back, and is compared, until it is stopped.
+/// What runs in the program's container.
 #[test]
 #[ignore = "the other tests run it in a container"]
 fn program() {
-    let session = Session::connect(None).expect("a session");
-    let full = std::env::var_os("UHMM_TEST_ROOTLESS").is_none();
-    assert_eq!(session.uffd_kind() == UffdKind::Full, full, "the core hands the device over if it has it");
-    let device = session.device("soft0").expect("device");
-    let shared = session.allocate(SHARED_LEN).expect("region");
-    let private = ProgramMemory::private(PRIVATE_LEN).expect("memory");
-    let _adopted = session.adopt(private.addr(), PRIVATE_LEN).expect("adopt");
-    for turn in 1.. {
-        for index in 0..SHARED_LEN / 8 {
-            shared.write_u64(index * 8, word(turn, index)).expect("inside");
-        }
-        for index in 0..PRIVATE_LEN / 8 {
-            private.store_u64(index * 8, word(turn + 1, index)).expect("inside");
-        }
-        for (addr, len, seed) in [(shared.addr(), SHARED_LEN, turn), (private.addr(), PRIVATE_LEN, turn + 1)] {
-            session.migrate(addr, len, &device).expect("migrate");
-            let mut bytes = vec![0; len as usize];
-            device.read(addr, &mut bytes).expect("the device reads");
-            let words = bytes.chunks_exact(8).map(|bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
-            (0..)
-                .zip(words)
-                .for_each(|(index, found)| assert_eq!(found, word(seed, index), "turn {turn}, device, word {index}"));
-        }
-        // A part comes home by faults, the rest by request.
-        let read = |index: u64| shared.read_u64(index * 8).expect("inside");
-        (0..SHARED_LEN / 16).for_each(|index| assert_eq!(read(index), word(turn, index), "turn {turn}, word {index}"));
-        session.migrate(shared.addr(), SHARED_LEN, Target::Home).expect("home");
-        (0..SHARED_LEN / 8).for_each(|index| assert_eq!(read(index), word(turn, index), "turn {turn}, word {index}"));
-        for index in 0..PRIVATE_LEN / 8 {
-            let found = private.load_u64(index * 8).expect("inside");
-            assert_eq!(found, word(turn + 1, index), "turn {turn}, private word {index}");
-        }
-        say(&format!("turn {turn} is right"));
-    }
-}
-
-/// To whoever reads the container's log.
-fn say(line: &str) {
-    writeln!(std::io::stdout(), "{line}").expect("the log is written");
-}
-
-struct System {
-    containers: Containers,
-    manifest: String,
-    tokens: [String; 2],
-    core: Container,
-    holder: Container,
-    driver: Container,
-    rootless: bool,
-}
-
-fn path(path: &Path) -> String {
-    path.to_str().expect("text").to_owned()
-}
-
-fn manifest(tokens: &[String; 2]) -> String {
-    let [holder, driver] = tokens;
-    format!(
-        r#"
-[supervisor]
-heartbeat_ms = 500
-missed_limit = 20
-[holder]
-join = {{ token_file = "{holder}", uid = {HOLDER} }}
-[[service]]
-name = "pager"
-kind = "pager"
-[[service]]
-name = "mirror"
-kind = "mirror"
-[[service]]
-name = "soft0"
-kind = "driver"
-driver = "soft"
-join = {{ token_file = "{driver}", uid = {DRIVER} }}
-restart = {{ backoff_min_ms = 1, backoff_max_ms = 20, max_deaths = 1000 }}
-[[device]]
-name = "soft0"
-service = "soft0"
-memory_bytes = "32MiB"
-"#
-    )
-}
-
-fn start_core(containers: &mut Containers, manifest: &str, tokens: &[String; 2]) -> Container {
-    let uid = CORE.to_string();
-    let mut words = vec!["core", "--manifest", manifest, "--uid", &uid, "--env", "UHMM_LOG=info"];
-    tokens.iter().for_each(|token| words.extend(["--secrets", token]));
-    let mut core = containers.start(&words);
-    core.wait_log("ready");
-    core
-}
-
-fn start_holder(containers: &mut Containers, token: &str) -> Container {
-    containers.start(&["holder", "--uid", &HOLDER.to_string(), "--token", token])
-}
-
-fn start_driver(containers: &mut Containers, manifest: &str, token: &str) -> Container {
-    containers.start(&["driver", "soft0", "--manifest", manifest, "--uid", &DRIVER.to_string(), "--token", token])
-}
-
-impl System {
-    fn start() -> Self {
-        Self::over(Containers::new(), false)
-    }
-
-    /// All of an ordinary user.
-    fn rootless() -> Self {
-        Self::over(Containers::rootless(), true)
-    }
-
-    fn over(mut containers: Containers, rootless: bool) -> Self {
-        let token = |name: &str, reader| path(&containers.file(name, TOKEN, reader));
-        let tokens = [token("holder.token", HOLDER), token("soft0.token", DRIVER)];
-        let mut text = manifest(&tokens);
-        if rootless {
-            // Everybody is the same user, which is root there.
-            [HOLDER, DRIVER].iter().for_each(|uid| text = text.replace(&format!("uid = {uid}"), "uid = 0"));
-        }
-        let manifest = path(&containers.file("manifest.toml", &text, CORE));
-        let core = start_core(&mut containers, &manifest, &tokens);
-        let mut holder = start_holder(&mut containers, &tokens[0]);
-        holder.wait_log("Let in");
-        let mut driver = start_driver(&mut containers, &manifest, &tokens[1]);
-        driver.wait_log("Let in");
-        Self { containers, manifest, tokens, core, holder, driver, rootless }
-    }
-
-    fn new_core(&mut self) {
-        self.core = start_core(&mut self.containers, &self.manifest, &self.tokens);
-    }
-
-    fn new_driver(&mut self) -> Container {
-        start_driver(&mut self.containers, &self.manifest, &self.tokens[1])
-    }
-
-    /// Waits until the holder has all that the supervisor has, its own entries (state, mark) too.
-    fn holder_is_full(&self) {
-        let mut operator = Operator::connect(Some(&self.containers.run_dir())).expect("an operator");
-        let mut entries = |service: &str| {
-            let metrics = operator.stats(service).unwrap_or_default();
-            metrics.iter().find(|metric| metric.name == "vault_entries").map_or(0, |metric| metric.value)
-        };
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let (kept, held) = (entries("supervisor"), entries("holder"));
-            if kept > 0 && held >= kept + 2 {
-                return;
-            }
-            assert!(Instant::now() < deadline, "the holder has {held} entries, the supervisor {kept}");
-            std::thread::yield_now();
-        }
-    }
-
-    fn program(&mut self, test: &str) -> Container {
-        let own = path(&std::env::current_exe().expect("this program"));
-        let uid = CLIENT.to_string();
-        let mut words = vec!["client", "--uid", &uid];
-        words.extend(self.rootless.then_some(["--env", "UHMM_TEST_ROOTLESS=1"]).into_iter().flatten());
-        words.extend(["--", &own, "--exact", test, "--ignored", "--nocapture"]);
-        self.containers.start(&words)
-    }
-}
-
-/// The program goes on: two whole turns from now, the second of which begins after this.
-fn goes_on(program: &mut Container) {
-    let turns = program.log().matches(" is right").count();
-    program.wait_log_times(" is right", turns + 2);
+    work_until_killed();
 }
 
 #[test]
@@ -300,23 +124,7 @@ fn integration_a_drivers_container_reaches_no_memory_no_other_socket_and_no_netw
     let mut system = System::start();
     let mut program = system.program("program");
     goes_on(&mut program);
-    let own = path(&std::env::current_exe().expect("this program"));
-    let (manifest, uid) = (system.manifest.clone(), DRIVER.to_string());
-    let words = [
-        "driver",
-        "soft0",
-        "--manifest",
-        &manifest,
-        "--uid",
-        &uid,
-        "--",
-        &own,
-        "--exact",
-        "probe",
-        "--ignored",
-        "--nocapture",
-    ];
-    let mut probe = system.containers.start(&words);
+    let mut probe = system.in_drivers_place("probe");
     assert!(probe.wait(), "{}", probe.log());
     assert!(probe.log().contains("all denied"), "{}", probe.log());
     goes_on(&mut program);

@@ -13,7 +13,7 @@
 //! * [`device`]: the traits. [`SharedTable`] is a ready page table for devices whose threads run in this process.
 //! * [`fault`]: device faults as a pure state machine.
 //! * [`seal`]: for frames that lie where others can read or change them.
-//! * [`run_driver`]: the loop. [`DevicePort`]: how the device talks to it.
+//! * [`run_driver`]: the loop. [`DevicePort`]: how the device talks to it. [`main`]: a program around it.
 
 pub mod device;
 pub mod fault;
@@ -30,6 +30,7 @@ mod copy_service;
 mod error;
 mod invalidate;
 mod job;
+mod program;
 mod resolve;
 mod run;
 mod state;
@@ -45,6 +46,7 @@ pub use error::DriverError;
 pub use file_pages::FilePages;
 pub use hint::Hint;
 pub use port::{DeviceEvent, DevicePort};
+pub use program::main;
 pub use run::run_driver;
 pub use table::{AddressSpaces, MappedRegion, SharedTable};
 pub use uhmm_ipc::shared::copy_ring::CopyOp;

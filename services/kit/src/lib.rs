@@ -62,16 +62,16 @@ pub struct ServiceArgs {
 
 impl ServiceArgs {
     /// For a driver that is a program of its own: `--run-dir DIR --name NAME --incarnation N --log text|json`, in any order. Without
-    /// `--incarnation` it joins, with `--token-file FILE` or as its user.
+    /// `--incarnation` it joins, with `--token-file FILE` or as its user; its image may say the folder in `UHMM_RUN_DIR` then.
     ///
     /// # Errors
     /// `Arguments`.
     pub fn from_command_line() -> Result<Self, KitError> {
-        Self::parse(std::env::args_os().skip(1))
+        Self::parse(std::env::args_os().skip(1), std::env::var_os("UHMM_RUN_DIR").map(PathBuf::from))
     }
 
-    fn parse(words: impl Iterator<Item = OsString>) -> Result<Self, KitError> {
-        let (mut name, mut incarnation, mut run_dir, mut log, mut token_file) = (None, None, None, None, None);
+    fn parse(words: impl Iterator<Item = OsString>, run_dir: Option<PathBuf>) -> Result<Self, KitError> {
+        let (mut name, mut incarnation, mut run_dir, mut log, mut token_file) = (None, None, run_dir, None, None);
         let mut words = words;
         while let Some(option) = words.next() {
             let bad = || KitError::Arguments { option: option.to_string_lossy().into_owned() };
@@ -361,7 +361,7 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<ServiceArgs, KitError> {
-        ServiceArgs::parse(line.split(' ').map(OsString::from))
+        ServiceArgs::parse(line.split(' ').map(OsString::from), None)
     }
 
     #[test]
@@ -371,6 +371,12 @@ mod tests {
         let joins = parse("--run-dir /run/u --name chip0 --token-file /t").unwrap();
         assert_eq!((joins.incarnation, joins.token_file), (None, Some(PathBuf::from("/t"))));
         assert_eq!(args.run_dir, PathBuf::from("/run/u"));
+        let of_image = |line: &str| {
+            let words = line.split(' ').map(OsString::from);
+            ServiceArgs::parse(words, Some(PathBuf::from("/image"))).unwrap().run_dir
+        };
+        assert_eq!(of_image("--name chip0"), PathBuf::from("/image"));
+        assert_eq!(of_image("--name chip0 --run-dir /run/u"), PathBuf::from("/run/u"));
         for (line, option) in [
             ("--name chip0 --incarnation 3", "--run-dir"),
             ("--run-dir /r --name chip0 --incarnation three", "--incarnation"),
