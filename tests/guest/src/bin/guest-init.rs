@@ -1,4 +1,4 @@
-//! Pid 1 of the guest: makes the devices available to an ordinary user, runs every suite, reports, powers off.
+//! Pid 1 of the guest: makes the devices available to an ordinary user, runs every suite as that user (one as root), reports, powers off.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -26,8 +26,9 @@ const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 const DEVICES: [(&str, &str); 3] = [EDU, IVSHMEM, NVME];
 /// How many devices the guest has, each with a driver.
 const DRIVERS: u64 = 5;
-/// Who runs the suites.
+/// Who runs the suites, but one: containers are made by root.
 const USER: u32 = 1000;
+const SUITE_OF_ROOT: &str = "containers";
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 /// When every conformance case is passed.
 const FULL_TEST_LIMIT: Duration = Duration::from_secs(7200);
@@ -53,6 +54,8 @@ fn run() -> Result<()> {
         mount(kind, place, kind, MountFlags::empty(), None).with_context(|| format!("Mount {place}"))?;
     }
     fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777))?;
+    // For containers.
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MountFlags::empty(), None).context("Mount /sys/fs/cgroup")?;
     let mut results = OpenOptions::new().write(true).open("/dev/ttyS1").context("Open the results line")?;
     let mut end = match prepare().and_then(|()| run_suites(&mut results)) {
         Ok(()) => Record::End,
@@ -148,11 +151,12 @@ fn run_suites(results: &mut File) -> Result<()> {
     Ok(())
 }
 
-fn as_user(program: &Path) -> Command {
+fn suite(program: &Path) -> Command {
     let mut command = Command::new(program);
+    if !program.ends_with(SUITE_OF_ROOT) {
+        command.uid(USER).gid(USER);
+    }
     command
-        .uid(USER)
-        .gid(USER)
         .current_dir("/tmp")
         .env_clear()
         .env("RUST_BACKTRACE", "0")
@@ -187,8 +191,8 @@ fn words() -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
 }
 
-fn list(suite: &Path) -> Result<Vec<String>> {
-    let output = as_user(suite).args(["--list", "--ignored", "--format", "terse"]).output()?;
+fn list(program: &Path) -> Result<Vec<String>> {
+    let output = suite(program).args(["--list", "--ignored", "--format", "terse"]).output()?;
     ensure!(output.status.success(), "it ended with {}", output.status);
     let text = String::from_utf8(output.stdout)?;
     let tests = text.lines().filter_map(|line| line.strip_suffix(": test"));
@@ -199,10 +203,10 @@ fn list(suite: &Path) -> Result<Vec<String>> {
 }
 
 /// One process a test: what one leaves open cannot hurt the next.
-fn run_test(suite: &Path, suite_name: &str, test: &str) -> Result<TestRecord> {
+fn run_test(program: &Path, suite_name: &str, test: &str) -> Result<TestRecord> {
     let mut log = OpenOptions::new().read(true).write(true).create(true).truncate(true).open("/tmp/.log")?;
     let started = Instant::now();
-    let mut child = as_user(suite)
+    let mut child = suite(program)
         .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
         .stdout(log.try_clone()?)
         .stderr(log.try_clone()?)

@@ -9,13 +9,15 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::containers;
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const INIT: &str = "guest-init";
 /// It needs a driver that somebody has begun with `uhmm driver new`.
 const NEW_DRIVER_SUITE: &str = "new_driver";
 
 /// The programs of the guest.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Programs {
     /// Pid 1.
     pub init: PathBuf,
@@ -23,14 +25,16 @@ pub struct Programs {
     pub suites: BTreeMap<String, PathBuf>,
     /// What suites start, by name.
     pub helpers: BTreeMap<String, PathBuf>,
+    /// Of this machine: path inside, and the file here.
+    pub machine: BTreeMap<PathBuf, PathBuf>,
 }
 
-/// Builds all suites, and `uhmm` itself as a helper; keeps the wanted suites. `out`: where a driver may be generated.
+/// Builds all suites, and as helpers `uhmm` itself and what the image of the driver `nvme` holds; keeps the wanted suites. `out`: where a driver may be generated.
 pub fn suites(wanted: &[String], out: &Path) -> Result<Programs> {
     eprintln!("== building the guest's programs");
-    let mut programs = Programs { init: PathBuf::new(), suites: BTreeMap::new(), helpers: BTreeMap::new() };
+    let mut programs = Programs::default();
     cargo(&["test", "--locked", "--no-run", "-p", "uhmm-guest", "--bins", "--tests"], &mut programs)?;
-    cargo(&["build", "--locked", "-p", "uhmm"], &mut programs)?;
+    cargo(&["build", "--locked", "--bins", "-p", "uhmm", "-p", "uhmm-driver-nvme"], &mut programs)?;
     ensure!(!programs.init.as_os_str().is_empty(), "cargo built no {INIT}");
     for name in wanted {
         let known: Vec<&String> = programs.suites.keys().collect();
@@ -39,6 +43,9 @@ pub fn suites(wanted: &[String], out: &Path) -> Result<Programs> {
     programs.suites.retain(|name, _| wanted.is_empty() || wanted.contains(name));
     if programs.suites.contains_key(NEW_DRIVER_SUITE) {
         new_driver(out, &mut programs)?;
+    }
+    if programs.suites.contains_key(containers::SUITE) {
+        programs.machine = containers::files()?;
     }
     Ok(programs)
 }

@@ -1,5 +1,6 @@
 //! The guest's file system: a cpio archive ("newc"), unpacked by the kernel at boot.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -13,7 +14,7 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// Writes `/init`, `/suites/*`, `/helpers/*`, `/modules/*` and the console that pid 1 starts with.
+/// Writes `/init`, `/suites/*`, `/helpers/*`, `/modules/*`, files of this machine, and the console that pid 1 starts with.
 pub fn write(path: &Path, kernel: &Kernel, programs: &Programs) -> Result<()> {
     let file = File::create(path).with_context(|| format!("Create {}", path.display()))?;
     let mut archive = Archive { out: BufWriter::new(file), inode: 0, offset: 0 };
@@ -32,8 +33,23 @@ pub fn write(path: &Path, kernel: &Kernel, programs: &Programs) -> Result<()> {
     for (name, program) in &programs.helpers {
         archive.file(&format!("helpers/{name}"), program)?;
     }
+    let mut made = BTreeSet::new();
+    for (inside, file) in &programs.machine {
+        let folders: Vec<_> = inside.ancestors().skip(1).filter(|folder| folder.parent().is_some()).collect();
+        for folder in folders.into_iter().rev() {
+            if made.insert(folder) {
+                archive.entry(&relative(folder)?, DIRECTORY, (0, 0), &[])?;
+            }
+        }
+        archive.file(&relative(inside)?, file)?;
+    }
     archive.entry("TRAILER!!!", 0, (0, 0), &[])?;
     archive.out.flush().context("Write the initramfs")
+}
+
+/// As names are in an archive.
+fn relative(path: &Path) -> Result<String> {
+    Ok(path.strip_prefix("/").context("Paths inside are absolute")?.to_str().context("A path is text")?.to_owned())
 }
 
 struct Archive<W> {

@@ -1,6 +1,7 @@
 //! The host's side: fetches, builds, boots, reports. See the library's head for the whole picture.
 
 mod build;
+mod containers;
 mod initramfs;
 mod iommufd;
 mod kernel;
