@@ -163,7 +163,7 @@ pub fn run(manifest: Manifest, mut options: SupervisorOptions, ready: impl FnOnc
     let vault = if options.adopt { Vault::default() } else { listen_for_all(&options.run_dir, &plan)? };
     let mut saved = SavedState::open(&options.run_dir, options.adopt)?;
     saved.make_keys(&plan)?;
-    saved.save()?;
+    saved.write()?;
     let mut supervisor = Supervisor::new(options, plan, saved, vault, ready)?;
     supervisor.manager = Manager::find(inherited);
     supervisor.expect_joins(tokens);

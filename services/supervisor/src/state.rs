@@ -84,7 +84,12 @@ impl SavedState {
     /// The same, as the holder has it.
     pub fn replace_by_younger(&mut self, text: &str) {
         match toml::from_str::<Self>(text) {
-            Ok(kept) if kept.changes > self.changes => *self = Self { path: std::mem::take(&mut self.path), ..kept },
+            Ok(kept) if kept.changes > self.changes => {
+                let own = std::mem::replace(self, kept);
+                self.path = own.path;
+                // Of channels that only the manifest of today has.
+                own.keys.into_iter().for_each(|(name, key)| drop(self.keys.entry(name).or_insert(key)));
+            }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "What the holder has of an older supervisor is not readable"),
         }
@@ -137,9 +142,15 @@ impl SavedState {
         }
     }
 
-    /// Writes a new file and puts it in the old one's place.
+    /// Something has changed.
     pub fn save(&mut self) -> Result<(), SupervisorError> {
         self.changes += 1;
+        self.write()
+    }
+
+    /// Writes a new file and puts it in the old one's place. By itself, as a supervisor does that begins, it is no change: what the holder has may be
+    /// younger by a single one, which could not be written (a full run directory).
+    pub fn write(&self) -> Result<(), SupervisorError> {
         let failed = |error: &dyn std::fmt::Display| SupervisorError::State {
             path: self.path.clone(),
             problem: error.to_string(),
@@ -196,6 +207,16 @@ mod tests {
         state.incarnations.insert("pager".to_owned(), 7);
         read.replace_by_younger(&state.text());
         assert_eq!(read.incarnations["pager"], 2, "an older text");
+        // A single change that only the holder knows, and a supervisor that has begun with what was written before it.
+        state = SavedState::open(dir.path(), true).expect("state");
+        let mut next = SavedState::open(dir.path(), true).expect("state");
+        next.keys.insert("new->pager".to_owned(), "00".to_owned());
+        next.write().expect("save");
+        state.incarnations.insert("pager".to_owned(), 3);
+        state.path = dir.path().join("no-such-folder/supervisor.toml");
+        state.save().expect_err("no room");
+        next.replace_by_younger(&state.text());
+        assert_eq!((next.incarnations["pager"], next.keys.len()), (3, state.keys.len() + 1));
         let child = uhmm_kernel_hook::fork::fork_child(|| 0).expect("fork");
         state.started("pager", child.pid());
         child.wait().expect("reap");
