@@ -83,13 +83,23 @@ pub(crate) fn show(socket: &Path, folder: &Path) -> std::io::Result<()> {
     std::fs::rename(&fresh, &shown)
 }
 
+/// Everybody who is shown it may look into it, whatever this process's umask (a unit of systemd has 0077).
+fn make_shown(folder: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
+    let mode = std::fs::metadata(folder)?.mode() & 0o7777;
+    if mode & 0o755 == 0o755 {
+        return Ok(());
+    }
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode | 0o755))
+}
+
 impl<F: FnOnce()> Supervisor<F> {
     /// After any socket was made.
     pub(crate) fn open_doors(&self) -> Result<(), SupervisorError> {
         for (folder, sockets) in doors(&self.plan, &self.options.run_dir) {
             let failed =
                 |error: std::io::Error| SupervisorError::RunDir { path: folder.clone(), problem: error.to_string() };
-            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&folder).map_err(failed)?;
+            make_shown(&folder).map_err(failed)?;
             sockets.iter().try_for_each(|socket| show(socket, &folder)).map_err(failed)?;
         }
         self.make_views()
@@ -113,6 +123,20 @@ mod tests {
     use uhmm_manifest::Manifest;
 
     use super::*;
+
+    #[test]
+    fn what_is_shown_can_be_looked_into_whatever_the_umask_was() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mode = |folder: &Path| std::fs::metadata(folder).expect("a folder").mode() & 0o7777;
+        let folder = dir.path().join("join/soft0");
+        for (before, after) in [(None, 0o755), (Some(0o700), 0o755), (Some(0o777), 0o777)] {
+            if let Some(bits) = before {
+                std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(bits)).expect("chmod");
+            }
+            make_shown(&folder).expect("made");
+            assert_eq!(mode(&folder), after, "before: {before:?}");
+        }
+    }
 
     const MANIFEST: &str = r#"
 holder = { join = { uid = 7 } }
