@@ -62,7 +62,11 @@ enum Command {
     /// Run a program that knows nothing of uhmm with its private memory managed: `uhmm run --ram 512MiB -- PROGRAM`
     Run(commands::RunArgs),
     /// Stop the supervisor and every service
-    Down,
+    Down {
+        /// Before, bring everybody's pages home from every device; what cannot come is named, and lost as without this
+        #[arg(long)]
+        drain: bool,
+    },
     /// Make a token by which a service that joins proves itself
     Token,
     /// Resolve a manifest and print what it comes to
@@ -304,7 +308,7 @@ fn run() -> anyhow::Result<ExitCode> {
             until_unused.iter().try_for_each(commands::remove)?;
         }
         Command::Run(args) => return commands::run(&args, cli.run_dir.as_deref()),
-        Command::Down => commands::down(&run_dir)?,
+        Command::Down { drain } => commands::down(&run_dir, drain)?,
         Command::Token => commands::token()?,
         Command::Plan { manifest, sandbox } => commands::plan(manifest.as_deref(), run_dir, sandbox)?,
         Command::Cdi(args) => commands::cdi(&args, &run_dir)?,

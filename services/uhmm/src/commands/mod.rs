@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_kit::LogFormat;
 use uhmm_manifest::Manifest;
 use uhmm_sandbox::{Place, Profile};
@@ -101,9 +102,31 @@ pub fn remove(folder: impl AsRef<Path>) -> anyhow::Result<()> {
     }
 }
 
-/// `uhmm down`.
-pub fn down(run_dir: &Path) -> anyhow::Result<()> {
-    Operator::connect(Some(run_dir))?.shutdown()?;
+/// Services that no pages are on.
+const WITHOUT_PAGES: [&str; 4] = ["supervisor", "holder", "pager", "mirror"];
+
+/// `uhmm down [--drain]`.
+pub fn down(run_dir: &Path, drain: bool) -> anyhow::Result<()> {
+    let mut operator = Operator::connect(Some(run_dir))?;
+    if drain && let Err(error) = drain_all(&mut operator) {
+        eprintln!("Not everything was brought home: {error:#}");
+    }
+    operator.shutdown()?;
+    Ok(())
+}
+
+/// What cannot come home is named, and keeps nothing else from coming.
+fn drain_all(operator: &mut Operator) -> anyhow::Result<()> {
+    let serves = |service: &&ServiceStatus| service.state == "ready" && !WITHOUT_PAGES.contains(&service.name.as_str());
+    for service in operator.status()?.iter().filter(serves) {
+        let device = &service.name;
+        match operator.device_id(device).and_then(|id| operator.drain(id)) {
+            Ok(pages) => println!("{device} is drained: {pages} pages came home"),
+            Err(error) => eprintln!("{device} is NOT drained: {:#}", anyhow::Error::from(error)),
+        }
+    }
+    let pages: u64 = operator.regions()?.iter().flat_map(|region| &region.device_pages).sum();
+    anyhow::ensure!(pages == 0, "{pages} pages of programs are on devices still, and end with them");
     Ok(())
 }
 
