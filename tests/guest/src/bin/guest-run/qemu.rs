@@ -32,7 +32,9 @@ pub fn boot(kernel: &Kernel, initramfs: &Path, out: &Path, limit: Duration, word
         .arg(&kernel.image)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", &format!("console=ttyS0 quiet panic=-1 intel_iommu=on{words}")])
+        // no_timer_check: where others want the processors too, the timer ticks too late to be believed ("timer doesn't work through
+        // Interrupt-remapped IO-APIC": six boots of six at a load of 20 on two processors).
+        .args(["-append", &format!("console=ttyS0 quiet panic=-1 intel_iommu=on no_timer_check{words}")])
         .args(["-serial", &format!("file:{}", console.display())])
         .args(["-serial", &format!("file:{}", results.display())])
         // 48 bits: room for bus addresses that are a program's virtual addresses (39 is QEMU's default).
