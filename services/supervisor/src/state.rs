@@ -88,7 +88,9 @@ impl SavedState {
                 let own = std::mem::replace(self, kept);
                 self.path = own.path;
                 // Of channels that only the manifest of today has.
-                own.keys.into_iter().for_each(|(name, key)| drop(self.keys.entry(name).or_insert(key)));
+                for (name, key) in own.keys {
+                    self.keys.entry(name).or_insert(key);
+                }
             }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "What the holder has of an older supervisor is not readable"),
