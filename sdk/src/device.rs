@@ -195,6 +195,7 @@ impl Device {
     /// The device adds `value` to every aligned word of the range, atomically and wrapping; the words from before come back. Not run
     /// again by itself: if the driver dies meanwhile it ends with [`ErrorCode::Stale`](crate::ErrorCode::Stale).
     pub fn fetch_add(&self, addr: u64, len_bytes: u64, value: u64) -> Result<(Vec<u64>, AccessReport), Error> {
+        check_range(addr, len_bytes)?;
         let mut before = vec![0; (len_bytes / 8) as usize];
         let report = self.fetch_add_into(addr, len_bytes, value, &mut before)?;
         Ok((before, report))

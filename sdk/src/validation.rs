@@ -226,11 +226,15 @@ mod tests {
                 ask(&mut validations, &own, range, 1, &[part(2, 4)]);
             }
             assert!(validations.stands("d", range, own.view(1)));
+            assert!(validations.stands("d", Some(part(3, 2)), own.view(1)), "a part of it");
+            assert!(!validations.stands("d", Some(part(1, 2)), own.view(1)), "more than that");
             assert!(!validations.stands("d", range, own.view(2)), "a grant");
             memory.protect(0, PAGE_SIZE, true, false).unwrap();
             assert!(validations.stands("d", range, own.view(1)), "outside of it");
             memory.protect(3 * PAGE_SIZE, PAGE_SIZE, true, false).unwrap();
             assert!(!validations.stands("d", range, own.view(1)), "fewer rights");
+            assert!(!validations.stands("d", Some(part(3, 2)), own.view(1)), "fewer rights in a part");
+            assert!(validations.stands("d", Some(part(2, 1)), own.view(1)), "and not in this one");
             memory.protect(0, 16 * PAGE_SIZE, true, true).unwrap();
             assert!(validations.stands("d", range, own.view(1)));
             if pagemap::tells_guards() {

@@ -137,7 +137,8 @@ void private_memory(const struct bench *bench)
 
 void device_accesses(const struct bench *bench)
 {
-    const uint64_t len = MIB, pages = len / PAGE, words = len / 8;
+    /* Several pieces, the last one a short one. */
+    const uint64_t len = 3 * MIB + 5 * PAGE, pages = len / PAGE, words = len / 8;
     uint64_t *memory = anonymous(len), *buffer = malloc(len);
     uhmm_access_report report;
 
@@ -215,6 +216,21 @@ void protections(const struct bench *bench)
     fill(buffer, PAGE, 10);
     OK(uhmm_device_write(bench->device, memory, buffer, PAGE, NULL));
     EXPECT(memory, PAGE, 10);
+    /* Nothing is written when a part may not be, although the device maps all that lies before it. */
+    const uint64_t long_len = 3 * MIB;
+    uint64_t *long_memory = anonymous(long_len), *bytes = malloc(long_len);
+    TRUE_THAT(bytes != NULL);
+    OK(uhmm_adopt(bench->session, long_memory, long_len));
+    fill(bytes, long_len, 11);
+    OK(uhmm_device_write(bench->device, long_memory, bytes, long_len, NULL));
+    OK(uhmm_protect(bench->session, (char *)long_memory + long_len - PAGE, PAGE, UHMM_PROTECT_READ));
+    fill(bytes, long_len, 12);
+    FAILS(uhmm_device_write(bench->device, long_memory, bytes, long_len, NULL), EPERM);
+    FAILS(uhmm_device_fetch_add(bench->device, long_memory, long_len, 1, NULL, NULL), EPERM);
+    EXPECT(long_memory, long_len, 11);
+    OK(uhmm_release(bench->session, long_memory, long_len));
+    OK(munmap(long_memory, long_len));
+    free(bytes);
     FAILS(uhmm_protect(bench->session, memory, len, UHMM_PROTECT_WRITE), EINVAL);
     FAILS(uhmm_protect(bench->session, memory, len, 4), EINVAL);
     FAILS(uhmm_protect(bench->session, memory, 1, UHMM_PROTECT_READ), EINVAL);
