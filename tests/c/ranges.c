@@ -138,7 +138,7 @@ void private_memory(const struct bench *bench)
 void device_accesses(const struct bench *bench)
 {
     /* Several pieces, the last one a short one. */
-    const uint64_t len = 3 * MIB + 5 * PAGE, pages = len / PAGE, words = len / 8;
+    const uint64_t len = 5 * MIB + 5 * PAGE, pages = len / PAGE, words = len / 8;
     uint64_t *memory = anonymous(len), *buffer = malloc(len);
     uhmm_access_report report;
 

@@ -39,7 +39,8 @@ use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::Window;
 
 use crate::device::{
-    DeviceMemory, DevicePageTable, Driver, FaultId, Job, JobId, JobQueue, JobReport, PAGE_BYTES, Place, RegionKey,
+    DeviceMemory, DevicePageTable, Driver, FaultId, Job, JobId, JobQueue, JobReport, PAGE_BYTES, PageRange, Place,
+    RegionKey,
 };
 use crate::fault::{FaultEvent, FaultRange, RANGE_PAGES_MAX};
 use crate::run::{DriverLoop, Due};
@@ -51,6 +52,8 @@ use transfer::{buffer_refused, check, transfer};
 
 /// Pages of one turn: some tens of microseconds, so that the loop's other work is not kept waiting.
 const TURN_PAGES: u64 = PIECE_PAGES;
+/// The same where pages are only looked at.
+const LOOKED_AT_PAGES: u64 = 32 * TURN_PAGES;
 /// Faults of accesses are named by this bit and their job; the device's own never have it.
 const ACCESS_FAULT: u64 = 1 << 63;
 /// What a client asked for.
@@ -260,6 +263,9 @@ impl<D: Driver> DriverLoop<D> {
 
     fn walk(&mut self, job: JobId, access: &mut Access) -> Turn {
         let op = access.wanted.op;
+        if matches!(op, AccessOp::Map | AccessOp::MapForWrite) {
+            return self.look(access);
+        }
         let by_engine = self.window.is_none() && !access.wanted.needs_no_bytes();
         if by_engine && self.accesses.at_engine.is_some() {
             return Turn::EngineTaken;
@@ -285,6 +291,34 @@ impl<D: Driver> DriverLoop<D> {
             }
         }
         if runs.is_empty() { end } else { Turn::Engine(runs) }
+    }
+
+    /// A turn of an access that only has its pages mapped.
+    fn look(&mut self, access: &mut Access) -> Turn {
+        let mut turn_pages = LOOKED_AT_PAGES;
+        loop {
+            let left_pages = access.wanted.page_count() - access.done_pages;
+            if left_pages == 0 {
+                return Turn::Done;
+            }
+            if turn_pages == 0 {
+                return Turn::More;
+            }
+            let at = access.at();
+            let Some((key, addr, page_count)) = self.attached_at(access.wanted.space, at) else { return Turn::Missing };
+            let first = (at - addr) / PAGE_BYTES;
+            let count = left_pages.min(turn_pages).min(page_count - first);
+            match self.table.mapped_pages(key, PageRange { first, count }, access.wanted.writes()) {
+                Ok(mapped) => {
+                    access.done_pages += mapped.min(count);
+                    turn_pages -= mapped.min(count);
+                    if mapped < count {
+                        return Turn::Missing;
+                    }
+                }
+                Err(error) => return Turn::Failed(broken(at, &error.to_string())),
+            }
+        }
     }
 
     /// One page; false when it is missing. `here`: where the page before was. `runs`: the engine's, if it takes them.

@@ -293,6 +293,15 @@ pub trait DevicePageTable {
         act: &mut dyn FnMut(Place<'_>),
     ) -> Result<bool, DeviceError>;
 
+    /// How many of the pages, from the first one on, are mapped with the right that is asked for: those are marked as used. Nothing is accessed.
+    fn mapped_pages(&mut self, key: RegionKey, pages: PageRange, write: bool) -> Result<u64, DeviceError> {
+        let mut count = 0;
+        while count < pages.count && self.with_page(key, pages.first + count, write, &mut |_| {})? {
+            count += 1;
+        }
+        Ok(count)
+    }
+
     /// Pending pages of this nonce become valid as `runs` say; pages that are valid already stay as they are.
     fn install(&mut self, key: RegionKey, nonce: u32, runs: &[MapRun]) -> Result<InstallReport, DeviceError>;
 

@@ -249,6 +249,14 @@ impl DevicePageTable for SharedTable {
         Ok(true)
     }
 
+    fn mapped_pages(&mut self, key: RegionKey, pages: PageRange, write: bool) -> Result<u64, DeviceError> {
+        let Some(region) = self.by_key.get(&key) else { return Ok(0) };
+        let table = &region.table;
+        let end = pages.end().min(table.page_count());
+        let missing = (pages.first..end).find(|page| table.touch(*page, table.load(*page), write).is_none());
+        Ok(missing.unwrap_or(end).saturating_sub(pages.first))
+    }
+
     fn abandon(&mut self, key: RegionKey, pages: PageRange, nonce: u32) -> Result<(), DeviceError> {
         let table = &self.region(key)?.table;
         for page in pages.first..pages.end().min(table.page_count()) {
@@ -362,6 +370,12 @@ mod tests {
         assert!(table.with_page(KEY, 0, false, &mut act)?);
         assert!(!table.with_page(KEY, 0, true, &mut act)? && !table.with_page(KEY, 1, false, &mut act)?);
         assert_eq!(seen, [true]);
+        table.begin(KEY, pages(2, 4), 2, None)?;
+        table.install(KEY, 2, &[run(2, 4, true)])?;
+        let mut count = |first, count, write| table.mapped_pages(KEY, pages(first, count), write);
+        assert_eq!((count(0, 16, false)?, count(0, 16, true)?), (1, 0));
+        assert_eq!((count(2, 3, true)?, count(2, 16, true)?, count(2, u64::MAX - 2, false)?), (3, 4, 4));
+        assert_eq!((count(16, 1, false)?, count(u64::MAX, 1, false)?), (0, 0));
         Ok(())
     }
 

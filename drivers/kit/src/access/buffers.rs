@@ -12,7 +12,7 @@ use uhmm_kernel_hook::{Advice, HookError, Prot, Window, memfd};
 
 /// Of one client.
 const KEPT: usize = 8;
-/// Longer buffers are for one access.
+/// Longer buffers are for one access; those of the SDK are as long.
 const LONGEST_BYTES: u64 = 2 << 20;
 
 #[derive(Debug)]
