@@ -106,7 +106,7 @@ const BENCHES: &[Bench] = &[
         name: "job",
         what: "a job sums memory at home",
         floor: "migrate, then sum",
-        reach: ">= 0.6 by faults alone",
+        reach: ">= 0.9 with the ranges named, >= 0.6 by faults alone",
         run: benches::job::run,
     },
     Bench {
@@ -271,12 +271,17 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let statement = host::statement()?;
     eprintln!("{statement}");
     let start = host::Pulse::take(&run)?;
+    let mut failed = Vec::new();
     for bench in benches {
         eprintln!("{}: {}", bench.name, bench.what);
         run.bench = bench.name;
-        (bench.run)(&mut run).with_context(|| format!("Bench {}", bench.name))?;
+        // What the others find is not lost with it.
+        if let Err(error) = (bench.run)(&mut run) {
+            eprintln!("{} failed: {error:#}", bench.name);
+            failed.push(bench.name);
+        }
     }
-    anyhow::ensure!(!run.figures.is_empty(), "Nothing was measured: no case has {:?} in its name", args.only);
+    anyhow::ensure!(!run.figures.is_empty() || !failed.is_empty(), "Nothing was measured: no case has {:?} in its name", args.only);
     let host = host::Pulse::take(&run)?.figures(&start);
     run.figures.splice(0..0, host);
     report::print(&run, args, &statement);
@@ -287,5 +292,6 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     if let Some(figure) = unsound {
         bail!("{}, {}: a round gave no number: {:?}", figure.bench, figure.case, figure.rounds);
     }
+    anyhow::ensure!(failed.is_empty(), "Failed: {}: see their messages above", failed.join(", "));
     Ok(ExitCode::SUCCESS)
 }

@@ -16,6 +16,7 @@ use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_sdk::{Device, Region, Session};
 
 use super::super::floor::bare::BareMemory;
+use super::managed::all_go;
 use super::touch::{histogram, shuffled};
 
 /// `uhmm bench-client`
@@ -63,8 +64,7 @@ impl Memory {
         match self {
             Self::Managed { session, device, regions } => {
                 for region in regions {
-                    let report = session.migrate(region.addr(), region.len_bytes(), device)?;
-                    anyhow::ensure!(report.complete(), "Not every page went to the device: {:?}", report.runs);
+                    all_go(session, (region.addr(), region.len_bytes()), device.target())?;
                 }
             }
             Self::Bare { regions } => {

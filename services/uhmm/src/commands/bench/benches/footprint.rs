@@ -6,6 +6,7 @@ use super::super::bed::{Bed, Spec};
 use super::super::figure::Reach;
 use super::super::host;
 use super::super::run::Run;
+use super::managed::all_go;
 
 const GIB: u64 = 1 << 30;
 /// Of managed bytes.
@@ -39,8 +40,7 @@ fn memory(run: &mut Run<'_>, bed: &Bed, bytes: u64) -> anyhow::Result<()> {
     let _first = session.allocate(2 << 20)?;
     let before = services_bytes(bed)?;
     let region = session.allocate(bytes)?;
-    let report = session.migrate(region.addr(), bytes, &device)?;
-    anyhow::ensure!(report.complete(), "Not every page went to the device: {:?} {}", report.runs, report.why);
+    all_go(&session, (region.addr(), bytes), device.target())?;
     device.map(region.addr(), bytes)?;
     let grown = services_bytes(bed)?.saturating_sub(before);
     let mib = |bytes: f64| bytes / (1 << 20) as f64;

@@ -1,7 +1,9 @@
 //! Memory of this process that uhmm manages: allocated or adopted, by the size of its pages.
 
+use std::time::{Duration, Instant};
+
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
-use uhmm_sdk::{Device, Region, Session};
+use uhmm_sdk::{Device, PageStatus, Region, Session, StatusRun, Target};
 
 use super::super::host;
 
@@ -47,6 +49,8 @@ pub(in super::super) struct Managed {
     len: u64,
 }
 
+/// Longest that pages may be busy.
+const PATIENCE: Duration = Duration::from_secs(10);
 const FILL: usize = 2 << 20;
 
 impl Managed {
@@ -128,17 +132,28 @@ impl Managed {
 
     /// Every page leaves for the device.
     pub fn out(&self) -> anyhow::Result<()> {
-        let report = self.session.migrate(self.addr(), self.len, &self.device)?;
-        let (runs, why) = (&report.runs, &report.why);
-        anyhow::ensure!(report.complete(), "Not every page went to the device: {runs:?} {why}");
-        Ok(())
+        all_go(&self.session, (self.addr(), self.len), self.device.target())
     }
 
     /// Every page comes home.
     pub fn home(&self) -> anyhow::Result<()> {
-        let report = self.session.migrate(self.addr(), self.len, uhmm_sdk::Target::Home)?;
-        let (runs, why) = (&report.runs, &report.why);
-        anyhow::ensure!(report.complete(), "Not every page came home: {runs:?} {why}");
-        Ok(())
+        all_go(&self.session, (self.addr(), self.len), Target::Home)
+    }
+}
+
+/// Migrates every page of a range, whatever was under way there before: pages that are busy are asked for again, which takes its time.
+pub(in super::super) fn all_go(session: &Session, (addr, len): (u64, u64), target: Target) -> anyhow::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let report = session.migrate(addr, len, target)?;
+        if report.complete() {
+            return Ok(());
+        }
+        let stayed = |run: &&StatusRun| !matches!(run.status, PageStatus::Moved | PageStatus::AlreadyThere);
+        let first = report.runs.iter().find(stayed);
+        if report.runs.iter().filter(stayed).all(|run| run.status == PageStatus::Busy) && Instant::now() < end {
+            continue;
+        }
+        anyhow::bail!("Pages did not go to {target:?}: {first:?} {}", report.why);
     }
 }

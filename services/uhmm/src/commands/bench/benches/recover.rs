@@ -19,6 +19,7 @@ use super::super::figure::{Reach, median};
 use super::super::host;
 use super::super::plot::Plot;
 use super::super::run::Run;
+use super::managed::all_go;
 use super::party::{Party, Shape, Side};
 
 const GIB: u64 = 1 << 30;
@@ -28,6 +29,9 @@ const SERVICES: [&str; 3] = ["pager", "mirror", "driver"];
 const LONGEST_MS: f64 = 100.0;
 /// Between two questions about a state that has no event.
 const POLL: Duration = Duration::from_millis(1);
+
+/// Milliseconds of each round: to the answer, and to the first line of the program.
+type Pairs = Vec<(f64, f64)>;
 
 /// What is there while services die.
 struct Scene<'a> {
@@ -49,8 +53,7 @@ impl<'a> Scene<'a> {
         for _ in 0..regions {
             let region = session.allocate(bytes / regions / PAGE_SIZE * PAGE_SIZE)?;
             // Nothing was written, and yet the device's frames hold zeros and take memory.
-            let report = session.migrate(region.addr(), region.len_bytes(), &device)?;
-            anyhow::ensure!(report.complete(), "Not every page went to the device: {:?} {}", report.runs, report.why);
+            all_go(&session, (region.addr(), region.len_bytes()), device.target())?;
             away.push(region);
         }
         // Every second page: no neighbour comes along.
@@ -100,7 +103,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
     let gib = if run.short { 64 << 20 } else { run.bytes(GIB) };
     let memory = 9 * gib;
     let Some(bed) = run.bed(Spec { needs: 2 * gib, ..Spec::of(memory) }, "")? else { return Ok(()) };
-    let mut by_size: Vec<(u64, Vec<Vec<(f64, f64)>>)> = Vec::new();
+    let mut by_size: Vec<(u64, Vec<Pairs>)> = Vec::new();
     for size in SIZES {
         let case = format!("{size} GiB on the device");
         if let Err(why) = host::room_for(size * gib + gib / 2)? {
@@ -124,7 +127,7 @@ pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
 }
 
 /// Of each service: the rounds.
-fn case_of(run: &mut Run<'_>, bed: &Bed, case: &str, regions: u64, bytes: u64) -> anyhow::Result<Vec<Vec<(f64, f64)>>> {
+fn case_of(run: &mut Run<'_>, bed: &Bed, case: &str, regions: u64, bytes: u64) -> anyhow::Result<Vec<Pairs>> {
     let kills = run.most_rounds(9);
     let mut scene = Scene::new(bed, regions, bytes, u64::from(kills + 1) * 3)?;
     let mut all = vec![Vec::new(); SERVICES.len()];
@@ -145,7 +148,7 @@ fn case_of(run: &mut Run<'_>, bed: &Bed, case: &str, regions: u64, bytes: u64) -
 }
 
 /// The largest beside the smallest.
-fn flat(run: &mut Run<'_>, by_size: &[(u64, Vec<Vec<(f64, f64)>>)]) {
+fn flat(run: &mut Run<'_>, by_size: &[(u64, Vec<Pairs>)]) {
     let (Some((least, first)), Some((most, last))) = (by_size.first(), by_size.last()) else { return };
     if least == most {
         return;
@@ -154,7 +157,7 @@ fn flat(run: &mut Run<'_>, by_size: &[(u64, Vec<Vec<(f64, f64)>>)]) {
     for (index, service) in SERVICES.iter().enumerate() {
         let rounds = last[index].iter().zip(&first[index]).map(|(last, first)| (last.0, first.0)).collect();
         run.figure(format!("{service}, {most} GiB : {least} GiB"), "ms", Reach::AtMost(1.2), rounds);
-        let middle = |all: &Vec<Vec<(f64, f64)>>| median(all[index].iter().map(|(took, _)| *took));
+        let middle = |all: &Vec<Pairs>| median(all[index].iter().map(|(took, _)| *took));
         series.push(((*service).to_owned(), by_size.iter().map(|(size, all)| (*size as f64, middle(all))).collect()));
     }
     run.plots.push(Plot {

@@ -9,6 +9,7 @@ use super::super::bed::Bed;
 use super::super::figure::{Reach, median};
 use super::super::place;
 use super::super::run::Run;
+use super::managed::all_go;
 use super::touch::{Touch, shuffled};
 
 const GIB: u64 = 1 << 30;
@@ -37,7 +38,7 @@ pub(super) fn large_regions(run: &mut Run<'_>, bed: &Bed) -> anyhow::Result<()> 
         part.fill(off, pages * PAGE_SIZE, 1)?;
         let mut row = Vec::new();
         for round in run.rounds(7) {
-            session.migrate(region.addr() + off, pages * PAGE_SIZE, &device)?;
+            all_go(&session, (region.addr() + off, pages * PAGE_SIZE), device.target())?;
             let took = touch.at(part, off)?;
             if round > 0 {
                 row.push(took.value_at_quantile(0.5) as f64 / 1000.0);
@@ -94,11 +95,7 @@ fn lives(bed: &Bed, count: u64, len: u64) -> anyhow::Result<[f64; 3]> {
         anyhow::Ok(begun.elapsed().as_secs_f64() * 1e6 / pages)
     };
     let adopt = each(&|memory| Ok(session.adopt(memory.addr(), len).map(drop)?))?;
-    let migrate = each(&|memory| {
-        let report = session.migrate(memory.addr(), len, &device)?;
-        anyhow::ensure!(report.complete(), "Not every page went to the device: {:?} {}", report.runs, report.why);
-        Ok(())
-    })?;
+    let migrate = each(&|memory| all_go(&session, (memory.addr(), len), device.target()))?;
     // What is on the device comes home with it.
     let release = each(&|memory| Ok(session.release(memory.addr(), len)?))?;
     Ok([adopt, migrate, release])
