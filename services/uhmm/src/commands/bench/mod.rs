@@ -281,7 +281,11 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             failed.push(bench.name);
         }
     }
-    anyhow::ensure!(!run.figures.is_empty() || !failed.is_empty(), "Nothing was measured: no case has {:?} in its name", args.only);
+    anyhow::ensure!(
+        !run.figures.is_empty() || !failed.is_empty(),
+        "Nothing was measured: no case has {:?} in its name",
+        args.only
+    );
     let host = host::Pulse::take(&run)?.figures(&start);
     run.figures.splice(0..0, host);
     report::print(&run, args, &statement);
