@@ -24,11 +24,12 @@ fn services_bytes(bed: &Bed) -> anyhow::Result<u64> {
 pub(in super::super) fn run(run: &mut Run<'_>) -> anyhow::Result<()> {
     let bytes = run.bytes(4 * GIB);
     let Some(bed) = run.bed(Spec { needs: GIB / 2, ..Spec::of(bytes + (64 << 20)) }, "")? else { return Ok(()) };
-    if run.wants("memory") {
-        memory(run, &bed, bytes)?;
-    }
+    // First: what a region leaves behind is scrubbed after its end.
     if run.wants("idle CPU") {
         idle(run, &bed)?;
+    }
+    if run.wants("memory") {
+        memory(run, &bed, bytes)?;
     }
     Ok(())
 }
