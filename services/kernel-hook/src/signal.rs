@@ -1,13 +1,27 @@
 //! Signals as a readable descriptor, so that one event loop hears of them like of everything else.
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use crate::HookError;
 
-/// SIGTERM and SIGINT of this process, blocked and readable. Children started through `std` get an empty mask.
+/// SIGTERM and SIGINT of this process, blocked and readable. Children started through `std` inherit the mask: see
+/// [`StopSignals::not_for`].
 #[derive(Debug)]
 pub struct StopSignals {
     fd: OwnedFd,
+    before: Mask,
+}
+
+/// Of a thread.
+#[derive(Clone, Copy)]
+struct Mask(libc::sigset_t);
+
+impl std::fmt::Debug for Mask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Mask")
+    }
 }
 
 impl StopSignals {
@@ -28,23 +42,38 @@ impl StopSignals {
 
     fn block_these(signals: &[libc::c_int]) -> Result<Self, HookError> {
         let call = |name| move || HookError::call(name, None, std::io::Error::last_os_error());
-        // SAFETY: `set` is a local, fully initialised by sigemptyset before any other use; the calls have no other memory effects.
-        let fd = unsafe {
-            let mut set: libc::sigset_t = std::mem::zeroed();
+        // SAFETY: both sets are locals; `set` is fully initialised by sigemptyset before any other use, the kernel writes `before`, which all
+        // zeros is valid for; the calls have no other memory effects.
+        let (fd, before) = unsafe {
+            let (mut set, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigemptyset(&mut set);
             for signal in signals {
                 libc::sigaddset(&mut set, *signal);
             }
-            if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
+            if libc::pthread_sigmask(libc::SIG_BLOCK, &set, &mut before) != 0 {
                 return Err(call("pthread_sigmask")());
             }
-            libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+            (libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK), Mask(before))
         };
         if fd < 0 {
             return Err(call("signalfd")());
         }
         // SAFETY: signalfd returned a new descriptor that nobody else owns.
-        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, before })
+    }
+
+    /// The child that the command starts takes its signals as this thread did before: what is blocked here is this process's own affair.
+    pub fn not_for(&self, command: &mut Command) {
+        let Mask(before) = self.before;
+        let unblock = move || {
+            // SAFETY: a mask that the kernel gave; the call may be made between fork and exec.
+            match unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) } {
+                0 => Ok(()),
+                number => Err(std::io::Error::from_raw_os_error(number)),
+            }
+        };
+        // SAFETY: the closure makes one system call on a copy of its own: no allocation, no lock.
+        unsafe { command.pre_exec(unblock) };
     }
 
     /// One that came, if there is one.
@@ -126,6 +155,25 @@ mod tests {
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         u64::from_str_radix(mask.trim(), 16).unwrap()
+    }
+
+    /// In a thread of its own, whose mask is of no use to anybody else.
+    #[test]
+    fn a_child_is_started_with_the_mask_of_before() {
+        let of_child = |given_back: bool| {
+            let stop = StopSignals::block_to_pass_on().unwrap();
+            let mut command = Command::new("/bin/grep");
+            command.args(["SigBlk", "/proc/self/status"]);
+            if given_back {
+                stop.not_for(&mut command);
+            }
+            let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
+            u64::from_str_radix(said.trim_start_matches("SigBlk:").trim(), 16).unwrap()
+        };
+        let masks = std::thread::spawn(move || (blocked(), of_child(true), blocked(), of_child(false)));
+        let (before, given_back, here, inherited) = masks.join().unwrap();
+        assert_eq!((given_back, inherited), (before, here));
+        assert!(here != before && here >> (libc::SIGTERM - 1) & 1 == 1);
     }
 
     #[test]

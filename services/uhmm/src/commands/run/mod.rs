@@ -106,7 +106,7 @@ fn with(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
     let mut sampler = Sampler::connect(Some(&place.run_dir))?;
     let waits_before = Waits::of(&sampler.sample()?);
     let begun = Instant::now();
-    let mut child = start(args, &place.run_dir, &library)?;
+    let mut child = start(args, &place.run_dir, &library, &signals)?;
     let mut run = Run {
         only_system: place.own.is_some(),
         main: child.id(),
@@ -148,7 +148,7 @@ fn library() -> anyhow::Result<PathBuf> {
 }
 
 /// As `uhmm run` would have been started by whoever starts the program: its environment, and what is preloaded beside ours.
-fn start(args: &RunArgs, run_dir: &Path, library: &Path) -> anyhow::Result<Child> {
+fn start(args: &RunArgs, run_dir: &Path, library: &Path, signals: &StopSignals) -> anyhow::Result<Child> {
     let mut preload = library.as_os_str().to_owned();
     if let Some(before) = std::env::var_os("LD_PRELOAD").filter(|before| !before.is_empty()) {
         preload.push(":");
@@ -159,6 +159,7 @@ fn start(args: &RunArgs, run_dir: &Path, library: &Path) -> anyhow::Result<Child
     if args.or_without {
         command.env("UHMM_RUN_OR_WITHOUT", "1");
     }
+    signals.not_for(&mut command);
     command.spawn().with_context(|| format!("{} cannot be started", args.command[0].display()))
 }
 
