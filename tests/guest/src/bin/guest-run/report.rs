@@ -16,11 +16,14 @@ pub struct Report {
     broken: Vec<String>,
 }
 
-/// The kernel panicked, and no suite has said anything.
-pub fn panicked_at_boot(out: &Path) -> Result<bool> {
+/// The kernel panicked, and no suite has said anything, or the emulator has run half of an instruction that the kernel was patching ("Oops: int3"),
+/// which no program of ours can bring about.
+pub fn emulators_fault(out: &Path) -> Result<bool> {
     let read = |name: &str| fs::read(out.join(name)).with_context(|| format!("Read {name}"));
-    let panicked = String::from_utf8_lossy(&read("console.log")?).contains("Kernel panic - not syncing");
-    Ok(panicked && read("results.jsonl")?.is_empty())
+    let console = read("console.log")?;
+    let console = String::from_utf8_lossy(&console);
+    let panicked = console.contains("Kernel panic - not syncing");
+    Ok(panicked && (read("results.jsonl")?.is_empty() || console.contains("Oops: int3")))
 }
 
 impl Report {
