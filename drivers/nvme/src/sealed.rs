@@ -27,6 +27,10 @@ use crate::header::HeaderError;
 use crate::namespace::Namespace;
 use crate::shell::InFlight;
 
+/// The copy engine's lane. Its buffers (4 MiB) stay mapped for DMA, and so are locked: with the controller's queues they fit into the 8 MiB that the
+/// kernel lets a process lock where nobody has said more.
+const NVME_COPY_LIMITS: Limits = Limits { depth: 16, writes: 12, ..COPY_LIMITS };
+
 /// Blocks of a namespace as frames.
 #[derive(Clone, Debug)]
 pub struct Sealed {
@@ -89,7 +93,7 @@ impl Sealed {
     /// # Errors
     /// Out of memory or I/O addresses.
     pub fn copy_lane(&self) -> Result<Lane, DeviceError> {
-        self.lane(COPY_LIMITS, PIECE_PAGES)
+        self.lane(NVME_COPY_LIMITS, PIECE_PAGES)
     }
 
     /// A compute unit's lane.
