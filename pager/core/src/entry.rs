@@ -32,8 +32,7 @@ const HUGE: u64 = 1 << 55;
 const POISON_SHIFT: u32 = 56;
 
 /// Frame of a page that was on its way home when its device lost the memory: only a system page can be found any more.
-/// Written to the directory, so that a pager that dies before it has looked does not read the new memory. Also of a page on its way out of
-/// which there is nothing to copy.
+/// Written to the directory, so that a pager that dies before it has looked does not read the new memory.
 pub const LOST_FRAME: u32 = u32::MAX;
 
 /// Where the valid copy of a page is.
@@ -245,12 +244,7 @@ impl Entry {
         next.with_discarded(next.discarded() || self.discarded() && any_left)
     }
 
-    /// On its way out, and nothing has ever been there: the next pager knows that nothing was taken out.
-    pub(crate) fn leaves_empty(self) -> bool {
-        self.state() == PageState::MovingOut && self.frame() == LOST_FRAME
-    }
-
-    /// On its way home, and the frame is lost; on its way out, and there is nothing to copy.
+    /// On its way home, and the frame is lost.
     #[must_use]
     pub(crate) fn without_frame(self) -> Self {
         Self(self.0 | u64::from(LOST_FRAME) << FRAME_SHIFT)

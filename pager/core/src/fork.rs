@@ -11,7 +11,7 @@
 //!   MovingHome             Device shared: nothing of it was filled before the event (fills fail while it is unread)
 //!                          since an earlier pager: on its way home too, since a page that is there already wins
 //!   discarded              Absent, or a hole
-//!   MovingOut, only copied System: it never leaves its place; or there is nothing to take: a hole, which reads as zero
+//!   MovingOut, only copied System: it never leaves its place
 //!   MovingOut              waits for the parent's transfer: taken out before the fork, or after it? Then home, where a page that
 //!                          is there already wins. So does a grandchild, if the child forks meanwhile
 //!   lost to a child        lost to its child too: poison is a page table's, and the kernel copied that before it was there
@@ -225,9 +225,9 @@ impl<P: Policy> Core<P> {
         self.fork_waits.iter().any(|wait| wait.child == child && wait.pages.contains(page))
     }
 
-    /// On its way out in earnest: neither is it only copied, nor dropped where it is, and there is something to take.
+    /// On its way out in earnest: neither is it only copied, nor dropped where it is.
     fn is_taken_out(&self, region: RegionId, page: u64) -> bool {
-        let takes = |t: &Transfer| t.kind == Kind::Out { zero: false, keep: false };
+        let takes = |t: &Transfer| matches!(t.kind, Kind::Out { keep: false, .. });
         self.transfers.values().any(|t| takes(t) && t.region == region && t.pages.contains(page))
     }
 

@@ -38,7 +38,6 @@ impl<P: Policy> Core<P> {
         let Way { device, frame, mask, zero, keep, cause } = way;
         // The mask stays in the entries until the revocation is done: a crash must not forget who maps the system page.
         let moving = Entry::SYSTEM.with_state(PageState::MovingOut).with_mapped_mask(mask);
-        let moving = if zero { moving.without_frame() } else { moving };
         Self::publish_same(region, pages, moving, out);
         let kind = Kind::Out { zero, keep };
         let owner = Some(owner);

@@ -1,8 +1,8 @@
 //! After a crash: what the directories say is what is. Nothing else is known, and nothing else is needed.
 //!
 //! ```text
-//!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first, unless there was nothing
-//!                                                 to take; a forked child's that waited for its parent's: poison, where no page is
+//!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first; a forked child's that
+//!                                                 waited for its parent's: poison, where no page is
 //!   discarded     nobody wants the content        MovingOut: what was taken out is freed instead of moved back;
 //!                                                 with a frame: dropped as soon as the frame is claimed
 //!   Device        the system pages must be gone   punch (again), claim the frame; private: only what is known to be there still, so
@@ -56,16 +56,13 @@ impl<P: Policy> Core<P> {
             let narrow = |_, entry: Entry| {
                 let alike = entry.state() == first.state() && (!entry.is_moving() || entry.shared() == first.shared());
                 let alike = alike && entry.discarded() == first.discarded();
-                let alike = alike && entry.leaves_empty() == first.leaves_empty();
                 alike && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
             };
             let run = wide.unwrap_or_else(|| Self::run_while(dir, region, left, narrow));
             match first.state() {
                 // What the parent's agent had taken out for it goes back to the parent.
                 PageState::MovingOut if first.shared() => self.lost_to_child(region, run, out),
-                PageState::MovingOut if self.is_private(region) && !first.leaves_empty() => {
-                    self.put_back(region, run, first, out)
-                }
+                PageState::MovingOut if self.is_private(region) => self.put_back(region, run, first, out),
                 PageState::MovingOut => {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());
                     Self::publish_same(region, run, back, out);

@@ -4,8 +4,7 @@ mod machine;
 
 use machine::{Machine, PAGES};
 use uhmm_pager_core::{
-    Action, Backing, Core, DefaultPolicy, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId,
-    StepResult, Target, Ticket,
+    Action, Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, ReqId, SpaceId, StepResult, Ticket,
 };
 
 const PARENT: RegionId = RegionId(1);
@@ -69,36 +68,6 @@ fn a_childs_page_that_waited_for_its_parents_way_out_is_poisoned_and_not_zero() 
     let actions = machine.send(Event::PoisonDone { ticket, result: StepResult::Ok });
     assert_eq!([1, 2].map(|page| machine.entry(CHILD, page)), [Entry::SYSTEM; 2]);
     assert!(actions.contains(&Action::Wake { region: CHILD, pages: lost }), "{actions:?}");
-}
-
-/// Pages of a parent that has touched nothing are on their way out.
-#[test]
-fn what_a_parent_has_never_touched_is_empty_for_its_child_whoever_dies() {
-    let mut machine = Machine::with(&[]);
-    machine.send(Event::RegionAdded {
-        region: PARENT,
-        space: SpaceId(1),
-        page_count: PAGES,
-        backing: Backing::Private,
-    });
-    let (device, frame_count) = (DeviceId(0), 16);
-    let (fresh_mappings, memory_known, memory_lost, coherent) = (false, false, false, false);
-    machine.send(Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent });
-    machine.send(Event::Migrate { req: ReqId(1), region: PARENT, pages: ALL, target: Target::Device(device) });
-    let ticks: Vec<_> = (0..20).flat_map(|_| machine.send(Event::Tick)).collect();
-    assert!(ticks.iter().any(|action| matches!(action, Action::ZeroFrames { .. })), "{ticks:?}");
-    assert_eq!(machine.entry(PARENT, 1).state(), PageState::MovingOut);
-    fork(&mut machine, PARENT, CHILD);
-    assert_eq!(machine.entry(CHILD, 1), Entry::SYSTEM, "nothing is waited for");
-    // The pager dies before it has written of the fork.
-    machine.core = Core::new(DefaultPolicy::default());
-    let actions = recover(&mut machine, PARENT);
-    assert!(!actions.iter().any(|action| matches!(action, Action::MoveBack { .. })), "nothing was taken: {actions:?}");
-    assert!(machine.entry(PARENT, 1).is_settled_system());
-    let grandchild = RegionId(3);
-    let actions = fork(&mut machine, PARENT, grandchild);
-    assert!(!actions.iter().any(|action| matches!(action, Action::PoisonLost { .. })), "{actions:?}");
-    assert_eq!(machine.entry(grandchild, 1), Entry::SYSTEM);
 }
 
 /// The one order to poison: its ticket, and what.
