@@ -21,7 +21,6 @@ use uhmm_shared::agent::{Op, Status};
 
 use crate::agent::{Agent, AgentRun, Begun, Job, Life, Order, Purpose};
 use crate::calls::Answer;
-use crate::moved::now_at;
 use crate::requests::Piece;
 use crate::service::{KIND_AGENT, KIND_DONE, Pager};
 
@@ -179,19 +178,15 @@ impl Pager {
             let agent = self.spaces.get(&segment.space).and_then(|space| space.agent.as_ref());
             // A forked child that never attached: nothing was ever asked of it.
             let Some(agent) = agent else { continue };
-            let shown_at = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
-            let moves = self.kept_moves.get(&segment.space).map_or(&[][..], Vec::as_slice);
+            let range = AddrRange { start: segment.addr_of(part.first), len: part.count * PAGE_SIZE };
             let any = Categories::PRESENT | Categories::SWAPPED | Categories::PFNZERO | Categories::HUGE;
-            for (into, range) in now_at(shown_at, moves) {
-                let first_page = part.first + into / PAGE_SIZE;
-                match pagemap::scan(agent.memory.pagemap.as_fd(), range, any) {
-                    Ok(runs) => found.extend(runs.iter().map(|run| {
-                        let start = run.start.max(range.start);
-                        let first = first_page + (start - range.start) / PAGE_SIZE;
-                        Pages { first, count: (run.end.min(range.end()) - start) / PAGE_SIZE }
-                    })),
-                    Err(error) => tracing::debug!(%error, %range, "A client's pages cannot be asked for"),
-                }
+            match pagemap::scan(agent.memory.pagemap.as_fd(), range, any) {
+                Ok(runs) => found.extend(runs.iter().map(|run| {
+                    let start = run.start.max(range.start);
+                    let first = part.first + (start - range.start) / PAGE_SIZE;
+                    Pages { first, count: (run.end.min(range.end()) - start) / PAGE_SIZE }
+                })),
+                Err(error) => tracing::debug!(%error, %range, "A client's pages cannot be asked for"),
             }
         }
         shown.then_some(found)

@@ -265,23 +265,6 @@ impl Pager {
         }
     }
 
-    /// Moves that dead pagers had read and perhaps not written down: until they are repeated pages are elsewhere than where they are shown.
-    pub(crate) fn look_for_kept_moves(&mut self) -> Result<(), HookError> {
-        for (_, journal) in self.journals.all() {
-            let (space, events) = journal.kept()?;
-            for kept in events {
-                let Change::Remap { from, to, len } = kept.event else { continue };
-                let from = AddrRange { start: from, len };
-                let arrived = |(old, to): &(AddrRange, u64)| AddrRange { start: *to, len: old.len }.overlaps(&from);
-                let again = self.kept_moves.get(&space).is_some_and(|moves| moves.iter().any(arrived));
-                if again || !self.touched(space, from.start, from.end()).is_empty() {
-                    self.kept_moves.entry(space).or_default().push((from, to));
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// What dead pagers had read of address spaces' changes and perhaps not written down.
     pub(crate) fn repeat_kept_events(&mut self) -> Result<(), HookError> {
         let kept: Vec<(usize, u64, Vec<KeptEvent>)> = self

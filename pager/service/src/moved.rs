@@ -65,23 +65,6 @@ impl Vacated {
     }
 }
 
-/// Where the parts of a range are now, after moves that nobody has acted on: how far into the range each begins, and where it is.
-pub(crate) fn now_at(range: AddrRange, moves: &[(AddrRange, u64)]) -> Vec<(u64, AddrRange)> {
-    let mut parts = vec![(0, range)];
-    for (from, to) in moves {
-        let after = |(into, part): (u64, AddrRange)| {
-            let Some(hit) = part.intersection(from) else { return vec![(into, part)] };
-            let before = AddrRange { start: part.start, len: hit.start - part.start };
-            let moved = AddrRange { start: to + (hit.start - from.start), len: hit.len };
-            let behind = AddrRange { start: hit.end(), len: part.end() - hit.end() };
-            let parts = [(into, before), (into + before.len, moved), (into + before.len + hit.len, behind)];
-            parts.into_iter().filter(|(_, part)| part.len > 0).collect()
-        };
-        parts = parts.into_iter().flat_map(after).collect();
-    }
-    parts
-}
-
 fn same_file(one: &Vma, other: &Vma) -> bool {
     one.shared && other.shared && (one.device, one.inode) == (other.device, other.inode)
 }
@@ -170,15 +153,6 @@ mod tests {
 
     fn range(start: u64, end: u64) -> AddrRange {
         AddrRange { start, len: end - start }
-    }
-
-    #[test]
-    fn what_was_moved_again_and_again_is_looked_for_where_it_is() {
-        let moves = [(range(10, 30), 110), (range(0, 4), 200), (range(115, 120), 300)];
-        let parts =
-            [(0, range(8, 10)), (2, range(110, 115)), (7, range(300, 305)), (12, range(120, 130)), (22, range(30, 40))];
-        assert_eq!(now_at(range(8, 40), &moves), parts);
-        assert_eq!(now_at(range(8, 40), &[]), [(0, range(8, 40))]);
     }
 
     #[test]

@@ -102,12 +102,10 @@ impl Pager {
             self.check_children_soon();
         }
         self.recover_segments();
-        self.look_for_kept_moves()?;
         self.tell_core_of_regions();
         self.push(Event::Recovered);
         self.drain();
         self.tidy_scratch();
-        self.kept_moves.clear();
         self.repeat_kept_events()?;
         self.finish_cuts();
         self.drain();

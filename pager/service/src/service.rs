@@ -16,7 +16,7 @@ use uhmm_ipc::message::{
 };
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
 use uhmm_kernel_hook::window::Window;
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_kit::record;
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId};
@@ -163,8 +163,6 @@ pub struct Pager {
     pub(crate) waiting_revalidations: Vec<(ConnId, CallId, u64, u64)>,
     /// Callers who wait until devices have let go of addresses.
     pub(crate) letting_go: Vec<LettingGo>,
-    /// While recovering: where dead pagers had read that pages were moved, by space.
-    pub(crate) kept_moves: BTreeMap<u64, Vec<(AddrRange, u64)>>,
     /// Segments of the vault, until all spaces are there.
     pub(crate) recovered_segments: Vec<(u64, SegmentRecord)>,
     /// Parts of revocations by ticket.
@@ -305,7 +303,6 @@ impl Pager {
             waiting_makes: Vec::new(),
             waiting_revalidations: Vec::new(),
             letting_go: Vec::new(),
-            kept_moves: BTreeMap::new(),
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),
