@@ -155,51 +155,14 @@ static void limit(void)
     OK(pthread_join(thread, NULL));
 }
 
-/* Forks with much memory on the device, and goes on at once: what the parent drops then the child still has. */
-static void large_forks(void)
-{
-    uint64_t len = 256 * MIB;
-    uint8_t *p = anonymous(len);
-    fill(p, len, 5);
-    OK(uhmm_adopt(session, p, len));
-    for (int round = 0; round < 3; round++) {
-        OK(uhmm_migrate(session, p, len, device, NULL, NULL, 0));
-        printf("forks\n");
-        fflush(stdout);
-        SAME(getchar(), 'k');
-        pid_t child = fork();
-        if (child == 0) {
-            EXPECT(p, len, 5);
-            _Exit(0);
-        }
-        TRUE_THAT(child > 0);
-        OK(madvise(p + len / 2, MIB, MADV_DONTNEED));
-        SAME(p[len / 2], 0);
-        void *moved = mremap(p + len - MIB, MIB, MIB, MREMAP_MAYMOVE | MREMAP_FIXED, p + len / 2);
-        TRUE_THAT(moved == p + len / 2);
-        OK(munmap(p, MIB));
-        int status;
-        SAME(waitpid(child, &status, 0), child);
-        SAME(status, 0);
-        for (uint64_t at = MIB; at < len / 2 + MIB; at += PAGE) {
-            uint64_t from = at < len / 2 ? at : at + len / 2 - MIB;
-            SAME(*(uint64_t *)(p + at), word(5, from / 8));
-        }
-        OK(munmap(p + MIB, len - MIB));
-        p = anonymous(len);
-        fill(p, len, 5);
-        OK(uhmm_adopt(session, p, len));
-    }
-}
-
 int main(int count, char **arguments)
 {
     SAME(count, 3);
     OK(uhmm_connect(arguments[1], &session));
     OK(uhmm_device_open(session, "soft0", &device));
-    const char *what[] = {"sparse", "regions", "forks", "drops", "limit", "large forks"};
-    void (*parts[])(void) = {sparse, regions, fork_storm, drops, limit, large_forks};
-    for (int i = 0; i < 6; i++)
+    const char *what[] = {"sparse", "regions", "forks", "drops", "limit"};
+    void (*parts[])(void) = {sparse, regions, fork_storm, drops, limit};
+    for (int i = 0; i < 5; i++)
         if (strcmp(arguments[2], what[i]) == 0)
             parts[i]();
     printf("ok\n");

@@ -128,26 +128,6 @@ fn integration_a_storm_of_forks_stops_nobody_and_fills_no_quota() {
     }
 }
 
-/// What the parent does after the fork comes after it, also for the next pager.
-#[test]
-fn integration_a_fork_of_much_memory_takes_turns_and_both_have_their_bytes_whenever_the_pager_dies() {
-    let bed = TestBed::start("512MiB");
-    let mut program = Program::start(&bed, "large forks", None);
-    program.says("forks");
-    program.go_on();
-    others_are_served(&bed, 3);
-    nobody_was_restarted(&bed);
-    for pause_ms in [1, 20] {
-        program.says("forks");
-        program.go_on();
-        // Somewhere in the middle.
-        std::thread::sleep(Duration::from_millis(pause_ms));
-        let killed = bed.kill("pager");
-        bed.wait_ready("pager", killed);
-    }
-    program.ends_well();
-}
-
 #[test]
 fn integration_threads_that_drop_memory_all_the_time_stop_nobody() {
     let bed = TestBed::start("64MiB");

@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::clock::Search;
-use crate::clones::Cloning;
 use crate::coherent::CpuMap;
 use crate::ending::Endings;
 use crate::entry::{DEVICE_COUNT_MAX, Entry, PoisonReason};
@@ -102,11 +101,6 @@ pub struct Core<P> {
     pub(crate) late_notes: Vec<(u64, Pages, PageStatus)>,
     /// Pages of forked children that wait for the parent's.
     pub(crate) fork_waits: Vec<ForkWait>,
-    /// Forked children that have not got all of their entries, and what was told of their parents meanwhile.
-    pub(crate) clones: VecDeque<Cloning>,
-    pub(crate) put_off: VecDeque<Event>,
-    /// The last turn of a walk was a clone's.
-    pub(crate) cloned: bool,
     /// Spaces whose device memory is limited, by group, and the groups' limits in pages.
     pub(crate) groups: BTreeMap<SpaceId, u16>,
     pub(crate) group_limits: BTreeMap<u16, u64>,
@@ -158,9 +152,6 @@ impl<P: Policy> Core<P> {
             ended: 0,
             discards: BTreeMap::new(),
             fork_waits: Vec::new(),
-            clones: VecDeque::new(),
-            put_off: VecDeque::new(),
-            cloned: false,
             late_notes: Vec::new(),
             late_wakes: Vec::new(),
             groups: BTreeMap::new(),
@@ -195,7 +186,7 @@ impl<P: Policy> Core<P> {
 
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
-        let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty() || self.has_clone_work();
+        let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty();
         !self.ready.is_empty() || !self.doomed.is_empty() || walks || self.may_scrub_unknown()
     }
 
@@ -213,20 +204,12 @@ impl<P: Policy> Core<P> {
             && self.cpu_ops.is_empty()
             && self.cpu_maps.is_empty()
             && self.scrubs.is_empty()
-            && self.put_off.is_empty()
             && !self.has_runnable_work()
     }
 
     /// Decides. Actions are appended to `out`; see the crate head for what the shell promises.
     pub fn handle(&mut self, dir: &impl Directory, now_us: u64, event: Event, out: &mut Vec<Action>) {
         self.now_us = now_us;
-        if !self.puts_off(&event) {
-            self.act(dir, event, out);
-        }
-    }
-
-    /// As `handle`, of what is not put off.
-    pub(crate) fn act(&mut self, dir: &impl Directory, event: Event, out: &mut Vec<Action>) {
         match event {
             Event::CpuFault { region, page, wp, minor, .. } => self.cpu_fault(dir, region, page, wp, minor, out),
             Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(dir, ticket, done_pages, stop, out),

@@ -217,8 +217,7 @@ pub enum Event {
     /// named is known to be gone from there.
     RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing, strays: Vec<Pages> },
     /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
-    /// the child's entries, some each turn, revokes what devices may write, and says [`Action::Cloned`] and [`Action::ForkReady`]. Until
-    /// then [`crate::Core::stands_still`] says that nothing of the parent's is to be read. Private regions only.
+    /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.
     Forked { parent: RegionId, child: RegionId, space: SpaceId },
     /// A pager died between `Forked` and `ForkReady`: the child's entries are complete, and what devices may write of the parent's is
     /// revoked again, then [`Action::ForkReady`] names the child. `child` need not be a clone of `parent` itself.
@@ -363,8 +362,6 @@ pub enum Action {
     Reply { req: ReqId, outcome: Outcome },
     /// The region owns nothing any more.
     DropRegion { region: RegionId },
-    /// A forked child's region has all of its entries: the fork need not be told again to the next pager.
-    Cloned { region: RegionId },
     /// The entries of a forked child's region are complete and nobody writes what it shares: serve its faults.
     ForkReady { region: RegionId },
     /// For the trace ring.

@@ -17,12 +17,12 @@
 //!   lost to a child        lost to its child too: poison is a page table's, and the kernel copied that before it was there
 //!   Poisoned               Poisoned
 //! ```
-//! What devices map of the parent's is revoked before both own it (`clones`), and the child's faults are served when it has everything
-//! ([`Action::ForkReady`]): what a device writes from then on meets a shared frame, goes home first and gets a frame of its own.
+//! The parent's device mappings are revoked before the child's faults are served ([`Action::ForkReady`]): what a device writes
+//! from then on meets a shared frame, goes home first and gets a frame of its own.
 
 use crate::core::Core;
 use crate::entry::{Entry, LOST_FRAME, PageState};
-use crate::event::{Action, DeviceId, Directory, Pages, RegionId, StepResult, Ticket};
+use crate::event::{Action, DeviceId, Directory, Pages, RegionId, SpaceId, StepResult, Ticket};
 use crate::frames::Owner;
 use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
@@ -52,6 +52,31 @@ pub(crate) struct ForkWait {
 }
 
 impl<P: Policy> Core<P> {
+    pub(crate) fn forked(
+        &mut self,
+        dir: &impl Directory,
+        parent: RegionId,
+        child: RegionId,
+        space: SpaceId,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(info) = self.regions.get(&parent).copied() else {
+            out.push(Action::ForkReady { region: child });
+            return;
+        };
+        self.add_region(child, space, info.page_count, info.backing);
+        let all = Pages { first: 0, count: info.page_count };
+        let mut mask = 0;
+        let mut left = all;
+        while left.count > 0 {
+            let run = self.fork_run(dir, parent, child, left, &mut mask, out);
+            left = left.after(run);
+        }
+        let transfer = Transfer { mask, ..Transfer::new(parent, all, Kind::Fork { child, devices: mask }) };
+        let ticket = self.begin(transfer, out);
+        self.revoke_or(ticket, out, Self::fork_is_done);
+    }
+
     /// See [`crate::Event::ForkedBefore`].
     pub(crate) fn forked_before(
         &mut self,
@@ -81,16 +106,16 @@ impl<P: Policy> Core<P> {
         out.push(Action::ForkReady { region: child });
     }
 
-    /// Gives the child the first pages of `left` that are alike, a share at most if each is looked at. Returns how many, and what it cost.
-    pub(crate) fn fork_run(
+    /// Gives the child the first pages of `left` that are alike; returns how many.
+    fn fork_run(
         &mut self,
         dir: &impl Directory,
         parent: RegionId,
         child: RegionId,
         left: Pages,
-        share: u64,
+        mask: &mut u16,
         out: &mut Vec<Action>,
-    ) -> (u64, u64) {
+    ) -> u64 {
         let first = Self::entry(dir, parent, left.first);
         let fate = |page: u64, entry: Entry| self.fate_at_fork(parent, page, entry);
         let first_fate = fate(left.first, first);
@@ -103,22 +128,13 @@ impl<P: Policy> Core<P> {
         // Pages that are known to be alike name no frame and are not on the move: one fate.
         let run = match alike > 1 {
             true => Pages { count: alike, ..left },
-            false => Self::run_while(dir, parent, Pages { count: left.count.min(share), ..left }, narrow),
+            false => Self::run_while(dir, parent, left, narrow),
         };
-        self.give_to_child(dir, (parent, child), run, (first, first_fate), out);
-        (run.count, if alike > 1 { 1 } else { run.count })
-    }
-
-    fn give_to_child(
-        &mut self,
-        dir: &impl Directory,
-        (parent, child): (RegionId, RegionId),
-        run: Pages,
-        (first, fate): (Entry, Fate),
-        out: &mut Vec<Action>,
-    ) {
+        if matches!(first_fate, Fate::Shared | Fate::Returns) {
+            *mask |= run.iter().fold(0, |mask, page| mask | Self::entry(dir, parent, page).mapped_mask());
+        }
         let shared = Entry::on_device(first.device(), first.frame()).with_shared(true);
-        match fate {
+        match first_fate {
             Fate::Nothing => {}
             Fate::Present => Self::publish_same(child, run, Entry::SYSTEM, out),
             Fate::Lost => Self::publish_same(child, run, first, out),
@@ -142,10 +158,9 @@ impl<P: Policy> Core<P> {
                 self.mark_shared(dir, parent, run, out);
                 let moving = shared.with_state(PageState::MovingHome);
                 Self::publish_frames(child, run, moving, out);
-                // The rest goes on when the device has logged in, or its frames are claimed.
-                let now = self.walked_by(first.device(), child, run);
-                if now.count > 0 {
-                    self.continue_home(child, now, moving, first.frame() == LOST_FRAME, out);
+                // Otherwise it goes on when the device has logged in.
+                if self.table(first.device()).is_some() || self.is_failed(first.device()) {
+                    self.continue_home(child, run, moving, first.frame() == LOST_FRAME, out);
                 }
             }
             Fate::Shared => {
@@ -155,36 +170,22 @@ impl<P: Policy> Core<P> {
                 self.stats.shared += run.count;
             }
         }
+        run.count
     }
 
-    /// The parent's entries say that their frames have other owners too; they are marked before the child names them. No device maps
-    /// them any more, except what is on the move, which tells by itself when it is revoked.
+    /// The parent's entries say that their frames have other owners too; they are marked before the child names them.
     fn mark_shared(&mut self, dir: &impl Directory, parent: RegionId, pages: Pages, out: &mut Vec<Action>) {
-        let mark = |page: u64| {
+        for page in pages.iter() {
             let entry = Self::entry(dir, parent, page);
             let state = if entry.state() == PageState::Exclusive { PageState::Device } else { entry.state() };
-            let mask = if entry.is_moving() { entry.mapped_mask() } else { 0 };
-            let marked = entry.with_state(state).with_shared(true).with_mapped_mask(mask);
-            (marked, marked != entry)
-        };
-        let mut left = pages;
-        while left.count > 0 {
-            let (first, is_new) = mark(left.first);
-            let follows = |page: &u64| mark(*page) == (first.plus_frames((page - left.first) as u32), is_new);
-            let count = left.iter().take_while(follows).count().max(1) as u64;
-            if is_new {
-                Self::publish_frames(parent, Pages { count, ..left }, first, out);
+            let marked = entry.with_state(state).with_shared(true);
+            if marked != entry {
+                Self::publish_same(parent, Pages::one(page), marked, out);
             }
-            left = left.after(count);
         }
         for transfer in self.transfers.values_mut().filter(|transfer| transfer.region == parent) {
             transfer.shared |= transfer.pages.overlap(pages).is_some();
         }
-    }
-
-    /// Parent and child will both name its frame.
-    pub(crate) fn is_shared_at_fork(&self, region: RegionId, page: u64, entry: Entry) -> bool {
-        entry.owns_frame() && matches!(self.fate_at_fork(region, page, entry), Fate::Shared | Fate::Returns)
     }
 
     fn share_frames(&mut self, child: RegionId, pages: Pages, device: DeviceId, frame: u32) {

@@ -22,7 +22,6 @@
 mod across;
 mod attr;
 mod clock;
-mod clones;
 mod coherent;
 mod core;
 mod discard;

@@ -9,16 +9,11 @@ const NO_MEMORY_PAUSE_US: std::ops::Range<u64> = 1_000..256_000;
 impl<P: Policy> Core<P> {
     /// One step of one request, and whatever met EAGAIN once more.
     pub(crate) fn tick(&mut self, dir: &impl Directory, out: &mut Vec<Action>) {
-        if let Some(event) = self.take_put_off() {
-            return self.act(dir, event, out);
-        }
         let now_us = self.now_us;
         let due = self.later.extract_if(.., |(until_us, _)| *until_us <= now_us);
         self.again.extend(due.map(|(_, ticket)| ticket));
         let ended = self.ended;
-        let (later, now) = std::mem::take(&mut self.again).into_iter().partition(|t| self.waits_for_a_clone(*t));
-        self.again = later;
-        for ticket in now {
+        for ticket in std::mem::take(&mut self.again) {
             self.stats.retries += 1;
             self.repeat_step(dir, ticket, out);
         }
@@ -27,12 +22,11 @@ impl<P: Policy> Core<P> {
             // an end that has been.
             return;
         }
-        let (later, doomed): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.doomed).into_iter().partition(|ticket| self.waits_for_a_clone(*ticket));
-        self.doomed = later;
-        if !doomed.is_empty() {
+        if !self.doomed.is_empty() {
             // These publish, so nobody looks at the directory in the same call.
-            doomed.into_iter().for_each(|ticket| self.end_doomed(ticket, out));
+            for ticket in std::mem::take(&mut self.doomed) {
+                self.end_doomed(ticket, out);
+            }
             return;
         }
         self.wake_delayed();

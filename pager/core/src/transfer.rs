@@ -9,7 +9,7 @@
 //!  collapse: [Revoke] -> (publish System, free frames), unprotect, end                        across.rs
 //!  drop:     [Revoke] -> (publish Absent, free frames) -> wake, end                           discard.rs
 //!  revoke:   Revoke -> (publish unmapped) -> wake, end                                        discard.rs
-//!  fork:     [Revoke] -> (publish shared) -> ... -> Cloned, ForkReady, end                     clones.rs, fork.rs
+//!  fork:     [Revoke] -> (publish unmapped) -> ForkReady, wake, end                           fork.rs
 //!  lost:     Poison -> (publish System) -> wake, end                                           fork.rs
 //!  teardown: [Revoke] -> DropRegion -> scrub the frames                                       discard.rs
 //! ```
@@ -236,9 +236,6 @@ impl<P: Policy> Core<P> {
     }
 
     pub(crate) fn revoke_done(&mut self, dir: &impl Directory, ticket: Ticket, out: &mut Vec<Action>) {
-        if self.clone_goes_on(dir, ticket, out) {
-            return;
-        }
         let Some(transfer) = self.transfers.get_mut(&ticket) else { return };
         transfer.mask = 0;
         match transfer.kind {

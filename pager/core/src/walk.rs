@@ -168,39 +168,20 @@ impl<P: Policy> Core<P> {
         })
     }
 
-    /// The first of some pages that nobody will come to any more: the device's frames are known, or were claimed up to there.
-    pub(crate) fn walked_by(&self, device: DeviceId, region: RegionId, pages: Pages) -> Pages {
-        let is_known = self.frames.get(usize::from(device.0)).is_some_and(Option::is_some);
-        if is_known || self.is_failed(device) {
-            return pages;
-        }
-        let claims = |walk: &&Walk| walk.device == device && matches!(walk.task, Task::Rebuild(_));
-        let end = match self.walks.iter().find(claims).map(|walk| walk.at) {
-            Some((at, page)) if at == region => page,
-            Some((at, _)) if at > region => u64::MAX,
-            _ => 0,
-        };
-        Pages { count: pages.end().min(end).saturating_sub(pages.first), ..pages }
-    }
-
     fn begin_walk(&mut self, dir: &impl Directory, device: DeviceId, task: Task, out: &mut Vec<Action>) {
         self.walks.push_back(Walk { device, at: START, task });
         // What is small is done at once.
         self.walk_some(dir, device, out);
     }
 
-    /// A turn's share, if it is a walk's or a clone's turn: one request's step is between two.
+    /// A turn's share, if it is a walk's turn: one request's step is between two.
     pub(crate) fn walk_in_turn(&mut self, dir: &impl Directory, out: &mut Vec<Action>) -> bool {
         let device = self.walks.front().map(|walk| walk.device);
-        self.walked = (device.is_some() || self.has_clone_work()) && (!self.walked || self.ready.is_empty());
-        if !self.walked {
-            return false;
-        }
-        self.cloned = !(self.cloned && device.is_some()) && self.clone_some(dir, out);
-        if let Some(device) = device.filter(|_| !self.cloned) {
+        self.walked = device.is_some() && (!self.walked || self.ready.is_empty());
+        if let Some(device) = device.filter(|_| self.walked) {
             self.walk_some(dir, device, out);
         }
-        true
+        self.walked
     }
 
     /// A share of the device's first walk.

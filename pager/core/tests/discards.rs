@@ -225,8 +225,6 @@ fn what_is_discarded_while_a_device_lets_go_of_it_stays_dropped() {
         while let Some(ticket) = revoked(&actions) {
             actions = machine.send(Event::RevokeDone { ticket, result: StepResult::Ok });
         }
-        // Until the child has its entries it is put off.
-        machine.send(Event::Tick);
         assert_eq!([1, 2].map(|page| machine.entry(REGION, page)), [Entry::ABSENT; 2]);
         assert!([0, 3].iter().all(|page| machine.entry(REGION, *page).lives_on_device()), "its neighbours stay");
     }

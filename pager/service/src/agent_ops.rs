@@ -85,7 +85,7 @@ impl Pager {
 
     /// Gives the agent what it can be given.
     pub(crate) fn send_to_agent(&mut self, space_id: u64) {
-        if self.is_recovering || self.forks.stands_still(space_id) {
+        if self.is_recovering {
             return;
         }
         let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) else { return };
@@ -162,9 +162,6 @@ impl Pager {
 
     /// The agent has told of answers.
     pub(crate) fn take_answers(&mut self, space_id: u64) {
-        if self.forks.stands_still(space_id) {
-            return;
-        }
         if let Some(agent) = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref())
             && let Err(error) = agent.done_event.drain()
         {

@@ -105,7 +105,6 @@ impl Pager {
                 space.segments.remove(&segment.addr);
             }
         }
-        self.clone_is_complete(region.0);
         let Some(region) = self.regions.remove(region.0) else { return };
         tracing::debug!(region = region.id, space = region.space, "A region is gone");
         for (space, range) in region.registered.iter() {

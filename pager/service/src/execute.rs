@@ -67,7 +67,6 @@ impl Pager {
                 let copy = Copy::Across { ticket, from_frame, to: to.0, frame, count };
                 self.start_copy(Deferred { device: from.0, copy });
             }
-            Action::Cloned { region } => self.clone_is_complete(region.0),
             Action::ForkReady { region } => self.fork_ready(region),
             Action::Trace { kind, cause, req, region, pages, from, to } => {
                 self.trace(kind, cause, req, region, pages, from, to);

@@ -5,11 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_kernel_hook::uffd::{Change, KeptEvent, UffdEvent};
+use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE};
 use uhmm_pager_core::{Event, RegionId};
 
 use crate::agent::Agent;
-use crate::forking::{Batch, Told};
 use crate::service::Pager;
 use crate::space::{Birth, Space};
 
@@ -26,9 +26,6 @@ impl Pager {
     /// Reads everything the space's userfaultfd has to say. Its agent fills nothing meanwhile, nor what it was asked before the program
     /// changed the place.
     pub(crate) fn read_uffd(&mut self, space_id: u64) {
-        if self.forks.stands_still(space_id) {
-            return;
-        }
         if self.is_ahead(space_id) {
             self.unread.insert(space_id);
             return;
@@ -38,20 +35,14 @@ impl Pager {
             self.reread.insert(space_id);
             return;
         }
-        if self.read_share(space_id) {
-            self.has_read(space_id);
-        }
-    }
-
-    /// What was read is decided.
-    pub(crate) fn has_read(&mut self, space_id: u64) {
+        self.read_share(space_id);
         if let Some(agent) = self.tell_what_was_overtaken(space_id) {
             agent.end_reading();
         }
     }
 
     /// None of the agent's orders puts anything there any more.
-    pub(crate) fn tell_what_was_overtaken(&mut self, space_id: u64) -> Option<&Agent> {
+    fn tell_what_was_overtaken(&mut self, space_id: u64) -> Option<&Agent> {
         let overtaken = std::mem::take(&mut self.overtaken);
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut())?;
         overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
@@ -85,29 +76,38 @@ impl Pager {
     }
 
     /// A turn's share of what there is to read. A program that makes more events than that waits for its next turn by itself: each of
-    /// its threads waits until its event is read. `false`: a fork is not through, and the agent fills nothing until it is.
-    fn read_share(&mut self, space_id: u64) -> bool {
+    /// its threads waits until its event is read.
+    fn read_share(&mut self, space_id: u64) {
         let begun = Instant::now();
         for _ in 0..READS_PER_TURN {
             let space = self.spaces.get(&space_id);
-            let Some(space) = space.filter(|space| space.is_born()) else { return true };
-            let Some(journal) = self.journals.free() else { break };
+            let Some(space) = space.filter(|space| space.is_born()) else { return };
             let mut events = std::mem::take(&mut self.uffd_events);
-            let read = self.journals.at(journal).read(&space.uffd, space_id, &mut events);
+            let read = self.journal.read(&space.uffd, space_id, &mut events);
             let full_read = matches!(read, Ok(count) if count > 0);
             if let Err(error) = read {
                 tracing::warn!(%error, space = space_id, "Reading userfaultfd failed");
             }
-            let mut children = self.make_children(space_id, journal, &events);
-            let mut told = std::mem::take(&mut self.told);
-            told.extend(events.iter().enumerate().map(|(slot, event)| (slot, Told::of(event, children.remove(&slot)))));
+            let mut children = self.make_children(space_id, &events);
+            // Changes first: the program goes on with them already, and an older fault must not be answered with what it has dropped.
+            let is_fault = |event: &UffdEvent| matches!(event, UffdEvent::Fault { .. });
+            for faults in [false, true] {
+                let now = || events.iter().enumerate().filter(|(_, event)| is_fault(event) == faults);
+                for (slot, event) in now() {
+                    let child = children.remove(&slot);
+                    self.on_uffd_event(space_id, event, child);
+                }
+                self.drain();
+                self.faulted.clear();
+                self.poison_what_is_due();
+                self.forget_protection_that_is_due();
+                // Not before the directory says what has changed: the next pager has only that and the journal.
+                now().for_each(|(slot, _)| self.event_handled(slot));
+            }
             events.clear();
             self.uffd_events = events;
-            if !self.work_off(space_id, Batch { journal, told, again: false }) {
-                return false;
-            }
             if !full_read {
-                return true;
+                return;
             }
             self.hot.fault(Instant::now());
             if begun.elapsed() > READ_TIME {
@@ -115,22 +115,49 @@ impl Pager {
             }
         }
         self.unread.insert(space_id);
-        true
     }
 
-    /// `again`: a dead pager has read it.
-    pub(crate) fn on_told(&mut self, space_id: u64, told: Told, again: bool) {
-        if !told.is_fault() {
-            tracing::debug!(space = space_id, ?told, "Event of an address space");
+    fn event_handled(&self, slot: usize) {
+        if let Err(error) = self.journal.handled(slot) {
+            tracing::error!(%error, slot, "An event's place in the journal cannot be emptied");
         }
-        match told {
-            Told::Fault { addr, write, wp, minor } => self.on_cpu_fault(space_id, addr, write, wp, minor),
-            Told::Unmap { start, end } => self.on_unmapped(space_id, start, end),
-            Told::Remove { start, end } => self.on_removed(space_id, start, end),
-            // Nothing at the old place: it was written down.
-            Told::Remap { from, len, .. } if again && self.touched(space_id, from, from + len).is_empty() => {}
-            Told::Remap { from, to, len } => self.on_remapped(space_id, from, to, len),
-            Told::Fork { child } => child.into_iter().for_each(|child| self.on_fork(space_id, child)),
+    }
+
+    /// What the dead pager had read of an address space's changes and perhaps not written down.
+    pub(crate) fn repeat_kept_events(&mut self) -> Result<(), HookError> {
+        let (space_id, kept) = self.journal.kept()?;
+        let mut children = self.recover_children(space_id, &kept)?;
+        let slots: Vec<usize> = kept.iter().map(|event| event.slot).collect();
+        for KeptEvent { id, event, .. } in kept {
+            tracing::info!(space = space_id, ?event, "Event of an address space, read by the pager before");
+            match event {
+                Change::Unmap { start, end } => self.on_unmapped(space_id, start, end),
+                Change::Remove { start, end } => self.on_removed(space_id, start, end),
+                // Nothing at the old place: it was written down.
+                Change::Remap { from, to, len } if !self.touched(space_id, from, from + len).is_empty() => {
+                    self.on_remapped(space_id, from, to, len);
+                }
+                Change::Remap { .. } => {}
+                Change::Fork { .. } => children.remove(&id).into_iter().for_each(|child| self.on_fork(space_id, child)),
+            }
+        }
+        self.drain();
+        slots.into_iter().for_each(|slot| self.event_handled(slot));
+        // Orders that wait; none of this pager's is out yet, and those of the dead one are refused anyway.
+        self.tell_what_was_overtaken(space_id);
+        Ok(())
+    }
+
+    fn on_uffd_event(&mut self, space_id: u64, event: &UffdEvent, child: Option<u64>) {
+        if !matches!(event, UffdEvent::Fault { .. }) {
+            tracing::debug!(space = space_id, ?event, "Event of an address space");
+        }
+        match *event {
+            UffdEvent::Fault { addr, write, wp, minor, .. } => self.on_cpu_fault(space_id, addr, write, wp, minor),
+            UffdEvent::Unmap { start, end } => self.on_unmapped(space_id, start, end),
+            UffdEvent::Remove { start, end } => self.on_removed(space_id, start, end),
+            UffdEvent::Remap { from, to, len } => self.on_remapped(space_id, from, to, len),
+            UffdEvent::Fork { .. } => child.into_iter().for_each(|child| self.on_fork(space_id, child)),
         }
     }
 

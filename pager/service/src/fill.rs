@@ -80,10 +80,6 @@ impl Place {
 impl Pager {
     /// Fills pages in order. Stops at the first page that cannot be filled.
     pub(crate) fn fill(&mut self, region: RegionId, pages: Pages, from: FillFrom<'_>) -> (u64, Option<FillStop>) {
-        if self.waits_for_a_fork(region, pages) {
-            self.note_again(region);
-            return (0, Some(FillStop::Again));
-        }
         let mut done = 0;
         // Segments whose process is gone: after a fork another may show the pages.
         let mut gone: Vec<u64> = Vec::new();
@@ -300,7 +296,7 @@ impl Pager {
 
     /// `Ok`: nobody can touch any more of these pages than what is there.
     pub(crate) fn poison_now(&mut self, region: RegionId, pages: Pages) -> StepResult {
-        if self.is_recovering || self.waits_for_a_fork(region, pages) {
+        if self.is_recovering {
             self.note_again(region);
             return StepResult::Again;
         }

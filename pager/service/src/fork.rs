@@ -4,7 +4,7 @@
 //!   FORK event (brings the child's userfaultfd) -> vault: space, Made
 //!     -> per private region: clone, directory, core Forked
 //!     -> per shared or file region: one more segment of the same region
-//!     -> the core has given the clones their entries, in turns (`forking`) -> vault: directories, then Cloned
+//!     -> vault: directories, then Cloned
 //!   ForkReady of every clone -> vault: Done -> the child's userfaultfd is read
 //! ```
 //! A pager that finds a child that is Made clones it again: nothing but the pager changes the parent's directories, so they are
@@ -23,7 +23,6 @@ use uhmm_kernel_hook::{AddrRange, HookError, PAGE_SIZE, random_bytes, smaps};
 use uhmm_pager_core::{Backing, Event, Pages, RegionId, SpaceId};
 
 use crate::directory::{DirectoryFile, Header};
-use crate::forking::Forking;
 use crate::keepers::Keepers;
 use crate::rules::Rule;
 use crate::segments::hidden;
@@ -48,17 +47,11 @@ struct Inherited {
 impl Pager {
     /// The children that a batch of events brings, by the event's slot: into the vault at once, before anything else of the batch is
     /// acted on.
-    pub(crate) fn make_children(
-        &mut self,
-        parent_id: u64,
-        journal: usize,
-        events: &[UffdEvent],
-    ) -> BTreeMap<usize, u64> {
+    pub(crate) fn make_children(&mut self, parent_id: u64, events: &[UffdEvent]) -> BTreeMap<usize, u64> {
         let mut children = BTreeMap::new();
         for (slot, event) in events.iter().enumerate() {
             let UffdEvent::Fork { uffd } = event else { continue };
-            let id = self.journals.at(journal).id(slot);
-            match id.and_then(|event| self.make_child(parent_id, uffd.as_fd(), event)) {
+            match self.journal.id(slot).and_then(|event| self.make_child(parent_id, uffd.as_fd(), event)) {
                 Ok(id) => drop(children.insert(slot, id)),
                 Err(error) => tracing::error!(%error, space = parent_id, "A forked child's userfaultfd cannot be kept"),
             }
@@ -77,16 +70,21 @@ impl Pager {
         if let Some(child) = self.spaces.get_mut(&child_id) {
             child.unready_regions = clones.len();
         }
-        let (left, wiped) = (clones.values().copied().collect(), inherited.wiped);
-        let forking = Forking { parent: parent_id, clones: clones.values().copied().collect(), left, lost, wiped };
-        self.begin_forking(child_id, forking);
         for (parent, child) in &clones {
             let space = SpaceId(child_id);
             self.push(Event::Forked { parent: RegionId(*parent), child: RegionId(*child), space });
         }
-        // What is small is complete after this, whether it is ready or not.
+        for child in clones.values() {
+            self.drop_what_is_not_inherited(child_id, *child, &inherited.wiped);
+        }
+        // Their entries are complete after this, whether they are ready or not.
         self.drain();
-        self.go_on_with_forks();
+        for child in clones.values() {
+            self.keep_clone(child_id, *child);
+        }
+        self.birth_is(child_id, if lost { Birth::ClonedInPart } else { Birth::Cloned });
+        self.child_may_be_ready(child_id);
+        self.check_children_soon();
     }
 
     /// What the kernel has given a child of the private memory that is managed. Only the flags of the parent's mappings tell what it finds
@@ -121,7 +119,7 @@ impl Pager {
     }
 
     /// MADV_WIPEONFORK, and what the child has no mapping of.
-    pub(crate) fn drop_what_is_not_inherited(&mut self, child_id: u64, region_id: u64, wiped: &[AddrRange]) {
+    fn drop_what_is_not_inherited(&mut self, child_id: u64, region_id: u64, wiped: &[AddrRange]) {
         let all = self.all_pages(region_id);
         let shown: Vec<_> = self.regions.showing(region_id, all).map(|(s, pages)| (s.range(), pages)).collect();
         let mut pages: Vec<Pages> = shown.iter().map(|(_, pages)| *pages).collect();
@@ -182,13 +180,12 @@ impl Pager {
     /// are returned by the event's name; what comes before it in the journal came before the fork.
     pub(crate) fn recover_children(
         &mut self,
-        kept: &[(usize, u64, Vec<KeptEvent>)],
+        parent_id: u64,
+        kept: &[KeptEvent],
     ) -> Result<BTreeMap<u64, u64>, HookError> {
-        let kept: Vec<(u64, &KeptEvent)> =
-            kept.iter().flat_map(|(_, space, events)| events.iter().map(|event| (*space, event))).collect();
-        let noted = self.journals.notes().noted_forks()?;
-        let slots = kept.iter().filter_map(|(owner, kept)| match kept.event {
-            Change::Fork { reader, fd } => Some(KeptFork { owner: *owner, id: kept.id, reader, fd }),
+        let noted = self.journal.noted_forks()?;
+        let slots = kept.iter().filter_map(|kept| match kept.event {
+            Change::Fork { reader, fd } => Some(KeptFork { owner: parent_id, id: kept.id, reader, fd }),
             Change::Remap { .. } | Change::Unmap { .. } | Change::Remove { .. } => None,
         });
         // The number on the note is the later one.
@@ -196,7 +193,7 @@ impl Pager {
             slots.chain(noted).map(|fork| ((fork.owner, fork.id), (fork.reader, fork.fd))).collect();
         for state in self.spaces.values().map(|space| &space.state) {
             if lost.remove(&(state.parent, state.fork_event)).is_some() {
-                self.journals.notes().fork_is_kept(state.parent, state.fork_event)?;
+                self.journal.fork_is_kept(state.parent, state.fork_event)?;
             }
         }
         self.children_of_the_dead(&lost)?;
@@ -205,7 +202,7 @@ impl Pager {
         let unborn: Vec<(u64, u64, u64, Birth)> =
             unborn.map(|state| (state.id, state.parent, state.fork_event, state.birth)).collect();
         for (child, parent, event, birth) in unborn {
-            let is_kept = kept.iter().any(|(owner, kept)| (*owner, kept.id) == (parent, event));
+            let is_kept = parent == parent_id && kept.iter().any(|kept| kept.id == event);
             match birth {
                 Birth::Made if is_kept => drop(waiting.insert(event, child)),
                 Birth::Made => self.on_fork(parent, child),
@@ -225,7 +222,7 @@ impl Pager {
                 // From here on it is noted as this pager's.
                 Some(uffd) => drop(self.make_child(*parent, uffd.as_fd(), *event)?),
                 None => {
-                    self.journals.notes().fork_is_kept(*parent, *event)?;
+                    self.journal.fork_is_kept(*parent, *event)?;
                     tracing::error!(parent, "A forked child is not managed: its pages on devices are lost to it");
                 }
             }
@@ -305,8 +302,8 @@ impl Pager {
             reader: self.service.incarnation,
             fd: space.uffd.as_fd().as_raw_fd(),
         };
-        self.journals.notes().fork_is_kept(parent_id, event)?;
-        if !self.journals.notes().note_fork(fork)? {
+        self.journal.fork_is_kept(parent_id, event)?;
+        if !self.journal.note_fork(fork)? {
             tracing::warn!(
                 parent = parent_id,
                 "Too many forks at once: this one may be lost if the pager is killed now"
@@ -323,7 +320,7 @@ impl Pager {
         let Some(state) = self.spaces.get(&space_id).map(|space| &space.state).filter(|state| state.parent != 0) else {
             return;
         };
-        if let Err(error) = self.journals.notes().fork_is_kept(state.parent, state.fork_event) {
+        if let Err(error) = self.journal.fork_is_kept(state.parent, state.fork_event) {
             tracing::error!(%error, space = space_id, "The journal cannot be written");
         }
     }
@@ -363,7 +360,7 @@ impl Pager {
     }
 
     /// The core has given a child's region its entries.
-    pub(crate) fn keep_clone(&mut self, space_id: u64, region_id: u64) {
+    fn keep_clone(&mut self, space_id: u64, region_id: u64) {
         let Some(region) = self.regions.get(region_id) else { return };
         if let Err(error) = region.directory.set_live() {
             tracing::error!(%error, region = region_id, "A directory cannot be written");
@@ -383,7 +380,7 @@ impl Pager {
     }
 
     /// Also in the vault.
-    pub(crate) fn birth_is(&mut self, space_id: u64, birth: Birth) {
+    fn birth_is(&mut self, space_id: u64, birth: Birth) {
         let Some(space) = self.spaces.get_mut(&space_id) else { return };
         space.state.birth = birth;
         self.keep_state(space_id);
@@ -401,7 +398,7 @@ impl Pager {
         }
     }
 
-    pub(crate) fn child_may_be_ready(&mut self, space_id: u64) {
+    fn child_may_be_ready(&mut self, space_id: u64) {
         let Some(space) = self.spaces.get(&space_id) else { return };
         let end = match space.state.birth {
             Birth::Cloned => Birth::Done,

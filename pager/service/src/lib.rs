@@ -19,7 +19,7 @@
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
 //! | `granted`, `revalidate` | what devices were allowed, and taking back what the program itself may not do any more |
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
-//! | `segments`, `moved`, `fork`, `forking` | which addresses show which pages, through munmap, mremap and fork |
+//! | `segments`, `moved`, `fork` | which addresses show which pages, through munmap, mremap and fork |
 //! | `drivers` | driver sessions |
 //! | `home` | a process that stays at home, a device that is emptied; why pages stayed |
 //! | `heat` | what devices use, as long as somebody asks |
@@ -47,7 +47,6 @@ mod failures;
 mod fault;
 mod fill;
 mod fork;
-mod forking;
 mod granted;
 mod heat;
 mod home;

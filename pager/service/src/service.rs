@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::pager::FaultPoint;
@@ -15,8 +16,9 @@ use uhmm_ipc::message::{
     Call, ErrorCode, Event as WireEvent, Interface, Reply, Role, TraceId, WireError, pager, supervisor,
 };
 use uhmm_ipc::{CallId, ConnId, FdToken, Peer, TimerToken, Wake};
+use uhmm_kernel_hook::uffd::EventJournal;
 use uhmm_kernel_hook::window::Window;
-use uhmm_kernel_hook::PAGE_SIZE;
+use uhmm_kernel_hook::{HookError, PAGE_SIZE, Prot, memfd};
 use uhmm_kit::record;
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId};
@@ -31,7 +33,6 @@ use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::failures::Failures;
 use crate::fork::TIMER_CHILDREN;
-use crate::forking::{Forks, Journals, Told};
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
 use crate::hot::{HotPoll, several_cpus};
@@ -183,9 +184,7 @@ pub struct Pager {
     /// What a sentinel page is filled from.
     pub(crate) sentinel_page: Window,
     /// Events that are being acted on.
-    pub(crate) journals: Journals,
-    pub(crate) forks: Forks,
-    pub(crate) told: Vec<(usize, Told)>,
+    pub(crate) journal: EventJournal,
     /// Keep what this one and those before have read and not put into the vault.
     pub(crate) keepers: Keepers,
     pub(crate) uffd_events: Vec<uhmm_kernel_hook::uffd::UffdEvent>,
@@ -228,6 +227,23 @@ pub fn run(args: ServiceArgs) -> Result<(), PagerError> {
     }
 }
 
+/// The one of the vault, or a new one.
+fn journal(service: &mut Service) -> Result<EventJournal, HookError> {
+    const VAULT_NAME: &str = "journal";
+    let len = EventJournal::LEN_BYTES;
+    let kept = service.vault.take(VAULT_NAME).into_iter().next().map(|(_, fd)| fd);
+    let kept = kept.filter(|fd| memfd::check_sealed(fd.as_fd(), len).is_ok());
+    let fd = match kept {
+        Some(fd) => fd,
+        None => {
+            let fd = Arc::new(memfd::create_sealed("uhmm-journal", len)?);
+            service.vault.put(&mut service.reactor, VAULT_NAME, fd.clone());
+            fd
+        }
+    };
+    Window::map(fd.as_fd(), 0, len, Prot::ReadWrite).map(|window| EventJournal::new(window, service.incarnation))
+}
+
 /// What was given out, or the place for it.
 fn claims(service: &mut Service) -> Result<ClaimTable, PagerError> {
     let kept = service.vault.take(ClaimTable::VAULT_NAME).into_iter().next();
@@ -252,7 +268,7 @@ impl Pager {
             }
         };
         let claims = claims(&mut service)?;
-        let journals = Journals::new(&mut service)?;
+        let journal = journal(&mut service)?;
         let keepers = Keepers::start(&mut service);
         let noted = Noted::new(&mut service);
         let incarnation = service.incarnation;
@@ -316,9 +332,7 @@ impl Pager {
             watches: BTreeMap::new(),
             sentinel_page: Window::anonymous(PAGE_SIZE)?,
             uffd_events: Vec::new(),
-            journals,
-            forks: Forks::default(),
-            told: Vec::new(),
+            journal,
             keepers,
             stats: ShellStats::default(),
             noted,
@@ -331,7 +345,6 @@ impl Pager {
 
     /// After the messages: everything that grows with something has its share of each turn, and the next turn begins with messages.
     fn turn(&mut self) {
-        self.go_on_with_forks();
         self.read_on();
         self.reread_spaces();
         self.end_some();
@@ -349,11 +362,7 @@ impl Pager {
     /// Work at hand: do not wait. Just after a fault: look again for a while. Otherwise sleep.
     fn poll_timeout(&mut self) -> Option<Duration> {
         let homes = !self.home.homings.is_empty() || self.closing.works();
-        let works = homes
-            || self.forks.is_any_complete()
-            || !self.unread.is_empty()
-            || !self.ending.is_empty()
-            || self.has_scrubs();
+        let works = homes || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs();
         if self.core.has_runnable_work() || works {
             return Some(Duration::ZERO);
         }
@@ -367,11 +376,7 @@ impl Pager {
     fn on_wake(&mut self, wake: Wake) {
         match wake {
             Wake::Fd(FdToken(token)) => self.on_fd(token),
-            Wake::Call { conn, call, trace, body, .. } => {
-                if let Some(body) = self.call_is_due(conn, call, trace, body) {
-                    self.on_call(conn, call, trace, body);
-                }
-            }
+            Wake::Call { conn, call, trace, body, .. } => self.on_call(conn, call, trace, body),
             Wake::Connected { conn, peer } => {
                 self.sessions.insert(conn, Session { peer, space: None, device: None });
             }

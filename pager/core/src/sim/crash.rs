@@ -19,10 +19,7 @@ impl Simulator {
                 self.world.leave_over(&pending);
             }
         }
-        let mut read = std::mem::take(&mut self.world.events);
-        let is_told = |fork: &Event| read.contains(fork);
-        let unfinished: Vec<_> = self.world.unfinished_forks().into_iter().filter(|fork| !is_told(fork)).collect();
-        unfinished.into_iter().for_each(|fork| read.push_front(fork));
+        let read = std::mem::take(&mut self.world.events);
         self.world.tidy_scratch();
         self.world.check()?;
         self.world.open.clear();
@@ -77,9 +74,7 @@ impl Simulator {
 
     /// The pager dies while it deals with this event.
     pub(super) fn keep(&mut self, event: &Event) {
-        // What was put off it has not dealt with, and a clone that is complete is not told again.
-        let is_done = matches!(event, Event::Forked { child, .. } if self.world.regions.get(child).is_some_and(|region| region.complete));
-        if self.is_kept(event) && !is_done {
+        if self.is_kept(event) {
             self.world.events.push_front(event.clone());
         }
     }

@@ -76,7 +76,6 @@ impl World {
                 self.events.push_back(Event::CpuFillDone { ticket, done_pages, stop });
             }
             Action::Reply { req, outcome } => self.answer(req, &outcome)?,
-            Action::Cloned { region } => self.is_born(region),
             Action::ForkReady { region } => self.serve(region)?,
             Action::DropRegion { region } => {
                 let mapped = self.devices.iter().any(|d| d.mappings.keys().any(|(of, _)| *of == region));
@@ -443,7 +442,6 @@ impl World {
                 page.may_be_lost |= mine && !came_home;
             }
         }
-        self.lost_to_the_unborn(device);
         for pending in self.pending.iter_mut().filter(|pending| pending.device() == Some(device)) {
             pending.fail = true;
         }

@@ -12,38 +12,30 @@ use super::machine::{CpuAccess, PageModel, RegionModel, World};
 use super::simulator::Simulator;
 use crate::{DeviceId, Event, Pages, RegionId, SpaceId};
 
-/// A child's address space, until its entries are complete.
-#[derive(Debug)]
-pub(super) struct Copied {
-    parent: RegionId,
-    pages: Vec<PageModel>,
-    /// A pager has read of the fork: what was elsewhere is from then on what only devices change.
-    is_read: bool,
-}
-
 /// Clients and their children, living and dead.
 const SLOTS_MAX: usize = 4;
 
 impl World {
     /// The parent's pages as the kernel has copied them.
-    fn copied(&self, parent: RegionId) -> Copied {
+    fn copied(&self, parent: RegionId) -> Vec<PageModel> {
         let pages = self.regions.get(&parent).map_or(&[][..], |region| &region.pages);
-        Copied { parent, pages: pages.to_vec(), is_read: false }
+        pages.to_vec()
     }
 
-    /// The pager reads that a process has forked; perhaps not the first one that does.
+    /// The pager reads that a process has forked.
     pub(super) fn bear(&mut self, parent: RegionId, child: RegionId, space: SpaceId) {
-        let (Some(copied), Some(region)) = (self.copies.get_mut(&child), self.regions.get(&parent)) else { return };
-        if !std::mem::replace(&mut copied.is_read, true) {
+        let (Some(copied), Some(region)) = (self.copies.get(&child), self.regions.get(&parent)) else { return };
+        let of = |(copy, now): (&PageModel, &PageModel)| PageModel {
             // What was not in place cannot have been filled since.
-            for (copy, now) in copied.pages.iter_mut().zip(&region.pages) {
-                copy.expected = if copy.cache.is_some() { copy.expected } else { now.expected };
-                copy.may_be_lost |= now.may_be_lost;
-            }
-        }
-        let of =
-            |copy: &PageModel| PageModel { scratch: None, taken: false, given_up: false, met_guard: None, ..*copy };
-        let pages: Vec<_> = copied.pages.iter().map(of).collect();
+            expected: if copy.cache.is_some() { copy.expected } else { now.expected },
+            may_be_lost: copy.may_be_lost || now.may_be_lost,
+            scratch: None,
+            taken: false,
+            given_up: false,
+            met_guard: None,
+            ..*copy
+        };
+        let pages: Vec<_> = copied.iter().zip(&region.pages).map(of).collect();
         let (directory, parent) = (vec![0; pages.len()], Some(parent));
         let (complete, ready, freeing) = (false, false, false);
         let model = RegionModel { space, pages, directory, freeing, parent, complete, ready, ..region.clone() };
@@ -56,38 +48,6 @@ impl World {
         if let Some(region) = self.regions.get_mut(&child) {
             region.complete = true;
         }
-    }
-
-    /// A device has lost what children will find there that have not got all of their entries.
-    pub(super) fn lost_to_the_unborn(&mut self, device: DeviceId) {
-        let mine = |bits: &u64| {
-            let entry = crate::Entry::decode(*bits).unwrap_or(crate::Entry::ABSENT);
-            entry.owns_frame() && entry.device() == device && !entry.discarded()
-        };
-        let regions = &self.regions;
-        let there = |parent: &RegionId| regions.get(parent).map_or(&[][..], |parent| &parent.directory);
-        let of = |(child, copied): (&RegionId, &Copied)| {
-            (*child, there(&copied.parent).iter().map(mine).collect::<Vec<bool>>())
-        };
-        let lost: Vec<_> = self.copies.iter().filter(|(_, copied)| copied.is_read).map(of).collect();
-        for (child, lost) in lost {
-            let copied = self.copies.get_mut(&child).map(|copied| &mut copied.pages);
-            let born = self.regions.get_mut(&child).map(|region| &mut region.pages);
-            for pages in copied.into_iter().chain(born) {
-                for (model, _) in pages.iter_mut().zip(&lost).filter(|(_, lost)| **lost) {
-                    model.may_be_lost |= model.cache.is_none();
-                }
-            }
-        }
-    }
-
-    /// Children that a dead pager has not given all of their entries: their forks are told again.
-    pub(super) fn unfinished_forks(&self) -> Vec<Event> {
-        let unfinished = self.regions.iter().filter(|(_, region)| !region.complete);
-        let fork = |(child, region): (&RegionId, &RegionModel)| {
-            Some(Event::Forked { parent: region.parent?, child: *child, space: region.space })
-        };
-        unfinished.filter_map(fork).collect()
     }
 
     /// The pager has died in the middle of it: the child's region is made anew.
@@ -112,18 +72,10 @@ impl World {
         (region, page): (RegionId, u64),
         token: u64,
     ) -> Result<(), Violation> {
-        for copied in self.copies.values_mut().filter(|copied| copied.parent == region && copied.is_read) {
-            if let Some(model) = copied.pages.get_mut(page as usize).filter(|model| model.cache.is_none()) {
-                model.expected = token;
-            }
-        }
         for (id, other) in &mut self.regions {
             for (at, (model, bits)) in (0..).zip(other.pages.iter_mut().zip(&other.directory)) {
                 let entry = crate::Entry::decode(*bits).unwrap_or(crate::Entry::ABSENT);
                 let same = entry.owns_frame() && (entry.device(), entry.frame()) == (device, frame);
-                // A child that has not got this page of its parent's yet will find there what is there then.
-                let will = other.parent == Some(region) && !other.complete && at == page && model.cache.is_none();
-                let same = same || will && !entry.owns_frame();
                 if !same || (*id, at) == (region, page) || entry.discarded() {
                     continue;
                 }
@@ -146,13 +98,13 @@ impl Simulator {
             return;
         }
         let (child, space) = (RegionId(self.new_id()), SpaceId(self.new_id()));
-        let copied = self.world.copied(parent);
-        self.config.page_counts.push(copied.pages.len() as u64);
+        let pages = self.world.copied(parent);
+        self.config.page_counts.push(pages.len() as u64);
         self.slots.push(child);
         self.spaces.push(space);
         let parents_space = self.world.regions[&parent].space;
         self.world.forked.insert(parents_space);
-        self.world.copies.insert(child, copied);
+        self.world.copies.insert(child, pages);
         self.world.events.push_back(Event::Forked { parent, child, space });
     }
 

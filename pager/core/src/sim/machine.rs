@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::check::Violation;
 use super::execute::Pending;
-use super::fork::Copied;
 use super::leftover::Leftover;
 use super::{Faults, Rng};
 use crate::{Attr, Backing, DeviceId, Directory, Entry, Event, MapKind, MapRun, Pages, RegionId, ReqId, SpaceId};
@@ -140,7 +139,7 @@ pub struct World {
     pub(super) open: BTreeMap<ReqId, Open>,
     pub(super) gone_spaces: BTreeSet<SpaceId>,
     /// What children of forks that nobody has read of have in place.
-    pub(super) copies: BTreeMap<RegionId, Copied>,
+    pub(super) copies: BTreeMap<RegionId, Vec<PageModel>>,
     /// Clients whose bytes others may have.
     pub(super) forked: BTreeSet<SpaceId>,
     pub(super) faults: Faults,

@@ -7,8 +7,8 @@
 //!   guards:                 told to nobody; what is in place goes at once, what is elsewhere when a fill meets the guard (`Dropped`)
 //!   agent:                  CopyOut takes pages out of the address space into scratch, MoveBack, Punch
 //! ```
-//! Guards are put where the kernel's word decides: not on pages that are copied just now, nor on read-only copies, nor by a child whose
-//! entries are not complete (docs/kernel-view.md says what nobody can know there).
+//! Guards are put where the kernel's word decides: not on pages that are copied just now, nor on read-only copies (docs/kernel-view.md
+//! says what nobody can know there).
 
 use super::machine::{PageModel, World};
 use crate::{
@@ -62,8 +62,7 @@ impl World {
 
     /// The program puts guards on pages, or takes them away.
     pub(super) fn guard(&mut self, region: RegionId, pages: Pages, on: bool) {
-        let may = self.is_private(region) && self.regions.get(&region).is_some_and(|region| region.complete);
-        for page in pages.iter().filter(|_| may).collect::<Vec<_>>() {
+        for page in pages.iter().filter(|_| self.is_private(region)).collect::<Vec<_>>() {
             let state = self.entry(region, page).state();
             let Some(model) = self.page(region, page) else { continue };
             let decides = match state {

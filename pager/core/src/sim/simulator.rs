@@ -256,23 +256,10 @@ impl Simulator {
     /// Handles up to `count` events.
     pub fn pump(&mut self, count: u32) -> Result<(), Violation> {
         for _ in 0..count {
-            let Some(place) = self.next_event() else { break };
-            let Some(event) = self.world.events.remove(place) else { break };
+            let Some(event) = self.world.events.pop_front() else { break };
             self.handle(event)?;
         }
         Ok(())
-    }
-
-    /// What is told of a private region is not read while the region is being cloned.
-    fn next_event(&self) -> Option<usize> {
-        let waits = |event: &Event| match *event {
-            Event::CpuFault { region, .. } | Event::Removed { region, .. } | Event::Unmapped { region, .. } => {
-                self.world.is_private(region) && self.core.stands_still(region)
-            }
-            Event::Forked { parent, .. } => self.core.stands_still(parent),
-            _ => false,
-        };
-        self.world.events.iter().position(|event| !waits(event))
     }
 
     fn handle(&mut self, event: Event) -> Result<(), Violation> {
@@ -307,6 +294,7 @@ impl Simulator {
             Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
                 self.world.content_is_dropped(region, pages);
             }
+            Event::Forked { child, .. } => self.world.is_born(child),
             _ => {}
         }
         Ok(())
@@ -370,7 +358,7 @@ impl Simulator {
     pub fn finish(&mut self) -> Result<(), Violation> {
         self.set_faults(Faults::default());
         for _ in 0..REST_STEPS_MAX {
-            if self.next_event().is_some() {
+            if !self.world.events.is_empty() {
                 self.pump(1)?;
             } else if !self.world.deliverable().is_empty() {
                 let index = self.world.rng.next_u64() as usize % 64;

@@ -23,7 +23,8 @@ const FORKS: u64 = MESSAGES + READ_BATCH as u64 * MESSAGE_BYTES;
 const FORK_BYTES: u64 = 32;
 const FORKS_MAX: u64 = (PAGE_SIZE - FORKS) / FORK_BYTES;
 
-/// See the module head. Whatever the number of userfaultfds: events of one are dealt with before those of another are read into it.
+/// See the module head. One for a reader, whatever the number of its userfaultfds: events of one are dealt with before those of
+/// another are read.
 #[derive(Debug)]
 pub struct EventJournal {
     window: Window,
@@ -96,17 +97,6 @@ impl EventJournal {
     /// A journal in that memory, with what an earlier reader may have left in it. `reader`: the number of this one, which no other has.
     pub fn new(window: Window, reader: u32) -> Self {
         Self { window, reader }
-    }
-
-    /// Where the names of its events begin, if it has had none: so that no other journal's have the same.
-    ///
-    /// # Errors
-    /// `OutOfWindow` for memory that is too short.
-    pub fn begin_at(&self, batch: u64) -> Result<(), HookError> {
-        match self.window.load_u64(BATCH)? {
-            0 => self.window.store_u64(BATCH, batch),
-            _ => Ok(()),
-        }
     }
 
     /// Appends the waiting messages, at most 64, and returns how many; 0 when there are none. Call until it returns 0. The n-th
