@@ -1,9 +1,9 @@
 //! The program around a driver: command line in, exit status out.
 
-use std::error::Error;
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use uhmm_kernel_hook::error::chain;
 use uhmm_kit::ServiceArgs;
 
 use crate::DriverError;
@@ -23,17 +23,6 @@ pub fn main(run: impl FnOnce(ServiceArgs) -> Result<(), DriverError>) -> ExitCod
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and what caused it, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut told = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        told += &format!(": {error}");
-        cause = error.source();
-    }
-    told
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use uhmm_driver_kit::{
 };
 use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::Window;
+use uhmm_kernel_hook::error::chain;
 use uhmm_pci::{DmaMapping, DmaMemory, DmaRight, RemovalWatch};
 
 use crate::error::NvmeError;
@@ -88,8 +89,8 @@ impl DeviceMemory for NvmeMemory {
     /// A buffer is as empty after a power cycle as before its first use: nothing is noted in it that outlives the vault.
     fn give_back(&mut self) -> Result<(), DeviceError> {
         match &self.frames {
-            MemoryFrames::Namespace(namespace) => namespace.release().map_err(|error| explain(&error).into()),
-            MemoryFrames::Sealed(sealed) => sealed.namespace().release().map_err(|error| explain(&error).into()),
+            MemoryFrames::Namespace(namespace) => namespace.release().map_err(|error| chain(&error).into()),
+            MemoryFrames::Sealed(sealed) => sealed.namespace().release().map_err(|error| chain(&error).into()),
             MemoryFrames::Buffer(_) => Ok(()),
         }
     }
@@ -152,24 +153,13 @@ impl NvmeEngine {
         if outcome.is_err() && self.namespace.controller().is_dead() {
             self.areas.iter_mut().for_each(|area| area.mapping = None);
         }
-        outcome.map_err(|error| explain(&error).into())
+        outcome.map_err(|error| chain(&error).into())
     }
 }
 
 /// Waits for what was started.
 fn finished(started: Option<InFlight>) -> Result<(), NvmeError> {
     started.map_or(Ok(()), InFlight::finish)
-}
-
-/// The kit logs one line.
-pub(crate) fn explain(error: &NvmeError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }
 
 impl CopyEngine for NvmeEngine {
@@ -280,11 +270,11 @@ impl FramePort for NvmePort {
 
     fn load(&mut self, frame: u32, _part: std::ops::Range<u64>) -> Result<(), DeviceError> {
         let done = self.namespace.read(Frames { first: frame, count: 1 }, self.page.iova(0));
-        done.map_err(|error| explain(&error).into())
+        done.map_err(|error| chain(&error).into())
     }
 
     fn store(&mut self, frame: u32, _part: std::ops::Range<u64>) -> Result<(), DeviceError> {
         let done = self.namespace.write(Frames { first: frame, count: 1 }, self.page.iova(0));
-        done.map_err(|error| explain(&error).into())
+        done.map_err(|error| chain(&error).into())
     }
 }

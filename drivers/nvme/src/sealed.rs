@@ -156,7 +156,7 @@ impl NvmeBackend {
         if self.namespace.controller().is_dead() {
             self.mapping = None;
         }
-        Answer::Failed(Fault::Refused(crate::engine::explain(error)))
+        Answer::Failed(Fault::Refused(uhmm_kernel_hook::error::chain(error)))
     }
 }
 

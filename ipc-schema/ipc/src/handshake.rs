@@ -86,7 +86,7 @@ pub(crate) fn hello(identity: &Identity, endpoint: &Endpoint) -> Hello {
 pub(crate) fn judge_process(name: &str, role: Role, problem: Option<&HookError>) -> Result<(), WireError> {
     match problem {
         Some(problem) if !is_service(role) => {
-            let text = format!("The process of {name} cannot be watched: {}", crate::transport::chain(problem));
+            let text = format!("The process of {name} cannot be watched: {}", uhmm_kernel_hook::error::chain(problem));
             Err(WireError::new(ErrorCode::Permission, text))
         }
         _ => Ok(()),

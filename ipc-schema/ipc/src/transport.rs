@@ -12,6 +12,7 @@ use std::sync::Arc;
 use capnp::Word;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use uhmm_kernel_hook::error::chain;
 use uhmm_kernel_hook::process::{PeerCred, peer_cred};
 use uhmm_kernel_hook::{HookError, PidFd, RecvStatus, SendStatus, SeqPacket};
 
@@ -193,16 +194,4 @@ fn send_now(socket: &SeqPacket, bytes: &[u8], fds: &[Fd]) -> Result<SendStatus, 
     }
     let fds: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
     socket.send(bytes, &fds)
-}
-
-/// An error with its sources in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

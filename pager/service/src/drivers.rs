@@ -13,6 +13,7 @@ use uhmm_ipc::message::pager::{CopyRing, RegionStatus};
 use uhmm_ipc::message::{Aperture, ErrorCode, Fd, WireError, pager};
 use uhmm_ipc::shared::gate::Gate;
 use uhmm_ipc::shared::table::Table;
+use uhmm_kernel_hook::error::chain;
 use uhmm_kernel_hook::{PAGE_SIZE, Window};
 use uhmm_kit::record::What;
 use uhmm_pager_core::{DeviceId, Event, Pages};
@@ -51,7 +52,7 @@ impl Pager {
         }
         let device = self
             .open_device(conn, device_id, &peer, frame_count, aperture, gate, copy_ring)
-            .map_err(|error| WireError::new(ErrorCode::Invalid, error_chain(&error)))?;
+            .map_err(|error| WireError::new(ErrorCode::Invalid, chain(&error)))?;
         self.replace_device(device);
         self.watch_engine(device_id).map_err(|error| WireError::new(ErrorCode::Io, error.to_string()))?;
         self.announce_device(device_id, peer.incarnation, generation, frame_count)?;
@@ -331,16 +332,4 @@ impl Pager {
         })
         .collect()
     }
-}
-
-/// An error with all its sources, for the wire's text.
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -12,6 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uhmm_sdk::Claims;
 
+use uhmm_kernel_hook::error::chain;
+
 use crate::allocation::{self, ClaimError};
 use crate::api::{Api, ApiError};
 use crate::cdi::Cdi;
@@ -66,17 +68,6 @@ pub struct Plugin {
     slices: Mutex<(Slices, Offers)>,
 }
 
-/// The whole chain, in one line.
-fn told(error: &PluginError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}
-
 fn check(claim: &wire::Claim) -> Result<(), ClaimError> {
     allocation::check_name("Uid", &claim.uid, 60)?;
     allocation::check_name("Namespace", &claim.namespace, 63)?;
@@ -110,7 +101,7 @@ impl Plugin {
         let one = |claim: &wire::Claim| {
             let prepared = self.prepare_one(claim).map_or_else(
                 |error| {
-                    let error = told(&error);
+                    let error = chain(&error);
                     tracing::warn!(claim.uid, claim.namespace, claim.name, error, "A claim is not prepared");
                     wire::PreparedClaim { devices: Vec::new(), error }
                 },
@@ -175,7 +166,7 @@ impl Plugin {
     /// The same the other way round. A claim that is not known was taken back before.
     pub fn unprepare(&self, claims: &[wire::Claim]) -> HashMap<String, wire::UnpreparedClaim> {
         let one = |claim: &wire::Claim| {
-            let error = self.unprepare_one(claim).map_or_else(|error| told(&error), |()| String::new());
+            let error = self.unprepare_one(claim).map_or_else(|error| chain(&error), |()| String::new());
             if !error.is_empty() {
                 tracing::warn!(claim.uid, claim.namespace, claim.name, error, "A claim is not taken back");
             }
@@ -214,7 +205,7 @@ impl Plugin {
         let unbound = core.as_ref().is_ok_and(|claims| !claims.has_rules);
         wrong.extend(core.err().map(PluginError::from));
         let unbound = unbound.then(|| UNBOUND.to_owned());
-        wrong.iter().map(told).chain(unbound).collect()
+        wrong.iter().map(|error| chain(error)).chain(unbound).collect()
     }
 
     fn reconcile_files(&self, checkpoint: &Checkpoint) -> Result<(), PluginError> {

@@ -5,6 +5,19 @@ use std::path::PathBuf;
 
 use crate::range::AddrRange;
 
+/// An error with all its causes, in one line: for logs, for the wire and for people.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
 /// Why a kernel call or an access was not done. Nothing was changed unless a variant says so.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

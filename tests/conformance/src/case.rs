@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uhmm_kernel_hook::HookError;
+use uhmm_kernel_hook::error::chain;
 
 use crate::ctx::Ctx;
 
@@ -40,17 +41,6 @@ impl<T, E: Into<Failure>> During<T> for Result<T, E> {
     fn during(self, what: &str) -> CaseResult<T> {
         self.map_err(|error| error.into().at(what))
     }
-}
-
-/// An error and everything below it, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }
 
 impl From<uhmm_sdk::Error> for Failure {

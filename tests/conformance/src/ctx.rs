@@ -220,7 +220,10 @@ impl Ctx {
         self.fits(len_bytes)?;
         match self.session.adopt(addr, len_bytes) {
             Err(error @ Error::Kernel { .. }) if !may_follow_mappings() && is_of_mapped_file(addr)? => {
-                not_applicable!("This account may not open the file behind a mapping: {}", crate::case::chain(&error))
+                not_applicable!(
+                    "This account may not open the file behind a mapping: {}",
+                    uhmm_kernel_hook::error::chain(&error)
+                )
             }
             adopted => adopted.map(|_| ()).during("Adopt"),
         }
@@ -231,7 +234,7 @@ impl Ctx {
         self.fits(mem.len())?;
         match self.session.adopt(mem.addr(), mem.len()) {
             Ok(_) => Ok(()),
-            Err(error) => not_applicable!("This memory cannot be adopted: {}", crate::case::chain(&error)),
+            Err(error) => not_applicable!("This memory cannot be adopted: {}", uhmm_kernel_hook::error::chain(&error)),
         }
     }
 

@@ -9,13 +9,14 @@ use super::source::{MAX_INDEX, Source};
 use super::timers::Due;
 use super::{ACCEPTS_PER_TURN, MESSAGES_PER_TURN, Reactor, Shared, find_conn};
 use crate::codec::{BodyRef, Frame, FrameBody, Header, decode};
+use uhmm_kernel_hook::error::chain;
 use uhmm_kernel_hook::process::PeerCred;
 
 use crate::handshake::{judge, judge_door, judge_process};
 use crate::identity::Limits;
 use crate::ids::{CallId, ConnId, TimerId};
 use crate::message::{Call, ErrorCode, Event, Hello, Interface, Reply, Role, TraceId, WireError};
-use crate::transport::{Channel, Received, Sent, chain};
+use crate::transport::{Channel, Received, Sent};
 use crate::wake::{Peer, Wake};
 
 /// Time for the hello.

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use uhmm_kernel_hook::SeqPacket;
+use uhmm_kernel_hook::error::chain;
 
 use super::link_calls::Pending;
 use super::source::Source;
@@ -24,7 +25,7 @@ use crate::handshake::{check_welcome, hello};
 use crate::identity::Endpoint;
 use crate::ids::{LinkId, TimerId};
 use crate::message::{Call, ErrorCode, TraceId, Welcome, WireError};
-use crate::transport::{Channel, Received, Sent, chain};
+use crate::transport::{Channel, Received, Sent};
 use crate::wake::Wake;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
