@@ -11,6 +11,7 @@ use uhmm_ipc::message::{
     Call, ErrorCode, Fd, Interface, Metric, Reply, Role, TraceId, common, driver, pager, supervisor,
 };
 use uhmm_ipc::{LinkId, Reactor, Wake};
+use uhmm_kernel_hook::process::memory_available_bytes;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd};
 
 use crate::links::{client_reactor, endpoint};
@@ -151,7 +152,7 @@ impl Operator {
     /// # Errors
     /// [`Error::NoRoomAtHome`]: this machine has no memory for all that is there; nothing has changed then.
     pub fn drain(&mut self, device: u8) -> Result<u64, Error> {
-        fits(self.pages_on(device)? * PAGE_SIZE, memory_available())?;
+        fits(self.pages_on(device)? * PAGE_SIZE, memory_available_bytes())?;
         let mut moved = 0;
         // What was on its way there when the device was closed arrives all the same.
         loop {
@@ -306,14 +307,6 @@ fn fits(away_bytes: u64, free_bytes: Option<u64>) -> Result<(), Error> {
     }
 }
 
-/// What the kernel could give away without swapping; `None`: it does not say.
-fn memory_available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
-}
-
 /// [`Operator::status`] on a connection of its own.
 pub fn status(run_dir: Option<&Path>) -> Result<Vec<ServiceStatus>, Error> {
     Operator::connect(run_dir)?.status()
@@ -345,7 +338,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_both_numbers() {
-        let here = memory_available().expect("the kernel says it");
+        let here = memory_available_bytes().expect("the kernel says it");
         assert!(here > 1 << 20 && fits(here, Some(here)).is_ok() && fits(u64::MAX, None).is_ok());
         let text = fits(here + 1, Some(here)).expect_err("too much").to_string();
         assert!(text.contains(&here.to_string()) && text.contains(&(here + 1).to_string()), "{text}");

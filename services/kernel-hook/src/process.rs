@@ -259,8 +259,25 @@ pub fn rss(pid: u32) -> Result<RssBytes, HookError> {
 }
 
 fn parse_rss(text: &str) -> Option<RssBytes> {
-    let bytes = |key| field(text, key)?.parse::<u64>().ok().map(|kib| kib * 1024);
+    let bytes = |key| kib_line(text, key);
     Some(RssBytes { anon: bytes("RssAnon:")?, file: bytes("RssFile:")?, shmem: bytes("RssShmem:")? })
+}
+
+/// Memory of a process in bytes where what others have mapped too counts as their shares are (Pss); `None` when it is gone, or somebody else's. It
+/// costs a walk over its page tables.
+#[must_use]
+pub fn proportional_bytes(pid: u32) -> Option<u64> {
+    kib_line(&std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, "Pss:")
+}
+
+/// What the kernel could give away without swapping; `None`: it does not say.
+#[must_use]
+pub fn memory_available_bytes() -> Option<u64> {
+    kib_line(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
+}
+
+fn kib_line(text: &str, key: &str) -> Option<u64> {
+    field(text, key)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 /// Bytes charged to this process's memory cgroup (version 2 or 1); None when there is none or it cannot be read.

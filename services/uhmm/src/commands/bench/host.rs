@@ -79,8 +79,7 @@ pub(super) fn huge_pages() -> Result<(), String> {
 }
 
 fn free_bytes() -> anyhow::Result<u64> {
-    let kib = line_of("/proc/meminfo", "MemAvailable").context("/proc/meminfo has no MemAvailable")?;
-    Ok(kib.trim_end_matches(" kB").parse::<u64>().context("MemAvailable")? << 10)
+    uhmm_kernel_hook::process::memory_available_bytes().context("/proc/meminfo has no MemAvailable")
 }
 
 /// What is missing for so much memory.

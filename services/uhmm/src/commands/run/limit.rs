@@ -12,10 +12,11 @@
 //! so this needs no list of its own: the kernel's view is the truth.
 
 use std::collections::{BTreeMap, HashSet};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use uhmm_kernel_hook::pagemap::{self, Categories, PageRun};
+use uhmm_kernel_hook::procmap::{self, Vma};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd, process};
 use uhmm_sdk::Operator;
 
@@ -25,6 +26,8 @@ use super::policy::{BLOCK_BYTES, Block, Place, Policy, Verdict};
 const RESERVE_PART: u64 = 16;
 const RESERVE_MIN_BYTES: u64 = 8 << 20;
 const RESERVE_MAX_BYTES: u64 = 256 << 20;
+/// Where a program's memory can be.
+const ALL_ADDRESSES: AddrRange = AddrRange { start: 0, len: 1 << 47 };
 /// What is asked of the kernel, and of the pager, at once.
 const SCAN_BYTES: u64 = 32 << 20;
 const MOVE_BYTES: u64 = 4 << 20;
@@ -63,6 +66,12 @@ pub struct Limit {
     overruled: bool,
     stuck_until: Option<Instant>,
     stuck_pause: Duration,
+    pub tally: Tally,
+}
+
+/// What holding the limit came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
     /// Pages that have left because of the limit.
     pub sent_pages: u64,
     /// Looks that found more than the limit, and of how many.
@@ -75,6 +84,8 @@ pub struct Limit {
 /// One process that is looked after.
 struct Process {
     handle: PidFd,
+    pagemap: OwnedFd,
+    /// Private memory that can be read and written and is of no file.
     writable: Vec<AddrRange>,
 }
 
@@ -89,10 +100,7 @@ impl Limit {
             overruled: false,
             stuck_until: None,
             stuck_pause: STUCK_MIN,
-            sent_pages: 0,
-            looks_over: 0,
-            looks: 0,
-            laps_stuck: 0,
+            tally: Tally::default(),
         }
     }
 
@@ -104,8 +112,8 @@ impl Limit {
     pub fn look(&mut self, operator: &mut Operator, pids: &[u32]) -> Look {
         let resident_bytes = resident(pids);
         let (high, low) = (self.ram_bytes - self.reserve_bytes() / 2, self.ram_bytes - self.reserve_bytes());
-        self.looks += 1;
-        self.looks_over += u64::from(resident_bytes > self.ram_bytes);
+        self.tally.looks += 1;
+        self.tally.looks_over += u64::from(resident_bytes > self.ram_bytes);
         let stuck = self.stuck_until.is_some_and(|until| Instant::now() < until);
         if resident_bytes <= high || stuck {
             let near = resident_bytes > low.saturating_sub(2 * self.reserve_bytes());
@@ -114,12 +122,12 @@ impl Limit {
         let wanted_pages = (resident_bytes - low).div_ceil(PAGE_SIZE);
         let was_overruled = self.overruled;
         let left = self.lap(operator, pids, wanted_pages);
-        self.sent_pages += left;
+        self.tally.sent_pages += left;
         // The next lap overrules a policy that has kept everything.
         let stuck = left == 0 && (was_overruled || !self.overruled);
         self.stuck_until = stuck.then(|| Instant::now() + self.stuck_pause);
         self.stuck_pause = if stuck { (self.stuck_pause * 2).min(STUCK_MAX) } else { STUCK_MIN };
-        self.laps_stuck += u64::from(stuck && self.stuck_pause == STUCK_MAX);
+        self.tally.laps_stuck += u64::from(stuck && self.stuck_pause == STUCK_MAX);
         Look { resident_bytes, pause: SOON }
     }
 
@@ -137,7 +145,7 @@ impl Limit {
         let mut kept_all = true;
         for (pid, range) in stretches(&processes, begin) {
             let Some(process) = processes.get(&pid) else { continue };
-            let blocks = self.judged(pid, &present(pid, range));
+            let blocks = self.judged(pid, &process.present(range));
             for run in joined(&blocks) {
                 kept_all = false;
                 left += self.send(operator, process, pid, run);
@@ -192,25 +200,22 @@ impl Limit {
 }
 
 impl Process {
+    /// What is in memory there and its own.
+    fn present(&self, range: AddrRange) -> Vec<PageRun> {
+        let foreign = Categories::FILE | Categories::PFNZERO;
+        let runs = pagemap::scan(self.pagemap.as_fd(), range, Categories::PRESENT | foreign).unwrap_or_default();
+        let own = |run: &PageRun| run.categories.contains(Categories::PRESENT) && !run.categories.intersects(foreign);
+        runs.into_iter().filter(own).collect()
+    }
+
     /// `None`: it has ended, or is somebody else's.
     fn open(pid: u32) -> Option<Self> {
-        let handle = PidFd::open(pid).ok()?;
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
-        Some(Self { handle, writable: maps.lines().filter_map(writable).collect() })
+        let (handle, maps) = (PidFd::open(pid).ok()?, procmap::open_maps(pid).ok()?);
+        let vmas = procmap::query_range(maps.as_fd(), ALL_ADDRESSES).ok()?;
+        let own = |vma: &&Vma| vma.read && vma.write && !vma.shared && vma.inode == 0;
+        let writable = vmas.iter().filter(own).map(Vma::range).collect();
+        Some(Self { handle, pagemap: pagemap::open_pagemap(pid).ok()?, writable })
     }
-}
-
-/// Private memory that can be written and is of no file.
-fn writable(line: &str) -> Option<AddrRange> {
-    let mut words = line.split_ascii_whitespace();
-    let (range, rights, _, _, inode) = (words.next()?, words.next()?, words.next()?, words.next()?, words.next()?);
-    if !(rights.starts_with("rw") && rights.ends_with('p') && inode == "0") {
-        return None;
-    }
-    let (start, end) = range.split_once('-')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    let (start, end) = (number(start)?, number(end)?);
-    Some(AddrRange { start, len: end.checked_sub(start)? })
 }
 
 /// Once around all memory from the hand on, in pieces that one look of the kernel is for.
@@ -227,19 +232,6 @@ fn stretches(processes: &BTreeMap<u32, Process>, hand: Hand) -> Vec<(u32, AddrRa
         (pid, AddrRange { start, len: range.end() - start })
     };
     after.into_iter().map(cut).chain(before).collect()
-}
-
-/// What is in memory there and the process's own.
-fn present(pid: u32, range: AddrRange) -> Vec<PageRun> {
-    let scan = || {
-        let file = pagemap::open_pagemap(pid)?;
-        pagemap::scan(file.as_fd(), range, Categories::PRESENT | Categories::FILE | Categories::PFNZERO)
-    };
-    let own = |run: &PageRun| {
-        run.categories.contains(Categories::PRESENT)
-            && !run.categories.intersects(Categories::FILE | Categories::PFNZERO)
-    };
-    scan().unwrap_or_default().into_iter().filter(own).collect()
 }
 
 /// Neighbouring blocks as one range, of [`MOVE_BYTES`] at most.
@@ -259,12 +251,5 @@ pub fn resident(pids: &[u32]) -> u64 {
     if let [pid] = pids {
         return process::rss(*pid).map_or(0, |rss| rss.anon + rss.file + rss.shmem);
     }
-    pids.iter().filter_map(|pid| proportional(*pid)).sum()
-}
-
-fn proportional(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
+    pids.iter().filter_map(|pid| process::proportional_bytes(*pid)).sum()
 }

@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
-use uhmm_kernel_hook::PidFd;
 use uhmm_kernel_hook::signal::StopSignals;
+use uhmm_kernel_hook::{PAGE_SIZE, PidFd};
 use uhmm_manifest::ByteSize;
 use uhmm_watch::events::bytes;
 use uhmm_watch::sample::{Sample, Sampler};
@@ -254,7 +254,7 @@ impl Run {
             }
         }
         let away = |pid: &u32| sample.regions.iter().filter(|region| region.pid == *pid).map(pages_away).sum::<u64>();
-        let away_bytes = pids.iter().map(away).sum::<u64>() * 4096;
+        let away_bytes = pids.iter().map(away).sum::<u64>() * PAGE_SIZE;
         self.summary.peak_away_bytes = self.summary.peak_away_bytes.max(away_bytes);
         self.pids = pids;
     }
@@ -265,9 +265,7 @@ impl Run {
             self.summary.waits = Waits::of(&sample).since(&self.waits_before);
         }
         if let Some(limit) = &self.limit {
-            self.summary.sent_pages = limit.sent_pages;
-            self.summary.looks_over = (limit.looks_over, limit.looks);
-            self.summary.laps_stuck = limit.laps_stuck;
+            self.summary.limit = limit.tally;
         }
         if let Some(warning) = self.summary.warning() {
             eprintln!("{warning}");

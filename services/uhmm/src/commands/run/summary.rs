@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use uhmm_kernel_hook::PAGE_SIZE;
 use uhmm_shared::record::bucket_bound_ns;
 use uhmm_watch::events::{bytes, duration};
 use uhmm_watch::record::Times;
 use uhmm_watch::sample::Sample;
+
+use super::limit::Tally;
 
 /// Faults on what had left, by the pager's own kinds of them.
 const AWAY: [&str; 2] = ["device", "moving"];
@@ -19,11 +22,7 @@ pub struct Summary {
     pub peak_resident_bytes: u64,
     /// Of all devices, at the worst sample.
     pub peak_away_bytes: u64,
-    /// Pages that the limit has sent away.
-    pub sent_pages: u64,
-    /// How many looks of how many found more than the limit.
-    pub looks_over: (u64, u64),
-    pub laps_stuck: u64,
+    pub limit: Tally,
     /// Waits for pages that had left, since the program began.
     pub waits: Waits,
 }
@@ -83,10 +82,10 @@ impl Summary {
         }
         text += &format!(" and {} away\n", bytes(self.peak_away_bytes));
         if self.ram_bytes.is_some() {
-            let (over, looks) = self.looks_over;
+            let Tally { sent_pages, looks_over, looks, .. } = self.limit;
             text += &format!(
-                "  left because of the limit: {}; looks that found more than it: {over} of {looks}\n",
-                bytes(self.sent_pages * 4096)
+                "  left because of the limit: {}; looks that found more than it: {looks_over} of {looks}\n",
+                bytes(sent_pages * PAGE_SIZE)
             );
         }
         let waits = &self.waits;
@@ -105,7 +104,7 @@ impl Summary {
     /// What its owner must know although nobody asked.
     pub fn warning(&self) -> Option<String> {
         let ram = self.ram_bytes?;
-        (self.laps_stuck > 0 && self.peak_resident_bytes > ram).then(|| {
+        (self.limit.laps_stuck > 0 && self.peak_resident_bytes > ram).then(|| {
             format!(
                 "uhmm run: the limit of {} could not be held ({} at most): the device was full, or what was left could not leave. See --far, and --stats",
                 bytes(ram),
@@ -135,8 +134,12 @@ mod tests {
 
     #[test]
     fn a_limit_that_held_is_no_warning() {
-        let held =
-            Summary { ram_bytes: Some(1 << 20), peak_resident_bytes: 1 << 20, laps_stuck: 3, ..Summary::default() };
+        let held = Summary {
+            ram_bytes: Some(1 << 20),
+            peak_resident_bytes: 1 << 20,
+            limit: Tally { laps_stuck: 3, ..Tally::default() },
+            ..Summary::default()
+        };
         assert_eq!(held.warning(), None);
         let text = Summary { peak_resident_bytes: 2 << 20, ..held }.warning().unwrap();
         assert!(text.contains("1 MiB") && text.contains("2 MiB") && text.contains("--far"), "{text}");

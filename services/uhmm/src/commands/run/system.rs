@@ -118,8 +118,7 @@ fn check_disk(path: &Path, size_bytes: u64) -> anyhow::Result<()> {
     let folder = folder.with_context(|| {
         format!("The folder of {} is not there: make it, or say another one with --far SIZE:PATH", path.display())
     })?;
-    let disk = rustix::fs::statvfs(folder).with_context(|| format!("{} cannot be looked at", folder.display()))?;
-    let free = disk.f_bavail * disk.f_frsize + std::fs::metadata(path).map_or(0, |file| file.len());
+    let free = free_bytes(folder)? + std::fs::metadata(path).map_or(0, |file| file.len());
     if free < size_bytes {
         bail!(
             "{} has room for {}, and --far wants {}: say less, or another place",
@@ -131,11 +130,16 @@ fn check_disk(path: &Path, size_bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// On the disk of a folder, for this account.
+fn free_bytes(folder: &Path) -> anyhow::Result<u64> {
+    let disk = rustix::fs::statvfs(folder).with_context(|| format!("{} cannot be looked at", folder.display()))?;
+    Ok(disk.f_bavail * disk.f_frsize)
+}
+
 /// Of a file that nobody has said the size of.
 fn usual_bytes(ram: Option<ByteSize>, path: &Path) -> anyhow::Result<u64> {
     let folder = path.parent().context("A path has a folder")?;
-    let disk = rustix::fs::statvfs(folder).with_context(|| format!("{} cannot be looked at", folder.display()))?;
-    let half = disk.f_bavail * disk.f_frsize / 2;
+    let half = free_bytes(folder)? / 2;
     let wanted = ram.map_or(FAR_USUAL_BYTES, |ram| ram.0.saturating_mul(FAR_TIMES));
     Ok(wanted.min(half) / (1 << 20) * (1 << 20))
 }
