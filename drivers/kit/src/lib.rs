@@ -33,6 +33,7 @@ mod job;
 mod program;
 mod resolve;
 mod run;
+mod session;
 mod state;
 mod uplink;
 

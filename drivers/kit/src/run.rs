@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Service::start -> Driver::open (adopt or create memory) -> vault keeps memory and generation
-//!        -> links: mirror [Login, Open*, Lookup*], pager [DriverLogin, AttachTable*] -> ready -> loop until Stop
+//!        -> links: mirror [Login, Open*, Lookup*], pager [DriverLogin, AttachTable*] (session.rs) -> ready -> loop until Stop
 //!        -> units and copy engine stop -> DeviceMemory::give_back
 //!
 //!   poll -> wakes -> { client's call: clients.rs | device event, answer: resolve.rs | invalidation: invalidate.rs }
@@ -19,7 +19,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::{Aperture, Call, Event, Interface, Reply, Role, TraceId, WireError, mirror, pager};
+use uhmm_ipc::message::{Aperture, Call, Event, Interface, Role, TraceId, mirror, pager};
 use uhmm_ipc::{CallId, ConnId, TimerId, TimerToken, Wake};
 use uhmm_kernel_hook::Window;
 use uhmm_kit::record::{self, Each, HistogramId};
@@ -40,7 +40,7 @@ use crate::job::JobBook;
 use crate::port::DevicePort;
 use crate::state::{Generation, STATE_NAME};
 use crate::stats::Stats;
-use crate::uplink::{Restores, Uplink, Upstream};
+use crate::uplink::{Uplink, Upstream};
 
 /// Vault names of every driver begin with this.
 const VAULT_PREFIX: &str = "driver/";
@@ -53,7 +53,7 @@ const READY_AFTER: Duration = Duration::from_secs(2);
 /// Pause before a refused session is tried again.
 pub(crate) const RELINK_PAUSE: Duration = Duration::from_millis(50);
 /// The same when the login itself was refused, which only an operator can mend.
-const LOGIN_PAUSE: Duration = Duration::from_secs(1);
+pub(crate) const LOGIN_PAUSE: Duration = Duration::from_secs(1);
 /// Our timer tokens begin here; those below belong to the service frame.
 const FIRST_TIMER: u64 = 1 << 32;
 
@@ -103,8 +103,8 @@ pub(crate) struct Attached {
 }
 
 /// What of device memory the pager is told at login.
-struct MemoryShown {
-    device: u8,
+pub(crate) struct MemoryShown {
+    pub(crate) device: u8,
     generation: u64,
     frame_count: u32,
     aperture: Option<Aperture>,
@@ -151,7 +151,7 @@ pub(crate) struct DriverLoop<D: Driver> {
     pub(crate) job_timers: HashMap<JobId, (TimerId, TimerToken)>,
     timers: HashMap<TimerToken, Due>,
     next_timer: u64,
-    shown: MemoryShown,
+    pub(crate) shown: MemoryShown,
     ready: bool,
 }
 
@@ -364,14 +364,6 @@ impl<D: Driver> DriverLoop<D> {
         }
     }
 
-    /// A new pager has forgotten who mirrors which space; the mirror does not tell it by itself.
-    fn open_spaces_again(&mut self) {
-        let spaces: Vec<(u64, Vec<u8>)> = self.spaces.iter().map(|(space, token)| (*space, token.clone())).collect();
-        for (space, token) in spaces {
-            self.open_space(space, token, None, TraceId::default());
-        }
-    }
-
     fn link_down(&mut self, link: uhmm_ipc::LinkId) -> Result<(), DriverError> {
         if link == self.mirror.link {
             tracing::warn!("Link to the mirror lost: device faults wait");
@@ -391,91 +383,11 @@ impl<D: Driver> DriverLoop<D> {
         Ok(())
     }
 
-    /// A refusal says that something of ours is gone upstream: forget it, and begin the session anew without it.
-    fn preamble_answered(&mut self, link: uhmm_ipc::LinkId, call: &Call, result: &Result<Reply, WireError>) {
-        let item = self.restored_by(call);
-        let uplink = match link {
-            link if link == self.mirror.link => &mut self.mirror,
-            link if link == self.pager.link => &mut self.pager,
-            _ => return,
-        };
-        let upstream = uplink.upstream;
-        let refused = uplink.preamble_answered(item, result);
-        if let (Some(item), Err(error)) = (refused, result) {
-            tracing::warn!(?upstream, ?item, %error, "Session refused: trying again without it");
-            match item {
-                Restores::Login | Restores::Nothing => {}
-                Restores::Space(space) => self.end_space(space, &error.text, false),
-                Restores::Region(key) => self.region_gone(key),
-            }
-            let pause = if item == Restores::Login { LOGIN_PAUSE } else { RELINK_PAUSE };
-            self.after(pause, Due::Relink(upstream));
-        }
-        self.maybe_ready();
-    }
-
-    /// What a call of a preamble restores. Its region may have gone since that preamble was made.
-    fn restored_by(&self, call: &Call) -> Restores {
-        match call {
-            Call::Mirror(mirror::Call::Open { space, .. }) => Restores::Space(*space),
-            Call::Mirror(mirror::Call::Lookup { space, addr }) => {
-                let mut regions = self.regions.iter();
-                let found = regions.find(|(key, region)| key.space == *space && region.map.addr == *addr);
-                found.map_or(Restores::Nothing, |(key, _)| Restores::Region(*key))
-            }
-            Call::Pager(pager::Call::AttachTable { space, region, .. }) => {
-                Restores::Region(RegionKey { space: *space, region: *region })
-            }
-            _ => Restores::Login,
-        }
-    }
-
-    fn relink(&mut self, upstream: Upstream) {
-        let (mirror, pager) = self.preambles();
-        match upstream {
-            Upstream::Mirror => self.mirror.reconnect(&mut self.service, mirror),
-            Upstream::Pager => self.pager.reconnect(&mut self.service, pager),
-        }
-        // Calls of a dropped link never end by themselves.
-        let lost: Vec<CallId> =
-            self.asked.iter().filter(|(_, (to, _))| *to == upstream).map(|(call, _)| *call).collect();
-        for call in lost {
-            let text = "The session was begun anew";
-            self.answered(call, Err(WireError::new(uhmm_ipc::message::ErrorCode::Stale, text)));
-        }
-    }
-
-    fn maybe_ready(&mut self) {
+    pub(crate) fn maybe_ready(&mut self) {
         if !self.ready && self.mirror.logged_in && self.pager.logged_in {
             self.ready = true;
             self.service.ready();
         }
-    }
-
-    /// What a new connection to mirror and to pager begins with, as of now.
-    fn preambles(&self) -> (Vec<Call>, Vec<Call>) {
-        let mut mirror = vec![mirror_login(self.shown.device)];
-        for (space, token) in &self.spaces {
-            let open = mirror::Call::Open { space: *space, token: token.clone() };
-            mirror.push(Call::Mirror(open));
-        }
-        let mut pager = vec![self.shown.login(self.copy.as_ref().map(CopyService::ring))];
-        for (key, region) in &self.regions {
-            // A mirror that was restarted knows no intervals: it learns them from lookups.
-            let lookup = mirror::Call::Lookup { space: key.space, addr: region.map.addr };
-            mirror.push(Call::Mirror(lookup));
-            if let Some(table) = &region.table {
-                let attach = pager::Call::AttachTable { space: key.space, region: key.region, table: table.clone() };
-                pager.push(Call::Pager(attach));
-            }
-        }
-        (mirror, pager)
-    }
-
-    pub(crate) fn refresh_preambles(&mut self) {
-        let (mirror, pager) = self.preambles();
-        self.mirror.set_preamble(&mut self.service, mirror);
-        self.pager.set_preamble(&mut self.service, pager);
     }
 
     pub(crate) fn ask_mirror(&mut self, call: mirror::Call, trace: TraceId, asked: Asked) {
@@ -522,7 +434,7 @@ impl<D: Driver> DriverLoop<D> {
 }
 
 impl MemoryShown {
-    fn login(&self, copy_ring: Option<pager::CopyRing>) -> Call {
+    pub(crate) fn login(&self, copy_ring: Option<pager::CopyRing>) -> Call {
         let login = pager::Call::DriverLogin {
             device: self.device,
             generation: self.generation,
@@ -535,7 +447,7 @@ impl MemoryShown {
     }
 }
 
-fn mirror_login(device: u8) -> Call {
+pub(crate) fn mirror_login(device: u8) -> Call {
     Call::Mirror(mirror::Call::Login { device })
 }
 

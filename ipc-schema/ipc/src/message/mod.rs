@@ -11,6 +11,7 @@ pub mod mirror;
 pub mod pager;
 mod policy;
 pub mod supervisor;
+mod traces;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
