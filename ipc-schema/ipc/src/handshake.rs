@@ -53,8 +53,9 @@ impl Keys {
 /// The name under which a service has the key of its operators. No service has such a one.
 pub const OPERATORS: &str = ":operators";
 
-/// Comparison whose time does not tell where the first difference is.
-fn same_bytes(left: &[u8], right: &[u8]) -> bool {
+/// Comparison whose time does not tell where the first difference is: for keys and tokens.
+#[must_use]
+pub fn same_bytes(left: &[u8], right: &[u8]) -> bool {
     left.len() == right.len() && left.iter().zip(right).fold(0, |all, (l, r)| all | (l ^ r)) == 0
 }
 

@@ -30,7 +30,7 @@ mod transport;
 mod wake;
 
 pub use error::IpcError;
-pub use handshake::OPERATORS;
+pub use handshake::{OPERATORS, same_bytes};
 pub use identity::{Endpoint, Identity, Limits};
 pub use ids::{CallId, ConnId, FdToken, LinkId, TimerId, TimerToken};
 pub use reactor::{Reactor, Waker};

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use uhmm_ipc::message::pager::{self, Claim, ClaimShare, Claims, DeviceUse};
 use uhmm_ipc::message::{ErrorCode, Fd, WireError};
+use uhmm_ipc::same_bytes;
 use uhmm_kernel_hook::window::{Prot, Window};
 use uhmm_kernel_hook::{HookError, PAGE_SIZE, memfd};
 use uhmm_pager_core::{DeviceId, Event, SpaceId};
@@ -57,11 +58,6 @@ pub struct ClaimTable {
     window: Window,
     /// What the slots hold.
     slots: Vec<Option<Kept>>,
-}
-
-/// Comparison whose time does not tell where the first difference is.
-fn same_bytes(left: &[u8], right: &[u8]) -> bool {
-    left.len() == right.len() && left.iter().zip(right).fold(0, |all, (l, r)| all | (l ^ r)) == 0
 }
 
 impl ClaimTable {
