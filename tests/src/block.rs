@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -12,6 +13,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::network::Network;
 use crate::{PATIENCE, uhmm_exe, wait_for_ready};
 
 /// Which server, and its options; `SOCKET` and `FILE` in them stand for its own.
@@ -20,13 +22,20 @@ pub struct Kind {
     program: PathBuf,
     args: Vec<String>,
     ours: bool,
+    /// In another network, by TCP instead of a socket in a folder.
+    elsewhere: Option<(SocketAddr, Vec<String>)>,
 }
 
 impl Kind {
     /// `uhmm device-model block`, which takes orders.
     pub fn ours(args: &[&str]) -> Self {
         let own = ["device-model", "block", "--orders", "--socket", "SOCKET"];
-        Self { program: uhmm_exe(), args: own.iter().chain(args).map(|word| (*word).to_owned()).collect(), ours: true }
+        Self {
+            program: uhmm_exe(),
+            args: own.iter().chain(args).map(|word| (*word).to_owned()).collect(),
+            ours: true,
+            elsewhere: None,
+        }
     }
 
     /// `nbdkit`: its filters, plugin and their options.
@@ -34,6 +43,15 @@ impl Kind {
         // One thread a connection: with more, 1.32 (Debian 12) fails an assertion when a client goes in the middle of requests.
         let own = ["--foreground", "--threads=1", "--unix", "SOCKET"];
         Self::packaged("nbdkit", "nbdkit", &own, args)
+    }
+
+    /// The same on the machine at the other end of this network.
+    pub fn nbdkit_in(network: &Network, args: &[&str]) -> Self {
+        let address = SocketAddr::from((network.address(), 10809));
+        let (ip, port) = (address.ip().to_string(), address.port().to_string());
+        let own = ["--foreground", "--threads=1", "--ipaddr", &ip, "--port", &port];
+        let elsewhere = Some((address, network.prefix()));
+        Self { elsewhere, ..Self::packaged("nbdkit", "nbdkit", &own, args) }
     }
 
     /// `qemu-nbd`: its options.
@@ -46,7 +64,12 @@ impl Kind {
             ["/usr/sbin", "/usr/bin"].iter().map(|folder| Path::new(folder).join(name)).find(|path| path.exists());
         let program =
             found.unwrap_or_else(|| panic!("{name} is missing: run `apt-get install {package}`, or tests/run"));
-        Self { program, args: own.iter().chain(args).map(|word| (*word).to_owned()).collect(), ours: false }
+        Self {
+            program,
+            args: own.iter().chain(args).map(|word| (*word).to_owned()).collect(),
+            ours: false,
+            elsewhere: None,
+        }
     }
 }
 
@@ -80,7 +103,10 @@ impl BlockServer {
 
     /// For the manifest: `url = ...`.
     pub fn url(&self) -> String {
-        format!("nbd+unix:///?socket={}", self.socket().display())
+        match &self.kind.elsewhere {
+            Some((address, _)) => format!("nbd://{address}/"),
+            None => format!("nbd+unix:///?socket={}", self.socket().display()),
+        }
     }
 
     /// The medium, if it is in a file.
@@ -153,8 +179,11 @@ fn run(kind: &Kind, dir: &Path) -> Running {
         word.replace("SOCKET", &socket.display().to_string()).replace("FILE", &dir.join("file").display().to_string())
     };
     let log = File::options().create(true).append(true).open(dir.join("log")).expect("a log");
-    let mut command = Command::new(&kind.program);
-    command.args(kind.args.iter().map(fill)).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+    let words = [kind.program.display().to_string()].into_iter().chain(kind.args.iter().map(fill));
+    let prefix = kind.elsewhere.iter().flat_map(|(_, prefix)| prefix.clone());
+    let mut words = prefix.chain(words);
+    let mut command = Command::new(words.next().expect("a program"));
+    command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
     let shown = format!("{command:?}");
     let mut child = spawn(command).unwrap_or_else(|error| panic!("{shown}: {error}"));
     if kind.ours {
@@ -163,7 +192,11 @@ fn run(kind: &Kind, dir: &Path) -> Running {
     }
     // They do not say when they listen.
     let deadline = Instant::now() + PATIENCE;
-    while UnixStream::connect(&socket).is_err() {
+    let listens = || match &kind.elsewhere {
+        Some((address, _)) => TcpStream::connect(address).is_ok(),
+        None => UnixStream::connect(&socket).is_ok(),
+    };
+    while !listens() {
         let ended = child.try_wait().expect("its state");
         let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
         assert!(ended.is_none() && Instant::now() < deadline, "{shown} does not listen: {ended:?} {log}");

@@ -19,8 +19,10 @@ use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 pub mod block;
 pub mod c;
 pub mod container;
+pub mod far;
 pub mod manager;
 pub mod model;
+pub mod network;
 pub mod pattern;
 pub mod process;
 

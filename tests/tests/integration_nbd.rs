@@ -6,140 +6,11 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use uhmm_sdk::{Device, Job, PageStatus, Region, Residency, Session, Target};
+use uhmm_sdk::{Region, Residency, Session, Target};
 use uhmm_tests::block::{BlockServer, Kind};
+use uhmm_tests::far::*;
 use uhmm_tests::pattern::{Rng, spin, word};
-use uhmm_tests::{PATIENCE, RESTART, TestBed, manifest_of, uhmm_exe};
-
-const MIB: u64 = 1 << 20;
-const LEN: u64 = 4 * MIB;
-const WORDS: u64 = LEN / 8;
-const PAGES: u64 = LEN / 4096;
-/// In front of the blocks.
-const HEADER_BYTES: u64 = MIB;
-const SIZE: &str = "memory_bytes = \"16MiB\"";
-/// Servers on this machine are done with what they had begun long before.
-const QUICK: &str = "memory_bytes = \"16MiB\"\nsettle_s = 1";
-
-fn rounds(few: u64) -> u64 {
-    std::env::var("UHMM_ROUNDS").map_or(few, |text| text.parse().expect("a number"))
-}
-
-fn manifest(urls: &[String], options: &str) -> String {
-    let soft = manifest_of(1, "16MiB", "");
-    format!(
-        r#"{soft}
-[[service]]
-name = "far0"
-kind = "driver"
-driver = "nbd"
-{RESTART}
-
-[[device]]
-name = "far0"
-service = "far0"
-url = {urls:?}
-{options}
-"#
-    )
-}
-
-/// A system, and a client with a region. Dropped from top to bottom.
-struct Scene {
-    region: Region,
-    device: Device,
-    session: Session,
-    bed: TestBed,
-}
-
-impl Scene {
-    fn over(servers: &[&BlockServer], options: &str) -> Self {
-        let urls: Vec<String> = servers.iter().map(|server| server.url()).collect();
-        Self::at(&urls, options)
-    }
-
-    fn at(urls: &[String], options: &str) -> Self {
-        let bed = TestBed::with_log(&manifest(urls, options));
-        let session = bed.session();
-        let device = session.device("far0").expect("device");
-        let region = session.allocate(LEN).expect("region");
-        let scene = Self { region, device, session, bed };
-        scene.fill(1);
-        scene
-    }
-
-    fn fill(&self, seed: u64) {
-        for index in 0..WORDS {
-            self.region.write_u64(index * 8, word(seed, index)).expect("write");
-        }
-    }
-
-    fn compare(&self, seed: u64, what: &str) {
-        for index in 0..WORDS {
-            let found = self.region.read_u64(index * 8).expect("read");
-            assert_eq!(found, word(seed, index), "{what}: word {index} differs");
-        }
-    }
-
-    fn compare_all_but(&self, seed: u64, lost: &[u64]) {
-        for index in (0..WORDS).filter(|index| !lost.contains(&(index / 512))) {
-            assert_eq!(self.region.read_u64(index * 8).expect("read"), word(seed, index), "word {index} differs");
-        }
-    }
-
-    fn sum(&self, seed: u64) {
-        let sum = (0..WORDS).fold(0u64, |sum, index| sum.wrapping_add(word(seed, index)));
-        let job = Job::new("sum", [self.region.addr(), LEN]).idempotent();
-        assert_eq!(self.device.run(job).expect("sum").results, [sum]);
-    }
-
-    fn out(&self) {
-        let report = self.session.migrate(self.region.addr(), LEN, &self.device).expect("migrate");
-        assert!(report.complete(), "{report:?}\n{}", self.bed.log());
-    }
-
-    /// As much of it as the device takes.
-    fn try_out(&self) {
-        drop(self.session.migrate(self.region.addr(), LEN, &self.device).expect("migrate"));
-    }
-
-    /// Brings everything home, and says which pages are lost.
-    fn home(&self) -> Vec<u64> {
-        let report = self.session.migrate(self.region.addr(), LEN, Target::Home).expect("migrate home");
-        let mut lost = Vec::new();
-        let mut page = 0;
-        for run in self.session.residency(self.region.addr(), LEN).expect("residency") {
-            if run.residency == Residency::Poisoned {
-                lost.extend(page..page + run.page_count);
-            }
-            page += run.page_count;
-        }
-        assert_eq!(page, PAGES);
-        let said = report.runs.iter().filter(|run| run.status == PageStatus::Poisoned);
-        assert_eq!(said.map(|run| run.page_count).sum::<u64>(), lost.len() as u64, "{report:?}");
-        lost
-    }
-
-    fn on_device(&self) -> u64 {
-        self.session.residency_summary(self.region.addr(), LEN).expect("residency").device_pages.iter().sum()
-    }
-
-    fn nothing_is_lost(&self) {
-        assert_eq!(self.bed.metric("pager", "poisoned"), 0, "{}", self.bed.log());
-    }
-}
-
-/// Out, a job, home, twice.
-fn round_trips(scene: &Scene) {
-    for seed in 2..4 {
-        scene.fill(seed);
-        scene.out();
-        scene.sum(seed);
-        scene.out();
-        assert_eq!(scene.home(), Vec::<u64>::new());
-        scene.compare(seed, "home again");
-    }
-}
+use uhmm_tests::{PATIENCE, TestBed, uhmm_exe};
 
 #[test]
 fn integration_nbd_pages_are_on_the_server_and_nobody_can_read_them() {
@@ -613,14 +484,11 @@ fn integration_nbd_of_two_servers_either_may_go_and_nobody_notices() {
         assert_eq!(scene.home(), Vec::<u64>::new(), "{}", scene.bed.log());
         scene.compare(round, "with one server");
         scene.out();
-        let filled = scene.bed.log().matches("Server filled").count();
+        // The operator sees it.
+        scene.wait_metrics(|away, behind| away == 1 && behind > 0);
         victim.restart();
-        let deadline = Instant::now() + PATIENCE;
         // All of it, before the other one goes in the next round.
-        while scene.bed.log().matches("Server filled").count() == filled {
-            assert!(Instant::now() < deadline, "{}", scene.bed.log());
-            std::thread::yield_now();
-        }
+        scene.wait_metrics(|away, behind| away == 0 && behind == 0);
     }
     scene.nothing_is_lost();
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use uhmm_compute::FramePort;
 use uhmm_driver_kit::{
-    CopyEngine, CopyOp, CopyWork, DeviceError, DeviceMemory, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging,
+    CopyEngine, CopyOp, CopyWork, DeviceError, DeviceMemory, Each, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging,
 };
 use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::{HookError, Window};
@@ -34,6 +34,9 @@ pub trait Hold: std::fmt::Debug {
     /// # Errors
     /// It cannot be told to the medium.
     fn give_back(&mut self, life: Life) -> Result<(), DeviceError>;
+
+    /// As [`DeviceMemory::tell`].
+    fn tell(&self, _each: &mut Each<'_>) {}
 }
 
 /// What the frames are.
@@ -73,6 +76,10 @@ impl DeviceMemory for BlockMemory {
 
     fn give_back(&mut self) -> Result<(), DeviceError> {
         self.medium.give_back(self.life)
+    }
+
+    fn tell(&self, each: &mut Each<'_>) {
+        self.medium.tell(each);
     }
 }
 

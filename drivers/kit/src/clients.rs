@@ -26,7 +26,8 @@ impl<D: Driver> DriverLoop<D> {
         self.conns.insert(conn);
         let answer = match body {
             Call::Common(common::Call::Stats) => {
-                let metrics = self.stats.metrics(self.suspended.len(), self.jobs.running());
+                let mut metrics = self.stats.metrics(self.suspended.len(), self.jobs.running());
+                metrics.extend(record::metrics(|each| self.memory.tell(each)));
                 Some(Ok(Reply::Common(common::Reply::Stats(metrics))))
             }
             Call::Driver(driver::Call::Info) => Some(Ok(Reply::Driver(self.info()))),

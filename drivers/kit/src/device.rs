@@ -19,6 +19,7 @@ use uhmm_ipc::message::pager::{MapRun, Memory};
 use uhmm_ipc::message::{Aperture, Fd, WireError};
 use uhmm_ipc::shared::copy_ring::CopyOp;
 use uhmm_kernel_hook::{HookError, Prot, Window, memfd};
+use uhmm_kit::record::Each;
 use uhmm_manifest::DevicePlan;
 
 use crate::file_pages::FilePages;
@@ -110,6 +111,10 @@ pub trait DeviceMemory {
     fn give_back(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// Tells counters and gauges of its own, beside those that every driver has (`uhmm stats`, `uhmm metrics`). Asked each time when the record is
+    /// written, from the driver's loop, so it only reads what lies ready. A name stands in `services/watch/src/catalog.rs` too, with what it means.
+    fn tell(&self, _each: &mut Each<'_>) {}
 }
 
 /// Whose a staging area is.

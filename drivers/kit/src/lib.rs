@@ -52,3 +52,4 @@ pub use run::run_driver;
 pub use table::{AddressSpaces, MappedRegion, SharedTable};
 pub use uhmm_ipc::shared::copy_ring::CopyOp;
 pub use uhmm_kit::ServiceArgs;
+pub use uhmm_kit::record::{Each, Kind as MetricKind};

@@ -312,6 +312,7 @@ impl<D: Driver> DriverLoop<D> {
 
     fn tell(&self, each: &mut Each<'_>) {
         self.stats.tell(self.suspended.len(), self.jobs.running(), each);
+        self.memory.tell(each);
     }
 
     fn on_wake(&mut self, wake: Wake) -> Result<(), DriverError> {

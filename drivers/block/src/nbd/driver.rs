@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use uhmm_compute::{FrameLocks, Kernel, LockedEngine, UnitFrames, Workers, kernels};
 use uhmm_driver_kit::{
-    DeviceError, Driver, DriverError, DriverParts, KernelSpec, OpenContext, PAGE_BYTES, Parts, ServiceArgs,
-    SharedTable, run_driver,
+    DeviceError, Driver, DriverError, DriverParts, Each, KernelSpec, MetricKind, OpenContext, PAGE_BYTES, Parts,
+    ServiceArgs, SharedTable, run_driver,
 };
 use uhmm_ipc::message::Fd;
 
 use super::NbdBackend;
+use super::client::Client;
 use super::fill::Filler;
 use super::medium::{Exports, Keeper, Wanted, take};
 use crate::backend::Buffers;
@@ -61,6 +62,7 @@ impl Exports {
 struct Remote {
     keeper: Keeper,
     filler: Option<Filler>,
+    clients: Arc<Vec<Client>>,
 }
 
 impl Hold for Remote {
@@ -71,6 +73,14 @@ impl Hold for Remote {
     fn give_back(&mut self, life: Life) -> Result<(), DeviceError> {
         self.filler = None;
         self.keeper.give_back(life)
+    }
+
+    fn tell(&self, each: &mut Each<'_>) {
+        let away = self.clients.iter().filter(|client| !client.is_up()).count() as u64;
+        each(format_args!("servers"), MetricKind::Gauge, self.clients.len() as u64);
+        each(format_args!("servers_away"), MetricKind::Gauge, away);
+        let behind = self.filler.as_ref().map_or(0, Filler::behind_pages);
+        each(format_args!("behind_pages"), MetricKind::Gauge, behind);
     }
 }
 
@@ -125,7 +135,11 @@ impl Driver for NbdDriver {
             .collect::<Result<_, DeviceError>>()?;
         let queue = Workers::start(&table, &port, &self.kernels, unit_frames)?;
         let engine = LockedEngine::new(BlockEngine::new(lane), locks);
-        let held = Remote { keeper: Keeper::start(&exports, port)?, filler: Filler::start(&exports)? };
+        let held = Remote {
+            keeper: Keeper::start(&exports, port)?,
+            filler: Filler::start(&exports)?,
+            clients: exports.clients.clone(),
+        };
         let Exports { table: kept, life, origin, .. } = exports;
         Ok(Parts {
             memory: BlockMemory::new(Box::new(held), frames, kept, life),

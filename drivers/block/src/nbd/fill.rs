@@ -3,6 +3,7 @@
 //! A block is held meanwhile, as by a read, so it is still the same generation when the mark goes: the same bytes, however late they land.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -30,6 +31,7 @@ const LOOK_FRAMES: u32 = 4096;
 pub struct Filler {
     stop: Option<mpsc::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+    behind: Arc<AtomicU64>,
 }
 
 struct Work {
@@ -59,15 +61,21 @@ impl Filler {
             fua: exports.fua,
         };
         let (stop, stopped) = mpsc::channel::<()>();
+        let behind = Arc::new(AtomicU64::new(0));
+        let told = behind.clone();
         let thread = std::thread::Builder::new().name("nbd-fill".to_owned()).spawn(move || {
             while stopped.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
                 let over = || stopped.try_recv() == Err(mpsc::TryRecvError::Disconnected);
-                for replica in 0..work.clients.len() as u32 {
-                    work.fill(replica, &over);
-                }
+                let left = (0..work.clients.len() as u32).map(|replica| work.fill(replica, &over)).sum();
+                told.store(left, Ordering::Relaxed);
             }
         })?;
-        Ok(Some(Self { stop: Some(stop), thread: Some(thread) }))
+        Ok(Some(Self { stop: Some(stop), thread: Some(thread), behind }))
+    }
+
+    /// Pages that one server alone has, at the last look.
+    pub fn behind_pages(&self) -> u64 {
+        self.behind.load(Ordering::Relaxed)
     }
 }
 
@@ -81,17 +89,20 @@ impl Drop for Filler {
 }
 
 impl Work {
-    fn fill(&mut self, replica: u32, over: &dyn Fn() -> bool) {
-        let mut filled = 0u64;
+    /// Returns how many pages it still lacks.
+    fn fill(&mut self, replica: u32, over: &dyn Fn() -> bool) -> u64 {
+        let (mut filled, mut lacking) = (0u64, 0u64);
         let frames = self.shared.table().frames();
         for first in (0..frames).step_by(LOOK_FRAMES as usize) {
-            if !self.clients[replica as usize].is_up() || over() {
+            if over() {
                 break;
             }
             let look = Frames { first, count: LOOK_FRAMES.min(frames - first) };
             for part in self.missing(look, replica) {
-                if over() {
-                    break;
+                lacking += u64::from(part.1.count);
+                // One that is away is only reckoned up.
+                if over() || !self.clients[replica as usize].is_up() {
+                    continue;
                 }
                 match self.copy(part, replica) {
                     Ok(pages) => filled += u64::from(pages),
@@ -104,6 +115,7 @@ impl Work {
         if filled > 0 {
             tracing::info!(url = %self.clients[replica as usize].url(), pages = filled, "Server filled");
         }
+        lacking - filled
     }
 
     /// Parts of these frames that lie in a row of blocks which the replica lacks and the other one has.
