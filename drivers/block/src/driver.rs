@@ -11,7 +11,9 @@ use uhmm_ipc::message::Fd;
 use uhmm_kernel_hook::DiskMode;
 
 use crate::backend::Buffers;
-use crate::engine::{BlockEngine, BlockMemory, BlockPort, COPY_LIMITS, FILE_NAME, Hold, TABLE_NAME, UNIT_LIMITS};
+use crate::engine::{
+    BlockEngine, BlockMemory, BlockPort, COPY_LIMITS, FILE_NAME, Hold, TABLE_NAME, UNIT_LIMITS, UNIT_PATIENCE,
+};
 use crate::file::FileBackend;
 use crate::file::open::Medium;
 use crate::lane::{Lane, Shared};
@@ -142,7 +144,7 @@ impl Driver for FileDriver {
         let unit_frames = (0..units)
             .map(|_| {
                 let (lane, _) = taken.lane(UNIT_LIMITS, 1, DiskMode::Auto)?;
-                Ok(UnitFrames::Port(Box::new(BlockPort::new(lane)?), locks.clone()))
+                Ok(UnitFrames::Port(Box::new(BlockPort::new(lane, UNIT_PATIENCE)?), locks.clone()))
             })
             .collect::<Result<_, DeviceError>>()?;
         let queue = Workers::start(&table, &port, &self.kernels, unit_frames)?;

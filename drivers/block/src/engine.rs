@@ -1,8 +1,9 @@
 //! The kit's parts: device memory without an aperture, its copy engine, and the compute units' way to a frame. Each has a lane of its own.
 
 use std::ops::Range;
+use std::time::Duration;
 
-use uhmm_compute::FramePort;
+use uhmm_compute::{FramePort, Late};
 use uhmm_driver_kit::{
     CopyEngine, CopyOp, CopyWork, DeviceError, DeviceMemory, Each, Frames, LostFrames, PAGE_BYTES, StagedCopy, Staging,
 };
@@ -10,7 +11,7 @@ use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_kernel_hook::{HookError, Window};
 
 use crate::lane::Lane;
-use crate::machine::{Ask, Failure, Limits, Op};
+use crate::machine::{Ask, Failure, Fault, Limits, Op};
 use crate::table::Life;
 
 /// Copies in the machine at once: enough that no slot of [`COPY_LIMITS`] waits for the pager.
@@ -20,9 +21,12 @@ const COPIES_MAX: usize = 8;
 pub const COPY_LIMITS: Limits =
     Limits { depth: 32, writes: 24, deadline_us: 60_000_000, write_deadline_us: 60_000_000, tries: 3, pause_us: 1000 };
 
-/// A unit's lane: a page at a time. It works inside the gate, and the pager waits two seconds for that.
+/// A unit's lane: a page at a time. It works inside the gate, and the pager waits two seconds for that; then it comes again ([`Late`]).
 pub const UNIT_LIMITS: Limits =
     Limits { depth: 4, writes: 3, deadline_us: 1_500_000, write_deadline_us: 1_500_000, tries: 2, pause_us: 1000 };
+
+/// A job waits for a disk as long as the copy engine.
+pub const UNIT_PATIENCE: Duration = Duration::from_micros(COPY_LIMITS.deadline_us);
 
 /// What blocks lie on, as the kit's loop sees it.
 pub trait Hold: std::fmt::Debug {
@@ -172,20 +176,25 @@ impl CopyEngine for BlockEngine {
 pub struct BlockPort {
     lane: Lane,
     page: Window,
+    patience: Duration,
 }
 
 impl BlockPort {
-    /// With a new page.
+    /// With a new page. A job waits for the medium as long as the copy engine would, though never inside the gate.
     ///
     /// # Errors
     /// Out of memory.
-    pub fn new(lane: Lane) -> Result<Self, HookError> {
-        Ok(Self { lane, page: Window::anonymous(PAGE_BYTES)? })
+    pub fn new(lane: Lane, patience: Duration) -> Result<Self, HookError> {
+        Ok(Self { lane, page: Window::anonymous(PAGE_BYTES)?, patience })
     }
 
     fn run(&mut self, op: Op, frame: u32) -> Result<(), DeviceError> {
         let ask = Ask { ticket: 0, op, frames: Frames { first: frame, count: 1 }, place: 0 };
-        self.lane.run(&self.page, ask).map_err(|failure| failure.fault.into())
+        let patience = self.patience;
+        self.lane.run(&self.page, ask).map_err(|failure| match failure.fault {
+            fault @ Fault::Late(_) => Late { patience, reason: fault.to_string() }.into(),
+            fault => fault.into(),
+        })
     }
 }
 

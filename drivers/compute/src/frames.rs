@@ -13,6 +13,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::time::Duration;
 
 use uhmm_driver_kit::{CopyEngine, CopyOp, CopyWork, DeviceError, Frames, PAGE_BYTES, StagedCopy, Staging};
 use uhmm_kernel_hook::{HookError, MappedBytes, Window};
@@ -20,10 +21,22 @@ use uhmm_kernel_hook::{HookError, MappedBytes, Window};
 /// Frames whose numbers differ by less than this never share a lock. A copy of the pager's (2 MiB) takes 512 of them.
 const LOCK_COUNT: usize = 2048;
 
+/// The device has not answered while a unit may stay inside the gate, and perhaps will: nothing of the access has happened, nor will. The
+/// unit leaves the gate, so that revocations go on, and does the access anew, until so long after the first try.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Late {
+    /// As long as the driver waits for such a device elsewhere.
+    pub patience: Duration,
+    /// Said when it is over.
+    pub reason: String,
+}
+
 /// One unit's way to the frames of a device whose memory the CPU does not see. Each unit has its own, and its own page.
 ///
 /// Called inside the gate: both calls take a bounded time, well below the two seconds that the pager grants a revocation. A device
-/// that does not answer is an error (the job ends with EIO), not a wait.
+/// that does not answer is an error, not a wait: [`Late`] where it may answer yet (the unit leaves the gate and comes again), another one
+/// ends the job with EIO.
 pub trait FramePort: Send {
     /// The page that frames are loaded to: 4096 bytes in this process, best where the device can reach them.
     fn page(&self) -> &Window;
@@ -76,6 +89,14 @@ pub(crate) enum FrameError {
     Memory(#[from] HookError),
     #[error("The device could not {what} frame {frame}: {source}")]
     Port { what: &'static str, frame: u32, source: DeviceError },
+}
+
+impl FrameError {
+    /// The access may be done anew.
+    pub(crate) fn late(&self) -> Option<&Late> {
+        let Self::Port { source, .. } = self else { return None };
+        source.downcast_ref()
+    }
 }
 
 impl UnitFrames {

@@ -22,6 +22,6 @@ pub mod kernels;
 mod mmu;
 mod workers;
 
-pub use frames::{FrameLocks, FramePort, LockedEngine, UnitFrames};
+pub use frames::{FrameLocks, FramePort, Late, LockedEngine, UnitFrames};
 pub use kernels::Kernel;
 pub use workers::{ComputeError, Workers};

@@ -7,19 +7,21 @@
 //! ```
 //! A gate section covers one access inside one page, at most 4 KiB, and nothing in it can block (but the read or write of a file that
 //! stays in place, whose pages never change their owner): so whoever revokes a page never
-//! waits long for this thread. (Where a frame has to come through a port, the access takes as long as the device does.) The entry is
+//! waits long for this thread. (Where a frame has to come through a port, the access takes as long as the device does, and a device that is
+//! late is asked anew in a section of its own.) The entry is
 //! loaded anew for every access; only the region is remembered.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use uhmm_driver_kit::{AddressSpaces, FilePages, MappedRegion, PAGE_BYTES, SystemPages};
 use uhmm_ipc::message::{ErrorCode, WireError};
 use uhmm_ipc::shared::gate::Slot;
 use uhmm_kernel_hook::{HookError, MappedBytes, Window};
 
-use crate::frames::{FrameError, Right, UnitFrames};
+use crate::frames::{FrameError, Late, Right, UnitFrames};
 use crate::kernels::{DeviceView, KernelResult, invalid, page_pieces};
 
 /// Where a device thread waits for its faults.
@@ -77,11 +79,14 @@ impl<'a> Mmu<'a> {
         right: Right,
         mut act: impl FnMut(&MappedBytes, u64) -> Result<R, HookError>,
     ) -> KernelResult<R> {
+        let mut late_since = None;
         loop {
             if self.cancel.load(Ordering::Acquire) {
                 return Err(self.suspend.cancelled());
             }
             match self.try_access(addr, len, right, &mut act) {
+                Some(Err(AccessError::Frame(error)))
+                    if error.late().is_some_and(|late| waits(late, &mut late_since)) => {}
                 Some(result) => return result.map_err(|failure| failure.at(addr)),
                 None => {
                     // The region may have been detached: look it up again after the fault.
@@ -121,6 +126,12 @@ impl<'a> Mmu<'a> {
             },
         })
     }
+}
+
+/// A device that is late is asked once more.
+fn waits(late: &Late, since: &mut Option<Instant>) -> bool {
+    // The first try has taken its time already; that is not counted.
+    since.get_or_insert_with(Instant::now).elapsed() < late.patience
 }
 
 /// Why bytes behind a mapped address were out of reach.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use uhmm_compute::{FrameLocks, Kernel, LockedEngine, UnitFrames, Workers, kernels};
-use uhmm_driver_block::engine::{BlockEngine, BlockPort, TABLE_NAME};
+use uhmm_driver_block::engine::{BlockEngine, BlockPort, TABLE_NAME, UNIT_PATIENCE};
 use uhmm_driver_block::file::open::shape;
 use uhmm_driver_kit::{
     DeviceError, DevicePort, Driver, DriverError, DriverParts, KernelSpec, MemoryOrigin, OpenContext, PAGE_BYTES,
@@ -105,7 +105,7 @@ impl NvmeDriver {
         let table = SharedTable::create(units, false)?;
         let locks = Arc::new(FrameLocks::default());
         let frames = (0..units)
-            .map(|_| Ok(UnitFrames::Port(Box::new(BlockPort::new(sealed.unit_lane()?)?), locks.clone())))
+            .map(|_| Ok(UnitFrames::Port(Box::new(BlockPort::new(sealed.unit_lane()?, UNIT_PATIENCE)?), locks.clone())))
             .collect::<Result<_, DeviceError>>()?;
         let queue = Workers::start(&table, port, &self.kernels, frames)?;
         let engine = AnyEngine::Sealed(Box::new(BlockEngine::new(sealed.copy_lane()?)));

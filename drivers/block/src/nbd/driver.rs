@@ -130,7 +130,7 @@ impl Driver for NbdDriver {
         let unit_frames = (0..units)
             .map(|_| {
                 let lane = exports.lane(UNIT_LIMITS, 1)?;
-                Ok(UnitFrames::Port(Box::new(BlockPort::new(lane)?), locks.clone()))
+                Ok(UnitFrames::Port(Box::new(BlockPort::new(lane, patience)?), locks.clone()))
             })
             .collect::<Result<_, DeviceError>>()?;
         let queue = Workers::start(&table, &port, &self.kernels, unit_frames)?;

@@ -1,6 +1,8 @@
 use std::cell::RefCell;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uhmm_driver_kit::{DeviceError, DevicePageTable, PageRange, RegionKey, RegionMap, SharedTable};
 use uhmm_ipc::message::pager::{MapKind, MapRun, Memory};
@@ -8,6 +10,7 @@ use uhmm_kernel_hook::huge_pool::{HUGE_BYTES, HugePool, huge_memfd};
 use uhmm_kernel_hook::memfd;
 
 use super::*;
+use crate::FramePort;
 
 const KEY: RegionKey = RegionKey { space: 1, region: 2 };
 const AT: u64 = 0x5000_0000;
@@ -221,4 +224,87 @@ fn a_frame_beyond_device_memory_is_an_io_error_and_not_a_crash() -> Result<(), D
     with_mmu(&resolver, &mut window(&memory), &AtomicBool::new(false), |mmu| {
         assert_eq!(mmu.load_u64(AT).map_err(|error| error.code), Err(ErrorCode::Io));
     })
+}
+
+/// A device that is late a few times, at reading or writing.
+struct SlowPort {
+    memory: Window,
+    page: Window,
+    late_loads: u32,
+    late_stores: u32,
+    patience: Duration,
+}
+
+impl SlowPort {
+    fn late(left: &mut u32, patience: Duration) -> Result<(), DeviceError> {
+        if *left == 0 {
+            return Ok(());
+        }
+        *left -= 1;
+        Err(Late { patience, reason: "It sleeps".to_owned() }.into())
+    }
+}
+
+impl FramePort for SlowPort {
+    fn page(&self) -> &Window {
+        &self.page
+    }
+
+    fn load(&mut self, frame: u32, _: Range<u64>) -> Result<(), DeviceError> {
+        Self::late(&mut self.late_loads, self.patience)?;
+        let mut bytes = [0; PAGE_BYTES as usize];
+        self.memory.read(u64::from(frame) * PAGE_BYTES, &mut bytes)?;
+        Ok(self.page.write(0, &bytes)?)
+    }
+
+    fn store(&mut self, frame: u32, _: Range<u64>) -> Result<(), DeviceError> {
+        Self::late(&mut self.late_stores, self.patience)?;
+        let mut bytes = [0; PAGE_BYTES as usize];
+        self.page.read(0, &mut bytes)?;
+        Ok(self.memory.write(u64::from(frame) * PAGE_BYTES, &bytes)?)
+    }
+}
+
+fn slow(late_loads: u32, late_stores: u32, patience: Duration) -> Result<UnitFrames, DeviceError> {
+    let (memory, page) = (Window::anonymous(32 * PAGE_BYTES)?, Window::anonymous(PAGE_BYTES)?);
+    Ok(UnitFrames::Port(Box::new(SlowPort { memory, page, late_loads, late_stores, patience }), Arc::default()))
+}
+
+#[test]
+fn a_device_that_is_late_is_asked_again_and_an_addition_happens_once() -> Result<(), DeviceError> {
+    let resolver = Resolver::new(false)?;
+    with_mmu(&resolver, &mut slow(2, 3, Duration::from_secs(600))?, &AtomicBool::new(false), |mmu| {
+        assert_eq!(mmu.fetch_add_u64(AT + 8, 3)?, 0);
+        assert_eq!(mmu.load_u64(AT + 8)?, 3);
+        assert_eq!(mmu.fault_count(), 1);
+        Ok::<_, WireError>(())
+    })??;
+    Ok(())
+}
+
+#[test]
+fn a_device_that_stays_late_ends_the_job() -> Result<(), DeviceError> {
+    let resolver = Resolver::new(false)?;
+    let error = with_mmu(&resolver, &mut slow(u32::MAX, 0, Duration::ZERO)?, &AtomicBool::new(false), |mmu| {
+        mmu.load_u64(AT).expect_err("it never answers")
+    })?;
+    assert_eq!(error.code, ErrorCode::Io);
+    assert!(error.text.contains("It sleeps"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_job_that_waits_for_a_late_device_can_be_cancelled() -> Result<(), DeviceError> {
+    let cancel = AtomicBool::new(false);
+    let error = std::thread::scope(|scope| {
+        let job = scope.spawn(|| {
+            with_mmu(&Resolver::new(false)?, &mut slow(u32::MAX, 0, Duration::from_secs(600))?, &cancel, |mmu| {
+                mmu.load_u64(AT).expect_err("it never answers")
+            })
+        });
+        cancel.store(true, Ordering::Release);
+        job.join().expect("no panic")
+    })?;
+    assert_eq!(error.code, ErrorCode::Stale);
+    Ok(())
 }
