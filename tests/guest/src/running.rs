@@ -78,6 +78,44 @@ impl System {
     }
 }
 
+/// `uhmm device-model block`, with an export in its memory. Ended when this is dropped.
+#[derive(Debug)]
+pub struct BlockServer {
+    server: Child,
+    socket: String,
+}
+
+impl BlockServer {
+    /// Returns when it listens.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start() -> Self {
+        let socket = "/tmp/block-server".to_owned();
+        let mut command = Command::new(UHMM);
+        command.args(["device-model", "block", "--memory", "64MiB", "--socket", &socket]).stdout(Stdio::piped());
+        let mut server = command.spawn().expect("the guest has the program");
+        let mut line = String::new();
+        let stdout = server.stdout.take().expect("its output is piped");
+        BufReader::new(stdout).read_line(&mut line).expect("it says when it is ready");
+        assert_eq!(line.trim(), "ready", "its messages are above");
+        Self { server, socket }
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+}
+
+impl Drop for BlockServer {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
 impl Drop for System {
     fn drop(&mut self) {
         let down = Command::new(UHMM).args(["--run-dir", &self.run_dir, "down"]).status();

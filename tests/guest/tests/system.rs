@@ -11,7 +11,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use uhmm_guest::devices::{EDU, IVSHMEM, NVME, vfio_devices};
-use uhmm_guest::running::{System, uhmm};
+use uhmm_guest::running::{BlockServer, System, uhmm};
 
 /// A manifest of these devices: driver, and what is said about each.
 fn manifest(name: &str, devices: &[(&str, String)]) -> PathBuf {
@@ -99,6 +99,23 @@ fn nvme(more: &str) -> Vec<(&'static str, String)> {
 #[ignore = "runs in the guest: tests/guest/run system"]
 fn nvme_conformance() {
     up("nvme", &nvme("memory_bytes = \"32MiB\"")).conformance("nvme");
+}
+
+/// Far memory on a partition: the same blocks, by an ordinary kernel driver.
+#[test]
+#[ignore = "runs in the guest: tests/guest/run system"]
+fn file_conformance() {
+    let disk = || ("file", "path = \"/dev/ram0\"\nformat = true\nmemory_bytes = \"32MiB\"".to_owned());
+    up("file", &[disk()]).conformance("file");
+}
+
+/// And on a block server.
+#[test]
+#[ignore = "runs in the guest: tests/guest/run system"]
+fn nbd_conformance() {
+    let server = BlockServer::start();
+    let url = format!("url = \"nbd+unix:///?socket={}\"\nmemory_bytes = \"32MiB\"", server.socket());
+    up("nbd", &[("nbd", url)]).conformance("nbd");
 }
 
 /// Each load of a kernel that follows pointers is a read of the disk: minutes in software emulation.

@@ -1,5 +1,6 @@
 //! Pid 1 of the guest: makes the devices available to an ordinary user, runs every suite as that user (one as root), reports, powers off.
 
+use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -80,15 +81,26 @@ fn prepare() -> Result<()> {
         give(Path::new("/dev/iommu"))?;
         raise_locked_memory().context("Raise RLIMIT_MEMLOCK")?;
     }
+    make_disk()?;
     give_devices()?;
     // Suites take devices away, as an operator may.
     Ok(fs::set_permissions("/sys/bus/pci/drivers/vfio-pci/unbind", fs::Permissions::from_mode(0o222))?)
 }
 
+/// A disk that is memory, for the driver `file`.
+fn make_disk() -> Result<()> {
+    load_with("brd", c"rd_nr=1 rd_size=65536").context("Load module brd")?;
+    give(Path::new("/dev/ram0"))
+}
+
 fn load(name: &str) -> Result<()> {
+    load_with(name, c"")
+}
+
+fn load_with(name: &str, parameters: &CStr) -> Result<()> {
     let (plain, compressed) = (format!("/modules/{name}.ko"), format!("/modules/{name}.ko.xz"));
     let (path, flags) = if Path::new(&plain).exists() { (plain, 0) } else { (compressed, MODULE_INIT_COMPRESSED_FILE) };
-    Ok(finit_module(&File::open(path)?, c"", flags)?)
+    Ok(finit_module(&File::open(path)?, parameters, flags)?)
 }
 
 /// iommufd counts locked memory for the user: all drivers of the guest share what each has for itself without.

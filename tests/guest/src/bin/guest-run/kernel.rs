@@ -19,12 +19,13 @@ pub struct Kernel {
     pub modules: Vec<PathBuf>,
 }
 
-const MODULES: [&str; 5] = [
+const MODULES: [&str; 6] = [
     "virt/lib/irqbypass.ko.xz",
     "drivers/vfio/vfio.ko.xz",
     "drivers/vfio/vfio_iommu_type1.ko.xz",
     "drivers/vfio/pci/vfio-pci-core.ko.xz",
     "drivers/vfio/pci/vfio-pci.ko.xz",
+    "drivers/block/brd.ko.xz",
 ];
 
 /// The kernel of an earlier run, or a new one. An unpacked tree gets its name last, so half of one is never used.
