@@ -177,7 +177,7 @@ int main(int argc, char **argv)
         const char *name;
         void (*run)(struct bench *);
     } parts[] = {
-        ENTRY(own_heap), ENTRY(own_arena), ENTRY(free_while_moving), ENTRY(mlockall_after), ENTRY(mlockall_onfault),
+        ENTRY(own_heap), ENTRY(own_arena), ENTRY(free_while_moving), ENTRY(unmap_while_moving), ENTRY(mlockall_after), ENTRY(mlockall_onfault),
         ENTRY(mlockall_before), ENTRY(memlock_limit), ENTRY(address_space_limit), ENTRY(process_limit), ENTRY(pid_namespace),
         ENTRY(signalfd_term), ENTRY(alarm_handler), ENTRY(ctrl_c), ENTRY(set_user), ENTRY(change_root), ENTRY(no_connect),
         ENTRY(killed_on_ioctl), ENTRY(killed_on_madvise), ENTRY(descriptors_closed), ENTRY(descriptors_reused),

@@ -59,6 +59,7 @@ void become_ordinary(void);
 PART(own_heap);
 PART(own_arena);
 PART(free_while_moving);
+PART(unmap_while_moving);
 PART(mlockall_after);
 PART(mlockall_onfault);
 PART(mlockall_before);

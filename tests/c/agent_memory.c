@@ -170,6 +170,57 @@ void free_while_moving(struct bench *bench)
         OK(pthread_join(threads[i], NULL));
 }
 
+/* Memory of a slot of the thread's own, always at the same place, like the top of malloc's heap, which brk() gives back and takes again. */
+static void *fresh(uint64_t slot, uint64_t len)
+{
+    void *place = (void *)(UINT64_C(0x510000000000) + slot * 16 * MIB);
+    SAME(mmap(place, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0), place);
+    return place;
+}
+
+static atomic_uint_fast64_t slots;
+
+static void *unmap_in_a_loop(void *argument)
+{
+    const struct bench *bench = argument;
+    const uint64_t slot = atomic_fetch_add(&slots, 1), len = 24 * PAGE;
+    for (uint64_t round = 0; now() < free_until; round++) {
+        void *memory = fresh(slot, len);
+        uhmm_pending *pending;
+        fill(memory, len, slot + round);
+        OK(uhmm_adopt(bench->session, memory, len));
+        OK(uhmm_migrate_async(bench->session, memory, len, bench->device, &pending));
+        if (round % 3 == 0)
+            sched_yield();
+        OK(munmap(memory, len));
+        /* Other memory from here on, adopted every other time. */
+        memory = fresh(slot, len);
+        fill(memory, len, ~round);
+        if (round % 2 == 0)
+            OK(uhmm_adopt(bench->session, memory, len));
+        SAME(uhmm_pending_wait(pending, ANSWER_MS), 1);
+        OK(uhmm_pending_free(pending));
+        EXPECT(memory, len, ~round);
+        OK(munmap(memory, len));
+    }
+    return NULL;
+}
+
+/*
+ * mmap, adopt, migrate without waiting, munmap, mmap at the same place, in 24 threads. Expected: the new memory keeps what is written to it; an agent
+ * that came late used to take it for the old one.
+ */
+void unmap_while_moving(struct bench *bench)
+{
+    pthread_t threads[24];
+    begin(bench);
+    free_until = now() + 3;
+    for (int i = 0; i < 24; i++)
+        OK(pthread_create(&threads[i], NULL, unmap_in_a_loop, bench));
+    for (int i = 0; i < 24; i++)
+        OK(pthread_join(threads[i], NULL));
+}
+
 /* Rounds of moving out and home: locked memory and memory in use stay what they were. */
 static void rounds_take_nothing(const struct bench *bench, uint64_t len)
 {

@@ -65,13 +65,34 @@ static inline void fill(void *memory, uint64_t len_bytes, uint64_t seed)
         words[i] = word(seed, i);
 }
 
+/* Which pages are wrong, and in how many words: a lost page looks otherwise than a word that somebody has written. */
+static inline void tell_what_is_wrong(const void *memory, uint64_t len_bytes, uint64_t seed)
+{
+    const volatile uint64_t *words = memory;
+    uint64_t per_page = PAGE / 8;
+    for (uint64_t first = 0, told = 0; first < len_bytes / 8 && told < 64; first += per_page) {
+        uint64_t wrong = 0, zero = 0, at = 0;
+        for (uint64_t i = first; i < first + per_page && i < len_bytes / 8; i++) {
+            uint64_t found = words[i];
+            if (found != word(seed, i) && wrong++ == 0)
+                at = i;
+            zero += found == 0;
+        }
+        if (wrong > 0 && told++ < 64)
+            fprintf(stderr, "%p: %" PRIu64 " words are wrong, %" PRIu64 " are 0; the first wrong one is number %" PRIu64 "\n",
+                    (const void *)((uintptr_t)memory + first * 8), wrong, zero, at);
+    }
+}
+
 static inline void expect_at(const char *file, int line, const void *memory, uint64_t len_bytes, uint64_t seed)
 {
     const volatile uint64_t *words = memory;
     for (uint64_t i = 0; i < len_bytes / 8; i++) {
         uint64_t found = words[i];
-        if (found != word(seed, i))
+        if (found != word(seed, i)) {
+            tell_what_is_wrong(memory, len_bytes, seed);
             give_up(file, line, "a word of the pattern", (int64_t)found, (int64_t)word(seed, i));
+        }
     }
 }
 

@@ -128,6 +128,11 @@ fn integration_memory_is_freed_while_it_moves_in_24_threads() {
 }
 
 #[test]
+fn integration_memory_that_is_mapped_where_other_memory_was_on_its_way_out_keeps_its_bytes() {
+    pass(&["unmap_while_moving"]);
+}
+
+#[test]
 fn integration_a_blocked_sigterm_is_read_from_its_signalfd() {
     pass(&["signalfd_term"]);
 }

@@ -5,7 +5,8 @@
 //!   pager:  order -> lane 0, ring the bell (futex) --> agent: peek -> do it -> statuses -> area -> answer -> lane 1 -> advance
 //!   pager:  answer <- lane 1, statuses <- area     <-- eventfd
 //!
-//!   words      0 ring of 64 + 64 descriptors | 1088 fill gate | 1096 diary | 1120 bell | 1128 control | 1152 blocks | 1536 areas
+//!   words      0 ring of 64 + 64 descriptors | 1088 fill gate | 1096 diary | 1120 bell | 1128 control | 1152 blocks
+//!              1280 changed | 1536 areas
 //! ```
 //! **An order is taken out of lane 0 after its answer is in lane 1.** An agent that is killed in between is followed by one that looks
 //! whether the last answer is that order's, and else does it again: every order is absolute and can be repeated.
@@ -53,6 +54,9 @@ pub const GRANTS: usize = 1131;
 pub const BLOCKS: usize = 1152;
 /// Words of a block's record.
 pub const BLOCK_WORDS: usize = 8;
+/// First word of those, one for each place in lane 0, that name an order whose addresses may show other memory by now: nothing is taken
+/// from there, nor dropped.
+pub const CHANGED: usize = 1280;
 /// First word of the areas.
 pub const AREAS: usize = 1536;
 /// Words of an area.
@@ -62,7 +66,8 @@ pub const WORDS: usize = AREAS + ENTRIES as usize * AREA_WORDS;
 
 const _: () = {
     assert!(ring::SLOTS + 2 * ENTRIES as usize * ring::DESCRIPTOR_WORDS <= GATE);
-    assert!(BLOCKS + SLOTS as usize * BLOCK_WORDS <= AREAS);
+    assert!(BLOCKS + SLOTS as usize * BLOCK_WORDS <= CHANGED);
+    assert!(CHANGED + ENTRIES as usize <= AREAS);
 };
 
 /// What the agent is asked to do: what Linux lets only a process of that address space do.
@@ -236,6 +241,12 @@ impl Done {
 #[inline]
 pub fn was_answered<W: Words>(answers: &ring::Producer<W>, done: &Done) -> bool {
     answers.last().is_some_and(|last| Done::decode(&last) == Some(*done))
+}
+
+/// The word that tells that the place of an order has changed. `at`: its index in lane 0.
+#[inline]
+pub fn changed_word(at: u64) -> usize {
+    CHANGED + (at & (ENTRIES - 1)) as usize
 }
 
 /// First word of an area.

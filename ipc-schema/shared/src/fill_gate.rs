@@ -10,6 +10,10 @@
 //!                                    `-> yes: later; READING stays, so that no other fill begins
 //! ```
 //!
+//! The same goes for what takes pages out: munmap returns when its event is read, and the program may map other memory there at once. What an
+//! agent takes then is none of the old pages. Which orders that concerns their senders tell one by one, before they end reading
+//! ([`crate::agent::CHANGED`]): dropped content may be taken out, it is dropped where it arrives.
+//!
 //! Two words in the memory of the orders: the state, and the last order that is refused (ids grow, also from one pager to the next).
 //! A pager that dies while it reads leaves READING: fills wait for the next one, which refuses every order of its predecessor. An
 //! agent that is killed while it fills leaves its number, which is taken away by whoever knows of the death. A program that writes
@@ -67,15 +71,19 @@ impl<W: Words> FillGate<W> {
     /// The agent's side: does `fill` for an order unless it is refused. `agent`: this agent's number, not 0; no two of an address
     /// space have the same one.
     pub fn fill<T>(&self, agent: u32, order: u64, fill: impl FnOnce() -> T) -> Fill<T> {
+        let unless_refused = || match order <= self.refused() {
+            true => Fill::Refused,
+            false => Fill::Done(fill()),
+        };
+        self.act(agent, unless_refused).unwrap_or(Fill::Reading)
+    }
+
+    /// The same for what is refused by other means. `None`: not now, the pager is reading; nothing was done.
+    pub fn act<T>(&self, agent: u32, act: impl FnOnce() -> T) -> Option<T> {
         let state = self.first + STATE;
-        if self.words.compare_exchange(state, 0, u64::from(agent) << FILLER_SHIFT, AcqRel, Relaxed).is_err() {
-            return Fill::Reading;
-        }
+        self.words.compare_exchange(state, 0, u64::from(agent) << FILLER_SHIFT, AcqRel, Relaxed).ok()?;
         let _filling = Filling(self, agent);
-        if order <= self.words.load(self.first + REFUSED, Acquire) {
-            return Fill::Refused;
-        }
-        Fill::Done(fill())
+        Some(act())
     }
 
     /// The pager's side: `true` when it may read events now. Otherwise an agent fills, no other fill begins, and the pager asks again.

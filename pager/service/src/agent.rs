@@ -13,6 +13,8 @@
 //!
 //! **A slot** is in use while its bytes are copied on, and while the scratch block of its number holds pages ([`Agent::taken`]).
 
+mod changed;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -31,6 +33,8 @@ use uhmm_shared::agent::{
     ORDER_PAGES, Op, SLOTS, Status, WORDS, status_byte,
 };
 use uhmm_shared::ring::{Consumer, Producer, RingFault};
+
+pub use changed::Changed;
 
 /// Pages of a staging slot.
 pub const SLOT_PAGES: u64 = 512;
@@ -136,6 +140,8 @@ pub struct Job {
     pub purpose: Purpose,
     /// Slot, once it has one.
     pub slot: Option<u32>,
+    /// Its place in the ring, once it is there.
+    pub sent_at: Option<u64>,
     /// The program has changed the place since. Pages went to other addresses (mremap): whatever the agent found at the old ones says
     /// nothing about them. Or pages that the agent is to put there were dropped.
     pub overtaken: bool,
@@ -144,7 +150,7 @@ pub struct Job {
 impl Job {
     /// One that nothing has happened to.
     pub fn new(region: RegionId, pages: Pages, order: Order, purpose: Purpose) -> Self {
-        Self { region, pages, order, purpose, slot: None, overtaken: false }
+        Self { region, pages, order, purpose, slot: None, sent_at: None, overtaken: false }
     }
 
     fn needs_slot(&self) -> bool {
@@ -159,6 +165,16 @@ impl Job {
     /// Puts pages into the address space.
     fn fills(&self) -> bool {
         matches!(self.order, Order::FillHuge { .. } | Order::MoveBack)
+    }
+
+    /// Its pages' addresses matter.
+    pub fn is_about_a_place(&self) -> bool {
+        self.fills() || self.empties()
+    }
+
+    /// Takes pages out of the address space, or drops them there.
+    fn empties(&self) -> bool {
+        matches!(self.order, Order::MoveOut | Order::CopyOut | Order::Drop { in_place: true })
     }
 
     /// As it goes into the ring; `None`: it is about frames.
@@ -381,6 +397,9 @@ impl Agent {
 
     /// Puts an order into the ring. `false`: the ring is corrupt.
     pub fn send(&mut self, order: &uhmm_shared::agent::Order) -> bool {
+        if let Some(job) = self.outstanding.get_mut(&order.id) {
+            job.sent_at = Some(self.orders.0.index());
+        }
         match self.orders.0.push(&order.encode()) {
             Ok(true) => {
                 self.ring_bell();
@@ -484,37 +503,6 @@ impl Agent {
             }
             self.free_slot(slot);
         }
-    }
-
-    /// mremap: these pages are elsewhere now. Jobs that were not sent yet go to the new addresses.
-    pub fn moved(&mut self, region: RegionId, pages: Pages) {
-        self.overtake(region, pages, |job| !job.is_about_frames());
-    }
-
-    /// These pages are unmapped, or their content is not wanted any more: none of them may be put back from now on.
-    pub fn dropped(&mut self, region: RegionId, pages: Pages) {
-        self.overtake(region, pages, Job::fills);
-    }
-
-    fn overtake(&mut self, region: RegionId, pages: Pages, concerned: impl Fn(&Job) -> bool) {
-        let concerned = |job: &&mut Job| job.region == region && job.pages.overlap(pages).is_some() && concerned(job);
-        for job in self.outstanding.values_mut().filter(concerned) {
-            job.overtaken = true;
-            if job.fills() {
-                self.refused = self.next_id - 1;
-            }
-        }
-        self.waiting.iter_mut().filter(concerned).for_each(|job| job.overtaken = true);
-    }
-
-    /// Events of the process may be read now: the agent fills nothing until [`Agent::end_reading`]. `false`: it does just now.
-    pub fn begin_reading(&self) -> bool {
-        self.gate.begin_reading()
-    }
-
-    /// What was read is decided, and everything that it has overtaken was told.
-    pub fn end_reading(&self) {
-        self.gate.end_reading(self.refused);
     }
 
     /// The process is gone: nobody will answer.

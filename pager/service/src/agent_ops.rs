@@ -93,7 +93,7 @@ impl Pager {
             return self.answer_for_agent(space_id);
         }
         for (id, job) in agent.ready() {
-            if job.overtaken {
+            if job.overtaken || !self.is_in_one_place(&job) {
                 self.never_sent(space_id, id);
             } else {
                 self.send_job(space_id, id, &job);
@@ -105,8 +105,15 @@ impl Pager {
     fn never_sent(&mut self, space_id: u64, id: u64) {
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         let Some(job) = agent.and_then(|agent| agent.answered(id)) else { return };
+        let job = Job { overtaken: true, ..job };
         let gone = [AgentRun { page_count: job.pages.count, status: Status::Gone }];
         self.job_done(space_id, job, &gone);
+    }
+
+    /// An order names one address for all of its pages.
+    fn is_in_one_place(&self, job: &Job) -> bool {
+        let mut shown = self.regions.showing(job.region.0, job.pages);
+        !job.is_about_a_place() || shown.next().is_some_and(|(_, part)| part == job.pages)
     }
 
     fn send_job(&mut self, space_id: u64, id: u64, job: &Job) {
@@ -265,7 +272,7 @@ impl Pager {
             }
             return;
         }
-        let again = Job { order: Order::CopyOut, ..job };
+        let again = Job { order: Order::CopyOut, sent_at: None, ..job };
         if let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) {
             agent.ask(again);
         }

@@ -45,7 +45,7 @@ impl Pager {
     fn tell_what_was_overtaken(&mut self, space_id: u64) -> Option<&Agent> {
         let overtaken = std::mem::take(&mut self.overtaken);
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut())?;
-        overtaken.into_iter().for_each(|(region, pages)| agent.dropped(region, pages));
+        overtaken.into_iter().for_each(|(region, pages, how)| agent.has_changed(region, pages, how));
         Some(agent)
     }
 

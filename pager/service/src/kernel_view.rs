@@ -183,7 +183,7 @@ impl Pager {
         self.not_registered(space_id, range);
         for cut in self.cut(space_id, range.start, range.end()) {
             if let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) {
-                agent.dropped(RegionId(cut.region), cut.pages);
+                agent.unmapped(RegionId(cut.region), cut.pages);
             }
             let is_file = self.regions.get(cut.region).is_some_and(|region| region.backing == Backing::File);
             if frees_files || !is_file {

@@ -13,6 +13,7 @@ use uhmm_kernel_hook::procmap::Vma;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, Pages, RegionId};
 
+use crate::agent::Changed;
 use crate::service::Pager;
 use crate::space::{Phase, Segment};
 
@@ -87,7 +88,7 @@ impl Pager {
             space.vacated.add(old, gone);
         }
         for cut in replaced {
-            self.overtaken.push((RegionId(cut.region), cut.pages));
+            self.overtaken.push((RegionId(cut.region), cut.pages, Changed::Unmapped));
             self.settle_cut(cut);
         }
         let moved = self.cut_unkept(space_id, from, from + len);

@@ -10,6 +10,7 @@
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Event, Pages, RegionId};
 
+use crate::agent::Changed;
 use crate::directory::{SegmentRecord, segments_max};
 use crate::revoke::Purpose;
 use crate::service::Pager;
@@ -229,7 +230,7 @@ impl Pager {
         let parts: Vec<_> = parts.iter().flat_map(|part| self.unmapped_by_program(space_id, *part)).collect();
         for part in parts {
             for cut in self.cut(space_id, part.start, part.end()) {
-                self.overtaken.push((RegionId(cut.region), cut.pages));
+                self.overtaken.push((RegionId(cut.region), cut.pages, Changed::Unmapped));
                 self.settle_cut(cut);
             }
         }
@@ -260,7 +261,7 @@ impl Pager {
         for (region, pages) in self.pieces(space_id, start, end) {
             let agent = self.spaces.get(&space_id).and_then(|space| space.agent.as_ref());
             if !agent.is_some_and(|agent| agent.is_dropping(RegionId(region), pages, addrs)) {
-                self.overtaken.push((RegionId(region), pages));
+                self.overtaken.push((RegionId(region), pages, Changed::Dropped));
                 self.push(Event::Removed { region: RegionId(region), pages });
             }
         }

@@ -23,6 +23,7 @@ use uhmm_kit::record;
 use uhmm_kit::{Handled, Service, ServiceArgs};
 use uhmm_pager_core::{Action, Core, DefaultPolicy, Event, Pages, RegionId, ReqId};
 
+use crate::agent::Changed;
 use crate::agent_life::TIMER_AGENT;
 use crate::agent_ops::Parts;
 use crate::claims::ClaimTable;
@@ -152,7 +153,7 @@ pub struct Pager {
     /// Pages of the faults that are being served: no guards.
     pub(crate) faulted: Vec<(RegionId, u64)>,
     /// Pages that the program has dropped, in the events that are being read.
-    pub(crate) overtaken: Vec<(RegionId, Pages)>,
+    pub(crate) overtaken: Vec<(RegionId, Pages, Changed)>,
     pub(crate) next_space: u64,
     pub(crate) next_region: u64,
     pub(crate) next_segment: u64,

@@ -12,7 +12,8 @@
 //! wants that of its destination, and what is registered cannot be freed without an event that somebody has to read.
 //!
 //! What puts pages into the address space waits while the pager reads events, and is refused when one of them has overtaken its order
-//! ([`FillGate`]): pages that the program drops meanwhile stay dropped.
+//! ([`FillGate`]): pages that the program drops meanwhile stay dropped. What takes pages out of it or drops them waits too, and is refused when
+//! the program has unmapped or moved the place meanwhile: other memory may be there.
 
 mod home;
 mod out;
@@ -20,7 +21,7 @@ mod out;
 use core::sync::atomic::Ordering::Acquire;
 
 use uhmm_shared::agent::{
-    BELL, DEAD_PAGERS, Done, ENTRIES, GATE, ORDER_PAGES, Op, Order, Status, set_status, was_answered,
+    BELL, DEAD_PAGERS, Done, ENTRIES, GATE, ORDER_PAGES, Op, Order, Status, changed_word, set_status, was_answered,
 };
 use uhmm_shared::fill_gate::FillGate;
 use uhmm_shared::ring::{Consumer, Descriptor, Producer, RingFault};
@@ -30,7 +31,7 @@ use crate::huge::HugeBlocks;
 use crate::life::Life;
 use crate::look::{GUARD, HOLE, PAGE, look, look_for_writable, mapping_at};
 use crate::memory::{Orders, Work, block_addr};
-use crate::sys::{EAGAIN, EINVAL};
+use crate::sys::{EAGAIN, EINVAL, ENOENT};
 use crate::{Config, End, PAGE_BYTES, sys};
 
 const UFFDIO_MOVE: u64 = 0xc028_aa05;
@@ -45,6 +46,8 @@ const AGAIN_TRIES: u32 = 2000;
 /// How long pages on their way back wait for the event to be read: as long as a pager may take to be started again.
 const PATIENCE_NS: u64 = 10_000_000_000;
 const PAUSE_NS: u64 = 1_000_000;
+/// No error number: the pager is reading events.
+const READING: i64 = i64::MAX;
 /// How long the kernel may keep us inside madvise, see `sys::end_after_s`.
 const MADVISE_S: u64 = 20;
 
@@ -256,6 +259,24 @@ impl<'a> Agent<'a> {
             outcome = call();
         }
         outcome
+    }
+
+    /// Does something to the pages at an order's addresses, which are not those that the order is about when the program has changed the
+    /// place since (ENOENT).
+    fn at_place(&self, order: &Order, mut call: impl FnMut() -> Outcome) -> Outcome {
+        let refused = |stop| Outcome { done: 0, stop: Some(stop) };
+        let mut unless_changed = || if self.has_changed(order) { refused(ENOENT) } else { call() };
+        let act = || self.gate.act(self.config.number, &mut unless_changed).unwrap_or(refused(READING));
+        match self.patiently(act, |outcome| outcome.stop == Some(READING)) {
+            Outcome { stop: Some(READING), .. } => refused(EAGAIN),
+            outcome => outcome,
+        }
+    }
+
+    /// Of the order that is being carried out. What a dead pager did not live to read of the next one does not tell of its orders.
+    fn has_changed(&self, order: &Order) -> bool {
+        self.words.load(changed_word(self.orders.index()), Acquire) == order.id
+            || order.id <= self.words.load(DEAD_PAGERS, Acquire)
     }
 
     fn move_pages(&self, to: u64, from: u64, count: u64, mode: u64) -> Outcome {

@@ -48,6 +48,16 @@ mod tests {
     }
 
     #[test]
+    fn whatever_else_an_agent_does_waits_for_the_pager_too_and_holds_it_up() {
+        let gate = gate();
+        let seen = gate.act(1, || gate.begin_reading());
+        assert_eq!(seen, Some(false), "the pager reads later");
+        assert_eq!(gate.act(1, || ()), None, "and its turn comes next");
+        gate.end_reading(9);
+        assert_eq!(gate.act(1, || ()), Some(()), "drops are no reason not to");
+    }
+
+    #[test]
     fn fills_wait_for_the_next_pager_when_one_dies_while_it_reads_and_its_orders_are_refused() {
         let gate = gate();
         assert!(gate.begin_reading());

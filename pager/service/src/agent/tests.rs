@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use uhmm_ipc::shared::fill_gate::Fill;
-use uhmm_shared::agent::set_status;
+use uhmm_shared::agent::{changed_word, set_status};
 use uhmm_shared::ring::{self, HEAD, LANE};
 
 use super::*;
@@ -217,6 +217,28 @@ fn what_the_program_drops_is_not_put_back_and_other_orders_are_not_concerned() {
     assert_eq!(overtaken, [true, false], "what was taken out is dropped where it arrives");
     let waiting = agent.ready();
     assert!(waiting[0].1.overtaken, "never sent");
+}
+
+#[test]
+fn what_is_unmapped_is_neither_taken_out_nor_dropped_by_orders_from_before() {
+    let program = Program::new();
+    let mut agent = program.pager(1);
+    for order in [Order::MoveOut, Order::Drop { in_place: true }, Order::Drop { in_place: false }] {
+        agent.ask(job(order, 0));
+    }
+    agent.ask(job(Order::CopyOut, 100));
+    let sent = send(&mut agent);
+    agent.ask(job(Order::MoveOut, 4));
+    let changed = || (0..4).map(|at| program.words.load(changed_word(at), Acquire)).collect::<Vec<_>>();
+    agent.has_changed(RegionId(1), Pages { first: 0, count: 200 }, Changed::Dropped);
+    assert_eq!(changed(), [0; 4], "it is dropped where it arrives");
+    agent.has_changed(RegionId(1), Pages { first: 7, count: 9 }, Changed::Unmapped);
+    assert_eq!(changed(), [sent[0].0, sent[1].0, 0, 0]);
+    agent.moved(RegionId(1), Pages { first: 107, count: 1 });
+    assert_eq!(changed(), [sent[0].0, sent[1].0, 0, sent[3].0]);
+    let overtaken: Vec<bool> = sent.iter().map(|(id, _)| agent.answered(*id).unwrap().overtaken).collect();
+    assert_eq!(overtaken, [false, true, false, true], "what is in place still is dropped after all");
+    assert!(agent.ready()[0].1.overtaken, "never sent: its pages lie in two places");
 }
 
 #[test]

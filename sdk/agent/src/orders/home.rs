@@ -48,6 +48,11 @@ impl Agent<'_> {
             if end > page {
                 let addr = order.addr.wrapping_add(page.wrapping_mul(PAGE_BYTES));
                 let run = end.wrapping_sub(page);
+                // Not inside the gate: the kernel waits for the pager to read of it. Between the two nothing but this thread's own
+                // steps lie, and only a program that unmaps what it has just migrated can come in between.
+                if self.at_place(order, || Outcome { done: run, stop: None }).stop.is_some() {
+                    return;
+                }
                 self.announce(addr, run);
                 let _ = self.advise_program(addr, run, sys::MADV_DONTNEED_LOCKED);
             }

@@ -133,7 +133,7 @@ impl Agent<'_> {
             let left = last.wrapping_sub(page);
             let (to, from) = (to.wrapping_add(offset), order.addr.wrapping_add(offset));
             let moved = self.again(
-                || self.move_pages(to, from, left, MOVE_ALLOW_SRC_HOLES),
+                || self.at_place(order, || self.move_pages(to, from, left, MOVE_ALLOW_SRC_HOLES)),
                 |outcome| outcome.done == 0 && outcome.stop == Some(EAGAIN),
             );
             for done in page..page.wrapping_add(moved.done) {

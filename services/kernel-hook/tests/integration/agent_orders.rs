@@ -13,7 +13,7 @@ use uhmm_kernel_hook::pagemap::{self, Categories};
 use uhmm_kernel_hook::process::vm_read;
 use uhmm_kernel_hook::program::{ProgramAdvice, ProgramMemory};
 use uhmm_kernel_hook::{AddrRange, CopyMode, PAGE_SIZE, SeqPacket, UffdEvent, Userfaultfd, Window, WpOutcome};
-use uhmm_shared::agent::{DEAD_PAGERS, DIARY, Op, Order, Status};
+use uhmm_shared::agent::{DEAD_PAGERS, DIARY, Op, Order, Status, changed_word};
 use uhmm_shared::words::Words;
 
 const P: u64 = PAGE_SIZE;
@@ -326,6 +326,37 @@ fn integration_agent_nothing_is_put_where_the_program_has_dropped_pages_since_th
     assert_eq!((present(&memory), bed.in_scratch()), (4, 4), "nothing is lost: the pager may ask again");
     assert_eq!(bed.run(&memory, 2, 4, Op::MoveBack), [(4, Status::Moved)]);
     check(&memory);
+}
+
+#[test]
+fn integration_agent_nothing_is_taken_from_where_the_program_has_mapped_other_memory_since_the_order_was_given() {
+    for op in [OUT, DROP_IN_PLACE] {
+        let (mut bed, memory) = Bed::with(4);
+        let (at, id) = (bed.desk.counts().0, bed.desk.next_id);
+        bed.desk.words.store(changed_word(at), id, std::sync::atomic::Ordering::Release);
+        let runs = bed.run(&memory, 0, 4, op);
+        assert!(op != OUT || runs == [(4, Status::Gone)], "{runs:?}");
+        assert_eq!((present(&memory), bed.in_scratch()), (4, 0), "{op:?}");
+        // It was about that order alone.
+        assert_eq!(bed.run(&memory, 0, 4, op), [(4, Status::Moved)]);
+        assert_eq!(present(&memory), 0);
+    }
+}
+
+#[test]
+fn integration_agent_nothing_is_taken_out_while_the_pager_reads() {
+    let (mut bed, memory) = Bed::with(4);
+    bed.read_no_events();
+    assert!(bed.desk.gate().begin_reading());
+    let id = bed.desk.give(0, memory.addr(), 4, OUT);
+    // It waits for as long as reading takes; nothing else tells that it has begun to.
+    for _ in 0..1000 {
+        assert!(bed.desk.try_answer().is_none() && present(&memory) == 4);
+        std::thread::yield_now();
+    }
+    bed.desk.gate().end_reading(0);
+    let done = bed.desk.answer();
+    assert_eq!((done.id, bed.desk.runs(done, 4)), (id, vec![(4, Status::Moved)]));
 }
 
 #[test]
