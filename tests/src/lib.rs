@@ -18,6 +18,7 @@ use uhmm_sdk::{Metric, Operator, ServiceStatus, Session};
 
 pub mod block;
 pub mod c;
+pub mod compare;
 pub mod container;
 pub mod far;
 pub mod manager;

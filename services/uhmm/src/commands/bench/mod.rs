@@ -13,7 +13,7 @@ mod figure;
 mod floor;
 mod host;
 mod place;
-mod plot;
+pub(super) mod plot;
 mod report;
 mod run;
 

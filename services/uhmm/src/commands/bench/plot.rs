@@ -8,7 +8,7 @@ use anyhow::Context;
 use super::run::Run;
 
 /// Curves over one axis.
-pub(super) struct Plot {
+pub(in crate::commands) struct Plot {
     /// Name of the file.
     pub name: String,
     pub title: String,
@@ -96,7 +96,7 @@ impl Axis {
 }
 
 impl Plot {
-    fn svg(&self) -> String {
+    pub(in crate::commands) fn svg(&self) -> String {
         let points = || self.series.iter().flat_map(|(_, points)| points);
         let range = |pick: fn(&(f64, f64)) -> f64| {
             points().map(pick).fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)))

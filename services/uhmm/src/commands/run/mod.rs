@@ -9,6 +9,7 @@
 //! The program is a child of this process: signals go on to it, and its exit status is this one's. Nothing in the program decides where its
 //! pages are, so this process may be killed at any time: the program runs on, and only its limit is not held any more.
 
+mod history;
 mod limit;
 mod policy;
 mod program;
@@ -30,6 +31,7 @@ use uhmm_manifest::ByteSize;
 use uhmm_watch::events::bytes;
 use uhmm_watch::sample::{Sample, Sampler};
 
+use self::history::History;
 use self::limit::Limit;
 use self::policy::Clock;
 use self::program::Unsuitable;
@@ -63,6 +65,12 @@ pub struct RunArgs {
     /// Say at the end what it came to: memory, what left, waits for pages
     #[arg(long)]
     stats: bool,
+    /// Write the same as JSON
+    #[arg(long, value_name = "FILE.json")]
+    stats_json: Option<PathBuf>,
+    /// Draw what was in memory, and what was on the device, over the program's life
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// Where the program cannot run with uhmm (it is static, setuid, ...), run it without
     #[arg(long)]
     or_without: bool,
@@ -116,10 +124,13 @@ fn with(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
         sampled: None,
         summary: Summary { ram_bytes: args.ram.map(|ram| ram.0), ..Summary::default() },
         waits_before,
+        begun,
+        away_bytes: 0,
+        history: History::default(),
     };
     let status = run.until_the_end(&mut child, &signals)?;
     run.summary.ran = begun.elapsed();
-    run.tell(args.stats);
+    run.tell(args);
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(i32::from(FAILED));
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(FAILED)))
 }
@@ -175,6 +186,10 @@ struct Run {
     sampled: Option<Instant>,
     summary: Summary,
     waits_before: Waits,
+    begun: Instant,
+    /// As of the last sample.
+    away_bytes: u64,
+    history: History,
 }
 
 impl Run {
@@ -230,14 +245,16 @@ impl Run {
                 Err(error) => tracing::debug!(%error, "No sample"),
             }
         }
-        let Some(limit) = &mut self.limit else {
-            let resident = limit::resident(&self.pids);
-            self.summary.peak_resident_bytes = self.summary.peak_resident_bytes.max(resident);
-            return SAMPLE_EVERY;
+        let (resident_bytes, pause) = match &mut self.limit {
+            None => (limit::resident(&self.pids), SAMPLE_EVERY),
+            Some(limit) => {
+                let look = limit.look(self.sampler.operator(), &self.pids);
+                (look.resident_bytes, look.pause)
+            }
         };
-        let look = limit.look(self.sampler.operator(), &self.pids);
-        self.summary.peak_resident_bytes = self.summary.peak_resident_bytes.max(look.resident_bytes);
-        look.pause
+        self.summary.peak_resident_bytes = self.summary.peak_resident_bytes.max(resident_bytes);
+        self.history.add(self.begun.elapsed(), resident_bytes, self.away_bytes);
+        pause
     }
 
     fn take(&mut self, sample: &Sample) {
@@ -254,12 +271,12 @@ impl Run {
             }
         }
         let away = |pid: &u32| sample.regions.iter().filter(|region| region.pid == *pid).map(pages_away).sum::<u64>();
-        let away_bytes = pids.iter().map(away).sum::<u64>() * PAGE_SIZE;
-        self.summary.peak_away_bytes = self.summary.peak_away_bytes.max(away_bytes);
+        self.away_bytes = pids.iter().map(away).sum::<u64>() * PAGE_SIZE;
+        self.summary.peak_away_bytes = self.summary.peak_away_bytes.max(self.away_bytes);
         self.pids = pids;
     }
 
-    fn tell(&mut self, stats: bool) {
+    fn tell(&mut self, args: &RunArgs) {
         // The last waits are not in the last sample.
         if let Ok(sample) = self.sampler.sample() {
             self.summary.waits = Waits::of(&sample).since(&self.waits_before);
@@ -270,8 +287,20 @@ impl Run {
         if let Some(warning) = self.summary.warning() {
             eprintln!("{warning}");
         }
-        if stats {
+        if args.stats {
             eprint!("{}", self.summary.text());
+        }
+        let ram = self.summary.ram_bytes;
+        let words: Vec<_> = args.command.iter().map(|word| word.to_string_lossy()).collect();
+        let drawn =
+            args.plot.as_ref().map(|path| self.history.draw(&format!("uhmm run -- {}", words.join(" ")), ram, path));
+        let written = args.stats_json.as_ref().map(|path| {
+            let text = format!("{:#}\n", self.summary.json());
+            std::fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
+        });
+        // The program's own end is the answer all the same.
+        for error in [drawn, written].into_iter().flatten().filter_map(Result::err) {
+            eprintln!("uhmm run: {error:#}");
         }
     }
 }

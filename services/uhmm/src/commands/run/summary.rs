@@ -91,7 +91,7 @@ impl Summary {
         let waits = &self.waits;
         let bound = |percent| waits.percentile_ns(percent).map_or_else(|| "-".to_owned(), duration);
         text += &format!(
-            "  waits for pages that were away: {}, {} in all ({:.1} % of the time), half of them below {}, 99 % below {}\n",
+            "  what the limit cost: {} waits for pages that were away, {} of all threads together ({:.1} % of the time), half of them below {}, 99 % below {}\n",
             waits.count(),
             duration(waits.sum_ns),
             waits.sum_ns as f64 / 1e7 / seconds.max(1e-9),
@@ -99,6 +99,25 @@ impl Summary {
             bound(99)
         );
         text
+    }
+
+    /// The same for programs. Times in ns; `null` where there was no wait.
+    pub fn json(&self) -> serde_json::Value {
+        let Tally { sent_pages, looks_over, looks, laps_stuck } = self.limit;
+        serde_json::json!({
+            "ran_s": self.ran.as_secs_f64(),
+            "ram_bytes": self.ram_bytes,
+            "peak_resident_bytes": self.peak_resident_bytes,
+            "peak_away_bytes": self.peak_away_bytes,
+            "sent_bytes": sent_pages * PAGE_SIZE,
+            "looks": looks,
+            "looks_over": looks_over,
+            "laps_stuck": laps_stuck,
+            "waits": self.waits.count(),
+            "waited_ns": self.waits.sum_ns,
+            "wait_p50_ns": self.waits.percentile_ns(50),
+            "wait_p99_ns": self.waits.percentile_ns(99),
+        })
     }
 
     /// What its owner must know although nobody asked.
