@@ -6,6 +6,7 @@ using Sdk = import "sdk.capnp";
 const maxRegions :UInt32 = 1024;
 const maxWhyBytes :UInt32 = 1024;
 const maxStripCells :UInt32 = 1024;
+const maxRestMs :UInt32 = 60000;
 const maxClaimIdBytes :UInt32 = 64;
 const maxClaimNameBytes :UInt32 = 256;
 const maxClaimsTold :UInt32 = 64;
@@ -84,6 +85,8 @@ struct MoveRange {
   addr @2 :UInt64;
   lenBytes @3 :UInt64;
   target @4 :Sdk.Target;
+  restMs @5 :UInt32;          # private pages go only if nobody touches them for so long; 0: at once. At most maxRestMs
+  stays @6 :Bool;             # those that nobody has touched stay, too (notSelected): to learn what could go
 }
 
 struct MoveRegion {

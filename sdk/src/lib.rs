@@ -64,7 +64,7 @@ pub use arena::Arena;
 pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;
 pub use memory::{Adopted, AdoptedKind, RangeAttributes, SnapshotPage, Uniform};
-pub use operator::Operator;
+pub use operator::{MoveId, Operator, Rested};
 pub use own::{Noted, never_manage};
 pub use paths::run_dir;
 pub use pending::Pending;
@@ -75,7 +75,7 @@ pub use session::Session;
 
 pub use uhmm_ipc::message::pager::{
     AccessMode, Advice, Claim, ClaimShare, Claims, DeviceUse, FaultPoint, HotRange, PageStatus, RegionStatus,
-    Residency, ResidencyRun, StatusRun, Target, TraceCause, TraceKind, TraceRecord,
+    Residency, ResidencyRun, Rest, StatusRun, Target, TraceCause, TraceKind, TraceRecord,
 };
 pub use uhmm_ipc::message::supervisor::ServiceStatus;
 pub use uhmm_ipc::message::{ErrorCode, Metric, TraceId};

@@ -1,16 +1,16 @@
 //! The operator's calls: state, counters, drills, shutdown. Blocking, one connection a service, used by the command line, the
 //! demo and the tests.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use uhmm_ipc::message::pager::{Claim, Claims, RegionStatus};
+use uhmm_ipc::message::pager::{Claim, Claims, PageStatus, RegionStatus, Rest, StatusRun};
 use uhmm_ipc::message::supervisor::ServiceStatus;
 use uhmm_ipc::message::{
-    Call, ErrorCode, Fd, Interface, Metric, Reply, Role, TraceId, common, driver, pager, supervisor,
+    Call, ErrorCode, Fd, Interface, Metric, Reply, Role, TraceId, WireError, common, driver, pager, supervisor,
 };
-use uhmm_ipc::{LinkId, Reactor, Wake};
+use uhmm_ipc::{CallId, LinkId, Reactor, Wake};
 use uhmm_kernel_hook::process::memory_available_bytes;
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd};
 
@@ -19,6 +19,35 @@ use crate::{Error, paths};
 
 /// How long an operator waits for an answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A move that was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MoveId(CallId);
+
+/// What became of pages that were to leave ([`Operator::begin_move`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rested {
+    /// Have left.
+    pub moved_pages: u64,
+    /// Nobody has touched them, and they were to stay.
+    pub untouched_pages: u64,
+    /// Were touched, or somebody else needs them in memory.
+    pub busy_pages: u64,
+    /// The device had no room, or failed.
+    pub refused_pages: u64,
+}
+
+impl Rested {
+    fn of(moved_pages: u64, runs: &[StatusRun]) -> Self {
+        let with = |status| pages_with(runs, status);
+        Self {
+            moved_pages,
+            untouched_pages: with(PageStatus::NotSelected),
+            busy_pages: with(PageStatus::Busy) + with(PageStatus::Pinned),
+            refused_pages: with(PageStatus::NoMemory) + with(PageStatus::Io),
+        }
+    }
+}
 
 /// A service that a drill killed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +64,9 @@ pub struct Operator {
     reactor: Reactor,
     links: HashMap<String, LinkId>,
     patience: Duration,
+    /// Moves that are under way, and those that have ended since somebody asked.
+    moving: HashSet<CallId>,
+    moved: Vec<(CallId, Result<Reply, WireError>)>,
 }
 
 impl Operator {
@@ -47,7 +79,9 @@ impl Operator {
         if !paths::has_service(&run_dir, "supervisor")? {
             return Err(Error::NotRunning { run_dir });
         }
-        Ok(Self { run_dir, reactor: client_reactor(Role::Operator)?, links: HashMap::new(), patience: ANSWER_DEADLINE })
+        let reactor = client_reactor(Role::Operator)?;
+        let (links, moving, moved) = (HashMap::new(), HashSet::new(), Vec::new());
+        Ok(Self { run_dir, reactor, links, patience: ANSWER_DEADLINE, moving, moved })
     }
 
     /// How long an answer is waited for, instead of ten seconds. A service that is being started again answers when it can.
@@ -86,12 +120,64 @@ impl Operator {
     /// pages moved. Parts that are not managed are no error.
     pub fn move_range(&mut self, process: &PidFd, range: AddrRange, device: Option<u8>) -> Result<u64, Error> {
         let target = device.map_or(pager::Target::Home, pager::Target::Device);
-        let pid = process.pid().ok().flatten().unwrap_or(0);
-        let (process, addr, len_bytes) = (process.name().unwrap_or(0), range.start, range.len);
-        let call = Call::Pager(pager::Call::MoveRange { pid, process, addr, len_bytes, target });
+        let call = range_call(process, range, target, None);
         match self.converse("pager", call, false, None)? {
             Some(Reply::Pager(pager::Reply::Migrated { moved_pages, .. })) => Ok(moved_pages),
+            Some(Reply::Pager(pager::Reply::Done)) => Ok(0),
             _ => Err(Error::StrangeReply { question: "MoveRange" }),
+        }
+    }
+
+    /// Begins to move such a range to a device: [`Operator::moves_done`] tells what became of it. With `rest`, private pages go only if nobody touches
+    /// them for `rest.ms`: they are out of the program's reach for so long, and who touches one has it back at once. With `rest.stays` that is
+    /// all, and the answer only says what could have gone. Shared memory does not rest.
+    pub fn begin_move(
+        &mut self,
+        process: &PidFd,
+        range: AddrRange,
+        device: u8,
+        rest: Option<Rest>,
+    ) -> Result<MoveId, Error> {
+        let link = self.link("pager")?;
+        let call = range_call(process, range, pager::Target::Device(device), rest);
+        let id = self.reactor.call(link, call, TraceId::fresh(), None);
+        self.moving.insert(id);
+        Ok(MoveId(id))
+    }
+
+    /// Moves that have ended. Waits for the first one as long as `timeout` says, if any is under way.
+    pub fn moves_done(&mut self, timeout: Duration) -> Result<Vec<(MoveId, Result<Rested, Error>)>, Error> {
+        let end = Instant::now() + timeout;
+        let mut wakes = Vec::new();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if !self.moved.is_empty() || self.moving.is_empty() {
+                break;
+            }
+            self.reactor.poll(Some(left), &mut wakes)?;
+            wakes.drain(..).for_each(|wake| self.note_move(wake));
+            if left.is_zero() {
+                break;
+            }
+        }
+        let moved = std::mem::take(&mut self.moved);
+        if moved.iter().any(|(_, result)| result.as_ref().is_err_and(|error| error.code == ErrorCode::Permission)) {
+            self.links.remove("pager");
+        }
+        let rested = |result: Result<Reply, WireError>| match result {
+            Ok(Reply::Pager(pager::Reply::Migrated { moved_pages, runs, .. })) => Ok(Rested::of(moved_pages, &runs)),
+            Ok(Reply::Pager(pager::Reply::Done)) => Ok(Rested::default()),
+            Ok(_) => Err(Error::StrangeReply { question: "MoveRange" }),
+            Err(error) => Err(error.into()),
+        };
+        Ok(moved.into_iter().map(|(id, result)| (MoveId(id), rested(result))).collect())
+    }
+
+    fn note_move(&mut self, wake: Wake) {
+        if let Wake::Done { call, result, .. } = wake
+            && self.moving.remove(&call)
+        {
+            self.moved.push((call, result));
         }
     }
 
@@ -263,12 +349,17 @@ impl Operator {
         let mut wakes = Vec::new();
         loop {
             self.reactor.poll(None, &mut wakes)?;
+            let mut answer = None;
+            // All of them: what moves have come to is told once.
             for wake in wakes.drain(..) {
                 match wake {
-                    Wake::Done { call, result, .. } if call == id => return Ok(Some(result?)),
-                    Wake::LinkDown { link: lost } if last && lost == link => return Ok(None),
-                    _ => {}
+                    Wake::Done { call, result, .. } if call == id => answer = Some(result.map(Some)),
+                    Wake::LinkDown { link: lost } if last && lost == link => answer = answer.or(Some(Ok(None))),
+                    other => self.note_move(other),
                 }
+            }
+            if let Some(answer) = answer {
+                return Ok(answer?);
             }
         }
     }
@@ -297,6 +388,16 @@ impl Operator {
         self.links.insert(service.into(), link);
         Ok(link)
     }
+}
+
+fn range_call(process: &PidFd, range: AddrRange, target: pager::Target, rest: Option<Rest>) -> Call {
+    let pid = process.pid().ok().flatten().unwrap_or(0);
+    let (process, addr, len_bytes) = (process.name().unwrap_or(0), range.start, range.len);
+    Call::Pager(pager::Call::MoveRange { pid, process, addr, len_bytes, target, rest })
+}
+
+fn pages_with(runs: &[StatusRun], status: PageStatus) -> u64 {
+    runs.iter().filter(|run| run.status == status).map(|run| run.page_count).sum()
 }
 
 /// Where the kernel does not say what there is, it is tried.

@@ -41,7 +41,7 @@ pub mod constants {
     pub use uhmm_schema::common_capnp::{
         MAJOR_VERSION, MAX_KEY_BYTES, MAX_METRICS, MAX_NAME_BYTES, MAX_TEXT_BYTES, MINOR_VERSION,
     };
-    pub use uhmm_schema::pager_capnp::MAX_REGIONS;
+    pub use uhmm_schema::pager_capnp::{MAX_REGIONS, MAX_REST_MS};
     pub use uhmm_schema::sdk_capnp::{
         MAX_DEVICES, MAX_JOB_RANGES, MAX_JOB_WORDS, MAX_KERNELS, MAX_RUNS, MAX_TOKEN_BYTES, MAX_TRACE_RECORDS,
         PAGE_BYTES,

@@ -179,6 +179,8 @@ pub enum CopyStatus {
     NoMemory,
     /// The copy failed; in scratch or where it was.
     Io,
+    /// Nobody wants it on the device any more: it goes back from scratch.
+    Kept,
 }
 
 /// Facts.

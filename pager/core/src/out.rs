@@ -290,6 +290,7 @@ fn pieces(runs: &[CopyRun], count: u64) -> Vec<(u64, PageStatus)> {
             CopyStatus::Locked => PageStatus::Pinned,
             CopyStatus::NoMemory => PageStatus::NoMemory,
             CopyStatus::Io => PageStatus::Io,
+            CopyStatus::Kept => PageStatus::NotSelected,
         };
         let count = run.count.min(left);
         left -= count;

@@ -13,9 +13,10 @@ use uhmm_pager_core::{
 };
 
 use crate::calls::{Answer, refuse};
-use crate::requests::{ANSWER_RUNS_MAX, Located, PendingRequest, Piece, Then};
+use crate::requests::{ANSWER_RUNS_MAX, Located, PendingRequest, Piece};
 use crate::service::Pager;
 use crate::space::DEVICE_SLOTS;
+use crate::then::Then;
 
 fn core_target(target: Target) -> CoreTarget {
     match target {

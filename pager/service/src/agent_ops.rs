@@ -19,6 +19,7 @@ use uhmm_shared::agent::{Order as RingOrder, Status};
 use crate::agent::{Agent, AgentRun, Job, Life, Order, Purpose, SLOT_PAGES, Taken};
 use crate::calls::{Answer, refuse};
 use crate::copies::{Copy, Deferred};
+use crate::rest::cut_at;
 use crate::segments::hidden;
 use crate::service::Pager;
 
@@ -160,6 +161,7 @@ impl Pager {
 
     /// The process is gone.
     pub(crate) fn agent_died(&mut self, space_id: u64) {
+        self.end_rest_of_space(space_id);
         self.unwatch_agent(space_id);
         let agent = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut());
         for job in agent.map(Agent::give_up).unwrap_or_default() {
@@ -212,7 +214,7 @@ impl Pager {
     pub(crate) fn job_done(&mut self, space_id: u64, job: Job, runs: &[AgentRun]) {
         let ticket = job.purpose.ticket();
         match job.purpose {
-            Purpose::Out { device, frame, .. } => {
+            Purpose::Out { .. } => {
                 if matches!(job.order, Order::MoveBack | Order::Drop { .. }) {
                     self.not_taken_out(space_id, &job, runs);
                 } else if job.overtaken {
@@ -226,7 +228,7 @@ impl Pager {
                 } else if runs.iter().any(|run| run.status == Status::ReadOnly) && job.order == Order::MoveOut {
                     self.copy_in_place(space_id, job);
                 } else {
-                    self.taken_out(space_id, &job, runs, device, frame);
+                    self.rest(space_id, job, runs);
                 }
             }
             Purpose::FillHuge { .. } => {
@@ -267,10 +269,7 @@ impl Pager {
     fn copy_in_place(&mut self, space_id: u64, job: Job) {
         if self.write_protect(job.region, job.pages, true) != StepResult::Ok {
             let busy = [AgentRun { page_count: job.pages.count, status: Status::Busy }];
-            if let Purpose::Out { device, frame, .. } = job.purpose {
-                self.taken_out(space_id, &job, &busy, device, frame);
-            }
-            return;
+            return self.taken_out(space_id, &job, &busy, &[]);
         }
         let again = Job { order: Order::CopyOut, sent_at: None, ..job };
         if let Some(agent) = self.spaces.get_mut(&space_id).and_then(|space| space.agent.as_mut()) {
@@ -279,20 +278,20 @@ impl Pager {
         self.send_to_agent(space_id);
     }
 
-    /// The agent has put what it could into the slot.
-    fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], device: u8, frame: u32) {
-        let Purpose::Out { ticket, .. } = job.purpose else { return };
+    /// The agent has put what it could into the slot. What of it goes `back` where it was, and why.
+    pub(crate) fn taken_out(&mut self, space_id: u64, job: &Job, runs: &[AgentRun], back: &[(Pages, CopyStatus)]) {
+        let Purpose::Out { ticket, device, frame } = job.purpose else { return };
         self.tell_limits(space_id, runs);
         self.note_not_taken(space_id, job, runs);
         let slot = job.slot.unwrap_or(0);
         let mut at = 0;
         let mut copies = Vec::new();
         let mut fates = Vec::new();
-        for run in runs {
+        for (run, goes_back) in cut_at(runs, job.pages.first, back) {
             let count = run.page_count.min(job.pages.count - at);
             let status = match run.status {
-                Status::Moved | Status::Zero => CopyStatus::Ok,
-                Status::MovedHuge => CopyStatus::OkHuge,
+                Status::Moved | Status::Zero => goes_back.unwrap_or(CopyStatus::Ok),
+                Status::MovedHuge => goes_back.unwrap_or(CopyStatus::OkHuge),
                 Status::Busy | Status::ReadOnly => CopyStatus::Busy,
                 // Moved to other addresses meanwhile (mremap), or its unmapping has not been read yet: to be looked at again.
                 Status::Gone if self.is_shown(job.region, job.pages.first + at) => CopyStatus::Busy,
@@ -302,11 +301,11 @@ impl Pager {
                 Status::Failed => CopyStatus::Io,
             };
             let (pages, frame) = (Pages { first: job.pages.first + at, count }, frame + at as u32);
+            let zero = run.status == Status::Zero;
             let run = CopyRun { count, status };
             match (count, status) {
                 (0, _) => {}
                 (_, CopyStatus::Ok | CopyStatus::OkHuge) => {
-                    let zero = runs_zero(runs, at);
                     let staging_page = u64::from(slot) * SLOT_PAGES + at;
                     let (region, space) = (job.region, space_id);
                     copies.push(Copy::Staged { ticket, region, space, pages, frame, staging_page, zero, run });
@@ -351,6 +350,7 @@ impl Pager {
             return;
         }
         let mut parts = self.parts.remove(&ticket.0).unwrap_or_default();
+        self.resting.forget(ticket);
         for slot in std::mem::take(&mut parts.slots) {
             self.free_slot(parts.space, slot);
         }
@@ -487,18 +487,6 @@ impl Pager {
         }
         self.ask_single(region, pages, Order::FillHuge { slot }, Purpose::FillHuge { ticket });
     }
-}
-
-/// Whether the run that begins `at` pages from the start holds nothing but zeros.
-fn runs_zero(runs: &[AgentRun], at: u64) -> bool {
-    let mut first = 0;
-    for run in runs {
-        if first == at {
-            return run.status == Status::Zero;
-        }
-        first += run.page_count;
-    }
-    false
 }
 
 /// What an answer says about scratch, before anything becomes of it.

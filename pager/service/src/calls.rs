@@ -114,9 +114,10 @@ impl Pager {
             pager::Call::UserfaultfdDevice => Some(self.userfaultfd_device()),
             pager::Call::EmptyDevice { device, then } => self.empty_device(conn, call, device, then),
             pager::Call::Strip { region, cells } => Some(self.strip(region, cells)),
-            pager::Call::MoveRange { pid, process, addr, len_bytes, target } => {
+            pager::Call::MoveRange { pid, process, addr, len_bytes, target, rest } => {
                 let who = Whose::Process { pid, name: process };
-                self.move_range(conn, call, trace, (who, AddrRange { start: addr, len: len_bytes }), target)
+                let range = AddrRange { start: addr, len: len_bytes };
+                self.move_range(conn, call, trace, (who, range), (target, rest))
             }
             pager::Call::MoveRegion { region, target } => self.move_region(conn, call, trace, region, target),
             pager::Call::SetClaim(claim) => Some(self.set_claim(&claim)),

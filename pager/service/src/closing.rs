@@ -18,8 +18,9 @@ use uhmm_pager_core::{Backing, Entry, Event, PageState, Target};
 
 use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
-use crate::requests::{Located, Piece, Then};
+use crate::requests::{Located, Piece};
 use crate::service::Pager;
+use crate::then::Then;
 
 /// Segments that go in one turn.
 const SEGMENTS_PER_TURN: usize = 64;

@@ -57,6 +57,7 @@ impl Pager {
             }
             Action::CopyOut { ticket, region, pages, device, frame, keep, req } if self.is_private(region) => {
                 self.log_copy(req, region, pages, device);
+                self.note_rest(ticket, req, keep);
                 self.private_out(ticket, region, pages, (device.0, frame), keep);
             }
             Action::MoveBack { ticket, region, pages } => self.private_move_back(ticket, region, pages),
@@ -193,7 +194,7 @@ impl Pager {
         }
     }
 
-    fn wake(&mut self, region: RegionId, pages: Pages) {
+    pub(crate) fn wake(&mut self, region: RegionId, pages: Pages) {
         self.note_woken(region, pages);
         for error in self.everywhere(region, pages, |uffd, range| uffd.wake(range)).into_iter().filter_map(Result::err)
         {

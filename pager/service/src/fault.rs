@@ -169,6 +169,7 @@ impl Pager {
         let page = segment.first_page + (addr - segment.addr) / PAGE_SIZE;
         let region = RegionId(segment.region);
         self.faulted.push((region, page));
+        self.end_rest_of_page(region, page);
         self.note_fault(space_id, addr, (region, page), (wp, minor));
         self.push(Event::CpuFault { region, page, write, wp, minor });
     }

@@ -63,6 +63,8 @@ impl Pager {
     pub(crate) fn on_fork(&mut self, parent_id: u64, child_id: u64) {
         tracing::info!(parent = parent_id, space = child_id, "A process forked");
         let inherited = self.inherited(parent_id, child_id);
+        // The child would wait for them, too.
+        self.end_rest_of_space(parent_id);
         // Before the child gets its entries: it has the parent's guards too, and nothing below them.
         self.drop_guarded(parent_id, &inherited.guards);
         self.drain();

@@ -19,9 +19,10 @@ use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, SpaceId, Target};
 
 use crate::calls::{Answer, refuse};
-use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece, Then};
+use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece};
 use crate::service::Pager;
 use crate::space::{Phase, Space};
+use crate::then::Then;
 
 /// System calls of one turn for pages that nobody has touched, and bytes of one of them.
 const TURN_CALLS: u32 = 2048;

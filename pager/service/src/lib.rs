@@ -11,9 +11,10 @@
 //! | `kernel_view` | what is at a client's addresses now: the kernel is asked, nothing is remembered |
 //! | `revoke`, `revoking` | revocation, direct and by message |
 //! | `agent`, `agent_ops`, `agent_life` | private memory: what only the client itself can do |
+//! | `rest` | a second chance for private pages on their way out |
 //! | `coherent` | frames that the program maps itself, and who may use such a device |
 //! | `bounce` | device to device without two apertures |
-//! | `calls`, `requests` | messages in, answers out |
+//! | `calls`, `requests`, `then` | messages in, answers out |
 //! | `operator` | where anybody's pages are, and moving them, for the operator |
 //! | `noted`, `timing`, `stats` | what is recorded: faults and their times, causes of migrations, counters |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
@@ -61,6 +62,7 @@ mod put_back;
 mod recover;
 mod registered;
 mod requests;
+mod rest;
 mod revalidate;
 mod revoke;
 mod revoking;
@@ -70,6 +72,7 @@ mod segments;
 mod service;
 mod space;
 mod stats;
+mod then;
 mod timing;
 mod trace;
 mod words;

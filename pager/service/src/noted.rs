@@ -10,8 +10,8 @@ use uhmm_kit::record::{self, HistogramId, Place, What, Why};
 use uhmm_kit::{Recorder, Service};
 use uhmm_pager_core::{Cause, Entry, EntryRun, PageState, Pages, RegionId, ReqId, Target, TraceKind};
 
-use crate::requests::Then;
 use crate::service::Pager;
+use crate::then::Then;
 use crate::timing::{Flight, Timing, Waiting};
 
 /// Kinds of CPU faults, each with a histogram.

@@ -1,6 +1,7 @@
 //! What the operator asks of memory that is somebody else's: where its pages are, and to move them as their owner could.
 
-use uhmm_ipc::message::pager::{StripCell, Target};
+use uhmm_ipc::constants::MAX_REST_MS;
+use uhmm_ipc::message::pager::{Rest, StripCell, Target};
 use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
@@ -10,9 +11,10 @@ use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, Target 
 use crate::calls::{Answer, refuse};
 use crate::home::Whose;
 use crate::noted::place;
-use crate::requests::{Located, Piece, Then};
+use crate::requests::{Located, Piece};
 use crate::service::Pager;
 use crate::space::{Phase, Region};
+use crate::then::Then;
 
 /// Pages that are looked at in a cell: a terabyte costs as much as a megabyte.
 const LOOKS: u64 = 8;
@@ -66,7 +68,7 @@ impl Pager {
             Err(error) => return Some(Err(error)),
         };
         let event = self.event_at(What::Request, uhmm_pager_core::RegionId(id), pages);
-        self.move_pieces(conn, call, trace, (event, &[piece_of(id, pages)]), target)
+        self.move_pieces(conn, call, trace, (event, &[piece_of(id, pages)]), (target, Then::Tell))
     }
 
     /// What of a process is managed in a range. Parts that are not, of whatever is mapped there, stay where they are.
@@ -76,8 +78,12 @@ impl Pager {
         call: CallId,
         trace: TraceId,
         (who, range): (Whose, AddrRange),
-        target: Target,
+        (target, rest): (Target, Option<Rest>),
     ) -> Answer {
+        if let Some(rest) = rest.filter(|rest| rest.ms > MAX_REST_MS) {
+            let text = format!("Pages cannot rest for {} ms: give {MAX_REST_MS} at most", rest.ms);
+            return refuse(ErrorCode::Invalid, text);
+        }
         let range = match AddrRange::new(range.start, range.len) {
             Ok(range) => range,
             Err(error) => return refuse(ErrorCode::Invalid, error.to_string()),
@@ -97,7 +103,7 @@ impl Pager {
         };
         let event = self.event_at(What::Request, uhmm_pager_core::RegionId(first.located.region), first.located.pages);
         let event = record::Event { addr: range.start, pages: range.len / PAGE_SIZE, ..event };
-        self.move_pieces(conn, call, trace, (event, &pieces), target)
+        self.move_pieces(conn, call, trace, (event, &pieces), (target, rest.map_or(Then::Tell, Then::Rested)))
     }
 
     fn move_pieces(
@@ -106,12 +112,12 @@ impl Pager {
         call: CallId,
         trace: TraceId,
         (event, pieces): (record::Event, &[Piece]),
-        target: CoreTarget,
+        (target, then): (CoreTarget, Then),
     ) -> Answer {
         let event = record::Event { why: Why::User, trace: trace.0, to: place(target), ..event };
         self.begin_request(conn, call, event);
         let migrate = |req, region, pages| Event::Migrate { req, region, pages, target };
-        self.ask_pieces((conn, call, trace), pieces, Then::Tell, migrate);
+        self.ask_pieces((conn, call, trace), pieces, then, migrate);
         None
     }
 

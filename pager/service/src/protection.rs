@@ -10,8 +10,9 @@ use crate::advise::revoke_all;
 use crate::calls::{Answer, refuse};
 use crate::closing::Away;
 use crate::kernel_view::{Ended, Part, Shown};
-use crate::requests::{FaultKind, Piece, Then};
+use crate::requests::{FaultKind, Piece};
 use crate::service::Pager;
+use crate::then::Then;
 
 /// The part of a window that a device may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,10 +13,11 @@ use uhmm_pager_core::{
 use crate::calls::{Answer, refuse};
 use crate::directory::DirectoryFile;
 use crate::failures::add_reason;
-use crate::home::{AtHomeFault, Whose};
+use crate::home::AtHomeFault;
 use crate::noted::place;
 use crate::service::Pager;
 use crate::space::{DEVICE_SLOTS, Phase, Region, Segment};
+use crate::then::Then;
 
 /// Runs in one answer: fits 64 KiB with room to spare.
 pub(crate) const ANSWER_RUNS_MAX: usize = 2048;
@@ -58,50 +59,6 @@ pub(crate) struct Piece {
     pub offset: u64,
 }
 
-/// What an answer of the core is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Then {
-    /// The client (or mirror) is told.
-    Tell,
-    /// Device mappings: page numbers count from the segment's first page; `read_only` pages are mapped so.
-    Map {
-        /// The client may not write there either, or advice says so.
-        read_only: bool,
-    },
-    /// As `Tell`; the client only thinks that the pages will be needed.
-    Prefetched,
-    /// Evicted pages are counted.
-    CountEvicted,
-    /// Devices have lost what they may not do any more: answered when they have let go of what ended there, too.
-    LetGo {
-        /// First address.
-        addr: u64,
-        /// Bytes; 0: nothing ended.
-        len_bytes: u64,
-        /// Told what devices have mappings of.
-        tells: bool,
-    },
-    /// Every page of a process is at home.
-    Home {
-        /// Whose.
-        who: Whose,
-        /// Pages that have come before.
-        before: u64,
-    },
-    /// Every page of a space is at home: it ends, and its process goes on.
-    Close {
-        /// Which.
-        space: u64,
-    },
-    /// The range is at home: it is not managed any more.
-    Release {
-        /// First address.
-        addr: u64,
-        /// Bytes.
-        len_bytes: u64,
-    },
-}
-
 /// A checked range: one live region of the caller's own space.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Located {
@@ -128,6 +85,10 @@ impl Pager {
     pub(crate) fn ask_core(&mut self, request: PendingRequest) -> ReqId {
         let id = ReqId(self.next_request);
         self.next_request += 1;
+        if !matches!(request.then, Then::Rested(_)) {
+            // Somebody wants these pages for something: nobody waits for those that rest.
+            self.end_rest_of_region(RegionId(request.region));
+        }
         self.requests.insert(id, request);
         id
     }
@@ -217,7 +178,7 @@ impl Pager {
             // Answers of the core count from the region's start, those to the client from the range's.
             let first_page = located.pages.first.wrapping_sub(*offset);
             self.forget_failures(located.region, located.pages);
-            let (region, then) = (located.region, Then::Tell);
+            let (region, then) = (located.region, then.of_a_piece());
             let req = self.ask_core(PendingRequest { conn, call, trace, region, first_page, then, group });
             self.push(event(req, RegionId(located.region), located.pages));
         }

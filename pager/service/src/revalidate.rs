@@ -24,9 +24,10 @@ use crate::advise::revoke_all;
 use crate::calls::{Answer, refuse};
 use crate::granted::Granted;
 use crate::kernel_view::{Ended, Part, Shown};
-use crate::requests::{Located, Piece, Then};
+use crate::requests::{Located, Piece};
 use crate::service::Pager;
 use crate::space::Segment;
+use crate::then::Then;
 
 /// Guards are looked for in at most so many granted pages of the whole space (100 us); a range of its own is always looked at.
 const GUARD_PAGES_MAX: u64 = 1 << 14;

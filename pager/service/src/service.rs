@@ -40,6 +40,7 @@ use crate::hot::{HotPoll, several_cpus};
 use crate::keepers::Keepers;
 use crate::noted::Noted;
 use crate::requests::{Group, PendingRequest};
+use crate::rest::{Resting, TIMER_REST};
 use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
@@ -171,6 +172,8 @@ pub struct Pager {
     pub(crate) revoke_parts: HashMap<u64, u32>,
     /// What agents work on, by ticket.
     pub(crate) parts: HashMap<u64, Parts>,
+    /// Private pages with a second chance on their way out.
+    pub(crate) resting: Resting,
     /// Copies between devices in the pager's own memory.
     pub(crate) bounces: HashMap<u64, Window>,
     pub(crate) next_bounce: u64,
@@ -323,6 +326,7 @@ impl Pager {
             recovered_segments: Vec::new(),
             revoke_parts: HashMap::new(),
             parts: HashMap::new(),
+            resting: Resting::default(),
             bounces: HashMap::new(),
             next_bounce: 1,
             injections: HashMap::new(),
@@ -386,6 +390,7 @@ impl Pager {
             Wake::Event { body: WireEvent::Supervisor(event), .. } => self.on_supervisor_event(event),
             Wake::Timer(TIMER_AGAIN) => self.again_armed = false,
             Wake::Timer(TIMER_GATE) => self.check_gates(),
+            Wake::Timer(TIMER_REST) => self.end_rests_that_are_over(),
             Wake::Timer(TIMER_CHILDREN) => {
                 self.children_armed = false;
                 self.check_children();

@@ -22,6 +22,10 @@ pub struct ShellStats {
     pub revokes_by_message: u64,
     /// Sweeps over device page tables for hot ranges.
     pub heat_sweeps: u64,
+    /// Private pages that nobody has touched while they rested on their way out.
+    pub rested_pages: u64,
+    /// Those that came back because one of them was touched.
+    pub rest_touched_pages: u64,
 }
 
 impl Pager {
@@ -37,6 +41,8 @@ impl Pager {
             ("revokes_direct", self.stats.revokes_direct),
             ("revokes_by_message", self.stats.revokes_by_message),
             ("heat_sweeps", self.stats.heat_sweeps),
+            ("rested_pages", self.stats.rested_pages),
+            ("rest_touched_pages", self.stats.rest_touched_pages),
             ("quota_refusals", self.noted.quota_refusals),
         ] {
             each(format_args!("{name}"), Kind::Counter, value);
@@ -51,6 +57,7 @@ impl Pager {
             ("requests_waiting", self.requests.len() as u64),
             ("copies_waiting", self.copies.len() as u64),
             ("agent_jobs", agent_jobs.sum()),
+            ("resting_pages", self.resting.pages()),
         ] {
             each(format_args!("{name}"), Kind::Gauge, value);
         }

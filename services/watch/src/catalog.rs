@@ -134,6 +134,8 @@ pub const ALL: &[Meta] = &[
     meta(PAGER, "recovered_regions", Counter, "service", "Regions adopted from the vault"),
     meta(PAGER, "spaces_ended", Counter, "service", "Address spaces whose process ended"),
     meta(PAGER, "heat_sweeps", Counter, "service", "Sweeps for hot ranges"),
+    meta(PAGER, "rested_pages", Counter, "service", "Pages that nobody touched while they rested on their way out"),
+    meta(PAGER, "rest_touched_pages", Counter, "service", "Pages that came back because they were touched while they rested"),
     meta(PAGER, "quota_refusals", Counter, "service", "Clients that were told that they have their share"),
     meta(PAGER, "heat_spaces", Gauge, "service", "Address spaces whose hot ranges are asked for"),
     meta(PAGER, "pending_revokes", Gauge, "service", "Revocations that wait for devices"),
@@ -142,6 +144,7 @@ pub const ALL: &[Meta] = &[
     meta(PAGER, "regions", Gauge, "service", "Regions"),
     meta(PAGER, "requests_waiting", Gauge, "service", "Requests under way"),
     meta(PAGER, "copies_waiting", Gauge, "service", "Copies that wait for a driver"),
+    meta(PAGER, "resting_pages", Gauge, "service", "Pages that rest on their way out"),
     meta(PAGER, "agent_jobs", Gauge, "service", "Orders that clients' agents work on"),
     meta(
         PAGER,

@@ -6,7 +6,7 @@ use uhmm_schema::sdk_capnp::MAX_TOKEN_BYTES;
 use super::error::{DecodeError, EncodeError};
 use super::fds::{FdSink, FdSource};
 use super::limits::{in_data, in_text, out_data, out_text};
-use crate::message::pager::{Call, CopyRing, Emptied, Event, Only};
+use crate::message::pager::{Call, CopyRing, Emptied, Event, Only, Rest};
 use crate::message::{Aperture, Fd};
 
 mod agent;
@@ -146,8 +146,10 @@ pub(super) fn write_call(from: &Call, mut to: call::Builder<'_>, fds: &mut FdSin
             to.set_region(*region);
             to.set_cells(*cells);
         }
-        Call::MoveRange { pid, process, addr, len_bytes, target } => {
+        Call::MoveRange { pid, process, addr, len_bytes, target, rest } => {
             let mut to = to.init_move_range();
+            to.set_rest_ms(rest.map_or(0, |rest| rest.ms));
+            to.set_stays(rest.is_some_and(|rest| rest.stays));
             to.set_pid(*pid);
             to.set_process(*process);
             to.set_addr(*addr);
@@ -337,7 +339,9 @@ pub(super) fn read_call(from: call::Reader<'_>, fds: &mut FdSource) -> Result<Ca
         call::MoveRange(from) => {
             let from = from?;
             let (addr, len_bytes, target) = (from.get_addr(), from.get_len_bytes(), read_target(from.get_target()?)?);
-            Call::MoveRange { pid: from.get_pid(), process: from.get_process(), addr, len_bytes, target }
+            let (pid, process, ms) = (from.get_pid(), from.get_process(), from.get_rest_ms());
+            let rest = (ms > 0).then_some(Rest { ms, stays: from.get_stays() });
+            Call::MoveRange { pid, process, addr, len_bytes, target, rest }
         }
         call::MoveRegion(from) => {
             let from = from?;

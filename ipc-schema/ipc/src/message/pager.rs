@@ -376,6 +376,8 @@ pub enum Call {
         len_bytes: u64,
         /// Where to.
         target: Target,
+        /// Private pages go only if nobody touches them for a while; `None`: at once.
+        rest: Option<Rest>,
     },
     /// Operator: all of a region goes somewhere, as if its owner had asked. Answered with `Migrated`.
     MoveRegion {

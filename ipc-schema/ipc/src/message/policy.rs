@@ -37,6 +37,16 @@ pub enum Only {
     OnDevice(u8),
 }
 
+/// Private pages on their way out are out of the program's reach for a while before anything else becomes of them: who touches one has it
+/// back at once, without a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rest {
+    /// For so long, at most a minute.
+    pub ms: u32,
+    /// Those that nobody has touched stay in memory, too: [`PageStatus::NotSelected`].
+    pub stays: bool,
+}
+
 /// How a device may use pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AccessMode {

@@ -4,46 +4,39 @@
 //!   look (every 10-100 ms): resident bytes of all its processes        > limit - reserve/2 ?
 //!       |                                                                    | yes
 //!       |          lap: the kernel tells which pages are in memory (PAGEMAP_SCAN), in order of addresses, from where the last lap ended
-//!       |               blocks of 64 KiB --> policy: Send | Keep --> neighbours together --> pager: MoveRange
-//!       `<-------------------------------------------- until so much has left that limit - reserve is reached, or a lap has been made
+//!       |               blocks of 64 KiB --> policy: Send | Keep --> neighbours together --> pager: MoveRange, at once or after a rest
+//!       `<-------------------------------------------- until so much is on its way that limit - reserve is reached, or a lap has been made
 //! ```
 //! Leaving is asynchronous: the reserve is what the program can grow by, and bring back, before it is over its limit; no fault waits for room. What is not
 //! managed (code, stacks, shared memory) counts and cannot leave. The pager moves what it manages of a range and leaves the rest alone,
-//! so this needs no list of its own: the kernel's view is the truth.
+//! so this needs no list of its own: the kernel's view is the truth. Who is over the limit has no time: what is to rest rests a quarter as long then, and not at
+//! all where even the reserve is used up twice.
 
-use std::collections::{BTreeMap, HashSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use uhmm_kernel_hook::pagemap::{self, Categories, PageRun};
-use uhmm_kernel_hook::procmap::{self, Vma};
-use uhmm_kernel_hook::{AddrRange, PAGE_SIZE, PidFd, process};
-use uhmm_sdk::Operator;
+use uhmm_kernel_hook::pagemap::PageRun;
+use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
+use uhmm_sdk::{Error, MoveId, Operator, Rest, Rested};
 
-use super::policy::{BLOCK_BYTES, Block, Place, Policy, Verdict};
+use super::memory::{Hand, Process, blocks, resident, stretches};
+use super::policy::{BLOCK_BYTES, Block, MOVE_BYTES, PIECE_BYTES, Place, Policy, Verdict};
+use super::rules::LeftAlone;
 
 /// The reserve is this part of the limit, between these bounds.
 const RESERVE_PART: u64 = 16;
 const RESERVE_MIN_BYTES: u64 = 8 << 20;
 const RESERVE_MAX_BYTES: u64 = 256 << 20;
-/// Where a program's memory can be.
-const ALL_ADDRESSES: AddrRange = AddrRange { start: 0, len: 1 << 47 };
-/// What is asked of the kernel, and of the pager, at once.
-const SCAN_BYTES: u64 = 32 << 20;
-const MOVE_BYTES: u64 = 4 << 20;
+/// Moves that are under way at a time: those that rest hold a slot of the program's agent each (`pager/service/src/rest.rs`).
+const MOVES_MAX: usize = 12;
+/// What a policy may let rest for.
+const REST_MAX: Duration = Duration::from_secs(1);
 /// Between two looks: near the limit, and far below it.
 const SOON: Duration = Duration::from_millis(10);
 const LATER: Duration = Duration::from_millis(100);
 /// After a lap in which nothing left, doubled each time: what is new is not managed yet, or the device is full, or nothing is left that could leave.
 const STUCK_MIN: Duration = Duration::from_millis(20);
 const STUCK_MAX: Duration = Duration::from_secs(1);
-
-/// Where a lap goes on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Hand {
-    pid: u32,
-    addr: u64,
-}
 
 /// What a look found.
 #[derive(Clone, Copy, Debug)]
@@ -54,16 +47,48 @@ pub struct Look {
     pub pause: Duration,
 }
 
+/// What is known of a block.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    /// It was sent, and nobody has been told that it came back.
+    sent: bool,
+    touched: Option<Instant>,
+}
+
+/// A move that is under way.
+#[derive(Clone, Copy, Debug)]
+struct Moving {
+    pid: u32,
+    range: AddrRange,
+    pages: u64,
+    rests: bool,
+}
+
+/// A piece that shall leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    range: AddrRange,
+    pages: u64,
+    rest: Option<Duration>,
+    /// Blocks up to here may be joined to it.
+    end: u64,
+}
+
 /// The limit and all that it remembers.
 pub struct Limit {
     ram_bytes: u64,
     device: u8,
     policy: Box<dyn Policy>,
+    left_alone: LeftAlone,
+    /// Who is over the limit has time all the same: it was made for it.
+    patient: bool,
     hand: Hand,
-    /// Blocks that were sent, until the policy has been told that they came back.
-    sent: HashSet<Place>,
+    known: HashMap<Place, Known>,
+    moving: HashMap<MoveId, Moving>,
     /// A policy that keeps everything has had its lap.
     overruled: bool,
+    /// Pages that have left since a lap was made.
+    left_in_lap: u64,
     stuck_until: Option<Instant>,
     stuck_pause: Duration,
     pub tally: Tally,
@@ -74,6 +99,10 @@ pub struct Limit {
 pub struct Tally {
     /// Pages that have left because of the limit.
     pub sent_pages: u64,
+    /// Pieces that the program has touched while they rested, so that they stayed.
+    pub touched_pieces: u64,
+    /// Answers of the policy that made no sense.
+    pub strange_answers: u64,
     /// Looks that found more than the limit, and of how many.
     pub looks_over: u64,
     pub looks: u64,
@@ -81,27 +110,33 @@ pub struct Tally {
     pub laps_stuck: u64,
 }
 
-/// One process that is looked after.
-struct Process {
-    handle: PidFd,
-    pagemap: OwnedFd,
-    /// Private memory that can be read and written and is of no file.
-    writable: Vec<AddrRange>,
-}
-
 impl Limit {
-    pub fn new(ram_bytes: u64, device: u8, policy: Box<dyn Policy>) -> Self {
+    pub fn new(ram_bytes: u64, device: u8, policy: Box<dyn Policy>, left_alone: LeftAlone) -> Self {
         Self {
             ram_bytes,
             device,
             policy,
+            left_alone,
+            patient: false,
             hand: Hand::default(),
-            sent: HashSet::new(),
+            known: HashMap::new(),
+            moving: HashMap::new(),
             overruled: false,
+            left_in_lap: 0,
             stuck_until: None,
             stuck_pause: STUCK_MIN,
             tally: Tally::default(),
         }
+    }
+
+    /// Whoever has made it follows the program with it: nothing is in a hurry.
+    pub fn patient(self) -> Self {
+        Self { patient: true, ..self }
+    }
+
+    /// Another limit from now on.
+    pub fn set(&mut self, ram_bytes: u64) {
+        self.ram_bytes = ram_bytes;
     }
 
     fn reserve_bytes(&self) -> u64 {
@@ -110,146 +145,157 @@ impl Limit {
 
     /// Looks, and sends away what is too much.
     pub fn look(&mut self, operator: &mut Operator, pids: &[u32]) -> Look {
+        self.take_ended(operator, Duration::ZERO);
         let resident_bytes = resident(pids);
         let (high, low) = (self.ram_bytes - self.reserve_bytes() / 2, self.ram_bytes - self.reserve_bytes());
         self.tally.looks += 1;
         self.tally.looks_over += u64::from(resident_bytes > self.ram_bytes);
         let stuck = self.stuck_until.is_some_and(|until| Instant::now() < until);
-        if resident_bytes <= high || stuck {
+        let leaving_bytes = self.moving.values().map(|moving| moving.pages).sum::<u64>() * PAGE_SIZE;
+        if resident_bytes.saturating_sub(leaving_bytes) <= high || stuck {
             let near = resident_bytes > low.saturating_sub(2 * self.reserve_bytes());
             return Look { resident_bytes, pause: if near { SOON } else { LATER } };
         }
         let wanted_pages = (resident_bytes - low).div_ceil(PAGE_SIZE);
-        let was_overruled = self.overruled;
-        let left = self.lap(operator, pids, wanted_pages);
-        self.tally.sent_pages += left;
-        // The next lap overrules a policy that has kept everything.
-        let stuck = left == 0 && (was_overruled || !self.overruled);
-        self.stuck_until = stuck.then(|| Instant::now() + self.stuck_pause);
-        self.stuck_pause = if stuck { (self.stuck_pause * 2).min(STUCK_MAX) } else { STUCK_MIN };
-        self.tally.laps_stuck += u64::from(stuck && self.stuck_pause == STUCK_MAX);
-        Look { resident_bytes, pause: SOON }
+        let (was_overruled, end) = (self.overruled, Instant::now() + SOON);
+        let around = self.lap(operator, pids, (wanted_pages, resident_bytes), end);
+        if around {
+            self.take_ended(operator, end.saturating_duration_since(Instant::now()));
+            // The next lap overrules a policy that has kept everything.
+            let stuck = self.left_in_lap == 0 && self.moving.is_empty() && (was_overruled || !self.overruled);
+            let pause = if stuck { self.stuck_pause } else { STUCK_MIN };
+            self.stuck_until = Some(Instant::now() + pause);
+            self.stuck_pause = if stuck { (self.stuck_pause * 2).min(STUCK_MAX) } else { STUCK_MIN };
+            self.tally.laps_stuck += u64::from(stuck && self.stuck_pause == STUCK_MAX);
+            self.left_in_lap = 0;
+        }
+        Look { resident_bytes, pause: if self.moving.is_empty() { SOON } else { Duration::ZERO } }
     }
 
     pub fn ended(&mut self, pid: u32) {
         self.policy.ended(pid);
-        self.sent.retain(|place| place.pid != pid);
+        self.known.retain(|place, _| place.pid != pid);
     }
 
-    /// From the hand once around, until so many pages have left. Returns how many have.
-    fn lap(&mut self, operator: &mut Operator, pids: &[u32], wanted_pages: u64) -> u64 {
+    /// From the hand on, until so many pages are on their way or time is over. Whether it came around.
+    fn lap(&mut self, operator: &mut Operator, pids: &[u32], need: (u64, u64), end: Instant) -> bool {
+        let (wanted_pages, resident_bytes) = need;
         let processes: BTreeMap<u32, Process> =
-            pids.iter().filter_map(|pid| Some((*pid, Process::open(*pid)?))).collect();
+            pids.iter().filter_map(|pid| Some((*pid, Process::open(*pid, &self.left_alone)?))).collect();
         let begin = self.hand;
-        let mut left = 0;
         let mut kept_all = true;
         for (pid, range) in stretches(&processes, begin) {
             let Some(process) = processes.get(&pid) else { continue };
-            let blocks = self.judged(pid, &process.present(range));
-            for run in joined(&blocks) {
+            for piece in self.judged(pid, &process.present(range)) {
                 kept_all = false;
-                left += self.send(operator, process, pid, run);
-                self.hand = Hand { pid, addr: run.end() };
-                if left >= wanted_pages {
+                while self.moving.len() >= MOVES_MAX {
+                    let left = end.saturating_duration_since(Instant::now());
+                    self.take_ended(operator, left);
+                    if left.is_zero() && self.moving.len() >= MOVES_MAX {
+                        return false;
+                    }
+                }
+                self.begin(operator, process, pid, piece, resident_bytes);
+                self.hand = Hand { pid, addr: piece.range.end() };
+                if self.moving.values().map(|moving| moving.pages).sum::<u64>() >= wanted_pages {
                     self.overruled = false;
-                    return left;
+                    return false;
                 }
             }
             self.hand = Hand { pid, addr: range.end() };
         }
         self.overruled = kept_all;
-        left
+        true
     }
 
-    /// The blocks that shall leave, in order.
-    fn judged(&mut self, pid: u32, present: &[PageRun]) -> Vec<u64> {
-        let mut pages: BTreeMap<u64, u64> = BTreeMap::new();
-        for run in present {
-            let mut at = run.start;
-            while at < run.end {
-                let block = at - at % BLOCK_BYTES;
-                let to = (block + BLOCK_BYTES).min(run.end);
-                *pages.entry(block).or_default() += (to - at) / PAGE_SIZE;
-                at = to;
-            }
-        }
-        let shall_leave = |(addr, resident_pages): (u64, u64)| {
+    /// The pieces that shall leave, in order.
+    fn judged(&mut self, pid: u32, present: &[PageRun]) -> Vec<Piece> {
+        let now = Instant::now();
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (addr, resident_pages) in blocks(present) {
             let place = Place { pid, addr };
-            let came_back = self.sent.remove(&place);
-            let verdict = self.policy.judge(&Block { place, resident_pages, came_back });
-            (verdict == Verdict::Send || self.overruled).then_some(addr)
+            if self.moving.values().any(|moving| moving.pid == pid && moving.range.contains(addr)) {
+                continue;
+            }
+            let known = self.known.entry(place).or_default();
+            let came_back = std::mem::take(&mut known.sent);
+            if came_back {
+                known.touched = Some(now);
+            }
+            let age = known.touched.map(|touched| now.saturating_duration_since(touched));
+            let verdict = self.policy.judge(&Block { place, resident_pages, came_back, age });
+            let Some(piece) = self.validated(addr, resident_pages, verdict) else { continue };
+            match pieces.last_mut() {
+                Some(last) if last.range.end() == addr && addr < last.end && last.rest == piece.rest => {
+                    last.range.len += BLOCK_BYTES;
+                    last.pages += resident_pages;
+                }
+                _ => pieces.push(piece),
+            }
+        }
+        pieces
+    }
+
+    /// What of an answer can be done: a block never leaves with what was not judged itself, nor in a piece that is too large for its way.
+    fn validated(&mut self, addr: u64, pages: u64, verdict: Verdict) -> Option<Piece> {
+        let range = AddrRange { start: addr, len: BLOCK_BYTES };
+        let (answer, rest) = match verdict {
+            Verdict::Send { range, rest } => (range, rest.filter(|rest| !rest.is_zero())),
+            Verdict::Keep if self.overruled => (range, None),
+            Verdict::Keep => return None,
         };
-        pages.into_iter().filter_map(shall_leave).collect()
+        let end = answer.start.checked_add(answer.len).filter(|end| answer.start <= addr && addr < *end);
+        let strange = end.is_none() || rest.is_some_and(|rest| rest > REST_MAX);
+        self.tally.strange_answers += u64::from(strange);
+        let most = if rest.is_some() { PIECE_BYTES } else { MOVE_BYTES };
+        let end = end.unwrap_or(addr).min(addr - addr % most + most);
+        Some(Piece { range, pages, rest: rest.map(|rest| rest.min(REST_MAX)), end })
     }
 
-    fn send(&mut self, operator: &mut Operator, process: &Process, pid: u32, run: AddrRange) -> u64 {
-        match operator.move_range(&process.handle, run, Some(self.device)) {
-            Ok(0) => 0,
-            Ok(pages) => {
-                let blocks = (run.start..run.end()).step_by(BLOCK_BYTES as usize);
-                self.sent.extend(blocks.map(|addr| Place { pid, addr }));
-                pages
+    fn begin(&mut self, operator: &mut Operator, process: &Process, pid: u32, piece: Piece, resident_bytes: u64) {
+        let over = if self.patient { 0 } else { resident_bytes.saturating_sub(self.ram_bytes) };
+        let rest = piece.rest.filter(|_| over <= self.reserve_bytes());
+        let rest = rest.map(|rest| if over > 0 { rest / 4 } else { rest }).map(|rest| Rest {
+            ms: u32::try_from(rest.as_millis()).unwrap_or(u32::MAX).max(1),
+            stays: false,
+        });
+        match operator.begin_move(&process.handle, piece.range, self.device, rest) {
+            Ok(id) => {
+                let (range, pages, rests) = (piece.range, piece.pages, rest.is_some());
+                self.moving.insert(id, Moving { pid, range, pages, rests });
             }
+            Err(error) => tracing::debug!(pid, range = %piece.range, %error, "Pages stay where they are"),
+        }
+    }
+
+    /// Waits for the first one that ends, as long as that.
+    fn take_ended(&mut self, operator: &mut Operator, timeout: Duration) {
+        match operator.moves_done(timeout) {
+            Ok(ended) => ended.into_iter().for_each(|(id, result)| self.ended_one(id, result)),
+            Err(error) => tracing::debug!(%error, "What became of moves is not known"),
+        }
+    }
+
+    fn ended_one(&mut self, id: MoveId, result: Result<Rested, Error>) {
+        let Some(Moving { pid, range, rests, .. }) = self.moving.remove(&id) else { return };
+        let rested = result.unwrap_or_else(|error| {
             // It may have ended, or be kept at home, or the device is full: the next lap tells.
-            Err(error) => {
-                tracing::debug!(pid, %run, %error, "Pages stay where they are");
-                0
+            tracing::debug!(pid, %range, %error, "Pages stay where they are");
+            Rested::default()
+        });
+        self.tally.sent_pages += rested.moved_pages;
+        self.left_in_lap += rested.moved_pages;
+        let touched = rests && rested.busy_pages > 0;
+        if touched {
+            self.tally.touched_pieces += 1;
+            self.policy.touched(pid, range);
+        }
+        for addr in (range.start..range.end()).step_by(BLOCK_BYTES as usize) {
+            let known = self.known.entry(Place { pid, addr }).or_default();
+            known.sent |= rested.moved_pages > 0;
+            if touched {
+                known.touched = Some(Instant::now());
             }
         }
     }
-}
-
-impl Process {
-    /// What is in memory there and its own.
-    fn present(&self, range: AddrRange) -> Vec<PageRun> {
-        let foreign = Categories::FILE | Categories::PFNZERO;
-        let runs = pagemap::scan(self.pagemap.as_fd(), range, Categories::PRESENT | foreign).unwrap_or_default();
-        let own = |run: &PageRun| run.categories.contains(Categories::PRESENT) && !run.categories.intersects(foreign);
-        runs.into_iter().filter(own).collect()
-    }
-
-    /// `None`: it has ended, or is somebody else's.
-    fn open(pid: u32) -> Option<Self> {
-        let (handle, maps) = (PidFd::open(pid).ok()?, procmap::open_maps(pid).ok()?);
-        let vmas = procmap::query_range(maps.as_fd(), ALL_ADDRESSES).ok()?;
-        let own = |vma: &&Vma| vma.read && vma.write && !vma.shared && vma.inode == 0;
-        let writable = vmas.iter().filter(own).map(Vma::range).collect();
-        Some(Self { handle, pagemap: pagemap::open_pagemap(pid).ok()?, writable })
-    }
-}
-
-/// Once around all memory from the hand on, in pieces that one look of the kernel is for.
-fn stretches(processes: &BTreeMap<u32, Process>, hand: Hand) -> Vec<(u32, AddrRange)> {
-    let all = processes.iter().flat_map(|(pid, process)| process.writable.iter().map(|range| (*pid, *range)));
-    let pieces = all.flat_map(|(pid, range)| {
-        let starts = (range.start..range.end()).step_by(SCAN_BYTES as usize);
-        starts.map(move |start| (pid, AddrRange { start, len: SCAN_BYTES.min(range.end() - start) }))
-    });
-    let (before, after): (Vec<_>, Vec<_>) =
-        pieces.partition(|(pid, range)| (*pid, range.end()) <= (hand.pid, hand.addr));
-    let cut = |(pid, range): (u32, AddrRange)| {
-        let start = if pid == hand.pid { range.start.max(hand.addr) } else { range.start };
-        (pid, AddrRange { start, len: range.end() - start })
-    };
-    after.into_iter().map(cut).chain(before).collect()
-}
-
-/// Neighbouring blocks as one range, of [`MOVE_BYTES`] at most.
-fn joined(blocks: &[u64]) -> Vec<AddrRange> {
-    let mut runs: Vec<AddrRange> = Vec::new();
-    for addr in blocks {
-        match runs.last_mut().filter(|run| run.end() == *addr && run.len < MOVE_BYTES) {
-            Some(run) => run.len += BLOCK_BYTES,
-            None => runs.push(AddrRange { start: *addr, len: BLOCK_BYTES }),
-        }
-    }
-    runs
-}
-
-/// Bytes in memory. Pages that a forked child still shares with its parent count once, which only the kernel can tell (Pss), at some cost.
-pub fn resident(pids: &[u32]) -> u64 {
-    if let [pid] = pids {
-        return process::rss(*pid).map_or(0, |rss| rss.anon + rss.file + rss.shmem);
-    }
-    pids.iter().filter_map(|pid| process::proportional_bytes(*pid)).sum()
 }

@@ -9,10 +9,15 @@
 //! The program is a child of this process: signals go on to it, and its exit status is this one's. Nothing in the program decides where its
 //! pages are, so this process may be killed at any time: the program runs on, and only its limit is not held any more.
 
+mod adverse;
+mod age;
+mod auto;
 mod history;
 mod limit;
+mod memory;
 mod policy;
 mod program;
+mod rules;
 mod summary;
 mod system;
 
@@ -31,10 +36,12 @@ use uhmm_manifest::ByteSize;
 use uhmm_watch::events::bytes;
 use uhmm_watch::sample::{Sample, Sampler};
 
+use self::age::Ages;
+use self::auto::{Auto, Measured, STEP_EVERY};
 use self::history::History;
 use self::limit::Limit;
-use self::policy::Clock;
 use self::program::Unsuitable;
+use self::rules::Rules;
 use self::summary::{Summary, Waits};
 use self::system::place;
 use super::FarFile;
@@ -43,6 +50,8 @@ use super::FarFile;
 const SAMPLE_EVERY: Duration = Duration::from_millis(500);
 /// A limit below this holds no program's code and stacks.
 const RAM_MIN_BYTES: u64 = 16 << 20;
+/// More than any machine has.
+const NO_LIMIT_BYTES: u64 = 1 << 60;
 /// Of `uhmm run` itself.
 const FAILED: u8 = 125;
 const LIBRARY: &str = "libuhmm_preload.so";
@@ -56,6 +65,18 @@ pub struct RunArgs {
     /// What the program and its children may have in memory, as in 512MiB; the rest lives on the device
     #[arg(long, value_name = "SIZE")]
     ram: Option<ByteSize>,
+    /// Find the limit while the program runs: what it does not use leaves, and it has back at once what it needs
+    #[arg(long, conflicts_with = "ram")]
+    auto: bool,
+    /// Which policy chooses what leaves, and what is left alone (docs/run.md, "Policy files")
+    #[arg(long, value_name = "FILE", conflicts_with = "age")]
+    policy: Option<PathBuf>,
+    /// Take nothing, and say at the end how much could be taken at which age
+    #[arg(long, conflicts_with_all = ["ram", "auto"])]
+    age: bool,
+    /// With --age: say it so often, too
+    #[arg(long, value_name = "SECONDS", requires = "age", value_parser = clap::value_parser!(u64).range(1..))]
+    every: Option<u64>,
     /// A system of its own, with far memory in a file: as in 8GiB or 8GiB:/data/far0 [default: 4 times --ram below /var/tmp]
     #[arg(long, value_name = "SIZE[:PATH]", conflicts_with = "soft")]
     far: Option<FarFile>,
@@ -85,6 +106,13 @@ pub fn run(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
     if let Some(ram) = args.ram.filter(|ram| ram.0 < RAM_MIN_BYTES) {
         bail!("--ram {} holds no program: give {} at least", bytes(ram.0), bytes(RAM_MIN_BYTES));
     }
+    let rules = match &args.policy {
+        Some(_) if args.ram.is_none() && !args.auto => {
+            bail!("--policy says what leaves, and nothing does without a limit: give --ram SIZE or --auto, too")
+        }
+        Some(path) => Rules::read(path)?,
+        None => Rules::default(),
+    };
     match program::find(name, std::env::var_os("PATH")).and_then(|path| program::check(&path)) {
         Ok(()) => {}
         Err(why) if why.runs_without() && args.or_without => return without(&args.command, &why),
@@ -93,7 +121,7 @@ pub fn run(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(why.exit_code()));
         }
     }
-    Ok(with(args, run_dir).unwrap_or_else(|error| {
+    Ok(with(args, &rules, run_dir).unwrap_or_else(|error| {
         eprintln!("Error: {error:#}");
         ExitCode::from(FAILED)
     }))
@@ -106,7 +134,7 @@ fn without(command: &[OsString], why: &Unsuitable) -> anyhow::Result<ExitCode> {
     Err(error).with_context(|| format!("{} cannot be executed", command[0].display()))
 }
 
-fn with(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
+fn with(args: &RunArgs, rules: &Rules, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
     let library = library()?;
     // Before the first child and thread, so that a signal never ends this process and leaves the program without its system.
     let signals = StopSignals::block_to_pass_on()?;
@@ -119,7 +147,10 @@ fn with(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
         only_system: place.own.is_some(),
         main: child.id(),
         pids: vec![child.id()],
-        limit: args.ram.map(|ram| Limit::new(ram.0, place.device, Box::new(Clock::default()))),
+        limit: limit(args, rules, place.device),
+        auto: args.auto.then(Auto::default),
+        ages: args.age.then(|| Ages::new(place.device)),
+        every: args.every.map(Duration::from_secs),
         sampler,
         sampled: None,
         summary: Summary { ram_bytes: args.ram.map(|ram| ram.0), ..Summary::default() },
@@ -133,6 +164,14 @@ fn with(args: &RunArgs, run_dir: Option<&Path>) -> anyhow::Result<ExitCode> {
     run.tell(args);
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(i32::from(FAILED));
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(FAILED)))
+}
+
+fn limit(args: &RunArgs, rules: &Rules, device: u8) -> Option<Limit> {
+    let limit = |bytes| Limit::new(bytes, device, rules.policy(), rules.left_alone());
+    match args.ram {
+        Some(ram) => Some(limit(ram.0)),
+        None => args.auto.then(|| limit(NO_LIMIT_BYTES).patient()),
+    }
 }
 
 /// What is preloaded: as it was installed, or what `UHMM_RUN_LIBRARY` names.
@@ -182,6 +221,10 @@ struct Run {
     /// Its processes that are known: the first one, and its children with managed memory.
     pids: Vec<u32>,
     limit: Option<Limit>,
+    /// Changes the limit.
+    auto: Option<Auto>,
+    ages: Option<Ages>,
+    every: Option<Duration>,
     sampler: Sampler,
     sampled: Option<Instant>,
     summary: Summary,
@@ -237,7 +280,9 @@ impl Run {
 
     /// Looks after the limit, and now and then where everything is. Returns when to look again.
     fn look(&mut self) -> Duration {
-        if self.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY) {
+        let every = if self.auto.is_some() { STEP_EVERY } else { SAMPLE_EVERY };
+        let sampled = self.sampled.is_none_or(|at| at.elapsed() >= every);
+        if sampled {
             self.sampled = Some(Instant::now());
             match self.sampler.sample() {
                 Ok(sample) => self.take(&sample),
@@ -245,16 +290,28 @@ impl Run {
                 Err(error) => tracing::debug!(%error, "No sample"),
             }
         }
-        let (resident_bytes, pause) = match &mut self.limit {
-            None => (limit::resident(&self.pids), SAMPLE_EVERY),
-            Some(limit) => {
-                let look = limit.look(self.sampler.operator(), &self.pids);
-                (look.resident_bytes, look.pause)
-            }
-        };
+        let (resident_bytes, pause) = self.hold(sampled);
         self.summary.peak_resident_bytes = self.summary.peak_resident_bytes.max(resident_bytes);
         self.history.add(self.begun.elapsed(), resident_bytes, self.away_bytes);
         pause
+    }
+
+    /// The limit, or what `--age` takes for a try. Returns what is in memory, and when to look again.
+    fn hold(&mut self, sampled: bool) -> (u64, Duration) {
+        if let Some(ages) = &mut self.ages {
+            let pause = ages.look(self.sampler.operator(), &self.pids);
+            if let Some(text) = self.every.and_then(|every| ages.due(every)) {
+                eprint!("{text}");
+            }
+            return (ages.resident_bytes, pause);
+        }
+        let Some(limit) = &mut self.limit else { return (memory::resident(&self.pids), SAMPLE_EVERY) };
+        let look = limit.look(self.sampler.operator(), &self.pids);
+        if let Some(auto) = self.auto.as_mut().filter(|_| sampled) {
+            let (resident_bytes, waited_ns) = (look.resident_bytes, self.summary.waits.sum_ns);
+            limit.set(auto.step(Measured { resident_bytes, waited_ns }, Instant::now()).unwrap_or(NO_LIMIT_BYTES));
+        }
+        (look.resident_bytes, look.pause)
     }
 
     fn take(&mut self, sample: &Sample) {
@@ -284,11 +341,17 @@ impl Run {
         if let Some(limit) = &self.limit {
             self.summary.limit = limit.tally;
         }
+        if let Some(ages) = &self.ages {
+            eprint!("{}", ages.text());
+        }
         if let Some(warning) = self.summary.warning() {
             eprintln!("{warning}");
         }
         if args.stats {
             eprint!("{}", self.summary.text());
+            if let Some(auto) = &self.auto {
+                eprint!("{}", auto.text());
+            }
         }
         let ram = self.summary.ram_bytes;
         let words: Vec<_> = args.command.iter().map(|word| word.to_string_lossy()).collect();
