@@ -163,11 +163,11 @@ fn words(words: &[&str]) -> Vec<String> {
 }
 
 fn python(_folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
-    (words(&[PYTHON, &source("compare_dict.py"), &(mib * 2900).to_string()]), None)
+    (words(&[PYTHON, "-I", &source("compare_dict.py"), &(mib * 2900).to_string()]), None)
 }
 
 fn numpy(_folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
-    (words(&[PYTHON, &source("compare_numpy.py"), &(mib * 18_000).to_string()]), None)
+    (words(&[PYTHON, "-I", &source("compare_numpy.py"), &(mib * 18_000).to_string()]), None)
 }
 
 fn node(_folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
