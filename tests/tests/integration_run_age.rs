@@ -23,7 +23,10 @@ struct Round {
 
 impl Stage {
     fn new() -> Self {
-        Self { folder: TempDir::new().expect("a temporary directory"), bed: TestBed::with_manifest(&manifest("256MiB", "")) }
+        Self {
+            folder: TempDir::new().expect("a temporary directory"),
+            bed: TestBed::with_manifest(&manifest("256MiB", "")),
+        }
     }
 
     /// A program of tests/programs, linked with nothing of uhmm's.
@@ -94,7 +97,9 @@ fn refaults(stage: &Stage, program: &Path, policy: &str, lines: &[&str]) -> u64 
 fn integration_run_age_of_what_is_used_saves_faults() {
     let stage = Stage::new();
     let program = stage.build("hot_set");
-    for (name, lines) in [("stays", ["go"; 8]), ("shifts", ["shift", "go", "shift", "go", "shift", "go", "shift", "go"])] {
+    for (name, lines) in
+        [("stays", ["go"; 8]), ("shifts", ["shift", "go", "shift", "go", "shift", "go", "shift", "go"])]
+    {
         let (mut clock, mut aged) = (0, 0);
         for _ in 0..2 {
             clock += refaults(&stage, &program, "policy = \"clock\"", &lines);
@@ -133,7 +138,10 @@ fn integration_run_age_policies_cost_time_and_no_bytes() {
             }
             assert_eq!(&hash(&mut program, line), expected, "{name}, round {nth}");
         }
-        assert!(name == "random" || name == "aged" || stage.bed.metric("pager", "pages_out") > out, "{name}: nothing left");
+        assert!(
+            name == "random" || name == "aged" || stage.bed.metric("pager", "pages_out") > out,
+            "{name}: nothing left"
+        );
     }
 }
 
@@ -187,7 +195,11 @@ fn integration_run_age_finds_the_limit_itself_and_gives_memory_back() {
     let mut least = first;
     while least > first * 4 / 5 {
         least = least.min(round(&mut program, "idle").resident_kib);
-        assert!(begun.elapsed() < Duration::from_secs(90), "it never had less than {least} of {first} KiB: {}", stage.said());
+        assert!(
+            begun.elapsed() < Duration::from_secs(90),
+            "it never had less than {least} of {first} KiB: {}",
+            stage.said()
+        );
     }
     // All of it, again and again.
     let needs = Instant::now();
@@ -196,6 +208,10 @@ fn integration_run_age_finds_the_limit_itself_and_gives_memory_back() {
         for _ in 0..8 {
             most = most.max(round(&mut program, "shift").resident_kib);
         }
-        assert!(needs.elapsed() < Duration::from_secs(90), "it never had more than {most} of {first} KiB: {}", stage.said());
+        assert!(
+            needs.elapsed() < Duration::from_secs(90),
+            "it never had more than {most} of {first} KiB: {}",
+            stage.said()
+        );
     }
 }

@@ -29,6 +29,8 @@ const AGES: [Duration; 4] =
     [Duration::from_millis(10), Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(9)];
 /// Between two looks at which blocks there are.
 const SCAN_EVERY: Duration = Duration::from_secs(1);
+/// What the newest look counts beside those before.
+const NEWEST_WEIGHT: f64 = 0.3;
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A block that rests.
@@ -53,9 +55,11 @@ pub struct Ages {
     scanned: Option<Instant>,
     probes: HashMap<MoveId, Probe>,
     seen: Vec<Seen>,
-    /// Blocks that turned out not to be managed.
-    unmanaged: usize,
-    block_bytes: u64,
+    /// Of the blocks drawn since the last scan: those that turned out not to be managed, and all.
+    unmanaged: u32,
+    drawn: u32,
+    /// What is managed, by the last scans.
+    managed_bytes: f64,
     pub resident_bytes: u64,
     told: Instant,
 }
@@ -70,7 +74,8 @@ impl Ages {
             probes: HashMap::new(),
             seen: Vec::new(),
             unmanaged: 0,
-            block_bytes: 0,
+            drawn: 0,
+            managed_bytes: 0.0,
             resident_bytes: 0,
             told: Instant::now(),
         }
@@ -101,6 +106,7 @@ impl Ages {
     }
 
     fn scan(&mut self, pids: &[u32]) {
+        self.note_managed();
         let nothing = LeftAlone::default();
         let processes: BTreeMap<u32, Process> =
             pids.iter().filter_map(|pid| Some((*pid, Process::open(*pid, &nothing)?))).collect();
@@ -109,9 +115,19 @@ impl Ages {
             let present = processes.get(&pid).map(|process| process.present(range)).unwrap_or_default();
             self.blocks.extend(blocks(&present).into_keys().map(|addr| (pid, addr)));
         }
-        self.block_bytes = self.block_bytes.max(self.blocks.len() as u64 * BLOCK_BYTES);
         self.resident_bytes = resident(pids);
         self.scanned = Some(Instant::now());
+    }
+
+    /// Blocks are drawn evenly from all that are in memory, so of those as many are managed as of all.
+    fn note_managed(&mut self) {
+        let (unmanaged, drawn) = (std::mem::take(&mut self.unmanaged), std::mem::take(&mut self.drawn));
+        if drawn > 0 {
+            let share = 1.0 - f64::from(unmanaged.min(drawn)) / f64::from(drawn);
+            let bytes = (self.blocks.len() as u64 * BLOCK_BYTES) as f64 * share;
+            let weight = if self.managed_bytes == 0.0 { 1.0 } else { NEWEST_WEIGHT };
+            self.managed_bytes += (bytes - self.managed_bytes) * weight;
+        }
     }
 
     fn begin(&mut self, operator: &mut Operator, turn: usize) {
@@ -125,7 +141,10 @@ impl Ages {
         let rest = Rest { ms, stays: true };
         let range = AddrRange { start, len: BLOCK_BYTES };
         match operator.begin_move(&process, range, self.device, Some(rest)) {
-            Ok(id) => drop(self.probes.insert(id, Probe { begun: Instant::now(), turn })),
+            Ok(id) => {
+                self.drawn += 1;
+                self.probes.insert(id, Probe { begun: Instant::now(), turn });
+            }
             Err(error) => tracing::debug!(pid, %range, %error, "A block does not rest"),
         }
     }
@@ -151,19 +170,20 @@ impl Ages {
 
     /// The table, for a person.
     pub fn text(&self) -> String {
-        let all = (self.seen.len() + self.unmanaged).max(1) as f64;
-        let managed_bytes = (self.block_bytes as f64 * self.seen.len() as f64 / all) as u64;
+        // Those that rest yet have been looked at for so long, too: without them the quick ones would count for more than they are.
+        let resting = self.probes.values().map(|probe| Seen { after: probe.begun.elapsed(), touched: false });
+        let seen: Vec<Seen> = self.seen.iter().copied().chain(resting).collect();
         let mut text = format!(
             "uhmm run --age: of {} in blocks of 64 KiB that can leave, by {} looks at single ones:\n",
-            bytes(managed_bytes),
-            self.seen.len()
+            bytes(self.managed_bytes as u64),
+            seen.len()
         );
         for age in AGES {
             let untouched = format!("  nobody touches for {:>6}:", duration(age.as_nanos() as u64));
-            text += &match untouched_for(&self.seen, age) {
+            text += &match untouched_for(&seen, age) {
                 Some((share, error)) => format!(
                     "{untouched} {:>9}, {:.0} % (+-{:.0})\n",
-                    bytes((managed_bytes as f64 * share) as u64 / PAGE_SIZE * PAGE_SIZE),
+                    bytes((self.managed_bytes * share) as u64 / PAGE_SIZE * PAGE_SIZE),
                     share * 100.0,
                     error * 100.0
                 ),
@@ -227,9 +247,23 @@ mod tests {
     }
 
     #[test]
+    fn as_much_is_managed_as_of_the_blocks_that_were_drawn() {
+        let mut ages = Ages::new(0);
+        ages.blocks = vec![(1, 0); 1024];
+        (ages.drawn, ages.unmanaged) = (40, 10);
+        ages.note_managed();
+        assert_eq!((ages.managed_bytes, ages.drawn, ages.unmanaged), (f64::from(48 << 20), 0, 0));
+        ages.note_managed();
+        assert_eq!(ages.managed_bytes, f64::from(48 << 20), "nothing was drawn since");
+        ages.drawn = 10;
+        ages.note_managed();
+        assert!(ages.managed_bytes > f64::from(48 << 20) && ages.managed_bytes < f64::from(64 << 20));
+    }
+
+    #[test]
     fn the_table_says_what_is_not_known() {
         let mut ages = Ages::new(0);
-        ages.block_bytes = 64 << 20;
+        ages.managed_bytes = f64::from(64 << 20);
         ages.seen = vec![seen(1, true), seen(100, false), seen(100, false), seen(100, false)];
         let text = ages.text();
         assert!(text.contains("75 %") && text.contains("48 MiB") && text.contains("unknown"), "{text}");

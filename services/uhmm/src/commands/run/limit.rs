@@ -255,10 +255,9 @@ impl Limit {
     fn begin(&mut self, operator: &mut Operator, process: &Process, pid: u32, piece: Piece, resident_bytes: u64) {
         let over = if self.patient { 0 } else { resident_bytes.saturating_sub(self.ram_bytes) };
         let rest = piece.rest.filter(|_| over <= self.reserve_bytes());
-        let rest = rest.map(|rest| if over > 0 { rest / 4 } else { rest }).map(|rest| Rest {
-            ms: u32::try_from(rest.as_millis()).unwrap_or(u32::MAX).max(1),
-            stays: false,
-        });
+        let rest = rest
+            .map(|rest| if over > 0 { rest / 4 } else { rest })
+            .map(|rest| Rest { ms: u32::try_from(rest.as_millis()).unwrap_or(u32::MAX).max(1), stays: false });
         match operator.begin_move(&process.handle, piece.range, self.device, rest) {
             Ok(id) => {
                 let (range, pages, rests) = (piece.range, piece.pages, rest.is_some());

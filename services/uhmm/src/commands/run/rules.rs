@@ -62,9 +62,8 @@ impl Default for Rules {
 impl Rules {
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
-        Self::parse(&text).map_err(|why| {
-            anyhow::anyhow!("{}, {why}. docs/run.md, \"Policy files\", has every key", path.display())
-        })
+        Self::parse(&text)
+            .map_err(|why| anyhow::anyhow!("{}, {why}. docs/run.md, \"Policy files\", has every key", path.display()))
     }
 
     fn parse(text: &str) -> Result<Self, String> {
