@@ -346,7 +346,6 @@ fn integration_agent_nothing_is_taken_from_where_the_program_has_mapped_other_me
 #[test]
 fn integration_agent_nothing_is_taken_out_while_the_pager_reads() {
     let (mut bed, memory) = Bed::with(4);
-    bed.read_no_events();
     assert!(bed.desk.gate().begin_reading());
     let id = bed.desk.give(0, memory.addr(), 4, OUT);
     // It waits for as long as reading takes; nothing else tells that it has begun to.
