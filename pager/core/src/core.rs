@@ -97,6 +97,10 @@ pub struct Core<P> {
     pub(crate) discards: BTreeMap<Ticket, Vec<Pages>>,
     /// CPU faults that wait for the end of a device's timeslice: when, where.
     pub(crate) late_wakes: Vec<(u64, RegionId, u64)>,
+    /// Regions where no huge page was to be had lately: until when CPU faults do without.
+    pub(crate) no_huge_until_us: BTreeMap<RegionId, u64>,
+    /// Where the last huge page that a CPU fault brought home ends.
+    pub(crate) last_huge: (RegionId, u64),
     /// What transfers told a request whose step is under way.
     pub(crate) late_notes: Vec<(u64, Pages, PageStatus)>,
     /// Pages of forked children that wait for the parent's.
@@ -154,6 +158,8 @@ impl<P: Policy> Core<P> {
             fork_waits: Vec::new(),
             late_notes: Vec::new(),
             late_wakes: Vec::new(),
+            no_huge_until_us: BTreeMap::new(),
+            last_huge: (RegionId(0), 0),
             groups: BTreeMap::new(),
             group_limits: BTreeMap::new(),
             device_limits: BTreeMap::new(),

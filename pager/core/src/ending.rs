@@ -118,6 +118,7 @@ impl<P: Policy> Core<P> {
         self.regions.remove(&region);
         self.fork_waits.retain(|wait| wait.child != region && wait.parent != region);
         self.policy.region_gone(region);
+        self.no_huge_until_us.remove(&region);
         // Its request looks again, and gives the frames back.
         self.end(ticket);
     }

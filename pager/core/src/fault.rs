@@ -16,11 +16,14 @@
 use crate::core::{CHUNK_PAGES, Core};
 use crate::entry::{Entry, PageState};
 use crate::event::{Action, Cause, Directory, FillStop, Pages, RegionId, StepResult, Ticket};
+use crate::frames::HUGE_PAGES;
 use crate::policy::{CpuFault, Policy};
 use crate::request::Request;
 
 /// How often one fault changes its mind between zero fill and continue before it is simply raised again.
 const TURNS_MAX: u8 = 4;
+/// Pages that come home behind a huge page whose reader goes on.
+const HUGE_AHEAD: u64 = 4 * HUGE_PAGES as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -71,7 +74,8 @@ impl<P: Policy> Core<P> {
             PageState::MovingOut | PageState::MovingHome => self.stats.parked += 1,
             PageState::Device if entry.cpu_mapped() => self.missed_a_frame(dir, rest, region, out),
             PageState::Device | PageState::Exclusive => {
-                match self.policy.cpu_waits_until_us(region, page, self.now_us) {
+                let take_used = || dir.take_used(region, page, entry.device());
+                match self.policy.cpu_waits_until_us(region, page, self.now_us, take_used) {
                     Some(until_us) => self.wake_later(region, page, until_us),
                     None => self.bring_home(dir, region, page, info.page_count, out),
                 }
@@ -140,6 +144,9 @@ impl<P: Policy> Core<P> {
         let window = self.policy.cpu_fault(CpuFault { region, page, attr, huge: entry.huge(), huge_phase });
         let all = Pages { first: 0, count: page_count };
         let whole = window.overlap(all).filter(|window| window.contains(page)).unwrap_or(Pages::one(page));
+        if entry.huge() && self.bring_huge_home(dir, region, page, whole, out) {
+            return;
+        }
         let most = CHUNK_PAGES.min(self.budget);
         let window = match whole.count > most {
             // The rest follows, after whoever else has something to be done.
@@ -154,6 +161,7 @@ impl<P: Policy> Core<P> {
             while left.count > 0 {
                 let entry = Self::entry(dir, region, left.first);
                 let (run, first, mask) = self.frame_run(dir, region, left);
+                let first = first.with_huge(false);
                 if entry.lives_on_device() && run.count > 0 {
                     self.start_home(region, run, first, mask, None, Cause::CpuFault, out);
                 }
@@ -163,6 +171,52 @@ impl<P: Policy> Core<P> {
         }
         if window.count < whole.count {
             self.follow(region, whole, out);
+        }
+    }
+
+    /// A huge page that comes home whole stays one, and the fault is answered with it: less work than 512 small ones are. Only where the
+    /// last one did not find that there are none.
+    fn bring_huge_home(
+        &mut self,
+        dir: &impl Directory,
+        region: RegionId,
+        page: u64,
+        window: Pages,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let size = u64::from(HUGE_PAGES);
+        let into = u64::from(Self::entry(dir, region, page).frame()) % size;
+        let whole = page.checked_sub(into).map(|first| Pages { first, count: size });
+        let Some(whole) = whole.filter(|whole| window.overlap(*whole) == Some(*whole)) else { return false };
+        let until_us = self.no_huge_until_us.get(&region).copied().unwrap_or_default();
+        if self.now_us < until_us || !self.is_private(region) {
+            return false;
+        }
+        let (run, first, mask) = self.frame_run(dir, region, whole);
+        let comes = run == whole && first.huge() && first.lives_on_device();
+        if comes {
+            self.start_home(region, run, first, mask, None, Cause::CpuFault, out);
+            self.bring_huge_ahead(dir, region, run, out);
+        }
+        comes
+    }
+
+    /// Who reads on from huge page to huge page finds the next ones there. It has come so far by faults that were that far apart at most.
+    fn bring_huge_ahead(&mut self, dir: &impl Directory, region: RegionId, now: Pages, out: &mut Vec<Action>) {
+        let before = std::mem::replace(&mut self.last_huge, (region, now.end()));
+        let apart = now.first.checked_sub(before.1).filter(|_| before.0 == region);
+        if apart.is_none_or(|pages| pages > HUGE_AHEAD) {
+            return;
+        }
+        let end = (now.end() + HUGE_AHEAD).min(dir.page_count(region));
+        let ahead = (now.end()..end).step_by(HUGE_PAGES as usize);
+        let come = ahead.take_while(|page| {
+            let entry = Self::entry(dir, region, *page);
+            entry.huge() && entry.lives_on_device()
+        });
+        let count = come.count() as u64 * u64::from(HUGE_PAGES);
+        if count > 0 {
+            self.follow(region, Pages { first: now.end(), count }, out);
         }
     }
 

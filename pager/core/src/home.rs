@@ -22,6 +22,8 @@ use crate::policy::Policy;
 use crate::transfer::{Kind, Phase, Transfer};
 
 const STRAY_TRIES: u8 = 3;
+/// CPU faults in a region that found no huge page do without for so long.
+const WITHOUT_HUGE_US: u64 = 100_000;
 
 impl<P: Policy> Core<P> {
     /// Starts a run of device pages on its way home. `first` is the entry of its first page.
@@ -38,9 +40,8 @@ impl<P: Policy> Core<P> {
     ) -> Ticket {
         let moving = first.with_state(PageState::MovingHome).with_huge(false).with_mapped_mask(mask);
         Self::publish_frames(region, pages, moving, out);
-        // One huge page for a request that has time; a CPU fault is not kept waiting for the agent.
-        let has_time = owner.is_some() && matches!(cause, Cause::Prefetch | Cause::CpuFault);
-        let huge = first.huge() && has_time && self.is_private(region);
+        // For whoever wants the pages here, and not for whoever wants them gone from the device.
+        let huge = first.huge() && matches!(cause, Cause::Prefetch | Cause::CpuFault) && self.is_private(region);
         let kind = Kind::Home { recovering: false };
         let transfer = Transfer { owner, cause, huge, ..Transfer::of(region, pages, moving, mask, kind) };
         let ticket = self.begin(transfer, out);
@@ -106,6 +107,8 @@ impl<P: Policy> Core<P> {
             Some(FillStop::NotHuge) => {
                 if let Some(transfer) = self.transfers.get_mut(&ticket) {
                     transfer.huge = false;
+                    // A thread is not kept waiting each time for what is not to be had.
+                    self.no_huge_until_us.insert(transfer.region, self.now_us + WITHOUT_HUGE_US);
                 }
                 self.fill(ticket, out);
             }

@@ -82,6 +82,7 @@ impl Pager {
         for _ in 0..READS_PER_TURN {
             let space = self.spaces.get(&space_id);
             let Some(space) = space.filter(|space| space.is_born()) else { return };
+            let read_at = Instant::now();
             let mut events = std::mem::take(&mut self.uffd_events);
             let read = self.journal.read(&space.uffd, space_id, &mut events);
             let full_read = matches!(read, Ok(count) if count > 0);
@@ -104,12 +105,14 @@ impl Pager {
                 // Not before the directory says what has changed: the next pager has only that and the journal.
                 now().for_each(|(slot, _)| self.event_handled(slot));
             }
+            if full_read {
+                self.after_faults(space_id, &events, read_at);
+            }
             events.clear();
             self.uffd_events = events;
             if !full_read {
                 return;
             }
-            self.hot.fault(Instant::now());
             if begun.elapsed() > READ_TIME {
                 break;
             }

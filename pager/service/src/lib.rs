@@ -17,6 +17,7 @@
 //! | `calls`, `requests`, `then` | messages in, answers out |
 //! | `operator` | where anybody's pages are, and moving them, for the operator |
 //! | `noted`, `timing`, `stats` | what is recorded: faults and their times, causes of migrations, counters |
+//! | `hot`, `follow`, `short_wait` | how the loop waits: looking again, on the CPU of whoever faults, for microseconds |
 //! | `advise`, `protection`, `trace` | advice and its cousins; what the client's own protection allows; what happened |
 //! | `granted`, `revalidate` | what devices were allowed, and taking back what the program itself may not do any more |
 //! | `clients`, `create` | making spaces and regions, checking what clients say |
@@ -47,6 +48,7 @@ mod execute;
 mod failures;
 mod fault;
 mod fill;
+mod follow;
 mod fork;
 mod granted;
 mod heat;
@@ -70,6 +72,7 @@ mod rules;
 mod scrubs;
 mod segments;
 mod service;
+mod short_wait;
 mod space;
 mod stats;
 mod then;

@@ -33,6 +33,7 @@ use crate::create::Wanted;
 use crate::devices::{DeviceRecords, Devices};
 use crate::directory::SegmentRecord;
 use crate::failures::Failures;
+use crate::follow::Follower;
 use crate::fork::TIMER_CHILDREN;
 use crate::heat::{TIMER_HEAT, Watch};
 use crate::home::HomeBook;
@@ -45,6 +46,7 @@ use crate::revalidate::LettingGo;
 use crate::revoke::PendingRevokes;
 use crate::revoking::GateWatch;
 use crate::scrubs::Scrubs;
+use crate::short_wait::ShortWait;
 use crate::space::{Regions, Space};
 use crate::stats::ShellStats;
 use crate::trace::TraceRing;
@@ -63,6 +65,7 @@ const KIND_ENGINE: u64 = 3 << 56;
 pub(crate) const KIND_DONE: u64 = 6 << 56;
 pub(crate) const KIND_AGENT: u64 = 7 << 56;
 pub(crate) const KIND_KEEPER: u64 = 8 << 56;
+const KIND_SHORT_WAIT: u64 = 9 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Why the pager stopped.
@@ -197,6 +200,8 @@ pub struct Pager {
     again_armed: bool,
     pub(crate) children_armed: bool,
     pub(crate) hot: HotPoll,
+    pub(crate) follower: Follower,
+    short_wait: ShortWait,
     started: Instant,
 }
 
@@ -275,6 +280,7 @@ impl Pager {
         let journal = journal(&mut service)?;
         let keepers = Keepers::start(&mut service);
         let noted = Noted::new(&mut service);
+        let short_wait = ShortWait::new(&mut service.reactor, FdToken(KIND_SHORT_WAIT));
         let incarnation = service.incarnation;
         let first_id = u64::from(incarnation) << 32 | 1;
         Ok(Self {
@@ -344,12 +350,15 @@ impl Pager {
             again_armed: false,
             children_armed: false,
             hot: HotPoll::new(several_cpus()),
+            follower: Follower::new(),
+            short_wait,
             started: Instant::now(),
         })
     }
 
     /// After the messages: everything that grows with something has its share of each turn, and the next turn begins with messages.
     fn turn(&mut self) {
+        self.leave_if_quiet();
         self.read_on();
         self.reread_spaces();
         self.end_some();
@@ -369,13 +378,19 @@ impl Pager {
         let homes = !self.home.homings.is_empty() || self.closing.works();
         let works = homes || !self.unread.is_empty() || !self.ending.is_empty() || self.has_scrubs();
         if self.core.has_runnable_work() || works {
+            if self.core.has_runnable_work() || homes {
+                self.works_apart();
+            }
             return Some(Duration::ZERO);
         }
-        if self.hot.looks(Instant::now()) {
+        let now = Instant::now();
+        if self.hot.looks(now) {
             return Some(Duration::ZERO);
         }
         let now_us = self.now_us();
-        self.core.next_deadline_us().map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
+        let core_wait = |until_us: u64| Duration::from_micros(until_us.saturating_sub(now_us));
+        let waits = [self.core.next_deadline_us().map(core_wait), self.follower.wait(now)];
+        waits.into_iter().flatten().min().map(|wait| self.short_wait.exactly(wait))
     }
 
     fn on_wake(&mut self, wake: Wake) {

@@ -43,6 +43,7 @@ impl Pager {
             ("heat_sweeps", self.stats.heat_sweeps),
             ("rested_pages", self.stats.rested_pages),
             ("rest_touched_pages", self.stats.rest_touched_pages),
+            ("moves_beside_threads", self.follower.moves),
             ("quota_refusals", self.noted.quota_refusals),
         ] {
             each(format_args!("{name}"), Kind::Counter, value);

@@ -43,6 +43,7 @@ pub mod agent;
 pub mod bump;
 pub mod bytes;
 pub mod confine;
+pub mod cpus;
 pub mod disk;
 pub mod error;
 pub mod event;

@@ -406,7 +406,7 @@ pub fn start_time(pid: u32) -> Result<u64, HookError> {
 }
 
 /// Field 39, counted after the name, which may hold blanks and brackets.
-fn parse_stat_cpu(stat: &str) -> Option<u32> {
+pub(crate) fn parse_stat_cpu(stat: &str) -> Option<u32> {
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_ascii_whitespace().nth(39 - 3)?.parse().ok()
 }

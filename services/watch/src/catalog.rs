@@ -142,6 +142,13 @@ pub const ALL: &[Meta] = &[
         "service",
         "Pages that came back because they were touched while they rested",
     ),
+    meta(
+        PAGER,
+        "moves_beside_threads",
+        Counter,
+        "service",
+        "Times that the pager went to the CPU of a thread that faults",
+    ),
     meta(PAGER, "quota_refusals", Counter, "service", "Clients that were told that they have their share"),
     meta(PAGER, "heat_spaces", Gauge, "service", "Address spaces whose hot ranges are asked for"),
     meta(PAGER, "pending_revokes", Gauge, "service", "Revocations that wait for devices"),

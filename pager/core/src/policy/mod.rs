@@ -83,7 +83,14 @@ pub trait Policy {
     /// Which pages a CPU fault on a device page brings home; the faulting one is among them. The core cuts them to the region.
     fn cpu_fault(&mut self, fault: CpuFault) -> Pages;
     /// Until when a CPU fault on a device page waits: a device that has just got the page shall get to use it.
-    fn cpu_waits_until_us(&self, region: RegionId, page: u64, now_us: u64) -> Option<u64>;
+    /// `take_used` tells whether it has since this asked last, and is not asked for nothing.
+    fn cpu_waits_until_us(
+        &mut self,
+        region: RegionId,
+        page: u64,
+        now_us: u64,
+        take_used: impl Fn() -> bool,
+    ) -> Option<u64>;
     /// How many pages, beginning with the faulting one, a first touch zeroes (at least 1).
     fn fault_around_zero(&mut self, region: RegionId, page: u64) -> u64;
     /// What a device fault on a system page does.
@@ -132,8 +139,14 @@ impl Policy for DefaultPolicy {
         Pages { first: page, count: self.home.window(region, page, HOME_PAGES_MAX) }
     }
 
-    fn cpu_waits_until_us(&self, region: RegionId, page: u64, now_us: u64) -> Option<u64> {
-        self.thrash.timeslice_end_us(region, page, now_us)
+    fn cpu_waits_until_us(
+        &mut self,
+        region: RegionId,
+        page: u64,
+        now_us: u64,
+        take_used: impl Fn() -> bool,
+    ) -> Option<u64> {
+        self.thrash.cpu_waits_until_us(region, page, now_us, take_used)
     }
 
     fn fault_around_zero(&mut self, region: RegionId, page: u64) -> u64 {

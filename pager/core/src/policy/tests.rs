@@ -107,7 +107,8 @@ fn a_fight_for_a_slow_device_is_one_too() {
     let (_, now_us) = turn(&mut thrash, now_us, 100_000, 150_000);
     let out = now_us..now_us + 100_000;
     thrash.moved(REGION, Pages { first: 3, count: 1 }, Direction::Out, &out);
-    assert_eq!((verdict, thrash.timeslice_end_us(REGION, 3, out.end)), (Verdict::Calm, Some(out.end + 75_000)));
+    let waits = thrash.cpu_waits_until_us(REGION, 3, out.end, || false);
+    assert_eq!((verdict, waits), (Verdict::Calm, Some(out.end + 75_000)));
 }
 
 #[test]
@@ -119,4 +120,57 @@ fn slow_turns_are_no_fight() {
         assert_eq!(verdict, Verdict::Calm);
         now_us = later;
     }
+}
+
+/// A device gets page 3 and uses it when `uses` says so (asked with the time since it got it); the CPU wants it `wants_us` after that.
+/// Returns how long the CPU waited.
+fn cpu_wait(thrash: &mut Thrash, now_us: &mut u64, wants_us: u64, uses: impl Fn(u64) -> bool) -> u64 {
+    let page = Pages { first: 3, count: 1 };
+    let verdict = thrash.verdict(REGION, 3, *now_us);
+    if let Verdict::Wait { until_us } = verdict {
+        *now_us = until_us;
+        thrash.verdict(REGION, 3, until_us);
+    }
+    let got_us = *now_us;
+    thrash.moved(REGION, page, Direction::Out, &(got_us..got_us));
+    *now_us += wants_us;
+    let mut looks = 0;
+    while let Some(until_us) = thrash.cpu_waits_until_us(REGION, 3, *now_us, || uses(*now_us - got_us)) {
+        assert!(until_us > *now_us && looks < 100, "it gets on");
+        (*now_us, looks) = (until_us, looks + 1);
+    }
+    let waited_us = *now_us - got_us - wants_us;
+    thrash.moved(REGION, page, Direction::Home, &(*now_us..*now_us));
+    *now_us += 50;
+    waited_us
+}
+
+#[test]
+fn a_page_that_is_handed_over_waits_for_nobody() {
+    let (mut thrash, mut now_us) = (Thrash::default(), 0);
+    let begun_us = now_us;
+    for _ in 0..100 {
+        // Used once before the job ended, 200 us before the CPU reads it.
+        let is_first = std::cell::Cell::new(true);
+        assert!(cpu_wait(&mut thrash, &mut now_us, 200, |_| is_first.replace(false)) <= 100);
+    }
+    assert!(
+        now_us - begun_us <= 100 * (200 + 50) + 50 * 100,
+        "{} us: every second turn is looked at",
+        now_us - begun_us
+    );
+    assert!(!thrash.is_pinned(REGION, 3));
+}
+
+#[test]
+fn a_device_that_goes_on_using_a_page_or_has_not_begun_keeps_it_for_its_slice() {
+    for uses in [true, false] {
+        let (mut thrash, mut now_us) = (Thrash::default(), 0);
+        let waits: Vec<u64> = (0..4).map(|_| cpu_wait(&mut thrash, &mut now_us, 5, |_| uses)).collect();
+        assert_eq!(waits[..3], [0, 1_495, 1_495], "used: {uses}");
+    }
+    // It begins late, and is done then.
+    let (mut thrash, mut now_us) = (Thrash::default(), 0);
+    cpu_wait(&mut thrash, &mut now_us, 5, |_| false);
+    assert_eq!(cpu_wait(&mut thrash, &mut now_us, 5, |since_us| since_us > 1_000), 1_495, "nobody tells when it began");
 }

@@ -10,6 +10,10 @@
 //! From the second turn on a device also has a timeslice: a CPU fault waits until the device has had the page for some time. That
 //! is drm_gpusvm's remedy; without it a CPU that touches a page in a loop takes it away before the device's answer has arrived.
 //!
+//! Who hands a page over is not fighting for it: a job ends, the CPU reads what it has written, the next job begins. There every wait
+//! would be for nothing. A page's use mark tells: taken away at a CPU fault and not set again soon, the device is done with the page, the
+//! slice ends, and the turn does not count.
+//!
 //! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4). The lapse is longer, because a turn costs
 //! tens of microseconds here, and it is a device's own: one that takes 100 ms for a page is fought for at another pace.
 
@@ -23,6 +27,8 @@ use crate::event::{Pages, RegionId};
 const LAPSE_MIN_US: u64 = 2_000;
 /// No device makes others wait for longer.
 const LAPSE_MAX_US: u64 = 100_000;
+/// A device that goes on using a page has marked it again after so long.
+const STILL_USED_US: u64 = 100;
 const TURNS_TO_THROTTLE: u8 = 6;
 const THROTTLES_TO_PIN: u8 = 10;
 const PINNED_LAPSES: u64 = 300;
@@ -48,12 +54,24 @@ pub(super) enum Verdict {
     Pinned,
 }
 
+/// What is known of the device's use of what it got last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// Not used yet, or nobody can tell.
+    Unknown,
+    /// It was, and the mark was taken then.
+    Until(u64),
+    /// No more.
+    Over,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Block {
     last: Direction,
     last_us: u64,
     /// What a page takes on its way, within limits: time that is spent moving is compared with time that is not.
     lapse_us: u64,
+    device_use: Use,
     turns: u8,
     throttles: u8,
     waits_until_us: u64,
@@ -99,6 +117,7 @@ impl Thrash {
             last: direction,
             last_us: now_us,
             lapse_us,
+            device_use: Use::Unknown,
             turns: 0,
             throttles: 0,
             waits_until_us: 0,
@@ -107,7 +126,8 @@ impl Thrash {
         let block = self.blocks.entry(key).or_insert(fresh);
         // What the device takes for a turn says nothing about how much the page is wanted.
         let pause_us = time_us.start.saturating_sub(block.last_us);
-        if pause_us > QUIET_LAPSES * block.lapse_us {
+        let was_over = std::mem::replace(&mut block.device_use, Use::Unknown) == Use::Over;
+        if pause_us > QUIET_LAPSES * block.lapse_us || was_over {
             (block.turns, block.throttles) = (0, 0);
         } else if block.last != direction && pause_us <= 2 * block.lapse_us {
             block.turns = block.turns.saturating_add(1);
@@ -155,11 +175,30 @@ impl Thrash {
     }
 
     /// In a fight a device keeps what it has got for three quarters of a lapse, several times what an answer takes to reach it: else it is
-    /// taken away before it was used once.
-    pub fn timeslice_end_us(&self, region: RegionId, page: u64, now_us: u64) -> Option<u64> {
-        let block = self.blocks.get(&(region, page / BLOCK_PAGES))?;
+    /// taken away before it was used once. `take_used` tells whether it was, since it was asked last.
+    pub fn cpu_waits_until_us(
+        &mut self,
+        region: RegionId,
+        page: u64,
+        now_us: u64,
+        take_used: impl Fn() -> bool,
+    ) -> Option<u64> {
+        let block = self.blocks.get_mut(&(region, page / BLOCK_PAGES))?;
         let end_us = block.last_us + block.lapse_us * 3 / 4;
-        (block.turns >= 2 && block.last == Direction::Out && now_us < end_us).then_some(end_us)
+        if block.turns < 2 || block.last != Direction::Out || now_us >= end_us {
+            return None;
+        }
+        match block.device_use {
+            Use::Over => return None,
+            Use::Until(at_us) if now_us < at_us + STILL_USED_US => return Some(end_us.min(at_us + STILL_USED_US)),
+            Use::Unknown | Use::Until(_) if take_used() => block.device_use = Use::Until(now_us),
+            Use::Unknown => return Some(end_us),
+            Use::Until(_) => {
+                block.device_use = Use::Over;
+                return None;
+            }
+        }
+        Some(end_us.min(now_us + STILL_USED_US))
     }
 
     /// The block was pinned and nobody has looked since it ended: that is decided at the next fault.

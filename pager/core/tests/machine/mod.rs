@@ -50,8 +50,13 @@ impl Machine {
 
     /// One event; what is published is in the directories afterwards.
     pub fn send(&mut self, event: Event) -> Vec<Action> {
+        self.send_at(0, event)
+    }
+
+    /// The same at some time, in microseconds.
+    pub fn send_at(&mut self, now_us: u64, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
-        self.core.handle(&self.tables, 0, event, &mut out);
+        self.core.handle(&self.tables, now_us, event, &mut out);
         for action in &out {
             if let Action::Publish { region, first, entries } = action {
                 for (at, entry) in entries.iter().enumerate() {
