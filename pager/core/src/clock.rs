@@ -53,15 +53,15 @@ impl FrameTable {
             search.looks += 1;
             let at = search.next.unwrap_or(self.hand);
             search.next = Some((at + 1) % total);
-            let Some(owner) = self.frames[at as usize].owner else { continue };
+            let Some(owner) = self.frames.owner(at) else { continue };
             // What must stay is not asked about: its mark is of use when it may go.
-            let passes = std::mem::take(&mut self.frames[at as usize].referenced) || spare(owner);
+            let passes = self.frames.take_referenced(at) || spare(owner);
             if passes {
                 continue;
             }
             if may_ask && search.chances < SECOND_CHANCES_MAX && self.any_owner(at, owner, &used) {
                 // As good as new: the hand may come by again before the device has had time to mark it.
-                self.frames[at as usize].referenced = true;
+                self.frames.reference(at);
                 search.chances += 1;
                 continue;
             }
@@ -71,7 +71,7 @@ impl FrameTable {
                 let expected = Owner { page: owner.page + u64::from(count), ..owner };
                 if may_ask && search.chances < SECOND_CHANCES_MAX && self.any_owner(next, expected, &used) {
                     // The mark is taken: it is kept here until the hand comes by.
-                    self.frames[next as usize].referenced = true;
+                    self.frames.reference(next);
                     search.chances += 1;
                     break;
                 }
@@ -86,7 +86,7 @@ impl FrameTable {
     /// The frame `offset` frames on holds the page `offset` pages on and may be taken with it.
     fn follows(&self, at: u32, owner: Owner, offset: u32, spare: impl Fn(Owner) -> bool) -> bool {
         let expected = Owner { page: owner.page + u64::from(offset), ..owner };
-        let next = self.frames.get((at + offset) as usize);
+        let next = self.frames.get(at + offset);
         next.is_some_and(|next| next.owner == Some(expected) && !next.referenced) && !spare(expected)
     }
 

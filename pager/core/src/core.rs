@@ -19,6 +19,7 @@ use crate::fork::ForkWait;
 use crate::frames::{FrameTable, HUGE_PAGES, Owner};
 use crate::policy::Policy;
 use crate::ready::{Lane, Ready};
+use crate::recovering::Recovering;
 use crate::request::Request;
 use crate::resolve::Resolve;
 use crate::stats::Stats;
@@ -73,6 +74,8 @@ pub struct Core<P> {
     pub(crate) paused: BTreeSet<u64>,
     /// What is done to every page because of a device, some pages each turn.
     pub(crate) walks: VecDeque<Walk>,
+    /// What a dead pager has left, some pages each turn.
+    pub(crate) recovering: Recovering,
     /// The last turn was a walk's.
     pub(crate) walked: bool,
     /// Pages that one step looks at before others get their turn.
@@ -144,6 +147,7 @@ impl<P: Policy> Core<P> {
             blocked: BTreeSet::new(),
             paused: BTreeSet::new(),
             walks: VecDeque::new(),
+            recovering: Recovering::default(),
             walked: false,
             budget: STEP_PAGES,
             follows: BTreeMap::new(),
@@ -192,7 +196,7 @@ impl<P: Policy> Core<P> {
 
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
-        let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty();
+        let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty() || self.recovering.any();
         !self.ready.is_empty() || !self.doomed.is_empty() || walks || self.may_scrub_unknown()
     }
 
@@ -217,7 +221,11 @@ impl<P: Policy> Core<P> {
     pub fn handle(&mut self, dir: &impl Directory, now_us: u64, event: Event, out: &mut Vec<Action>) {
         self.now_us = now_us;
         match event {
-            Event::CpuFault { region, page, wp, minor, .. } => self.cpu_fault(dir, region, page, wp, minor, out),
+            Event::CpuFault { region, page, wp, minor, .. } => {
+                if !self.recover_met(dir, region, page, out) {
+                    self.cpu_fault(dir, region, page, wp, minor, out);
+                }
+            }
             Event::CpuFillDone { ticket, done_pages, stop } => self.cpu_fill_done(dir, ticket, done_pages, stop, out),
             Event::CpuMapped { ticket, result } => self.frames_shown(dir, ticket, result, out),
             Event::WpDone { ticket, result } => self.wp_done(ticket, result, out),
@@ -286,8 +294,9 @@ impl<P: Policy> Core<P> {
             }
             Event::RecoverRegion { region, space, page_count, backing, strays } => {
                 self.add_region(region, space, page_count, backing);
-                self.recover_region(dir, region, &strays, out);
+                self.begin_recovery(dir, region, strays, out);
             }
+            Event::RecoverNow { region } => self.recover_now(dir, region, out),
             Event::Recovered => {}
             Event::DeviceUp { device, frame_count, fresh_mappings, memory_known, memory_lost, coherent } => {
                 self.note_coherent(device, coherent);
@@ -306,7 +315,11 @@ impl<P: Policy> Core<P> {
 
     /// A page's entry; what does not decode counts as lost.
     pub(crate) fn entry(dir: &impl Directory, region: RegionId, page: u64) -> Entry {
-        Entry::decode(dir.load(region, page)).unwrap_or(Entry::poisoned(PoisonReason::BadEntry))
+        Self::entry_of(dir.load(region, page))
+    }
+
+    fn entry_of(word: u64) -> Entry {
+        Entry::decode(word).unwrap_or(Entry::poisoned(PoisonReason::BadEntry))
     }
 
     /// First pages of `pages` that `take` accepts; `take` sees the offset and the entry.
@@ -329,10 +342,13 @@ impl<P: Policy> Core<P> {
     ) -> impl Iterator<Item = (Pages, Entry)> {
         let mut left = pages;
         std::iter::from_fn(move || {
-            let count = dir.alike(region, left.first).clamp(1, left.count.max(1));
-            let run = (left.count > 0).then_some(Pages { count, ..left })?;
-            left = left.after(count);
-            Some((run, Self::entry(dir, region, run.first)))
+            if left.count == 0 {
+                return None;
+            }
+            let (count, word) = dir.look(region, left.first);
+            let run = Pages { count: count.clamp(1, left.count), ..left };
+            left = left.after(run.count);
+            Some((run, Self::entry_of(word)))
         })
     }
 

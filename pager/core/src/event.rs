@@ -90,6 +90,10 @@ pub trait Directory {
     /// How many pages from this one on certainly have the same entry: at least one. The shell knows it of what was never written, or only
     /// as a whole: that is what makes large untouched memory cost nothing. Entries that are alike name no frame.
     fn alike(&self, region: RegionId, page: u64) -> u64;
+    /// Both at once: who walks over all pages asks once a page.
+    fn look(&self, region: RegionId, page: u64) -> (u64, u64) {
+        (self.alike(region, page), self.load(region, page))
+    }
     /// Pages of a region, zero when it does not exist.
     fn page_count(&self, region: RegionId) -> u64;
     /// Whether the device used the page since this (or [`Event::Used`]) told so last: the mark is taken away. Asked by eviction
@@ -216,8 +220,10 @@ pub enum Event {
     SpaceGone { space: SpaceId },
     /// At start, for every region of the vault. `strays`: pages of a private one that may be in the address space although their
     /// entries say that they are on a device, and pages on their way home of which what is there was being taken away. What is not
-    /// named is known to be gone from there.
+    /// named is known to be gone from there. What takes long goes on with every [`Event::Tick`].
     RecoverRegion { region: RegionId, space: SpaceId, page_count: u64, backing: Backing, strays: Vec<Pages> },
+    /// All that is left to do for this region after a pager's death, at once: the shell is told so by [`crate::Core::first`].
+    RecoverNow { region: RegionId },
     /// The process forked. `child` is a new region of a new space, as large as `parent`, all entries `Absent`: the core publishes
     /// the child's entries, revokes what devices may write, and says [`Action::ForkReady`]. Private regions only.
     Forked { parent: RegionId, child: RegionId, space: SpaceId },

@@ -68,6 +68,7 @@ impl<P: Policy> Core<P> {
             return;
         };
         let rest = Pages { first: page, count: info.page_count - page };
+        let rest = self.recovered_part(region, page, rest);
         let entry = Self::entry(dir, region, page);
         match entry.state() {
             _ if self.busy(region, page, entry) => self.stats.parked += 1,
@@ -144,6 +145,7 @@ impl<P: Policy> Core<P> {
         let window = self.policy.cpu_fault(CpuFault { region, page, attr, huge: entry.huge(), huge_phase });
         let all = Pages { first: 0, count: page_count };
         let whole = window.overlap(all).filter(|window| window.contains(page)).unwrap_or(Pages::one(page));
+        let whole = self.recovered_part(region, page, whole);
         if entry.huge() && self.bring_huge_home(dir, region, page, whole, out) {
             return;
         }

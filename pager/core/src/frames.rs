@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::event::{RegionId, SpaceId};
 use crate::free::FreeFrames;
+use crate::slots::{Frame, Holder, Slots};
 
 /// Frames and pages of a huge page.
 pub const HUGE_PAGES: u32 = 512;
@@ -21,30 +22,10 @@ pub struct Owner {
     pub page: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Frame {
-    pub owner: Option<Owner>,
-    /// Whose bytes it may still hold while free.
-    last_space: Holder,
-    /// Used lately: the clock passes once.
-    pub referenced: bool,
-    /// Who pays for it while it is owned ([`FrameTable::set_group`]); 0: nobody.
-    group: u16,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Holder {
-    /// Scrubbed.
-    Clean,
-    /// Not known (after a pager's restart).
-    Unknown,
-    Space(SpaceId),
-}
-
 /// Frames of one device.
 #[derive(Debug)]
 pub struct FrameTable {
-    pub(crate) frames: Vec<Frame>,
+    pub(crate) frames: Slots,
     free: FreeFrames,
     free_count: u32,
     /// Where the next search begins.
@@ -72,9 +53,8 @@ struct Dirty {
 impl FrameTable {
     /// All free; what they hold is unknown.
     pub fn new(frame_count: u32) -> Self {
-        let frame = Frame { owner: None, last_space: Holder::Unknown, referenced: false, group: 0 };
         Self {
-            frames: vec![frame; frame_count as usize],
+            frames: Slots::new(frame_count, Holder::Unknown),
             free: FreeFrames::new(frame_count),
             free_count: frame_count,
             next: 0,
@@ -101,7 +81,7 @@ impl FrameTable {
     }
 
     fn charge(&mut self, space: SpaceId) -> u16 {
-        let group = self.groups.get(&space).copied().unwrap_or(0);
+        let group = if self.groups.is_empty() { 0 } else { self.groups.get(&space).copied().unwrap_or(0) };
         if group != 0 {
             *self.charged.entry(group).or_default() += 1;
         }
@@ -110,7 +90,7 @@ impl FrameTable {
 
     /// The frame is owned no more, or by nobody who pays.
     fn discharge(&mut self, frame: u32) {
-        let group = std::mem::take(&mut self.frames[frame as usize].group);
+        let group = self.frames.change(frame, |frame| std::mem::take(&mut frame.group));
         if let Some(count) = self.charged.get_mut(&group) {
             *count = count.saturating_sub(1);
         }
@@ -118,7 +98,7 @@ impl FrameTable {
 
     /// The frame, which is free, holds what it is said to.
     fn is_dirty(&mut self, frame: u32) {
-        let holder = self.frames[frame as usize].last_space;
+        let holder = self.frames.at(frame).last_space;
         if holder != Holder::Clean {
             let dirty = self.dirty.entry(holder).or_insert(Dirty { count: 0, from: frame });
             *dirty = Dirty { count: dirty.count + 1, from: dirty.from.min(frame) };
@@ -127,7 +107,7 @@ impl FrameTable {
 
     /// The frame, which was free, is so no more, or holds something else.
     fn no_longer_dirty(&mut self, frame: u32) {
-        let holder = self.frames[frame as usize].last_space;
+        let holder = self.frames.at(frame).last_space;
         if let Some(dirty) = self.dirty.get_mut(&holder) {
             dirty.count -= 1;
             if dirty.count == 0 {
@@ -136,17 +116,14 @@ impl FrameTable {
         }
     }
 
-    /// The memory is new: there is nothing in it.
-    pub fn mark_all_clean(&mut self) {
-        for frame in &mut self.frames {
-            frame.last_space = Holder::Clean;
-        }
-        self.dirty.clear();
+    /// All free, and the memory is new: there is nothing in it.
+    pub fn clean(frame_count: u32) -> Self {
+        Self { frames: Slots::new(frame_count, Holder::Clean), dirty: BTreeMap::new(), ..Self::new(frame_count) }
     }
 
     /// Size.
     pub fn frame_count(&self) -> u32 {
-        self.frames.len() as u32
+        self.frames.count()
     }
 
     /// Frames without an owner.
@@ -156,7 +133,7 @@ impl FrameTable {
 
     /// Who owns it.
     pub fn owner(&self, frame: u32) -> Option<Owner> {
-        self.frames.get(frame as usize)?.owner
+        self.frames.owner(frame)
     }
 
     /// Takes up to `want` consecutive free frames for consecutive pages; fewer when memory is fragmented, `None` when it is full.
@@ -181,8 +158,8 @@ impl FrameTable {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             self.no_longer_dirty(start + offset);
             let group = self.charge(space);
-            let frame = &mut self.frames[(start + offset) as usize];
-            *frame = Frame { owner: Some(owner), last_space: Holder::Space(space), referenced: true, group };
+            let last_space = Holder::Space(space);
+            self.frames.set(start + offset, Frame { owner: Some(owner), last_space, referenced: true, group });
         }
         self.free.set(start, count, false);
         self.free_count -= count;
@@ -192,11 +169,11 @@ impl FrameTable {
     /// Recovery: the directory says who owns the frame; `shared` entries may name one together. `false`: out of range or owned
     /// already. All claims come before [`Self::claimed`].
     pub fn claim(&mut self, frame: u32, owner: Owner, space: SpaceId, shared: bool) -> bool {
-        match self.frames.get(frame as usize) {
+        match self.frames.get(frame) {
             Some(slot) if slot.owner.is_none() => {
                 self.no_longer_dirty(frame);
                 let (last_space, group) = (Holder::Space(space), self.charge(space));
-                self.frames[frame as usize] = Frame { owner: Some(owner), last_space, referenced: false, group };
+                self.frames.set(frame, Frame { owner: Some(owner), last_space, referenced: false, group });
                 self.free.take(frame);
                 self.free_count -= 1;
                 true
@@ -213,9 +190,11 @@ impl FrameTable {
 
     /// Another entry names the frame from now on. `false`: nobody owns it.
     pub fn share(&mut self, frame: u32, owner: Owner) -> bool {
-        let Some(slot) = self.frames.get_mut(frame as usize).filter(|slot| slot.owner.is_some()) else { return false };
+        if self.frames.owner(frame).is_none() {
+            return false;
+        }
         // Whose bytes they are cannot be told any more: they are scrubbed when the last one has gone.
-        slot.last_space = Holder::Unknown;
+        self.frames.change(frame, |frame| frame.last_space = Holder::Unknown);
         self.sharers.entry(frame).or_default().push(owner);
         true
     }
@@ -235,8 +214,9 @@ impl FrameTable {
         let Some(others) = self.sharers.get_mut(&frame) else { return false };
         match others.iter().position(|other| *other == owner) {
             Some(place) => drop(others.swap_remove(place)),
-            None if self.frames[frame as usize].owner == Some(owner) => {
-                self.frames[frame as usize].owner = others.pop()
+            None if self.frames.owner(frame) == Some(owner) => {
+                let heir = others.pop();
+                self.frames.change(frame, |frame| frame.owner = heir);
             }
             None => {}
         }
@@ -258,10 +238,10 @@ impl FrameTable {
             if self.unshare(frame + offset, owner) {
                 continue;
             }
-            let slot = &mut self.frames[(frame + offset) as usize];
-            debug_assert!(slot.owner.is_some(), "frame was free");
-            let was_used = slot.owner.take().is_some();
-            unknown |= slot.last_space == Holder::Unknown;
+            let (was_used, last_space) =
+                self.frames.change(frame + offset, |slot| (slot.owner.take().is_some(), slot.last_space));
+            debug_assert!(was_used, "frame was free");
+            unknown |= last_space == Holder::Unknown;
             if was_used {
                 self.discharge(frame + offset);
                 self.free_count += 1;
@@ -279,7 +259,7 @@ impl FrameTable {
         for offset in 0..count {
             let owner = Owner { page: first.page + u64::from(offset), ..first };
             if self.has(frame + offset, owner) {
-                self.frames[(frame + offset) as usize].last_space = Holder::Unknown;
+                self.frames.change(frame + offset, |slot| slot.last_space = Holder::Unknown);
                 self.release(frame + offset, 1, owner);
             }
         }
@@ -298,11 +278,11 @@ impl FrameTable {
     pub fn release_unknown(&mut self, frame: u32, count: u32, first: Owner) {
         self.release(frame, count, first);
         for frame in frame..frame + count {
-            let is_free = self.frames[frame as usize].owner.is_none();
+            let is_free = self.frames.owner(frame).is_none();
             if is_free {
                 self.no_longer_dirty(frame);
             }
-            self.frames[frame as usize].last_space = Holder::Unknown;
+            self.frames.change(frame, |slot| slot.last_space = Holder::Unknown);
             if is_free {
                 self.is_dirty(frame);
             }
@@ -311,9 +291,7 @@ impl FrameTable {
 
     /// Marks a frame as used lately.
     pub fn touch(&mut self, frame: u32) {
-        if let Some(frame) = self.frames.get_mut(frame as usize) {
-            frame.referenced = true;
-        }
+        self.frames.reference(frame);
     }
 
     /// Takes the free frames that may hold the space's bytes (or, with `None`, anybody's) out of use for a scrub.
@@ -325,16 +303,15 @@ impl FrameTable {
         while taken < max
             && let Some(Dirty { from, .. }) = self.dirty.get(&holder).copied()
         {
-            let holds = |frame: &Frame| frame.owner.is_none() && frame.last_space == holder;
-            let found = self.frames[from as usize..].iter().position(holds);
+            let holds = |frame: Frame| frame.owner.is_none() && frame.last_space == holder;
+            let found = (from..self.frames.count()).find(|at| holds(self.frames.at(*at)));
             // Counted and not there: nothing is lost by not scrubbing what does not exist.
-            let Some(at) = found.map(|offset| from + offset as u32) else { break };
+            let Some(at) = found else { break };
             self.no_longer_dirty(at);
             if let Some(dirty) = self.dirty.get_mut(&holder) {
                 dirty.from = at + 1;
             }
-            self.frames[at as usize] =
-                Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 };
+            self.frames.set(at, Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 });
             self.free_count -= 1;
             taken += 1;
             match runs.last_mut() {
@@ -355,8 +332,7 @@ impl FrameTable {
                 continue;
             }
             self.discharge(at);
-            self.frames[at as usize] =
-                Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 };
+            self.frames.set(at, Frame { owner: Some(keeper), last_space: Holder::Clean, referenced: false, group: 0 });
             match runs.last_mut() {
                 Some(run) if run.0 + run.1 == at => run.1 += 1,
                 _ => runs.push((at, 1)),
@@ -367,8 +343,8 @@ impl FrameTable {
     /// The scrub of these runs is through.
     pub fn scrubbed(&mut self, runs: &[(u32, u32)]) {
         for (first, count) in runs {
-            for slot in &mut self.frames[*first as usize..(*first + *count) as usize] {
-                self.free_count += u32::from(slot.owner.take().is_some());
+            for frame in *first..*first + *count {
+                self.free_count += u32::from(self.frames.change(frame, |slot| slot.owner.take().is_some()));
             }
             self.free.set(*first, *count, true);
             self.next = self.next.min(*first);
@@ -453,8 +429,7 @@ mod tests {
     #[test]
     fn a_shared_frame_is_free_when_its_last_owner_has_gone() {
         let other = Owner { region: RegionId(2), page: 0 };
-        let mut table = FrameTable::new(4);
-        table.mark_all_clean();
+        let mut table = FrameTable::clean(4);
         table.allocate(2, owner(0), SpaceId(1));
         assert!(table.share(0, other) && table.is_shared(0) && !table.is_shared(1));
         assert!(!table.release(0, 1, owner(0)), "the other one keeps it");
@@ -508,9 +483,12 @@ mod tests {
                 }
             }
             for holder in (0..3).map(|space| Holder::Space(SpaceId(space))).chain([Holder::Unknown]) {
-                let holds = |frame: &Frame| frame.owner.is_none() && frame.last_space == holder;
-                let there = table.frames.iter().filter(|frame| holds(frame)).count() as u32;
-                let first = table.frames.iter().position(holds).map_or(u32::MAX, |first| first as u32);
+                let holds = |frame: &u32| {
+                    let frame = table.frames.at(*frame);
+                    frame.owner.is_none() && frame.last_space == holder
+                };
+                let there = (0..40).filter(holds).count() as u32;
+                let first = (0..40).find(holds).unwrap_or(u32::MAX);
                 let known = table.dirty.get(&holder);
                 assert_eq!(known.map_or(0, |dirty| dirty.count), there, "{holder:?}");
                 assert!(known.is_none_or(|dirty| dirty.from <= first), "{holder:?}");

@@ -21,6 +21,9 @@ struct Node {
 
 impl Node {
     fn of_word(word: u64) -> Self {
+        if word == u64::MAX {
+            return Self { before: LEAF, longest: LEAF, after: LEAF, block: false };
+        }
         let (mut longest, mut left) = (0, word);
         while left != 0 {
             left &= left << 1;

@@ -1,4 +1,5 @@
-//! After a crash: what the directories say is what is. Nothing else is known, and nothing else is needed.
+//! After a crash: what the directories say is what is. Nothing else is known, and nothing else is needed. Which pages' turn it is:
+//! [`crate::recovering`].
 //!
 //! ```text
 //!   MovingOut     the system copy is valid        publish System, unprotect, wake; private: MoveBack first; a forked child's that
@@ -40,16 +41,19 @@ impl Homecoming {
 }
 
 impl<P: Policy> Core<P> {
-    /// One region of the vault.
-    pub(crate) fn recover_region(
+    /// Some pages of a region of the vault.
+    pub(crate) fn recover_pages(
         &mut self,
         dir: &impl Directory,
         region: RegionId,
+        pages: Pages,
         strays: &[Pages],
         out: &mut Vec<Action>,
     ) {
-        let all = Pages { first: 0, count: dir.page_count(region) };
-        let mut left = all;
+        let private = self.is_private(region);
+        // Neighbours that the program may write again, and those that it may only ask for again.
+        let mut fates: Vec<(Pages, bool)> = Vec::new();
+        let mut left = pages;
         while left.count > 0 {
             let first = Self::entry(dir, region, left.first);
             let wide = self.wide_run(dir, region, left);
@@ -58,22 +62,32 @@ impl<P: Policy> Core<P> {
                 let alike = alike && entry.discarded() == first.discarded();
                 alike && (!entry.is_moving() || entry.mapped_mask() == first.mapped_mask())
             };
-            let run = wide.unwrap_or_else(|| Self::run_while(dir, region, left, narrow));
+            let by_chunks = first.is_moving() || first.state() == PageState::Poisoned || private && !strays.is_empty();
+            let run = wide.unwrap_or_else(|| match by_chunks {
+                true => Self::run_while(dir, region, left, narrow),
+                false => Self::whole_run(dir, region, left, |entry| narrow(0, entry)),
+            });
+            let run = Pages { count: run.count.max(1), ..run };
+            let here = !private && (first.is_settled_system() || first.state() == PageState::MovingOut);
+            match fates.last_mut() {
+                Some((before, is_here)) if *is_here == here => before.count += run.count,
+                _ => fates.push((run, here)),
+            }
             match first.state() {
                 // What the parent's agent had taken out for it goes back to the parent.
                 PageState::MovingOut if first.shared() => self.lost_to_child(region, run, out),
-                PageState::MovingOut if self.is_private(region) => self.put_back(region, run, first, out),
+                PageState::MovingOut if private => self.put_back(region, run, first, out),
                 PageState::MovingOut => {
                     let back = Entry::SYSTEM.with_mapped_mask(first.mapped_mask());
                     Self::publish_same(region, run, back, out);
                     self.stats.recovered_transfers += 1;
                 }
-                PageState::Device | PageState::Exclusive if self.is_private(region) => {
+                PageState::Device | PageState::Exclusive if private => {
                     for stray in strays.iter().filter_map(|stray| stray.overlap(run)) {
                         self.punch_again(region, stray, out);
                     }
                 }
-                PageState::MovingHome if self.is_private(region) && !first.discarded() => {
+                PageState::MovingHome if private && !first.discarded() => {
                     for stray in strays.iter().filter_map(|stray| stray.overlap(run)) {
                         self.back_on_device(dir, region, stray, out);
                     }
@@ -82,25 +96,18 @@ impl<P: Policy> Core<P> {
                 PageState::Poisoned => self.recover_poisoned(dir, region, run, out),
                 _ => {}
             }
-            left = left.after(run.count.max(1));
+            left = left.after(run.count);
         }
         if self.backing(region) == Some(Backing::File) {
             return;
         }
         // Whatever was protected is writable again, and every fault that the dead pager had read is raised anew.
-        let mut left = all;
-        let private = self.is_private(region);
-        while left.count > 0 {
-            let at_home =
-                |entry: Entry| !private && (entry.is_settled_system() || entry.state() == PageState::MovingOut);
-            let here = at_home(Self::entry(dir, region, left.first));
-            let run = Self::whole_run(dir, region, left, |entry| at_home(entry) == here);
+        for (pages, here) in fates {
             if here {
-                self.unprotect(region, run, out);
+                self.unprotect(region, pages, out);
             } else {
-                out.push(Action::Wake { region, pages: run });
+                out.push(Action::Wake { region, pages });
             }
-            left = left.after(run.count);
         }
     }
 

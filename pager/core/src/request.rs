@@ -241,6 +241,11 @@ pub(crate) enum Next {
 impl<P: Policy> Core<P> {
     pub(crate) fn step(&mut self, dir: &impl Directory, order: u64, out: &mut Vec<Action>) {
         let Some(mut request) = self.requests.remove(&order) else { return };
+        if self.recovering.has(request.region) {
+            self.blocked.insert(order);
+            self.requests.insert(order, request);
+            return;
+        }
         self.stepping = request.id.unwrap_or(ReqId(0));
         // The request is put back before transfers of this step report to it.
         let (kind, ended) = (request.kind, self.ended);

@@ -132,11 +132,8 @@ impl<P: Policy> Core<P> {
         let old = |walk: &Walk| matches!(&walk.task, Task::Rebuild(rebuild) if rebuild.has_old_bytes);
         let has_old_bytes = has_old_bytes || !lost && self.walks.iter().any(|walk| walk.device == device && old(walk));
         self.walks.retain(|walk| walk.device != device);
-        let mut table = FrameTable::new(frame_count);
+        let mut table = if has_old_bytes { FrameTable::new(frame_count) } else { FrameTable::clean(frame_count) };
         self.groups.iter().for_each(|(space, group)| table.set_group(*space, *group));
-        if !has_old_bytes {
-            table.mark_all_clean();
-        }
         let rebuild = Rebuild { table, has_old_bytes, lost, fresh_mappings };
         self.begin_walk(dir, device, Task::Rebuild(Box::new(rebuild)), out);
     }
@@ -170,15 +167,20 @@ impl<P: Policy> Core<P> {
 
     fn begin_walk(&mut self, dir: &impl Directory, device: DeviceId, task: Task, out: &mut Vec<Action>) {
         self.walks.push_back(Walk { device, at: START, task });
-        // What is small is done at once.
-        self.walk_some(dir, device, out);
+        // What is small is done at once, but not before what a dead pager has left is what it shall be.
+        if !self.recovering.any() {
+            self.walk_some(dir, device, out);
+        }
     }
 
     /// A turn's share, if it is a walk's turn: one request's step is between two.
     pub(crate) fn walk_in_turn(&mut self, dir: &impl Directory, out: &mut Vec<Action>) -> bool {
         let device = self.walks.front().map(|walk| walk.device);
-        self.walked = device.is_some() && (!self.walked || self.ready.is_empty());
-        if let Some(device) = device.filter(|_| self.walked) {
+        let recovers = self.recovering.any();
+        self.walked = (recovers || device.is_some()) && (!self.walked || self.ready.is_empty());
+        if self.walked && recovers {
+            self.recover_some(dir, self.budget, out);
+        } else if let Some(device) = device.filter(|_| self.walked) {
             self.walk_some(dir, device, out);
         }
         self.walked

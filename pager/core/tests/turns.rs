@@ -260,6 +260,7 @@ fn while_frames_are_claimed_a_page_comes_home_and_its_frame_is_free_afterwards()
     // One that is claimed by then, and one that is not.
     for page in [0, LARGE_PAGES - 1] {
         let mut large = Large::left_by_a_dead_pager();
+        large.settle();
         large.device_up(LARGE_PAGES as u32);
         assert!(large.machine.core.has_runnable_work(), "frames are being claimed");
         large.send(Event::CpuFault { region: LARGE, page, write: true, wp: false, minor: false });

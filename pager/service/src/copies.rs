@@ -167,7 +167,10 @@ impl Pager {
             }
             Copy::Zero { ticket, frame, count, scrub } => {
                 let (from, len) = (u64::from(frame) * PAGE_SIZE, u64::from(count) * PAGE_SIZE);
-                let zeroed = self.aperture(deferred.device).map(|aperture| aperture.fill(from, len, 0));
+                let zeroed = match scrub {
+                    true => self.scrub_here(deferred.device, from, len),
+                    false => self.aperture(deferred.device).map(|aperture| aperture.fill(from, len, 0)),
+                };
                 if let Some(Err(error)) = &zeroed {
                     tracing::error!(%error, device = deferred.device, frame, "Zeroing device memory failed");
                 }
@@ -175,6 +178,18 @@ impl Pager {
                 self.zero_done(ticket, scrub, result);
             }
         }
+    }
+
+    /// After a restart everything that is free is scrubbed: what nobody has ever used of a memfd takes neither time nor memory.
+    fn scrub_here(&self, device: u8, from: u64, len: u64) -> Option<Result<(), HookError>> {
+        let device = self.devices[usize::from(device)].as_ref()?;
+        let aperture = device.aperture.as_ref()?;
+        let used = device.file.as_ref().and_then(|file| {
+            let used = memfd::data_ranges(file.fd.as_fd(), file.offset_bytes + from, len).ok()?;
+            Some(used.into_iter().map(|(at, len)| (at - file.offset_bytes, len)).collect())
+        });
+        let used: Vec<(u64, u64)> = used.unwrap_or_else(|| vec![(from, len)]);
+        Some(used.into_iter().try_for_each(|(at, len)| aperture.fill(at, len, 0)))
     }
 
     fn aperture(&self, device: u8) -> Option<&Window> {

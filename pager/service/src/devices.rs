@@ -12,8 +12,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use uhmm_ipc::ConnId;
-use uhmm_ipc::message::Fd;
 use uhmm_ipc::message::pager::CopyRing;
+use uhmm_ipc::message::{Aperture, Fd};
 use uhmm_ipc::ring::{Consumer, Producer, Ring, RingError};
 use uhmm_ipc::shared::copy_ring::{CopyCompletion, CopyOp, CopyRequest, CopyStatus};
 use uhmm_ipc::shared::gate::Gate;
@@ -256,6 +256,8 @@ pub struct Device {
     pub pidfd: PidFd,
     /// Window onto all of it.
     pub aperture: Option<Window>,
+    /// The sealed memfd behind that window, if it is one.
+    pub file: Option<Aperture>,
     /// Who is inside.
     pub gate: Option<Gate>,
     /// Copy engine, when there is no aperture.

@@ -288,6 +288,11 @@ impl DirectoryFile {
         self.entries.alike(&self.window, page)
     }
 
+    /// Both at once: how many are known to have the same entry, and which.
+    pub fn look(&self, page: u64) -> (u64, u64) {
+        if page < self.page_count { self.entries.look(&self.window, page) } else { (1, 0) }
+    }
+
     /// Whether any of some pages has such an entry; a damaged one counts as none.
     pub fn any(&self, pages: Pages, is: impl Fn(Entry) -> bool) -> bool {
         let mut page = pages.first;

@@ -82,13 +82,16 @@ impl Pager {
         let shared = |error: uhmm_ipc::shared::words::WordsError| DeviceError::Shared(error.to_string());
         let len_bytes = u64::from(frame_count) * PAGE_SIZE;
         let map_all = |memory: Aperture| Window::map_aperture(memory.fd.as_fd(), memory.offset_bytes, len_bytes);
+        let file = aperture.clone();
+        let aperture = aperture.map(map_all).transpose()?;
         Ok(Device {
             id: device_id,
             service: peer.name.clone(),
             conn: Some(conn),
             incarnation: peer.incarnation,
             pidfd: peer.process.as_ref().ok_or(DeviceError::NoProcess)?.pidfd.try_clone()?,
-            aperture: aperture.map(map_all).transpose()?,
+            file: file.filter(|_| aperture.as_ref().is_some_and(|window| !window.is_guarded())),
+            aperture,
             gate: gate.map(|fd| Gate::open(fd.as_fd()).map_err(shared)).transpose()?,
             engine: copy_ring.map(|ring| CopyEngine::open(&ring)).transpose()?,
             fenced: false,

@@ -18,6 +18,13 @@ impl Pager {
     /// Runs the decisions of the core until there are none left.
     pub(crate) fn drain(&mut self) {
         while let Some(event) = self.events.pop_front() {
+            let event = match self.core.first(&event) {
+                Some(first) => {
+                    self.events.push_front(event);
+                    first
+                }
+                None => event,
+            };
             let now_us = self.now_us();
             let mut actions = std::mem::take(&mut self.actions);
             self.core.handle(&self.regions, now_us, event, &mut actions);

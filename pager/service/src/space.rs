@@ -513,6 +513,10 @@ impl Directory for Regions {
         self.by_id.get(&region.0).map_or(0, |r| r.directory.load(page))
     }
 
+    fn look(&self, region: RegionId, page: u64) -> (u64, u64) {
+        self.by_id.get(&region.0).map_or((1, 0), |r| r.directory.look(page))
+    }
+
     fn page_count(&self, region: RegionId) -> u64 {
         self.by_id.get(&region.0).map_or(0, |r| r.page_count)
     }

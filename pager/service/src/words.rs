@@ -135,6 +135,17 @@ impl Words {
         }
     }
 
+    /// How many words from this one on are known to be the same, and the word.
+    pub fn look(&self, window: &Window, page: u64) -> (u64, u64) {
+        if page >= self.count {
+            return (1, self.default);
+        }
+        match self.block(window, page / BLOCK) {
+            Block::All(word) => (self.alike(window, page), word),
+            Block::Mixed => (1, self.load(window, page)),
+        }
+    }
+
     /// How many words from this one on are known to be the same: at least one.
     pub fn alike(&self, window: &Window, page: u64) -> u64 {
         if page >= self.count {
@@ -302,6 +313,7 @@ mod tests {
                     let alike = words.alike(&window, page);
                     let run = &array[page as usize..(page + alike) as usize];
                     assert!(alike > 0 && run.iter().all(|word| *word == run[0]));
+                    assert_eq!(words.look(&window, page), (alike, run[0]));
                 }
                 if round % 50 == 49 {
                     words = Words::at(0, count, default, false);

@@ -4,8 +4,10 @@
 //!   Down --connect, hello--> Greeting --welcome--> Preamble(0) -> Preamble(1) ... -> Up
 //!    ^                          |                       |                             |
 //!    |                          | error: refused        | error: Blocked              |
-//!    +---- 5, 10 .. 200 ms <----+----------- connection lost -------------------------+
+//!    +- 0, 5, 10 .. 200 ms <----+----------- connection lost -------------------------+
 //! ```
+//! When a callee dies whose socket is kept for the next one, the first attempt comes at once and waits there: it is the first thing that the
+//! next one finds. One a callee, so that one that hangs up on everybody is not asked without end.
 //! On loss a sent call goes back into the queue if it is idempotent and ends with Stale if not: it may or may not have happened.
 //! A refusal is an answer too (version, interface, key; or the kernel or a filter forbids this process to connect, which waiting does
 //! not change): after [`REFUSALS`] in a row the queued calls end with it, while the link goes on trying.
@@ -73,6 +75,8 @@ pub(super) struct Link {
     /// The callee's, from its welcome.
     pub(super) minor: u16,
     incarnation: u32,
+    /// The incarnation (plus one) whose loss was followed by an attempt at once.
+    hurried: u64,
     pub(super) ever_up: bool,
     pause: Duration,
     retry: Option<TimerId>,
@@ -130,6 +134,7 @@ impl Reactor {
             in_flight: 0,
             minor: 0,
             incarnation: 0,
+            hurried: 0,
             ever_up: false,
             pause: FIRST_PAUSE,
             retry: None,
@@ -238,8 +243,13 @@ impl Reactor {
             link.calls.keys().partition(|id| link.calls.get(id).is_some_and(|call| call.is_acknowledgement()));
         link.unsent = first.into_iter().chain(rest).collect();
         if link.retry.is_none() {
-            link.retry = Some(self.shared.timers.add_after(link.pause, Due::Reconnect(id)));
-            link.pause = (link.pause * 2).min(LONGEST_PAUSE);
+            let lost = u64::from(link.incarnation) + 1;
+            let at_once = was_up && std::mem::replace(&mut link.hurried, lost) != lost;
+            let pause = if at_once { Duration::ZERO } else { link.pause };
+            link.retry = Some(self.shared.timers.add_after(pause, Due::Reconnect(id)));
+            if !at_once {
+                link.pause = (link.pause * 2).min(LONGEST_PAUSE);
+            }
         }
     }
 

@@ -264,6 +264,32 @@ impl Simulator {
 
     fn handle(&mut self, event: Event) -> Result<(), Violation> {
         self.before(&event);
+        let crashes = self.crash_count;
+        while let Some(first) = self.core.first(&event) {
+            self.decide(&first, &event)?;
+            if self.crash_count != crashes {
+                return Ok(());
+            }
+        }
+        self.decide(&event, &event)?;
+        if self.crash_count != crashes {
+            return Ok(());
+        }
+        match event {
+            Event::DeviceUp { device, memory_lost: true, .. } => {
+                self.world.devices[usize::from(device.0)].memory_is_new = false;
+            }
+            Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
+                self.world.content_is_dropped(region, pages);
+            }
+            Event::Forked { child, .. } => self.world.is_born(child),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The core decides about an event, and it is done. `kept`: what the next pager is told again when this one dies meanwhile.
+    fn decide(&mut self, event: &Event, kept: &Event) -> Result<(), Violation> {
         self.note(|| format!("{event:?}"));
         let mut actions = Vec::new();
         self.now_us += 1;
@@ -273,7 +299,7 @@ impl Simulator {
             if self.crash_in == Some(0) {
                 self.crash_in = None;
                 self.world.execute_torn(action)?;
-                self.keep(&event);
+                self.keep(kept);
                 return self.crash();
             }
             self.crash_in = self.crash_in.map(|left| left - 1);
@@ -286,16 +312,6 @@ impl Simulator {
             if let Some(region) = dropped {
                 self.announce_end(region);
             }
-        }
-        match event {
-            Event::DeviceUp { device, memory_lost: true, .. } => {
-                self.world.devices[usize::from(device.0)].memory_is_new = false;
-            }
-            Event::Removed { region, pages } | Event::Unmapped { region, pages } => {
-                self.world.content_is_dropped(region, pages);
-            }
-            Event::Forked { child, .. } => self.world.is_born(child),
-            _ => {}
         }
         Ok(())
     }

@@ -48,13 +48,22 @@ impl Machine {
         Self { core: Core::new(DefaultPolicy::default()), tables: Tables { entries, attr: Attr::default() } }
     }
 
-    /// One event; what is published is in the directories afterwards.
+    /// One event, after what must come before it; what is published is in the directories afterwards.
     pub fn send(&mut self, event: Event) -> Vec<Action> {
         self.send_at(0, event)
     }
 
     /// The same at some time, in microseconds.
     pub fn send_at(&mut self, now_us: u64, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        while let Some(first) = self.core.first(&event) {
+            actions.extend(self.handle(now_us, first));
+        }
+        actions.extend(self.handle(now_us, event));
+        actions
+    }
+
+    fn handle(&mut self, now_us: u64, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
         self.core.handle(&self.tables, now_us, event, &mut out);
         for action in &out {
