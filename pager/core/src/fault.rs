@@ -211,6 +211,8 @@ impl<P: Policy> Core<P> {
             return;
         }
         let end = (now.end() + HUGE_AHEAD).min(dir.page_count(region));
+        // After a pager's death: no further than to what nobody has looked at yet.
+        let end = self.recovered_part(region, now.first, Pages { count: end - now.first, ..now }).end().max(now.end());
         let ahead = (now.end()..end).step_by(HUGE_PAGES as usize);
         let come = ahead.take_while(|page| {
             let entry = Self::entry(dir, region, *page);
