@@ -103,7 +103,7 @@ impl Summary {
 
     /// The same for programs. Times in ns; `null` where there was no wait.
     pub fn json(&self) -> serde_json::Value {
-        let Tally { sent_pages, looks_over, looks, laps_stuck } = self.limit;
+        let Tally { sent_pages, looks_over, looks, laps_stuck, touched_pieces, strange_answers } = self.limit;
         serde_json::json!({
             "ran_s": self.ran.as_secs_f64(),
             "ram_bytes": self.ram_bytes,
@@ -113,6 +113,8 @@ impl Summary {
             "looks": looks,
             "looks_over": looks_over,
             "laps_stuck": laps_stuck,
+            "touched_pieces": touched_pieces,
+            "strange_answers": strange_answers,
             "waits": self.waits.count(),
             "waited_ns": self.waits.sum_ns,
             "wait_p50_ns": self.waits.percentile_ns(50),
