@@ -8,7 +8,8 @@
 //!   load:          supervisor whole? its entries; else the holder's; neither (three deaths): what there is
 //! ```
 //! A keeper is whole for a service as long as it has all that the service ever gave: from a hand-over on, until it dies itself. Whoever comes
-//! anew (a keeper, or a service that has loaded) is handed over to before anything else happens. What a dead service has sent is read to its
+//! anew (a keeper, or a service that has loaded) is handed over to before anything else happens; only a holder, which has what the dead service
+//! gave it, is not waited for when the supervisor was whole: what is put until it has answered is kept when the hand-over to it is through. What a dead service has sent is read to its
 //! end before anybody answers its successor, so what was sent is kept, also when sender and one keeper die together.
 //!
 //! Every entry is remembered here as well: a new keeper gets them back from us.
