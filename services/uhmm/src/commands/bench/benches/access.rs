@@ -45,13 +45,15 @@ fn mapped(run: &mut Run<'_>, memory: &Managed) -> anyhow::Result<()> {
     let mut buffer = vec![2; bytes as usize];
     memory.out()?;
     device.map(addr, bytes)?;
-    let mut all: [Vec<(f64, f64)>; 3] = Default::default();
+    let (mut all, mut adds): ([Vec<(f64, f64)>; 3], _) = (Default::default(), Vec::new());
     for round in run.rounds(3) {
         let read = timed(bytes, || Ok(device.read(addr, &mut buffer).map(drop)?))?;
         let memcpy = copies.gib_s()?;
         let written = timed(bytes, || Ok(device.write(addr, &buffer).map(drop)?))?;
         let added = timed(bytes, || Ok(device.fetch_add(addr, bytes, 1).map(drop)?))?;
+        let plain = copies.adds_gib_s()?;
         if round > 0 {
+            adds.push((added, plain));
             let rates = [read, written, added];
             all.iter_mut().zip(rates).for_each(|(rounds, rate)| rounds.push((rate, memcpy)));
         }
@@ -59,6 +61,8 @@ fn mapped(run: &mut Run<'_>, memory: &Managed) -> anyhow::Result<()> {
     for (op, rounds) in ["device_read", "device_write", "fetch_add"].into_iter().zip(all) {
         run.figure(format!("{}, {op}, mapped : memcpy", memory.kind().name()), "GiB/s", Reach::AtLeast(0.7), rounds);
     }
+    let case = format!("{}, fetch_add, mapped : plain loop of additions", memory.kind().name());
+    run.figure(case, "GiB/s", Reach::Shown, adds);
     Ok(())
 }
 

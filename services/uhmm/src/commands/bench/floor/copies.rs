@@ -1,5 +1,6 @@
 //! memcpy between two resident buffers of pages of one size, in pieces of 2 MiB, the size in which pages migrate.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use uhmm_kernel_hook::{Advice, Window};
@@ -38,6 +39,15 @@ impl Copies {
             self.from.copy_to(off, &self.to, off, PIECE)?;
         }
         Ok(rate(self.from.len(), begun))
+    }
+
+    /// How fast a plain loop adds to each word of it: an atomic addition is many times slower than copying the word.
+    pub fn adds_gib_s(&self) -> anyhow::Result<f64> {
+        let begun = Instant::now();
+        for off in (0..self.to.len()).step_by(size_of::<u64>()) {
+            self.to.atomic_u64(off)?.fetch_add(1, Ordering::AcqRel);
+        }
+        Ok(rate(self.to.len(), begun))
     }
 
     /// How long one piece takes, in microseconds: the middle of all of them.
