@@ -198,7 +198,12 @@ impl<P: Policy> Core<P> {
         let comes = run == whole && first.huge() && first.lives_on_device();
         if comes {
             self.start_home(region, run, first, mask, None, Cause::CpuFault, out);
-            self.bring_huge_ahead(dir, region, run, out);
+            if window.count > size {
+                // Advice names more: the rest follows.
+                self.follow(region, window, out);
+            } else {
+                self.bring_huge_ahead(dir, region, run, out);
+            }
         }
         comes
     }

@@ -122,3 +122,18 @@ fn who_reads_on_finds_the_next_huge_pages_there() {
         assert_eq!((huge_fills(&actions).len(), huge_fills(&more).len()), (1, 0), "nobody reads on");
     }
 }
+
+#[test]
+fn what_advice_names_beyond_the_huge_page_follows_without_another_touch() {
+    let mut machine = on_device(8, Backing::Private);
+    machine.advise(Attr::default().with_granularity(Some(30)));
+    let mut actions = fault_at(&mut machine, 0, 4 * HUGE + 7);
+    assert_eq!(huge_fills(&actions)[0].1, whole(4), "the one that is waited for first");
+    for _ in 0..64 {
+        for (ticket, pages) in huge_fills(&actions).into_iter().chain(fills(&actions)) {
+            machine.send(Event::FillDone { ticket, done_pages: pages.count, stop: None });
+        }
+        actions = machine.send(Event::Tick);
+    }
+    assert!((0..8 * HUGE).all(|page| machine.entry(REGION, page).state() == PageState::System));
+}
