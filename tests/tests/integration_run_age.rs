@@ -5,8 +5,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use uhmm_kernel_hook::PidFd;
+use uhmm_sdk::{AddrRange, Operator, Rest};
 use uhmm_tests::process::Process;
-use uhmm_tests::{TestBed, c, manifest, uhmm_exe};
+use uhmm_tests::{PATIENCE, TestBed, c, manifest, uhmm_exe};
 
 const MIB: u64 = 96;
 
@@ -214,4 +216,52 @@ fn integration_run_age_finds_the_limit_itself_and_gives_memory_back() {
             stage.said()
         );
     }
+}
+
+/// What rests is back as soon as anybody wants it, the program or somebody else, and only what was wanted.
+#[test]
+fn integration_run_age_what_rests_is_back_when_it_is_wanted() {
+    const PIECE: u64 = 2 << 20;
+    let stage = Stage::new();
+    let program = stage.build("hot_set");
+    let mut program = stage.start(&mut stage.run(&[], &program, &["32", "3000"]));
+    let mut operator = Operator::connect(Some(stage.bed.run_dir())).expect("it runs");
+    let device = operator.device_id("soft0").expect("a device");
+    let large = || {
+        let regions =
+            Operator::connect(Some(stage.bed.run_dir())).and_then(|mut operator| operator.regions()).expect("regions");
+        regions.into_iter().find(|region| region.page_count * 4096 >= 32 << 20)
+    };
+    let begun = Instant::now();
+    while large().is_none() {
+        round(&mut program, "go");
+        assert!(begun.elapsed() < PATIENCE, "its memory is never managed: {}", stage.said());
+    }
+    let region = large().expect("managed");
+    let process = PidFd::open(region.pid).expect("it runs");
+    let piece = |nth: u64| AddrRange { start: (region.addr + PIECE).next_multiple_of(PIECE) + nth * PIECE, len: PIECE };
+    let rest = |ms| Some(Rest { ms, stays: true });
+    let ended = |operator: &mut Operator| {
+        let mut done = operator.moves_done(Duration::from_secs(60)).expect("an answer");
+        assert_eq!(done.len(), 1, "{done:?}");
+        done.remove(0).1.expect("it rested")
+    };
+    // Nobody wants it, and somebody moves its neighbour meanwhile.
+    operator.begin_move(&process, piece(0), device, rest(1000)).expect("it is asked");
+    let begun = Instant::now();
+    assert_eq!(operator.move_range(&process, piece(1), Some(device)).expect("it moves"), PIECE / 4096);
+    let rested = ended(&mut operator);
+    assert!(begun.elapsed() >= Duration::from_millis(1000) && rested.untouched_pages == PIECE / 4096, "{rested:?}");
+    // Somebody wants it at home, and the program wants all.
+    operator.begin_move(&process, piece(0), device, rest(60_000)).expect("it is asked");
+    let _ = operator.move_range(&process, piece(0), None).expect("it is at home");
+    assert!(ended(&mut operator).busy_pages > 0);
+    operator.begin_move(&process, piece(0), device, rest(60_000)).expect("it is asked");
+    round(&mut program, "go");
+    assert!(ended(&mut operator).busy_pages > 0);
+    assert!(begun.elapsed() < Duration::from_secs(60), "it waited for its time to be over");
+    // What rests for a while and may go, goes.
+    operator.begin_move(&process, piece(2), device, Some(Rest { ms: 20, stays: false })).expect("it is asked");
+    assert_eq!(ended(&mut operator).moved_pages, PIECE / 4096);
+    round(&mut program, "shift");
 }

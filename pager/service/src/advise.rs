@@ -13,7 +13,7 @@ use uhmm_pager_core::{
 };
 
 use crate::calls::{Answer, refuse};
-use crate::requests::{ANSWER_RUNS_MAX, Located, PendingRequest, Piece};
+use crate::requests::{ANSWER_RUNS_MAX, Located, NO_PAGES, PendingRequest, Piece};
 use crate::service::Pager;
 use crate::space::DEVICE_SLOTS;
 use crate::then::Then;
@@ -167,7 +167,7 @@ impl Pager {
             return refuse(ErrorCode::NotFound, format!("The plan has no device {device}"));
         }
         let (trace, then) = (TraceId::default(), Then::CountEvicted);
-        let pending = PendingRequest { conn, call, trace, region: 0, first_page: 0, then, group: 0 };
+        let pending = PendingRequest { conn, call, trace, region: 0, pages: NO_PAGES, first_page: 0, then, group: 0 };
         let req = self.ask_core(pending);
         self.push(Event::Evict { req, space, device: DeviceId(device), page_count });
         None

@@ -108,7 +108,12 @@ impl Pager {
     }
 
     pub(crate) fn push(&mut self, event: Event) {
+        let freed = if let Event::RegionFree { region, .. } = event { Some(region) } else { None };
         self.events.push_back(event);
+        // The core is told first: what rests is not wanted back any more.
+        if let Some(region) = freed {
+            self.end_rest_of_region(region);
+        }
     }
 
     /// The client's request id, at the place where its bytes move.

@@ -19,7 +19,7 @@ use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, SpaceId, Target};
 
 use crate::calls::{Answer, refuse};
-use crate::requests::{FaultKind, Group, Located, PendingRequest, Piece};
+use crate::requests::{FaultKind, Group, Located, NO_PAGES, PendingRequest, Piece};
 use crate::service::Pager;
 use crate::space::{Phase, Space};
 use crate::then::Then;
@@ -353,7 +353,16 @@ impl Pager {
         let group = self.open_group(Group::new(conn, call, Then::CountEvicted, spaces.len()));
         for space in spaces {
             let (trace, then) = (TraceId::default(), Then::CountEvicted);
-            let req = self.ask_core(PendingRequest { conn, call, trace, region: 0, first_page: 0, then, group });
+            let req = self.ask_core(PendingRequest {
+                conn,
+                call,
+                trace,
+                region: 0,
+                pages: NO_PAGES,
+                first_page: 0,
+                then,
+                group,
+            });
             self.push(Event::Evict { req, space: SpaceId(space), device: DeviceId(device), page_count: 0 });
         }
         None

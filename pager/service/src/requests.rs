@@ -22,6 +22,9 @@ use crate::then::Then;
 /// Runs in one answer: fits 64 KiB with room to spare.
 pub(crate) const ANSWER_RUNS_MAX: usize = 2048;
 
+/// Of a request that is about a whole space.
+pub(crate) const NO_PAGES: Pages = Pages { first: 0, count: 0 };
+
 /// Who waits for a core request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PendingRequest {
@@ -30,6 +33,8 @@ pub(crate) struct PendingRequest {
     pub trace: TraceId,
     /// Whose pages; 0: a whole space's.
     pub region: u64,
+    /// Which; none: a whole space's.
+    pub pages: Pages,
     /// First page that was asked for: answers count from it.
     pub first_page: u64,
     /// What to do with the answer.
@@ -85,10 +90,6 @@ impl Pager {
     pub(crate) fn ask_core(&mut self, request: PendingRequest) -> ReqId {
         let id = ReqId(self.next_request);
         self.next_request += 1;
-        if !matches!(request.then, Then::Rested(_)) {
-            // Somebody wants these pages for something: nobody waits for those that rest.
-            self.end_rest_of_region(RegionId(request.region));
-        }
         self.requests.insert(id, request);
         id
     }
@@ -179,7 +180,11 @@ impl Pager {
             let first_page = located.pages.first.wrapping_sub(*offset);
             self.forget_failures(located.region, located.pages);
             let (region, then) = (located.region, then.of_a_piece());
-            let req = self.ask_core(PendingRequest { conn, call, trace, region, first_page, then, group });
+            if then == Then::Tell {
+                self.end_rest_of_pages(RegionId(region), located.pages);
+            }
+            let pages = located.pages;
+            let req = self.ask_core(PendingRequest { conn, call, trace, region, pages, first_page, then, group });
             self.push(event(req, RegionId(located.region), located.pages));
         }
     }
@@ -397,7 +402,8 @@ impl Pager {
         self.begin_request(conn, call, record::Event { to: Place::Device(device), ..event });
         let then = Then::Map { read_only };
         self.forget_failures(region, pages);
-        let pending = PendingRequest { conn, call, trace, region, first_page, then, group: 0 };
+        self.end_rest_of_pages(RegionId(region), pages);
+        let pending = PendingRequest { conn, call, trace, region, pages, first_page, then, group: 0 };
         let req = self.ask_core(pending);
         let FaultKind { write, whole, exclusive } = kind;
         let (device, fault_page) = (DeviceId(device), first_page + fault_page);

@@ -4,7 +4,7 @@
 //!   MoveOut answered -> [rests] -- nobody has touched it until its time is over --> to its frames      (or stays: back, Kept)
 //!                          |------ touched in the first half of it ---------------> all of it back, by UFFDIO_MOVE (Busy)
 //!                          |------ touched later ---------------------------------> 64 KiB around that back, the rest goes on
-//!                          `------ anybody else wants something of the region -----> all of it back
+//!                          `------ anybody else wants something of these pages ----> all of it back
 //! ```
 //! For the core it is a copy that takes long and that may fail for some pages, so a pager or an agent that is killed meanwhile changes nothing: pages
 //! in scratch are found and put back as ever. What rests has a slot, so only some of a space's slots are for that.
@@ -18,6 +18,7 @@ use uhmm_pager_core::{CopyStatus, Pages, RegionId, ReqId, Ticket};
 use uhmm_shared::agent::{SLOTS, Status};
 
 use crate::agent::{AgentRun, Job, Order};
+use crate::requests::PendingRequest;
 use crate::service::Pager;
 use crate::then::Then;
 
@@ -96,7 +97,9 @@ impl Pager {
         let taken = job.order == Order::MoveOut
             && runs.iter().any(|run| matches!(run.status, Status::Moved | Status::MovedHuge));
         let Some(rest) = wanted.filter(|_| taken) else { return self.taken_out(space, &job, runs, &[]) };
-        if self.resting.rests.iter().filter(|rester| rester.space == space).count() >= RESTING_MAX {
+        if self.is_wanted(job.region, job.pages)
+            || self.resting.rests.iter().filter(|rester| rester.space == space).count() >= RESTING_MAX
+        {
             return self.taken_out(space, &job, runs, &[(job.pages, CopyStatus::Busy)]);
         }
         let (since, time) = (Instant::now(), Duration::from_millis(u64::from(rest.ms)));
@@ -105,6 +108,15 @@ impl Pager {
         self.service.reactor.add_timer(time, TIMER_REST);
         // Who has touched one since it was taken out waits already: its fault is raised again, and ends the rest.
         self.wake(job.region, job.pages);
+    }
+
+    /// Somebody has asked for one of these pages while they were taken out.
+    fn is_wanted(&self, region: RegionId, pages: Pages) -> bool {
+        let wants = |request: &PendingRequest| {
+            let other = !matches!(request.then, Then::Rested(_));
+            other && request.region == region.0 && request.pages.overlap(pages).is_some()
+        };
+        self.requests.values().any(wants)
     }
 
     pub(crate) fn end_rests_that_are_over(&mut self) {
@@ -128,6 +140,11 @@ impl Pager {
             self.stats.rest_touched_pages += back.count;
             self.taken_out(rester.space, &rester.job, &rester.runs, &[(back, CopyStatus::Busy)]);
         }
+    }
+
+    /// Somebody wants these pages for something: nobody waits for those that rest.
+    pub(crate) fn end_rest_of_pages(&mut self, region: RegionId, pages: Pages) {
+        self.end_rest(|rester| rester.job.region == region && rester.job.pages.overlap(pages).is_some());
     }
 
     pub(crate) fn end_rest_of_region(&mut self, region: RegionId) {
