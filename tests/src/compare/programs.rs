@@ -24,6 +24,8 @@ pub struct Program {
     pub what: &'static str,
     /// The Debian package that it is from, and a file of it.
     pub package: (&'static str, &'static str),
+    /// Cannot run under uhmm yet: changes its user on the way (docs/run.md).
+    pub only_when_named: bool,
     run: Run,
 }
 
@@ -37,8 +39,20 @@ enum Run {
 
 /// All of them.
 pub fn all() -> Vec<Program> {
-    let batch = |name, what, package, arguments| Program { name, what, package, run: Run::Batch(arguments) };
-    let server = |name, what, package, run| Program { name, what, package, run: Run::Server(run) };
+    let batch = |name, what, package, arguments| Program {
+        name,
+        what,
+        package,
+        only_when_named: false,
+        run: Run::Batch(arguments),
+    };
+    let server = |name, what, package, run| Program {
+        name,
+        what,
+        package,
+        only_when_named: name == "postgres",
+        run: Run::Server(run),
+    };
     vec![
         batch("python3", "a dict of lists and a list, read and changed at random", ("python3", PYTHON), python),
         batch("numpy", "sort, gather and sums of random numbers", ("python3-numpy", PYTHON), numpy),

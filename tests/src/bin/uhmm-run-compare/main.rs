@@ -164,9 +164,9 @@ fn compare_all(args: &Args, ground: &Ground, stop: &AtomicBool) -> Result<bool, 
         let names: Vec<_> = known.iter().map(|program| program.name).collect();
         return Err(format!("{name} is none of {}", names.join(", ")));
     }
-    for program in
-        known.iter().filter(|program| args.programs.is_empty() || args.programs.iter().any(|name| name == program.name))
-    {
+    for program in known.iter().filter(|program| {
+        (args.programs.is_empty() && !program.only_when_named) || args.programs.iter().any(|name| name == program.name)
+    }) {
         program.must_be_installed();
         match (Comparison { args, ground, stop }).compare(program) {
             Ok(more) => rows.extend(more),
