@@ -19,6 +19,7 @@ const POLL: Duration = Duration::from_millis(50);
 /// The fixed load on memcached: little enough that one busy core serves it.
 const LOAD_PER_S: u64 = 2000;
 const LOAD_S: u64 = 6;
+const CLIENTS: u64 = 4;
 
 type Answer<T> = Result<T, String>;
 
@@ -202,7 +203,6 @@ pub(super) fn memcached(place: &Place, mib: u64, patience: Duration) -> Answer<O
     let (port, keys) = (free_port()?, mib * 800);
     let line = format!("/usr/bin/memcached -u root -l 127.0.0.1 -p {port} -t 2 -m {}", mib * 2);
     let server = Server::start(place, &words(&line.split(' ').collect::<Vec<_>>()), port)?;
-    const CLIENTS: u64 = 4;
     let mut links: Vec<_> = (0..CLIENTS).map(|_| server.connect(patience)).collect::<Answer<_>>()?;
     for key in 0..keys {
         memcached_set(&mut links[(key % CLIENTS) as usize], key, 0)?;
