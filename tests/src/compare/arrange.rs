@@ -268,10 +268,10 @@ impl Place {
         let found = fs::read_dir(&self.folder).ok()?.flatten().map(|entry| entry.path()).find(own)?;
         Operator::connect(Some(&found.join("run"))).ok()
     }
-    /// Kills pager and driver in turn, until the program has ended. Returns how often.
-    pub fn kill_in_turn(&self, every: Duration, ended: &AtomicBool) -> u64 {
+    /// Kills pager and driver in turn, until the program has ended or so many were killed. Returns how often.
+    pub fn kill_in_turn(&self, every: Duration, most: u64, ended: &AtomicBool) -> u64 {
         let (mut at, mut kills) = (Instant::now() + every, 0);
-        while !ended.load(Ordering::Relaxed) {
+        while kills < most && !ended.load(Ordering::Relaxed) {
             std::thread::sleep(LOOK_EVERY);
             if Instant::now() < at {
                 continue;

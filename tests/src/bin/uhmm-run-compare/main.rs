@@ -95,7 +95,7 @@ impl Comparison<'_> {
             let killer = (arrangement == Arrangement::Uhmm).then_some(self.args.kill).flatten();
             if let Some(every) = killer {
                 let (place, ended) = (&place, &ended);
-                scope.spawn(move || place.kill_in_turn(every, ended));
+                scope.spawn(move || place.kill_in_turn(every, u64::MAX, ended));
             }
             let outcome = program.run(&place, self.args.mib, self.args.patience);
             ended.store(true, Ordering::Relaxed);
