@@ -212,7 +212,7 @@ fn sort(folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
 /// Functions that differ, with loops to unroll and switches.
 fn gcc(folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
     let input = once(folder.join(format!("large-{mib}.c")), |file| {
-        let functions = mib * 24;
+        let functions = mib * 8;
         for id in 0..functions {
             let (a, b) = (word(1, id) % 97 + 3, word(1, id) % 31 + 2);
             writeln!(
