@@ -48,8 +48,8 @@ fn integration_run_python_is_the_same() {
 }
 
 #[test]
-fn integration_run_sort_is_the_same() {
-    same_as_plain("sort", 16);
+fn integration_run_pagerank_is_the_same() {
+    same_as_plain("pagerank", 20);
 }
 
 #[test]
