@@ -194,6 +194,11 @@ impl<P: Policy> Core<P> {
         &self.stats
     }
 
+    /// Somebody holds the program to a limit by sending pages of this region away: see [`Policy::is_held_to_a_limit`].
+    pub fn is_held_to_a_limit(&mut self, region: RegionId) {
+        self.policy.is_held_to_a_limit(region);
+    }
+
     /// A [`Event::Tick`] would do something now.
     pub fn has_runnable_work(&self) -> bool {
         let walks = !self.walks.is_empty() || !self.gone_spaces.is_empty() || self.recovering.any();

@@ -6,7 +6,7 @@ use uhmm_ipc::message::{ErrorCode, TraceId, WireError, pager};
 use uhmm_ipc::{CallId, ConnId};
 use uhmm_kernel_hook::{AddrRange, PAGE_SIZE};
 use uhmm_kit::record::{self, What, Why};
-use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, Target as CoreTarget};
+use uhmm_pager_core::{Backing, DeviceId, Entry, Event, PageState, Pages, RegionId, Target as CoreTarget};
 
 use crate::calls::{Answer, refuse};
 use crate::home::Whose;
@@ -103,6 +103,9 @@ impl Pager {
         };
         let event = self.event_at(What::Request, uhmm_pager_core::RegionId(first.located.region), first.located.pages);
         let event = record::Event { addr: range.start, pages: range.len / PAGE_SIZE, ..event };
+        if target != CoreTarget::Home {
+            pieces.iter().for_each(|piece| self.core.is_held_to_a_limit(RegionId(piece.located.region)));
+        }
         self.move_pieces(conn, call, trace, (event, &pieces), (target, rest.map_or(Then::Tell, Then::Rested)))
     }
 

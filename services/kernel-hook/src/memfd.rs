@@ -9,6 +9,7 @@ use memfd::{FileSeal, MemfdOptions};
 use rustix::fs::{FallocateFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 
+use crate::PAGE_SIZE;
 use crate::bytes::MappedBytes;
 use crate::error::HookError;
 
@@ -135,26 +136,22 @@ pub fn has_page(fd: BorrowedFd<'_>, off: u64) -> Result<bool, HookError> {
     Ok(next_data(fd, off)? == Some(off))
 }
 
-/// The parts of `off..off+len` that have pages, as (offset, length), in order. Holes are left out.
+/// The parts of `off..off+len` that have pages, as (offset, length), in order. Holes are left out. Costs what the range has, however much the
+/// file has behind it: SEEK_HOLE would walk over all of that.
 ///
 /// # Errors
 /// `Wraps`, `Call`.
 pub fn data_ranges(fd: BorrowedFd<'_>, off: u64, len: u64) -> Result<Vec<(u64, u64)>, HookError> {
     let end = off.checked_add(len).ok_or(HookError::Wraps { start: off, len })?;
-    let mut ranges = Vec::new();
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
     let mut place = off;
     while place < end {
         let Some(data) = next_data(fd, place)?.filter(|data| *data < end) else { break };
-        let hole = match rustix::fs::seek(fd, SeekFrom::Hole(data)) {
-            Ok(hole) => hole.min(end),
-            // Punched since: nothing there any more.
-            Err(Errno::NXIO) => data,
-            Err(error) => return Err(HookError::failed("lseek(SEEK_HOLE)", error)),
-        };
-        if hole > data {
-            ranges.push((data, hole - data));
+        place = (data / PAGE_SIZE + 1).saturating_mul(PAGE_SIZE).min(end);
+        match ranges.last_mut().filter(|(at, len)| at + len == data) {
+            Some((_, len)) => *len += place - data,
+            None => ranges.push((data, place - data)),
         }
-        place = hole.max(place + 1);
     }
     Ok(ranges)
 }

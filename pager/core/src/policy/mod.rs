@@ -17,12 +17,14 @@
 //!                                        else -> move
 //!   CPU fault on a device page           granularity -> that block
 //!                                        a huge page -> all of it
+//!                                        sent away by who holds a program to a limit -> 64 KiB around it, or the stream's window
 //!                                        else -> the stream's window
 //! ```
 
 mod streams;
 mod thrash;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::attr::Attr;
@@ -101,12 +103,18 @@ pub trait Policy {
     fn moved_out(&mut self, region: RegionId, pages: Pages, device: DeviceId, time_us: Range<u64>);
     /// Pages have come home.
     fn moved_home(&mut self, region: RegionId, pages: Pages, device: DeviceId, time_us: Range<u64>);
+    /// Pages of it leave because somebody holds the program to a limit, not because a device wants them: they come home again by the
+    /// program's faults, and neighbours that have left together are used together.
+    fn is_held_to_a_limit(&mut self, _region: RegionId) {}
     /// A region ended: forget it.
     fn region_gone(&mut self, region: RegionId);
 }
 
 /// Most pages that one CPU fault brings home (256 KiB: 1.6 us a page against 8.6 for one, paging-floors.md section 3).
 const HOME_PAGES_MAX: u64 = 64;
+/// What comes home at least with a fault in memory that is held to a limit (64 KiB): a page alone costs nearly as much from a disk, and loses
+/// to the kernel's swap, whose readahead brings as much.
+const LIMITED_PAGES: u64 = 16;
 /// Most pages that one first touch zeroes (2 MiB).
 const ZERO_PAGES_MAX: u64 = 512;
 const HUGE_PAGES: u64 = 512;
@@ -117,6 +125,8 @@ pub struct DefaultPolicy {
     home: Streams,
     zero: Streams,
     thrash: Thrash,
+    /// Regions that are held to a limit.
+    limited: BTreeSet<RegionId>,
 }
 
 /// The aligned block of `size` pages that holds `page`, where page `phase` begins a block.
@@ -136,7 +146,13 @@ impl Policy for DefaultPolicy {
         if huge {
             return block(page, HUGE_PAGES, huge_phase);
         }
-        Pages { first: page, count: self.home.window(region, page, HOME_PAGES_MAX) }
+        let window = Pages { first: page, count: self.home.window(region, page, HOME_PAGES_MAX) };
+        if window.count >= LIMITED_PAGES || !self.limited.contains(&region) {
+            return window;
+        }
+        let block = block(page, LIMITED_PAGES, huge_phase);
+        self.home.goes_on_behind(region, window.end(), block);
+        block
     }
 
     fn cpu_waits_until_us(
@@ -175,7 +191,12 @@ impl Policy for DefaultPolicy {
         self.thrash.moved(region, pages, thrash::Direction::Home, &time_us);
     }
 
+    fn is_held_to_a_limit(&mut self, region: RegionId) {
+        self.limited.insert(region);
+    }
+
     fn region_gone(&mut self, region: RegionId) {
+        self.limited.remove(&region);
         self.home.forget(region);
         self.zero.forget(region);
         self.thrash.forget(region);

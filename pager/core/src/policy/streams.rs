@@ -1,7 +1,7 @@
 //! Fault-around that adapts: a walk in order doubles its window with every fault, a jump falls back to one page. Several threads
 //! walk at once, so a few streams of each kind are remembered.
 
-use crate::event::RegionId;
+use crate::event::{Pages, RegionId};
 
 #[derive(Clone, Copy, Debug)]
 struct Stream {
@@ -43,6 +43,16 @@ impl Streams {
             self.next_victim = (self.next_victim + 1) % STREAMS_MAX;
         }
         1
+    }
+}
+
+impl Streams {
+    /// Of the stream that expects this page: all of the block comes, so a walk in order meets the page behind it.
+    pub fn goes_on_behind(&mut self, region: RegionId, expected: u64, block: Pages) {
+        let known = self.streams.iter_mut().find(|stream| stream.region == region && stream.expected == expected);
+        if let Some(stream) = known {
+            (stream.expected, stream.window) = (block.end(), block.count);
+        }
     }
 }
 

@@ -24,6 +24,23 @@ fn a_sequential_walk_doubles_and_a_jump_starts_again() {
 }
 
 #[test]
+fn what_is_held_to_a_limit_comes_home_in_blocks_and_a_walk_goes_on_from_there() {
+    let mut policy = DefaultPolicy::default();
+    policy.is_held_to_a_limit(REGION);
+    let mut windows = |region, page| {
+        let window = policy.cpu_fault(CpuFault { huge_phase: 3, ..fault(region, page) });
+        (window.first, window.end())
+    };
+    assert_eq!(windows(1, 777), (771, 787), "by address");
+    assert_eq!(windows(1, 787), (787, 819), "a walk");
+    assert_eq!(windows(1, 819), (819, 883));
+    assert_eq!(windows(1, 900), (899, 915), "a jump");
+    assert_eq!(windows(2, 900), (900, 901), "another region");
+    policy.region_gone(REGION);
+    assert_eq!(policy.cpu_fault(fault(1, 5)), Pages::one(5));
+}
+
+#[test]
 fn interleaved_streams_do_not_disturb_each_other() {
     let mut policy = DefaultPolicy::default();
     let (mut a, mut b) = (0, 10_000);
