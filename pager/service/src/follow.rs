@@ -206,9 +206,16 @@ impl Follower {
             },
             Step::Move(cpu) => match self.go_to(cpu) {
                 Some(()) => return,
-                None => self.follow.cannot(now),
+                None => {
+                    self.source = None;
+                    self.follow.cannot(now)
+                }
             },
-            Step::Leave => return self.go_back(),
+            Step::Leave => {
+                // Its process may end meanwhile: no descriptor outlives that.
+                self.source = None;
+                return self.go_back();
+            }
         };
         self.act(now, next);
     }
