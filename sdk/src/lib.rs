@@ -64,7 +64,7 @@ pub use arena::Arena;
 pub use device::{AccessReport, Device, DeviceInfo, Job, JobResult};
 pub use error::Error;
 pub use memory::{Adopted, AdoptedKind, RangeAttributes, SnapshotPage, Uniform};
-pub use operator::{MoveId, Operator, Rested};
+pub use operator::{EndedMove, MoveId, Operator, Rested};
 pub use own::{Noted, never_manage};
 pub use paths::run_dir;
 pub use pending::Pending;

@@ -20,6 +20,9 @@ use crate::{Error, paths};
 /// How long an operator waits for an answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
+/// A move that has ended, and what became of it.
+pub type EndedMove = (MoveId, Result<Rested, Error>);
+
 /// A move that was begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MoveId(CallId);
@@ -146,7 +149,7 @@ impl Operator {
     }
 
     /// Moves that have ended. Waits for the first one as long as `timeout` says, if any is under way.
-    pub fn moves_done(&mut self, timeout: Duration) -> Result<Vec<(MoveId, Result<Rested, Error>)>, Error> {
+    pub fn moves_done(&mut self, timeout: Duration) -> Result<Vec<EndedMove>, Error> {
         let end = Instant::now() + timeout;
         let mut wakes = Vec::new();
         loop {

@@ -31,9 +31,12 @@ pub struct Program {
 
 type Servers = fn(&Place, mib: u64, patience: Duration) -> Result<Outcome, String>;
 
+/// Its arguments, and the file that is its standard input, if it has one.
+type Started = (Vec<String>, Option<PathBuf>);
+
 enum Run {
     /// Its arguments, and what it gets on standard input, made in a folder.
-    Batch(fn(folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>)),
+    Batch(fn(folder: &Path, mib: u64) -> Started),
     Server(Servers),
 }
 

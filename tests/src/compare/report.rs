@@ -6,6 +6,9 @@ use std::fmt::Write;
 use super::Outcome;
 use super::arrange::{Arrangement, Costs};
 
+/// What a run came to and what it cost, or why it did not end.
+pub type Ended = Result<(Outcome, Costs), String>;
+
 /// One program, with one part of its working set.
 #[derive(Debug)]
 pub struct Row {
@@ -18,7 +21,7 @@ pub struct Row {
     /// `1/2`.
     pub part: String,
     /// Runs by arrangement. `Err`: why it failed, or that it hangs.
-    pub runs: BTreeMap<Arrangement, Vec<Result<(Outcome, Costs), String>>>,
+    pub runs: BTreeMap<Arrangement, Vec<Ended>>,
 }
 
 fn median(mut numbers: Vec<f64>) -> Option<f64> {
