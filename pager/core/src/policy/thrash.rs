@@ -12,7 +12,8 @@
 //!
 //! Who hands a page over is not fighting for it: a job ends, the CPU reads what it has written, the next job begins. There every wait
 //! would be for nothing. A page's use mark tells: taken away at a CPU fault and not set again soon, the device is done with the page, the
-//! slice ends, and the turn does not count.
+//! slice ends, and what would have been a throttled turn is only counted: who goes on like that has the page pinned as soon, since it moves
+//! as often.
 //!
 //! The shape and the counts are those of NVIDIA's driver (hmm-semantics.md, section 3.4). The lapse is longer, because a turn costs
 //! tens of microseconds here, and it is a device's own: one that takes 100 ms for a page is fought for at another pace.
@@ -72,6 +73,10 @@ struct Block {
     /// What a page takes on its way, within limits: time that is spent moving is compared with time that is not.
     lapse_us: u64,
     device_use: Use,
+    /// The device was done with it when the CPU took it last.
+    handed_over: bool,
+    /// And is taken for done the next time: every second turn is looked at.
+    trusted: bool,
     turns: u8,
     throttles: u8,
     waits_until_us: u64,
@@ -118,6 +123,8 @@ impl Thrash {
             last_us: now_us,
             lapse_us,
             device_use: Use::Unknown,
+            handed_over: false,
+            trusted: false,
             turns: 0,
             throttles: 0,
             waits_until_us: 0,
@@ -127,7 +134,10 @@ impl Thrash {
         // What the device takes for a turn says nothing about how much the page is wanted.
         let pause_us = time_us.start.saturating_sub(block.last_us);
         let was_over = std::mem::replace(&mut block.device_use, Use::Unknown) == Use::Over;
-        if pause_us > QUIET_LAPSES * block.lapse_us || was_over {
+        if direction == Direction::Home {
+            (block.handed_over, block.trusted) = (was_over, was_over && !block.trusted);
+        }
+        if pause_us > QUIET_LAPSES * block.lapse_us {
             (block.turns, block.throttles) = (0, 0);
         } else if block.last != direction && pause_us <= 2 * block.lapse_us {
             block.turns = block.turns.saturating_add(1);
@@ -170,6 +180,9 @@ impl Thrash {
             return Verdict::Pinned;
         }
         block.throttles += 1;
+        if block.handed_over {
+            return Verdict::Calm;
+        }
         block.waits_until_us = now_us + block.lapse_us;
         Verdict::Wait { until_us: block.waits_until_us }
     }
@@ -187,6 +200,9 @@ impl Thrash {
         let end_us = block.last_us + block.lapse_us * 3 / 4;
         if block.turns < 2 || block.last != Direction::Out || now_us >= end_us {
             return None;
+        }
+        if block.trusted {
+            block.device_use = Use::Over;
         }
         match block.device_use {
             Use::Over => return None,
