@@ -4,11 +4,12 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use uhmm_kernel_hook::PidFd;
 use uhmm_sdk::{Operator, Session};
+use uhmm_tests::PATIENCE;
 use uhmm_tests::manager::Manager;
 
 /// What the manager allows between two signs of life.
@@ -54,6 +55,21 @@ impl Unit {
         for service in &services {
             let mut entry = [rustix::event::PollFd::new(service, rustix::event::PollFlags::IN)];
             rustix::event::poll(&mut entry, None).expect("it ends");
+        }
+    }
+
+    /// Until nothing has been on the move for a tenth of a second: services that have come back go on telling what they keep.
+    fn wait_until_whole(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut since = Instant::now();
+        while since.elapsed() < Duration::from_millis(100) {
+            let heard = self.manager.heard();
+            if heard.kept.contains_key("supervisor!moving") {
+                since = Instant::now();
+            }
+            drop(heard);
+            assert!(Instant::now() < deadline, "the store is on the move all the time");
+            std::thread::yield_now();
         }
     }
 
@@ -119,6 +135,8 @@ fn integration_manager_keeps_the_vault_when_every_process_dies_at_once() {
     for round in 0..3u64 {
         words.iter_mut().enumerate().for_each(|(index, word)| *word = round << 32 | index as u64);
         session.migrate(region.addr(), region.len_bytes(), &device).expect("migrate");
+        // What dies while the store is being changed is not believed: this is about one that is whole.
+        unit.wait_until_whole();
         unit.kill_all();
         // What they had sent lies in the socket.
         unit.manager.wait_until_quiet(Duration::from_millis(200));

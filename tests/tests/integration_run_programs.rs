@@ -14,7 +14,7 @@ const MIB: u64 = 32;
 const FAR_BYTES: u64 = 512 << 20;
 /// A program that is slow and still right is none of this test's affair.
 const PATIENCE: Duration = Duration::from_secs(200);
-const KILL_EVERY: Duration = Duration::from_secs(1);
+const KILL_EVERY: Duration = Duration::from_millis(300);
 /// More often, and the supervisor waits longer each time, as it does when a service cannot live.
 const KILLS_MAX: u64 = 6;
 

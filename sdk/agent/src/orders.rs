@@ -262,15 +262,12 @@ impl<'a> Agent<'a> {
     }
 
     /// Does something to the pages at an order's addresses, which are not those that the order is about when the program has changed the
-    /// place since (ENOENT).
+    /// place since (ENOENT). READING: the pager has not read its events all the time that one waits for that, or the program has ended.
     fn at_place(&self, order: &Order, mut call: impl FnMut() -> Outcome) -> Outcome {
         let refused = |stop| Outcome { done: 0, stop: Some(stop) };
         let mut unless_changed = || if self.has_changed(order) { refused(ENOENT) } else { call() };
         let act = || self.gate.act(self.config.number, &mut unless_changed).unwrap_or(refused(READING));
-        match self.patiently(act, |outcome| outcome.stop == Some(READING)) {
-            Outcome { stop: Some(READING), .. } => refused(EAGAIN),
-            outcome => outcome,
-        }
+        self.patiently(act, |outcome| outcome.stop == Some(READING))
     }
 
     /// Of the order that is being carried out. What a dead pager did not live to read of the next one does not tell of its orders.

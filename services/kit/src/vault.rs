@@ -8,8 +8,7 @@
 //!   load:          supervisor whole? its entries; else the holder's; neither (three deaths): what there is
 //! ```
 //! A keeper is whole for a service as long as it has all that the service ever gave: from a hand-over on, until it dies itself. Whoever comes
-//! anew (a keeper, or a service that has loaded) is handed over to before anything else happens; only a holder, which has what the dead service
-//! gave it, is not waited for when the supervisor was whole: what is put until it has answered is kept when the hand-over to it is through. What a dead service has sent is read to its
+//! anew (a keeper, or a service that has loaded) is handed over to before anything else happens. What a dead service has sent is read to its
 //! end before anybody answers its successor, so what was sent is kept, also when sender and one keeper die together.
 //!
 //! Every entry is remembered here as well: a new keeper gets them back from us.
@@ -19,7 +18,7 @@ use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use uhmm_ipc::message::{Call, Fd, Reply, TraceId, WireError, supervisor};
-use uhmm_ipc::{CallId, LinkId, Reactor, TimerToken, Wake};
+use uhmm_ipc::{CallId, LinkId, Reactor, Wake};
 
 use crate::KitError;
 
@@ -27,7 +26,6 @@ use crate::KitError;
 pub const WHOLE_NAME: &str = "kit/whole";
 /// How long a service that starts waits for a holder that is being started too.
 const HOLDER_PATIENCE: Duration = Duration::from_secs(2);
-const TIMER_HOLDER: TimerToken = TimerToken(u64::MAX - 1);
 
 /// See the module head.
 #[derive(Debug)]
@@ -35,10 +33,6 @@ pub struct Vault {
     supervisor: LinkId,
     holder: LinkId,
     holder_up: bool,
-    /// It has not answered yet since this service began, and is waited for.
-    holder_expected: bool,
-    /// Calls to the supervisor that the hand-over to that holder tells it of.
-    unheard: Vec<CallId>,
     /// What there was is here: it can be handed over.
     loaded: bool,
     entries: BTreeMap<String, Fd>,
@@ -58,8 +52,6 @@ impl Vault {
             supervisor,
             holder,
             holder_up: false,
-            holder_expected: false,
-            unheard: Vec::new(),
             loaded: false,
             entries: BTreeMap::new(),
             mark,
@@ -111,12 +103,7 @@ impl Vault {
             self.put_all(self.supervisor, reactor);
         }
         self.hand_over(reactor);
-        if whole {
-            // The holder has what the dead one gave it. The service's start goes on, and what it gives meanwhile is kept when the holder says so.
-            self.holder_expected = holder_expected && !self.holder_up;
-            reactor.add_timer(left(), TIMER_HOLDER);
-        }
-        while !whole && (!self.holder_up || self.handing_over.is_some()) {
+        while !self.holder_up || self.handing_over.is_some() {
             let left = left();
             if left.is_zero() {
                 break;
@@ -211,9 +198,6 @@ impl Vault {
             let twin = reactor.call(self.holder, Call::Supervisor(what.clone()), TraceId::default(), None);
             self.twins.insert(twin, call);
             self.half_kept.insert(call, None);
-        } else if self.holder_expected {
-            self.unheard.push(call);
-            self.half_kept.insert(call, None);
         }
         call
     }
@@ -249,7 +233,6 @@ impl Vault {
         match wake {
             Wake::LinkUp { link, .. } if *link == self.holder => {
                 self.holder_up = true;
-                self.holder_expected = false;
                 self.hand_over(reactor);
                 true
             }
@@ -257,7 +240,6 @@ impl Vault {
                 tracing::info!("The holder is gone: the supervisor keeps what there is until the next one has it");
                 self.holder_up = false;
                 self.twins.clear();
-                self.unheard.clear();
                 for (call, answer) in std::mem::take(&mut self.half_kept) {
                     self.kept(reactor, call, answer);
                 }
@@ -266,7 +248,6 @@ impl Vault {
             Wake::Done { link, call, .. } if *link == self.holder => {
                 if self.handing_over == Some(*call) {
                     self.handing_over = None;
-                    self.keep_unheard(reactor);
                 }
                 if let Some(call) = self.twins.remove(call)
                     && let Some(answer) = self.half_kept.remove(&call)
@@ -282,15 +263,6 @@ impl Vault {
                 }
                 None => false,
             },
-            Wake::Timer(TIMER_HOLDER) => {
-                if std::mem::take(&mut self.holder_expected) {
-                    tracing::warn!(
-                        "The holder does not answer: the supervisor alone keeps this service's descriptors until it does"
-                    );
-                    self.keep_unheard(reactor);
-                }
-                true
-            }
             Wake::Preamble { link, result, .. } if *link == self.holder => {
                 if let Err(error) = result {
                     tracing::warn!(%error, "The holder refused this service: the supervisor alone keeps its descriptors");
@@ -298,15 +270,6 @@ impl Vault {
                 true
             }
             _ => false,
-        }
-    }
-
-    /// The holder has it all now, or is not waited for.
-    fn keep_unheard(&mut self, reactor: &mut Reactor) {
-        for call in std::mem::take(&mut self.unheard) {
-            if let Some(answer) = self.half_kept.remove(&call) {
-                self.kept(reactor, call, answer);
-            }
         }
     }
 

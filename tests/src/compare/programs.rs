@@ -239,5 +239,5 @@ fn pagerank(folder: &Path, mib: u64) -> (Vec<String>, Option<PathBuf>) {
         cc.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(&into).arg(source("pagerank.c"));
         c::run(&mut cc);
     }
-    (vec![into.display().to_string(), (mib * 11_000).to_string(), "5".to_owned()], None)
+    (vec![into.display().to_string(), (mib * 11_000).to_string(), "40".to_owned()], None)
 }

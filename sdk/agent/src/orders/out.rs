@@ -2,7 +2,7 @@
 
 use uhmm_shared::agent::{ORDER_PAGES, Order, SLOTS, Status};
 
-use super::{Agent, MOVE_ALLOW_SRC_HOLES};
+use super::{Agent, MOVE_ALLOW_SRC_HOLES, READING};
 use crate::look::{GUARD, HOLE, WRITABLE, ZERO_PAGE, is_empty, status_of};
 use crate::memory::staging_addr;
 use crate::sys::{EAGAIN, EBUSY, EEXIST, EINVAL, ENOENT, ENOMEM, ESRCH};
@@ -151,6 +151,11 @@ impl Agent<'_> {
                         continue;
                     }
                     Status::Busy
+                }
+                // Nor any other page of it: the wait was long enough.
+                Some(READING) => {
+                    (page..end).for_each(|page| self.set(page, Status::Busy));
+                    return;
                 }
                 Some(EBUSY | EAGAIN) => Status::Busy,
                 Some(EEXIST | EINVAL) => match self.make_alike(moved.stop, to, left, &mut tries) {
