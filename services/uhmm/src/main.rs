@@ -5,6 +5,7 @@
 
 mod commands;
 mod demo;
+mod rng;
 
 use std::io::Write;
 use std::net::SocketAddr;

@@ -44,9 +44,7 @@ impl Streams {
         }
         1
     }
-}
 
-impl Streams {
     /// Of the stream that expects this page: all of the block comes, so a walk in order meets the page behind it.
     pub fn goes_on_behind(&mut self, region: RegionId, expected: u64, block: Pages) {
         let known = self.streams.iter_mut().find(|stream| stream.region == region && stream.expected == expected);
@@ -54,9 +52,7 @@ impl Streams {
             (stream.expected, stream.window) = (block.end(), block.count);
         }
     }
-}
 
-impl Streams {
     /// A region ended.
     pub fn forget(&mut self, region: RegionId) {
         self.streams.retain(|stream| stream.region != region);

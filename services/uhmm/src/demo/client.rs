@@ -17,6 +17,7 @@ use super::measure::{Floor, Latency, Memcpy, median};
 use super::reference::Reference;
 use super::report::{Drill, Report, mib};
 use super::text::{default_roots, for_each_text};
+use crate::rng::Rng;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -35,24 +36,6 @@ const COUNTERS: [(&str, &str); 8] = [
     ("scrubbed", "frames scrubbed"),
     ("poisoned", "pages poisoned"),
 ];
-
-/// A small generator; the demo does the same every time.
-pub struct Rng(u64);
-
-impl Rng {
-    /// Seeded.
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    /// Below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound.max(1)
-    }
-}
 
 /// What all steps use.
 pub struct Client<'a> {

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use uhmm_sdk::{Device, Job, JobResult, Operator, PAGE_BYTES, PageStatus, Pending, Region};
 
-use super::client::{Client, Rng};
+use super::client::Client;
 use super::report::Drill;
+use crate::rng::Rng;
 
 /// The service must be ready again within this time.
 const PATIENCE: Duration = Duration::from_secs(30);

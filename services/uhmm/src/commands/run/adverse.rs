@@ -5,6 +5,7 @@ use std::time::Duration;
 use uhmm_kernel_hook::AddrRange;
 
 use super::policy::{Block, MOVE_BYTES, Policy, Verdict, piece_at};
+use crate::rng::Rng;
 
 /// How it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,23 +24,16 @@ pub enum Adverse {
 #[derive(Debug)]
 pub struct Adversary {
     how: Adverse,
-    state: u64,
+    rng: Rng,
 }
 
 impl Adversary {
     pub fn new(how: Adverse) -> Self {
-        Self { how, state: 0x9e37_79b9_7f4a_7c15 }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.state ^= self.state << 13;
-        self.state ^= self.state >> 7;
-        self.state ^= self.state << 17;
-        self.state
+        Self { how, rng: Rng::new(1) }
     }
 
     fn nonsense(&mut self) -> Verdict {
-        let (start, len) = (self.next(), self.next());
+        let (start, len) = (self.rng.next(), self.rng.next());
         let range = match len % 4 {
             0 => AddrRange { start, len },
             1 => AddrRange { start: start % (1 << 47), len: 0 },
@@ -57,12 +51,12 @@ impl Policy for Adversary {
             Adverse::Never => Verdict::Keep,
             Adverse::Always => all,
             Adverse::Nonsense => self.nonsense(),
-            Adverse::Random => match self.next() % 4 {
+            Adverse::Random => match self.rng.next() % 4 {
                 0 => Verdict::Keep,
                 1 => all,
                 dice => Verdict::Send {
                     range: piece_at(block.place.addr, MOVE_BYTES >> (dice % 7)),
-                    rest: Some(Duration::from_millis(self.next() % 20)),
+                    rest: Some(Duration::from_millis(self.rng.next() % 20)),
                 },
             },
         }

@@ -19,6 +19,7 @@ use uhmm_watch::events::{bytes, duration};
 use super::memory::{Hand, Process, blocks, resident, stretches};
 use super::policy::BLOCK_BYTES;
 use super::rules::LeftAlone;
+use crate::rng::Rng;
 
 /// How long blocks rest, in turns.
 const RESTS: [Duration; 3] = [Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(10)];
@@ -50,7 +51,7 @@ struct Seen {
 /// See the module head.
 pub struct Ages {
     device: u8,
-    state: u64,
+    rng: Rng,
     blocks: Vec<(u32, u64)>,
     scanned: Option<Instant>,
     probes: HashMap<MoveId, Probe>,
@@ -68,7 +69,7 @@ impl Ages {
     pub fn new(device: u8) -> Self {
         Self {
             device,
-            state: 0x2545_f491_4f6c_dd1d,
+            rng: Rng::new(2),
             blocks: Vec::new(),
             scanned: None,
             probes: HashMap::new(),
@@ -131,11 +132,8 @@ impl Ages {
     }
 
     fn begin(&mut self, operator: &mut Operator, turn: usize) {
-        self.state ^= self.state << 13;
-        self.state ^= self.state >> 7;
-        self.state ^= self.state << 17;
-        let Some(at) = self.state.checked_rem(self.blocks.len() as u64) else { return };
-        let (pid, start) = self.blocks[at as usize];
+        let at = self.rng.below(self.blocks.len() as u64);
+        let Some((pid, start)) = self.blocks.get(at as usize).copied() else { return };
         let Ok(process) = PidFd::open(pid) else { return };
         let ms = u32::try_from(RESTS[turn].as_millis()).unwrap_or(u32::MAX);
         let rest = Rest { ms, stays: true };

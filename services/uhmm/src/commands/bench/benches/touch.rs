@@ -6,16 +6,14 @@ use hdrhistogram::Histogram;
 use uhmm_kernel_hook::{ManagedMapping, PAGE_SIZE};
 
 use super::super::place;
+use crate::rng::Rng;
 
 /// Every number below `count` once, the same each time.
 pub(in super::super) fn shuffled(count: u64) -> Vec<u64> {
     let mut order: Vec<u64> = (0..count).collect();
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut rng = Rng::new(1);
     for last in (1..order.len()).rev() {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        order.swap(last, (seed % (last as u64 + 1)) as usize);
+        order.swap(last, rng.below(last as u64 + 1) as usize);
     }
     order
 }
